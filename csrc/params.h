@@ -1,0 +1,215 @@
+// The seam between host and device code: plain structs that kernels read, and the
+// launchers that each backend defines. No torch header is included here or below it.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora_ext {
+
+enum class DType : int8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A 4-bit codebook: 16 values, and the rule that picks one.
+// rank = number of thresholds t with v > t (strict: a tie takes the lower rank), where
+// v = sign_magnitude ? |x| : x; then code = order[rank] | (sign_magnitude && x < 0 ? 8 : 0).
+// Unused thresholds are +inf, so that one loop over 15 serves every codebook.
+struct Codebook {
+  float values[16];      // by code
+  float thresholds[15];  // ascending
+  uint8_t order[16];     // rank -> code
+  bool sign_magnitude;   // FP4: thresholds on |x|, the sign is bit 3
+};
+
+// A frozen 4-bit weight as kernels read it: the checkpoint's bytes, never repacked.
+// Weight (n, k) has flat index i = n * K + k, scale block i / blocksize, and
+// value = values[code] * scale (+ mean), each step rounded to fp32.
+struct PackedWeight {
+  const uint8_t* packed;       // [ceil(N * K / 2)], flat row-major, high nibble = even element
+  const uint8_t* absmax_code;  // [num_blocks] 8-bit scales, or null: scales are not nested
+  const float* absmax;         // [num_blocks] fp32 scales, or null: scales are nested
+  const float* nested;         // [1 + ceil(num_blocks / 256)]: offset, then absmax2; or null
+  const float* mean;           // [num_blocks], normalization "standard" only; or null
+  int64_t N;                   // rows (out_features)
+  int64_t K;                   // columns (in_features); 1-d weights are N = 1
+  int64_t blocksize;           // elements per scale; N * K for one scale per tensor
+  int64_t num_blocks;          // ceil(N * K / blocksize)
+  float values[16];            // the codebook, by code
+};
+
+enum class Normalization : int8_t { kAbsmax = 0, kStandard = 1, kNone = 2 };
+
+struct Quantize4bitParams {
+  const void* weight;  // [numel], dtype, contiguous
+  uint8_t* packed;     // [ceil(numel / 2)]
+  float* absmax;       // [num_blocks]: absmax; std_factor * std; or 1
+  float* mean;         // [num_blocks], kStandard only; or null
+  int64_t* bad_index;  // one element, holds numel before the launch; receives the lowest flat
+                       // index of a NaN or Inf weight if there is one
+  int64_t numel;
+  int64_t blocksize;
+  int64_t num_blocks;
+  float std_factor;    // c in scale = c * std (population standard deviation)
+  Normalization normalization;
+  DType dtype;
+  Codebook codebook;
+  void* workspace;     // workspace_quantize_4bit() bytes, 256-byte aligned
+};
+
+// offset = mean(absmax); code = nearest of the signed dynamic map to (absmax - offset) / absmax2.
+struct QuantizeAbsmaxParams {
+  const float* absmax;  // [num_blocks]
+  uint8_t* code;        // [num_blocks]
+  float* nested;        // [1 + ceil(num_blocks / 256)]: offset, then absmax2
+  int64_t num_blocks;
+  void* workspace;      // workspace_quantize_absmax() bytes
+};
+
+struct DequantizeAbsmaxParams {
+  const uint8_t* code;  // [num_blocks]
+  const float* nested;  // [1 + ceil(num_blocks / 256)]
+  float* absmax;        // [num_blocks] out
+  int64_t num_blocks;
+};
+
+struct Dequantize4bitParams {
+  PackedWeight weight;
+  int64_t row_begin;  // rows [row_begin, row_end) of the weight are decoded
+  int64_t row_end;
+  void* out;          // [row_end - row_begin, K], contiguous, dtype
+  DType dtype;
+};
+
+// y = x * W^T + bias + lora_S * lora_B^T, accumulated in fp32 and rounded once to dtype.
+struct Gemm4bitParams {
+  PackedWeight weight;
+  const void* x;        // [M, K], dtype, rows x_stride apart, k contiguous
+  const void* bias;     // [N], bias_dtype; or null
+  const float* lora_S;  // [M, R] fp32, rows S_stride apart, already scaled; or null
+  const void* lora_B;   // [N, R], lora_dtype, contiguous; or null
+  void* y;              // [M, N], dtype, contiguous
+  int64_t M;
+  int64_t R;            // 0 without a bypass
+  int64_t x_stride;
+  int64_t S_stride;
+  DType dtype;
+  DType bias_dtype;
+  DType lora_dtype;
+  void* workspace;      // workspace_gemm_4bit() bytes
+};
+
+// dX = dY * W + lora_dS * lora_A: the contraction runs over [N | R].
+struct Gemm4bitBackwardParams {
+  PackedWeight weight;
+  const void* dY;        // [M, N], dtype, rows dY_stride apart
+  const float* lora_dS;  // [M, R] fp32, contiguous, already scaled; or null
+  const void* lora_A;    // [R, K], lora_dtype, contiguous; or null
+  void* dX;              // [M, K], dtype, contiguous
+  int64_t M;
+  int64_t R;
+  int64_t dY_stride;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// S = scaling * x * A^T.
+struct LoraShrinkParams {
+  const void* x;       // [M, K], dtype, rows x_stride apart
+  const void* lora_A;  // [R, K], lora_dtype, contiguous
+  float* S;            // [M, R] fp32, contiguous
+  int64_t M;
+  int64_t R;
+  int64_t K;
+  int64_t x_stride;
+  float scaling;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// dA = scaling * dS^T * x, and dx = scaling * dS * A where asked for.
+struct LoraShrinkBackwardParams {
+  const float* dS;     // [M, R] fp32, contiguous
+  const void* x;       // [M, K], dtype, rows x_stride apart
+  const void* lora_A;  // [R, K], lora_dtype, contiguous
+  void* dx;            // [M, K], dtype, contiguous; or null
+  void* dA;            // [R, K], lora_dtype, contiguous
+  int64_t M;
+  int64_t R;
+  int64_t K;
+  int64_t x_stride;
+  float scaling;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// One pass over dY: dS = dY * B and dB = dY^T * S.
+struct LoraExpandBackwardParams {
+  const void* dY;      // [M, N], dtype, rows dY_stride apart
+  const float* S;      // [M, R] fp32, rows S_stride apart
+  const void* lora_B;  // [N, R], lora_dtype, contiguous
+  float* dS;           // [M, R] fp32, contiguous
+  void* dB;            // [N, R], lora_dtype, contiguous
+  int64_t M;
+  int64_t R;
+  int64_t N;
+  int64_t dY_stride;
+  int64_t S_stride;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// out = dequantize(W) + scaling * B * A in fp32, rounded once to dtype.
+struct MergeLora4bitParams {
+  PackedWeight weight;
+  const void* lora_A;  // [R, K], lora_dtype, contiguous
+  const void* lora_B;  // [N, R], lora_dtype, contiguous
+  void* out;           // [N, K], dtype, contiguous
+  int64_t R;
+  float scaling;
+  DType dtype;
+  DType lora_dtype;
+};
+
+// out[i] = dequantize(W)[indices[i]].
+struct Embedding4bitParams {
+  PackedWeight weight;
+  const int64_t* indices;  // [M], each in [0, N): checked on the CPU, clamped never
+  void* out;               // [M, K], dtype, contiguous
+  int64_t* bad_index;      // CPU: as in Quantize4bitParams; CUDA: null, a bad index traps the kernel
+  int64_t M;
+  DType dtype;
+};
+
+// Each backend defines these. A launcher returns null, or a sentence that says what went wrong
+// (CUDA: the failed call and its error). `stream` is a cudaStream_t, null on the CPU.
+// A workspace_ function returns the bytes of scratch its launcher needs, 0 for none.
+namespace launch {
+const char* quantize_4bit(const Quantize4bitParams&, void* stream);
+const char* quantize_absmax(const QuantizeAbsmaxParams&, void* stream);
+const char* dequantize_absmax(const DequantizeAbsmaxParams&, void* stream);
+const char* dequantize_4bit(const Dequantize4bitParams&, void* stream);
+const char* gemm_4bit(const Gemm4bitParams&, void* stream);
+const char* gemm_4bit_backward(const Gemm4bitBackwardParams&, void* stream);
+const char* lora_shrink(const LoraShrinkParams&, void* stream);
+const char* lora_shrink_backward(const LoraShrinkBackwardParams&, void* stream);
+const char* lora_expand_backward(const LoraExpandBackwardParams&, void* stream);
+const char* merge_lora_4bit(const MergeLora4bitParams&, void* stream);
+const char* embedding_4bit(const Embedding4bitParams&, void* stream);
+
+int64_t workspace_quantize_4bit(const Quantize4bitParams&);
+int64_t workspace_quantize_absmax(const QuantizeAbsmaxParams&);
+int64_t workspace_gemm_4bit(const Gemm4bitParams&);
+int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams&);
+int64_t workspace_lora_shrink(const LoraShrinkParams&);
+int64_t workspace_lora_shrink_backward(const LoraShrinkBackwardParams&);
+int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams&);
+
+// Rows of W to decode at a time into a dense chunk that torch's matmul (cuBLAS) then multiplies,
+// or 0: the fused kernel is used. Named heuristics on (M, N, K, dtype, SM count, architecture).
+int64_t chunk_rows_gemm_4bit(const Gemm4bitParams&);
+int64_t chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams&);
+}  // namespace launch
+
+}  // namespace qlora_ext
