@@ -1,0 +1,142 @@
+// y = x W^T + bias + S B^T with W in 4 bits; fp32 accumulation, one rounding.
+//
+// Up to kMaxDotRows rows of x: W streams through once, decoded in registers, one dot product per
+// row of W (bound by look-ups, then by memory). More rows: W is decoded, transposed, into panels
+// that stay in L1, and the LoRA bypass is one more contraction block after the weight's.
+#include "matmul.h"
+#include "scales.h"
+
+namespace qlora_ext {
+namespace cpu {
+namespace {
+
+constexpr int64_t kGrainMacs = 65536;    // multiplies that repay waking a thread
+constexpr int64_t kRegionTiles = 2;      // 32 rows of W a task
+constexpr int64_t kUnpackedRows = 16;    // up to here x is used where it lies: no workspace
+constexpr int64_t kDotRegion = 16;       // rows of W a task, for few rows of x
+constexpr int64_t kDotDepth = 2048;      // x converted at a time: 32 KB of stack for 4 rows
+
+int64_t grain_of(const Gemm4bitParams& p, int64_t rows, int64_t columns) {
+  const int64_t macs = rows * columns * std::max<int64_t>(1, p.weight.K);
+  return std::max<int64_t>(1, kGrainMacs / macs);
+}
+
+float bias_at(const Gemm4bitParams& p, int64_t n) {
+  float value = 0.0f;
+  if (p.bias == nullptr) return value;
+  kernels().to_float(element(p.bias, p.bias_dtype, n), p.bias_dtype, 1, &value);
+  return value;
+}
+
+// ---- few rows of x ----
+
+// sums[m] += S[m, :] . B[n, :].
+void add_bypass(const Gemm4bitParams& p, int64_t n, float* sums) {
+  float lora_B[kDepth];
+  for (int64_t r = 0; r < p.R; r += kDepth) {
+    const int64_t depth = std::min(kDepth, p.R - r);
+    kernels().to_float(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, depth, lora_B);
+    for (int64_t m = 0; m < p.M; ++m) {
+      const float* lora_S = p.lora_S + m * p.S_stride + r;
+      for (int64_t i = 0; i < depth; ++i) sums[m] += lora_S[i] * lora_B[i];
+    }
+  }
+}
+
+// Columns [region.column, + columns) of y for all M <= kMaxDotRows rows.
+void few_rows_region(const Gemm4bitParams& p, const Region& region) {
+  alignas(64) float converted[kMaxDotRows * kDotDepth];
+  float sums[kDotRegion][kMaxDotRows] = {};
+  const int64_t K = p.weight.K;
+  for (int64_t k = 0; k < K; k += kDotDepth) {
+    const int64_t depth = std::min(kDotDepth, K - k);
+    const float* x = static_cast<const float*>(p.x) + k;
+    int64_t x_stride = p.x_stride;
+    if (p.dtype != DType::kFloat32) {
+      for (int64_t m = 0; m < p.M; ++m) {
+        kernels().to_float(element(p.x, p.dtype, m * p.x_stride + k), p.dtype, depth,
+                           converted + m * kDotDepth);
+      }
+      x = converted;
+      x_stride = kDotDepth;
+    }
+    for (int64_t i = 0; i < region.columns; ++i) {
+      const int64_t first = (region.column + i) * K + k;
+      kernels().dot(p.weight, first, depth, x, x_stride, p.M, sums[i]);
+    }
+  }
+  for (int64_t i = 0; i < region.columns; ++i) {
+    const int64_t n = region.column + i;
+    add_bypass(p, n, sums[i]);
+    for (int64_t m = 0; m < p.M; ++m) {
+      const float value = sums[i][m] + bias_at(p, n);
+      kernels().from_float(&value, 1, p.dtype, element(p.y, p.dtype, m * p.weight.N + n));
+    }
+  }
+}
+
+// ---- many rows of x ----
+
+// `x` and `lora_S` hold the chunk's rows from `row` on; region rows count from the chunk's start.
+void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S,
+                      const Region& region, int64_t row) {
+  Accumulators sums;
+  clear(region, sums);
+  add_product(x, region, [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
+    kernels().decode_columns(p.weight, n, width, k, depth, panel);
+  }, sums);
+  add_product(lora_S, region, [&](int64_t n, int64_t width, int64_t r, int64_t depth,
+                                  float* panel) {
+    kernels().pack_columns(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, p.R, width,
+                           depth, panel);
+  }, sums);
+  void* y = element(p.y, p.dtype, row * p.weight.N);
+  store(region, sums, p.dtype, p.weight.N, y,
+        [&](int64_t, int64_t n, int64_t width, float* values) {
+    if (p.bias == nullptr) return;
+    for (int64_t c = 0; c < width; ++c) values[c] += bias_at(p, n + c);
+  });
+}
+
+void many_rows(const Gemm4bitParams& p) {
+  const int64_t K = p.weight.K;
+  const int64_t N = p.weight.N;
+  const bool packed = p.M > kUnpackedRows;
+  const int64_t chunk = chunk_rows(p.M, K, kRegionTiles);
+  for (int64_t row = 0; row < p.M; row += chunk) {
+    const int64_t rows = std::min(chunk, p.M - row);
+    const Left all_x = rows_of(p.x, p.dtype, p.x_stride, K);
+    const Left x = packed ? pack(all_x, row, rows, static_cast<float*>(p.workspace)) : all_x;
+    const Left lora_S = rows_of(p.lora_S + (p.R > 0 ? row * p.S_stride : 0), DType::kFloat32,
+                                p.S_stride, p.R);
+    const int64_t columns = kRegionTiles * kPanelWidth;
+    for_each_region(rows, N, rows, columns, grain_of(p, rows, columns),
+                    [&](const Region& region) { many_rows_region(p, x, lora_S, region, row); });
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+
+const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
+  if (const char* error = cpu::cpu_path_error()) return error;
+  if (p.M == 0 || p.weight.N == 0) return nullptr;
+  if (p.M <= cpu::kMaxDotRows) {
+    cpu::for_each_region(p.M, p.weight.N, p.M, cpu::kDotRegion,
+                         cpu::grain_of(p, p.M, cpu::kDotRegion), [&](const cpu::Region& region) {
+      cpu::few_rows_region(p, region);
+    });
+  } else {
+    cpu::many_rows(p);
+  }
+  return nullptr;
+}
+
+int64_t launch::workspace_gemm_4bit(const Gemm4bitParams& p) {
+  if (p.M <= cpu::kUnpackedRows) return 0;
+  return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.K, cpu::kRegionTiles), p.weight.K);
+}
+
+int64_t launch::chunk_rows_gemm_4bit(const Gemm4bitParams&) { return 0; }
+
+}  // namespace qlora_ext

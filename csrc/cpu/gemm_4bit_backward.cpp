@@ -1,0 +1,72 @@
+// dX = dY W + dS A with W in 4 bits: the contraction runs over the rows of W.
+//
+// W's rows are decoded as they lie into panels [n, 16 columns] that stay in L1; the bypass is one
+// more contraction block after the weight's.
+#include "matmul.h"
+
+namespace qlora_ext {
+namespace cpu {
+namespace {
+
+constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
+constexpr int64_t kRegionTiles = 2;    // 32 columns of W a task: a quarter of a cache line of codes
+constexpr int64_t kUnpackedRows = 16;  // up to here dY is used where it lies: no workspace
+
+// panel[d] = W[n + d, k : k + width].
+void decode_rows(const PackedWeight& weight, int64_t k, int64_t width, int64_t n, int64_t depth,
+                 float* panel) {
+  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth) {
+    kernels().decode(weight, (n + d) * weight.K + k, width, DType::kFloat32, panel);
+    std::fill(panel + width, panel + kPanelWidth, 0.0f);
+  }
+}
+
+// `dY` and `dS` hold the chunk's rows from `row` on; region rows count from the chunk's start.
+void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left& dS,
+                     const Region& region, int64_t row) {
+  const int64_t K = p.weight.K;
+  Accumulators sums;
+  clear(region, sums);
+  add_product(dY, region, [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
+    decode_rows(p.weight, k, width, n, depth, panel);
+  }, sums);
+  add_product(dS, region, [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
+    kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width, depth,
+                        panel);
+  }, sums);
+  store(region, sums, p.dtype, K, element(p.dX, p.dtype, row * K),
+        [](int64_t, int64_t, int64_t, float*) {});
+}
+
+}  // namespace
+}  // namespace cpu
+
+const char* launch::gemm_4bit_backward(const Gemm4bitBackwardParams& p, void*) {
+  using namespace cpu;
+  if (const char* error = cpu_path_error()) return error;
+  if (p.M == 0) return nullptr;
+  const int64_t N = p.weight.N;
+  const int64_t K = p.weight.K;
+  const bool packed = p.M > kUnpackedRows;
+  const int64_t chunk = chunk_rows(p.M, N, kRegionTiles);
+  for (int64_t row = 0; row < p.M; row += chunk) {
+    const int64_t rows = std::min(chunk, p.M - row);
+    const Left all_dY = rows_of(p.dY, p.dtype, p.dY_stride, N);
+    const Left dY = packed ? pack(all_dY, row, rows, static_cast<float*>(p.workspace)) : all_dY;
+    const Left dS = rows_of(p.lora_dS + row * p.R, DType::kFloat32, p.R, p.R);
+    const int64_t columns = kRegionTiles * kPanelWidth;
+    const int64_t macs = rows * columns * std::max<int64_t>(1, N);
+    for_each_region(rows, K, rows, columns, std::max<int64_t>(1, kGrainMacs / macs),
+                    [&](const Region& region) { backward_region(p, dY, dS, region, row); });
+  }
+  return nullptr;
+}
+
+int64_t launch::workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
+  if (p.M <= cpu::kUnpackedRows) return 0;
+  return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.N, cpu::kRegionTiles), p.weight.N);
+}
+
+int64_t launch::chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams&) { return 0; }
+
+}  // namespace qlora_ext

@@ -1,0 +1,164 @@
+// The one matrix product of the CPU backend, C = left * right, shared by every op.
+//
+// A task owns a region of C and keeps it in fp32 accumulators on its stack. It walks the
+// contraction in blocks of kDepth; for each block it fills a panel [kDepth, 16] of the right
+// operand (decoded from 4 bits, or converted) that stays in the L1 cache, and multiplies the
+// block's left rows by it. So W is decoded once per region, no dense copy of it ever exists,
+// and each element is summed in one fixed order, whatever the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "half.h"
+#include "parallel.h"
+#include "simd/simd.h"
+
+namespace qlora_ext::cpu {
+
+constexpr int64_t kDepth = 256;              // contraction block: a panel is 16 KB of L1
+constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
+constexpr int64_t kMaxConvertedRows = 64;    // rows a task converts to fp32 itself: 64 KB of stack
+constexpr int64_t kMaxWorkspace = int64_t{16} << 20;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The left operand [rows, depth]. Element (m, d) lies at
+// data[m * row_stride + (d / kDepth) * block_stride + (d % kDepth) * depth_stride].
+struct Left {
+  const void* data;
+  DType dtype;
+  int64_t row_stride;
+  int64_t depth_stride;  // other than 1 only for fp32
+  int64_t block_stride;
+  int64_t depth;
+};
+
+inline Left rows_of(const void* data, DType dtype, int64_t row_stride, int64_t depth) {
+  return {data, dtype, row_stride, 1, kDepth, depth};
+}
+
+// The transpose of `data` [depth, rows] fp32, depth_stride elements from row to row.
+inline Left columns_of(const float* data, int64_t depth_stride, int64_t depth) {
+  return {data, DType::kFloat32, 1, depth_stride, kDepth * depth_stride, depth};
+}
+
+// A region of C: what one task computes.
+struct Region {
+  int64_t row;
+  int64_t rows;
+  int64_t column;
+  int64_t columns;
+
+  int64_t tiles() const { return ceil_div(columns, kPanelWidth); }
+  int64_t tile_width(int64_t tile) const {
+    return std::min(kPanelWidth, columns - tile * kPanelWidth);
+  }
+};
+
+// Accumulators of a region: [tiles][rows][kPanelWidth].
+struct Accumulators {
+  alignas(64) float values[kMaxAccumulatorRows * kPanelWidth];
+
+  float* row(const Region& region, int64_t tile, int64_t m) {
+    return values + (tile * region.rows + m) * kPanelWidth;
+  }
+};
+
+// Calls f(region) in parallel for the regions of a [rows, columns] result.
+template <class F>
+void for_each_region(int64_t rows, int64_t columns, int64_t region_rows, int64_t region_columns,
+                     int64_t grain, const F& f) {
+  const int64_t across = ceil_div(columns, region_columns);
+  parallel_for(ceil_div(rows, region_rows) * across, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * region_rows;
+      const int64_t column = i % across * region_columns;
+      f(Region{row, std::min(region_rows, rows - row), column,
+               std::min(region_columns, columns - column)});
+    }
+  });
+}
+
+// sums += left[region.row :, :] * right[:, region.column :].
+// fill(column, width, d, depth, panel) delivers right[d : d + depth, column : column + width].
+template <class Fill>
+void add_product(const Left& left, const Region& region, const Fill& fill, Accumulators& sums) {
+  alignas(64) float panel[kDepth * kPanelWidth];
+  alignas(64) float converted[kMaxConvertedRows * kDepth];
+  const Kernels& simd = kernels();
+  for (int64_t d = 0; d < left.depth; d += kDepth) {
+    const int64_t depth = std::min(kDepth, left.depth - d);
+    const int64_t offset = region.row * left.row_stride + d / kDepth * left.block_stride;
+    const float* x = static_cast<const float*>(left.data) + offset;
+    int64_t row_stride = left.row_stride;
+    if (left.dtype != DType::kFloat32) {
+      for (int64_t m = 0; m < region.rows; ++m) {
+        const void* row = element(left.data, left.dtype, offset + m * left.row_stride);
+        simd.to_float(row, left.dtype, depth, converted + m * kDepth);
+      }
+      x = converted;
+      row_stride = kDepth;
+    }
+    for (int64_t tile = 0; tile < region.tiles(); ++tile) {
+      fill(region.column + tile * kPanelWidth, region.tile_width(tile), d, depth, panel);
+      simd.multiply(x, row_stride, left.depth_stride, region.rows, panel, depth,
+                    sums.row(region, tile, 0));
+    }
+  }
+}
+
+// Clears the sums of a region.
+inline void clear(const Region& region, Accumulators& sums) {
+  std::fill_n(sums.values, region.tiles() * region.rows * kPanelWidth, 0.0f);
+}
+
+// Rounds a region into out [*, out_stride]. finish(row, column, width, values) may change the
+// fp32 values of one row of a tile before they are rounded.
+template <class Finish>
+void store(const Region& region, Accumulators& sums, DType dtype, int64_t out_stride, void* out,
+           const Finish& finish) {
+  for (int64_t tile = 0; tile < region.tiles(); ++tile) {
+    const int64_t width = region.tile_width(tile);
+    const int64_t column = region.column + tile * kPanelWidth;
+    for (int64_t m = 0; m < region.rows; ++m) {
+      float* values = sums.row(region, tile, m);
+      finish(region.row + m, column, width, values);
+      const int64_t at = (region.row + m) * out_stride + column;
+      kernels().from_float(values, width, dtype, element(out, dtype, at));
+    }
+  }
+}
+
+// A left operand packed to fp32 blocks [depth / kDepth][rows][kDepth]: converted once instead of
+// once per region, and free of the cache conflicts of a large power-of-two row stride.
+inline int64_t packed_bytes(int64_t rows, int64_t depth) {
+  return rows * ceil_div(depth, kDepth) * kDepth * static_cast<int64_t>(sizeof(float));
+}
+
+inline Left pack(const Left& left, int64_t row, int64_t rows, float* packed) {
+  const int64_t block_stride = rows * kDepth;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, left.depth));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t d = 0; d < left.depth; d += kDepth) {
+        const int64_t depth = std::min(kDepth, left.depth - d);
+        const void* from = element(left.data, left.dtype, (row + m) * left.row_stride + d);
+        kernels().to_float(from, left.dtype, depth,
+                           packed + d / kDepth * block_stride + m * kDepth);
+      }
+    }
+  });
+  return {packed, DType::kFloat32, kDepth, 1, block_stride, left.depth};
+}
+
+// Rows of a product to take at a time, so that they fit the accumulators and, packed, the
+// workspace. Many rows repay the decoding of W: at 512 it is about 2% of the arithmetic.
+inline int64_t chunk_rows(int64_t rows, int64_t depth, int64_t tiles) {
+  const int64_t fitting = kMaxWorkspace / std::max<int64_t>(1, packed_bytes(1, depth));
+  const int64_t limit = std::max<int64_t>(1, std::min(fitting, kMaxAccumulatorRows / tiles));
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(rows, limit));
+  return ceil_div(rows, chunks);  // equal chunks: no short last one
+}
+
+}  // namespace qlora_ext::cpu

@@ -1,0 +1,74 @@
+// The inner kernels of the CPU backend: one table of functions per instruction set, chosen once,
+// at run time. A new instruction set is a new file with such a table and a line in dispatch.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "../../params.h"
+
+namespace qlora_ext::cpu {
+
+// Columns of the right operand that a panel holds, whatever the instruction set.
+constexpr int64_t kPanelWidth = 16;
+// Rows of x that `dot` takes at once.
+constexpr int64_t kMaxDotRows = 4;
+
+// How a weight becomes the argument of the codebook's decision: v = (w - mean) * inverse_scale.
+struct Normalizer {
+  float mean;           // 0 except for normalization "standard"
+  float inverse_scale;  // 0 for a block without a usable scale: every v is 0
+  bool clip;            // v is clipped to [-1, 1]
+};
+
+struct Kernels {
+  const char* name;
+
+  // dst[i] = float(src[i]).
+  void (*to_float)(const void* src, DType dtype, int64_t n, float* dst);
+  // dst[i] = src[i], rounded to nearest even.
+  void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);
+
+  // max |x|; Inf or NaN if any x is.
+  float (*max_abs)(const float* x, int64_t n);
+  // Packs the codes of n weights, first one in a high nibble; an odd n leaves a zero low nibble.
+  void (*encode)(const float* x, int64_t n, const Normalizer& normalizer,
+                 const Codebook& codebook, uint8_t* packed);
+  // code[i] = nearest dynamic-map entry to (absmax[i] - offset) * inverse_scale.
+  void (*encode_scales)(const float* absmax, int64_t n, float offset, float inverse_scale,
+                        uint8_t* code);
+
+  // Decodes flat elements [first, first + n), rounded to dtype.
+  void (*decode)(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, void* out);
+  // panel[d][c] = W[row + c][k + d] for c < width <= kPanelWidth, d < depth; zero for c >= width.
+  void (*decode_columns)(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+                         int64_t depth, float* panel);
+  // sums[m] += sum over i < n of x[m][i] * w[first + i], for m < M <= kMaxDotRows.
+  void (*dot)(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
+              int64_t x_stride, int64_t M, float* sums);
+
+  // panel[d][c] = src[d * stride + c] for c < width, zero beyond.
+  void (*pack_rows)(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,
+                    float* panel);
+  // panel[d][c] = src[c * stride + d] for c < width, zero beyond.
+  void (*pack_columns)(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,
+                       float* panel);
+  // acc[m][c] += sum over d of x[m * row_stride + d * depth_stride] * panel[d][c], in order of d.
+  void (*multiply)(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
+                   const float* panel, int64_t depth, float* acc);
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__) && defined(QLORA_AVX2_PENDING)
+extern const Kernels kAvx2Kernels;
+#endif
+
+// The live table: QLORA_EXT_CPU=portable|avx2 forces one, else the best that this CPU runs.
+const Kernels& kernels();
+
+// Name of the live table ("portable", "avx2"), or null after an error.
+const char* cpu_path();
+
+// Null, or the sentence that says why QLORA_EXT_CPU cannot be honoured; every launcher returns it.
+const char* cpu_path_error();
+
+}  // namespace qlora_ext::cpu
