@@ -1,0 +1,125 @@
+// The format as kernels read it: conversions that round once, scales, single weights.
+// Everything here is bit-exact with the CPU backend, so products and sums are __f*_rn, which the
+// compiler does not contract into an FMA.
+#pragma once
+
+#include "codebook.h"
+#include "cuda/ptx.cuh"
+#include "dispatch.h"
+
+namespace qlora_ext {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(v);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(v);
+  } else {
+    return v;
+  }
+}
+
+// Two values in one register, the first in the low half; T is __half or __nv_bfloat16.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, 4);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, 4);
+  }
+  return bits;
+}
+
+// Visits the device's own types: visit_cuda_dtype(dtype, [&](auto tag) {
+//   using T = typename decltype(tag)::type; ... });
+template <class F>
+decltype(auto) visit_cuda_dtype(DType dtype, F&& f) {
+  return visit_dtype<float, __half, __nv_bfloat16>(dtype, f);
+}
+
+// The signed dynamic map. Not __constant__: lanes look up different codes, which the constant
+// cache serves one address at a time; kernels that look up often copy it to shared memory.
+static __device__ const float kDeviceDynamicMap[256] = {QLORA_EXT_DYNAMIC_MAP};
+
+// What a kernel needs of a weight's scales: weight element i has block i >> shift.
+// shift is 63 for one scale per tensor (or per less than one block).
+struct Scales {
+  const uint8_t* code;  // [num_blocks], or null: absmax is given
+  const float* absmax;  // [num_blocks], or null: nested
+  const float* nested;  // [1 + ceil(num_blocks / 256)]: offset, then absmax2
+  const float* mean;    // [num_blocks], or null
+  int shift;
+};
+
+inline int log2_floor(int64_t v) {
+  int shift = 0;
+  while (v >> (shift + 1)) ++shift;
+  return shift;
+}
+
+inline Scales make_scales(const PackedWeight& w) {
+  return {w.absmax_code, w.absmax, w.nested, w.mean,
+          w.num_blocks <= 1 ? 63 : log2_floor(w.blocksize)};
+}
+
+// The scale of one block. `map` is the dynamic map, in global or shared memory.
+__device__ __forceinline__ float decode_scale(const Scales& scales, int64_t block,
+                                              const float* map) {
+  if (scales.code == nullptr) return __ldg(scales.absmax + block);
+  const float scaled =
+      __fmul_rn(map[__ldg(scales.code + block)], __ldg(scales.nested + 1 + (block >> 8)));
+  return __fadd_rn(scaled, __ldg(scales.nested));
+}
+
+// The 4-bit code of flat element i: the high nibble holds the even element.
+__device__ __forceinline__ int code_at(const uint8_t* packed, int64_t i) {
+  const int byte = __ldg(packed + (i >> 1));
+  return (i & 1) ? byte & 15 : byte >> 4;
+}
+
+// One weight, any shape and block size: value * scale, then + mean. `values` is the codebook.
+__device__ __forceinline__ float decode_weight(const uint8_t* packed, const Scales& scales,
+                                               const float* values, int64_t i) {
+  const int64_t block = i >> scales.shift;
+  const float v =
+      __fmul_rn(values[code_at(packed, i)], decode_scale(scales, block, kDeviceDynamicMap));
+  return scales.mean == nullptr ? v : __fadd_rn(v, __ldg(scales.mean + block));
+}
+
+// 1 / scale as the quantizer uses it: `usable` is false where values are coded as zeros.
+struct Reciprocal {
+  float value;
+  bool usable;
+};
+__device__ __forceinline__ Reciprocal reciprocal(float scale) {
+  const float inverse = __frcp_rn(scale);
+  return {inverse, scale != 0.0f && fabsf(inverse) <= 3.402823466e38f};
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Grids have at most 2^31 - 1 blocks along x; kernels with more work than that stride over it.
+inline unsigned grid_blocks(int64_t blocks, int64_t limit = 2147483647) {
+  return static_cast<unsigned>(blocks < limit ? blocks : limit);
+}
+
+// A launcher runs kernels in turn until one fails.
+#define QLORA_EXT_TRY(launch_call)                            \
+  do {                                                        \
+    if (const char* error = (launch_call)) return error;      \
+  } while (false)
+
+}  // namespace qlora_ext
