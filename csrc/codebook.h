@@ -13,29 +13,29 @@
 namespace qlora_ext {
 
 // NF4: quantiles of N(0, 1), QLoRA (arXiv 2305.14314), appendix E; the bits are bitsandbytes'.
-constexpr float kNF4[16] = {
+constexpr double kNF4[16] = {
     -1.0f, -0.6961928f, -0.52507305f, -0.3949175f,
     -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
     0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f,
     0.44070983f, 0.562617f, 0.72295684f, 1.0f};
 
 // FP4 (E2M1 with one subnormal), divided by its largest value; codes are sign-magnitude.
-constexpr float kFP4[16] = {
+constexpr double kFP4[16] = {
     0.0f, 0.0052083335f, 0.6666667f, 1.0f,
     0.33333334f, 0.5f, 0.16666667f, 0.25f,
     0.0f, -0.0052083335f, -0.6666667f, -1.0f,
     -0.33333334f, -0.5f, -0.16666667f, -0.25f};
 
 // 16 evenly spaced levels without a zero, to two decimals.
-constexpr float kLinear[16] = {
-    -1.0f, -0.87f, -0.73f, -0.60f,
-    -0.47f, -0.33f, -0.20f, -0.07f,
-    0.07f, 0.20f, 0.33f, 0.47f,
-    0.60f, 0.73f, 0.87f, 1.0f};
+constexpr double kLinear[16] = {
+    -1.0, -0.87, -0.73, -0.60,
+    -0.47, -0.33, -0.20, -0.07,
+    0.07, 0.20, 0.33, 0.47,
+    0.60, 0.73, 0.87, 1.0};
 
 struct NamedCodebook {
   const char* name;
-  const float* values;
+  const double* levels;  // [16], by code; values are these rounded to fp32
   bool sign_magnitude;
 };
 
@@ -59,17 +59,23 @@ inline double inverse_companding(double level, Companding companding, double k) 
   return std::copysign(w, level);
 }
 
-// Builds the decision rule for 16 levels: fp32 midpoints of neighbours in the companded domain,
+// Builds the decision rule for 16 levels: the midpoints of neighbours in the companded domain,
 // mapped back. `values` become the effective ones, so that nothing below this line knows of
 // companding. The levels need not be sorted; NaN and Inf are for the caller to refuse.
-inline Codebook make_codebook(const float* levels, bool sign_magnitude,
+//
+// A midpoint that fp32 cannot hold is rounded to nearest where the levels are fp32 numbers (NF4,
+// FP4: bitsandbytes' rule), and down where they are decimals (linear): x > threshold then decides
+// as x > midpoint does exactly. 0.8 lies between 0.73 and 0.87, and fp32's 0.8 is above it.
+inline Codebook make_codebook(const double* levels, bool sign_magnitude,
                               Companding companding = Companding::kNone, double k = 1.0) {
   Codebook book;
   book.sign_magnitude = sign_magnitude;
   const int num_ranks = sign_magnitude ? 8 : 16;  // sign-magnitude: codes 0..7 are the positives
+  bool levels_are_fp32 = true;
   for (int code = 0; code < 16; ++code) {
     book.order[code] = static_cast<uint8_t>(code);
     book.values[code] = static_cast<float>(inverse_companding(levels[code], companding, k));
+    levels_are_fp32 &= levels[code] == static_cast<double>(static_cast<float>(levels[code]));
   }
   std::stable_sort(book.order, book.order + num_ranks,
                    [&](uint8_t a, uint8_t b) { return levels[a] < levels[b]; });
@@ -78,11 +84,13 @@ inline Codebook make_codebook(const float* levels, bool sign_magnitude,
       book.thresholds[i] = std::numeric_limits<float>::infinity();
       continue;
     }
-    const double midpoint =
-        (static_cast<double>(levels[book.order[i]]) + levels[book.order[i + 1]]) / 2;
-    // fp32 midpoint first (the format's rule), then back through the companding.
-    book.thresholds[i] = static_cast<float>(
-        inverse_companding(static_cast<float>(midpoint), companding, k));
+    const double midpoint = inverse_companding(
+        (levels[book.order[i]] + levels[book.order[i + 1]]) / 2, companding, k);
+    float threshold = static_cast<float>(midpoint);
+    if (!levels_are_fp32 && threshold > midpoint) {
+      threshold = std::nextafter(threshold, -std::numeric_limits<float>::infinity());
+    }
+    book.thresholds[i] = threshold;
   }
   return book;
 }

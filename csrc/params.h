@@ -143,7 +143,7 @@ struct LoraShrinkBackwardParams {
   void* workspace;
 };
 
-// One pass over dY: dS = dY * B and dB = dY^T * S.
+// One pass over dY: dS = scaling * dY * B and dB = dY^T * S.
 struct LoraExpandBackwardParams {
   const void* dY;      // [M, N], dtype, rows dY_stride apart
   const float* S;      // [M, R] fp32, rows S_stride apart
@@ -155,6 +155,7 @@ struct LoraExpandBackwardParams {
   int64_t N;
   int64_t dY_stride;
   int64_t S_stride;
+  float scaling;       // of dS alone: 1 for S's own gradient
   DType dtype;
   DType lora_dtype;
   void* workspace;

@@ -1,0 +1,18 @@
+// The CPU backend's registration, and what host/common.h asks of a backend.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "../host/common.h"
+
+namespace qlora_ext::host {
+
+DeviceScope::DeviceScope(const Tensor&) {}
+DeviceScope::~DeviceScope() = default;
+
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
+}
+
+}  // namespace qlora_ext::host
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { qlora_ext::host::register_ops(m); }

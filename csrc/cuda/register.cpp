@@ -1,0 +1,27 @@
+// The CUDA backend's registration, and what host/common.h asks of a backend. This half is its own
+// shared library: a CPU-only torch lacks the symbols it links to, so it is loaded only where
+// torch.version.cuda is set.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+
+#include "../host/common.h"
+
+namespace qlora_ext::host {
+
+DeviceScope::DeviceScope(const Tensor& tensor) {
+  const int32_t device = tensor.get_device_index();
+  CUDAGuardHandle guard;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+  guard_ = guard;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+}
+
+DeviceScope::~DeviceScope() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }
+
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
+}
+
+}  // namespace qlora_ext::host
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_ext, CUDA, m) { qlora_ext::host::register_ops(m); }

@@ -1,0 +1,252 @@
+#include "common.h"
+
+#include <cmath>
+#include <limits>
+
+namespace qlora_ext::host {
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    default: return "a dtype this build does not know";
+  }
+}
+
+DType float_dtype(const char* op, const char* arg, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: fail(op, arg, " has dtype ", dtype_name(dtype), ", want float32, float16 or bfloat16");
+  }
+}
+
+Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like) {
+  // The shim's own call: torch::stable::empty looks the op up by name on every call.
+  std::array<int64_t, 8> strides;
+  const auto dim = static_cast<int64_t>(sizes.size());
+  if (dim > static_cast<int64_t>(strides.size())) {
+    return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+  }
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t device_type, device_index;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_device_index(like.get(), &device_index);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return empty(Ints(sizes), dtype, like);
+}
+
+void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like) {
+  int32_t got_type, got_index, want_type, want_index;
+  aoti_torch_get_device_type(tensor.get(), &got_type);
+  aoti_torch_get_device_type(like.get(), &want_type);
+  aoti_torch_get_device_index(tensor.get(), &got_index);
+  aoti_torch_get_device_index(like.get(), &want_index);
+  if (got_type == want_type && got_index == want_index) return;
+  auto name = [](int32_t type, int32_t index) {
+    const bool cuda = type == aoti_torch_device_type_cuda();
+    std::string text = cuda                                   ? "cuda"
+                       : type == aoti_torch_device_type_cpu() ? "cpu"
+                                                              : "another device";
+    return cuda ? text + ":" + std::to_string(index) : text;
+  };
+  fail(op, arg, " is on ", name(got_type, got_index), ", want ", name(want_type, want_index),
+       " (every tensor of a call on one device)");
+}
+
+Rows as_rows(const char* op, const char* arg, const Tensor& x) {
+  const int64_t dim = x.dim();
+  QLORA_CHECK(dim >= 1, op, arg, " is a scalar, want at least one dimension");
+  Rows r{x, nullptr, 1, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
+  for (int64_t d = 0; d + 1 < dim; ++d) r.rows *= x.size(d);
+  r.stride = r.cols;
+  if (!x.is_contiguous()) {
+    // Leading dimensions that fold into one, as those of a column slice do.
+    bool foldable = dim >= 2 && x.stride(dim - 1) == 1 && x.stride(dim - 2) >= r.cols;
+    for (int64_t d = 0; foldable && d + 2 < dim; ++d) {
+      foldable = x.stride(d) == x.stride(d + 1) * x.size(d + 1);
+    }
+    if (foldable) {
+      r.stride = x.stride(dim - 2);
+    } else {
+      r.tensor = torch::stable::contiguous(x);
+    }
+  }
+  r.data = r.tensor.data_ptr();
+  return r;
+}
+
+Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
+               std::initializer_list<int64_t> want, const Tensor& device_of) {
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == want.size();
+  for (size_t d = 0; same && d < want.size(); ++d) same = sizes[d] == want.begin()[d];
+  QLORA_CHECK(same, op, arg, " has shape ", list_string(sizes), ", want ", list_string(Ints(want)));
+  check_same_device(op, arg, tensor, device_of);
+  Dense dense;
+  dense.dtype = float_dtype(op, arg, tensor.scalar_type());
+  dense.tensor = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  dense.data = dense.tensor.data_ptr();
+  return dense;
+}
+
+Rows as_rank_rows(const char* op, const char* arg, const Tensor& S, int64_t M, int64_t R,
+                  const Tensor& device_of) {
+  const Rows rows = as_rows(op, arg, S);
+  QLORA_CHECK(rows.dtype == DType::kFloat32, op, arg, " has dtype ", dtype_name(S.scalar_type()),
+              ", want float32");
+  QLORA_CHECK(rows.rows == M && rows.cols == R, op, arg, " has shape ", list_string(S.sizes()),
+              ", want ", M, " rows of ", R);
+  check_same_device(op, arg, S, device_of);
+  return rows;
+}
+
+int64_t checked_numel(const char* op, const Ints& shape) {
+  int64_t numel = 1;
+  for (int64_t size : shape) {
+    QLORA_CHECK(size >= 0, op, "shape is ", list_string(shape), ", want sizes of 0 or more");
+    QLORA_CHECK(size == 0 || numel <= std::numeric_limits<int64_t>::max() / 8 / size, op,
+                "shape is ", list_string(shape), ", want fewer than 2^60 elements");
+    numel *= size;
+  }
+  return numel;
+}
+
+int64_t checked_blocksize(const char* op, int64_t blocksize, int64_t numel) {
+  if (blocksize == 0) return std::max<int64_t>(numel, 1);
+  QLORA_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, op,
+              "blocksize is ", blocksize,
+              ", want a power of two from 32 to 4096, or 0 for one scale per tensor");
+  return blocksize;
+}
+
+Codebook as_codebook(const char* op, const std::string& quant_type, const OptionalFloats& codebook,
+                     const std::string& companding, double companding_k) {
+  Companding kind = Companding::kNone;
+  if (companding == "logarithmic") {
+    kind = Companding::kLogarithmic;
+  } else if (companding == "exponential") {
+    kind = Companding::kExponential;
+  } else {
+    QLORA_CHECK(companding == "none", op, "companding is '", companding,
+                "', want 'none', 'logarithmic' or 'exponential'");
+  }
+  // Above ~80 the exponential's fp32 thresholds all collapse to 0 or 1.
+  QLORA_CHECK(kind == Companding::kNone || (companding_k > 0 && companding_k <= 1e6 &&
+                                            (kind != Companding::kExponential || companding_k <= 80)),
+              op, "companding_k is ", companding_k, ", want a constant in (0, ",
+              kind == Companding::kExponential ? 80 : 1000000, "]");
+  if (const NamedCodebook* named = find_codebook(quant_type)) {
+    QLORA_CHECK(!codebook, op, "codebook was given with quant_type '", quant_type,
+                "', want quant_type 'custom'");
+    return make_codebook(named->levels, named->sign_magnitude, kind, companding_k);
+  }
+  QLORA_CHECK(quant_type == "custom", op, "quant_type is '", quant_type,
+              "', want 'nf4', 'fp4', 'linear' or 'custom'");
+  QLORA_CHECK(codebook && codebook->size() == 16, op, "codebook has ",
+              codebook ? codebook->size() : 0, " values, want 16 for quant_type 'custom'");
+  const double* levels = codebook->data();
+  for (int code = 0; code < 16; ++code) {
+    QLORA_CHECK(std::isfinite(static_cast<float>(levels[code])), op, "codebook value ", code, " is ", levels[code],
+                ", want a finite float32");
+    QLORA_CHECK(kind == Companding::kNone || std::fabs(levels[code]) <= 1, op, "codebook value ",
+                code, " is ", levels[code], ", want one within [-1, 1] under companding");
+  }
+  return make_codebook(levels, false, kind, companding_k);
+}
+
+const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, int64_t bytes,
+                        const char* meaning, const Tensor& device_of, Tensor& keep) {
+  QLORA_CHECK(tensor.scalar_type() == ScalarType::Byte, op, arg, " has dtype ",
+              dtype_name(tensor.scalar_type()), ", want uint8 (", meaning, ")");
+  QLORA_CHECK(tensor.numel() == bytes, op, arg, " has ", tensor.numel(), " bytes, want ", bytes,
+              " (", meaning, ")");
+  check_same_device(op, arg, tensor, device_of);
+  keep = tensor;
+  if (!keep.is_contiguous()) keep = torch::stable::contiguous(keep);
+  // A view into a larger buffer (a shard, a memory-mapped file) may start anywhere.
+  if (reinterpret_cast<uintptr_t>(keep.data_ptr()) % 16 != 0) keep = torch::stable::clone(keep);
+  return static_cast<const uint8_t*>(keep.data_ptr());
+}
+
+Weight as_weight(const char* op, const Tensor& packed, const Tensor& absmax,
+                 const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
+                 int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
+                 const Tensor& device_of) {
+  Weight w;
+  PackedWeight& v = w.view;
+  const int64_t numel = checked_numel(op, shape);
+  v.K = shape.empty() ? 1 : shape.back();
+  v.N = 1;
+  for (size_t d = 0; d + 1 < shape.size(); ++d) v.N *= shape[d];
+  v.blocksize = checked_blocksize(op, blocksize, numel);
+  v.num_blocks = ceil_div(numel, v.blocksize);
+
+  auto bytes = [&](const char* arg, const Tensor& t, int64_t want, const char* meaning, int slot) {
+    return as_bytes(op, arg, t, want, meaning, device_of, w.keep[slot]);
+  };
+  v.packed = bytes("packed", packed, (numel + 1) / 2, "two codes a byte", 0);
+  v.absmax = nullptr;
+  v.absmax_code = nullptr;
+  v.nested = nullptr;
+  v.mean = nullptr;
+  if (nested) {
+    v.absmax_code = bytes("absmax", absmax, v.num_blocks, "one 8-bit code a block", 1);
+    v.nested = reinterpret_cast<const float*>(
+        bytes("nested", *nested, 4 * (1 + ceil_div(v.num_blocks, 256)),
+              "fp32 offset, then one fp32 scale for 256 blocks", 2));
+  } else {
+    v.absmax = reinterpret_cast<const float*>(
+        bytes("absmax", absmax, 4 * v.num_blocks, "one fp32 scale a block", 1));
+  }
+  if (mean) {
+    v.mean = reinterpret_cast<const float*>(
+        bytes("mean", *mean, 4 * v.num_blocks, "one fp32 mean a block", 3));
+  }
+
+  if (const NamedCodebook* named = find_codebook(quant_type); named && !codebook) {
+    std::copy(named->levels, named->levels + 16, v.values);
+  } else {
+    const Codebook book = as_codebook(op, quant_type, codebook, "none", 1.0);
+    std::memcpy(v.values, book.values, sizeof v.values);
+  }
+  return w;
+}
+
+void check_matrix(const char* op, const Ints& shape) {
+  QLORA_CHECK(shape.size() == 2, op, "shape is ", list_string(shape), ", want [N, K]");
+}
+
+Ints replace_last(const Tensor& x, int64_t last) {
+  const auto sizes = x.sizes();
+  Ints result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
+}  // namespace qlora_ext::host

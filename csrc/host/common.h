@@ -1,0 +1,119 @@
+// What the host halves of the ops share: reading arguments into params, allocating, and the few
+// things about a device that a backend supplies.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <string>
+
+#include "../checks.h"
+#include "../codebook.h"
+#include "../params.h"
+#include "ops.h"
+
+namespace qlora_ext::host {
+
+// Makes the tensor's device current while it lives. Each backend's register.cpp defines it.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  void* stream() const { return stream_; }
+
+ private:
+  void* stream_ = nullptr;  // the caller's current cudaStream_t; null on the CPU
+  void* guard_ = nullptr;
+};
+
+// out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined beside DeviceScope.
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta);
+
+// Turns a launcher's sentence into an exception.
+inline void check_launch(const char* op, const char* error) {
+  QLORA_CHECK(error == nullptr, op, error);
+}
+
+const char* dtype_name(ScalarType dtype);
+
+// fp32, fp16 or bf16; anything else is an error that names the argument.
+DType float_dtype(const char* op, const char* arg, ScalarType dtype);
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
+Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like);
+
+// Scratch memory from torch's allocator: uint8, at least one byte.
+inline Tensor workspace(int64_t bytes, const Tensor& like) {
+  return empty({bytes}, ScalarType::Byte, like);
+}
+
+void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like);
+
+// A [rows, cols] view of x that kernels can read: unit stride along cols, rows `stride` apart.
+struct Rows {
+  Tensor tensor;  // keeps a copy alive where x could not be read in place
+  const void* data;
+  int64_t rows;
+  int64_t cols;
+  int64_t stride;  // elements
+  DType dtype;
+};
+Rows as_rows(const char* op, const char* arg, const Tensor& x);
+
+// An optional, contiguous tensor of a fixed shape: data is null where absent.
+struct Dense {
+  Tensor tensor;
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
+               std::initializer_list<int64_t> want, const Tensor& device_of);
+
+// A uint8 tensor of exactly `bytes` bytes, contiguous and 16-byte aligned; `keep` owns the copy
+// that alignment or strides made necessary.
+const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, int64_t bytes,
+                        const char* meaning, const Tensor& device_of, Tensor& keep);
+
+// The W4 arguments, checked; `keep` owns the copies that alignment or strides made necessary.
+struct Weight {
+  PackedWeight view;
+  std::array<Tensor, 4> keep;
+};
+Weight as_weight(const char* op, const Tensor& packed, const Tensor& absmax,
+                 const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
+                 int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
+                 const Tensor& device_of);
+
+// lora_A [r, K] and lora_B [N, r] of one dtype.
+struct LoraPair {
+  Dense A;
+  Dense B;
+  int64_t R;
+};
+LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
+                      int64_t K, const Tensor& device_of);
+
+// S or dS: fp32, M rows of R in x's leading dimensions; a column slice is read in place.
+Rows as_rank_rows(const char* op, const char* arg, const Tensor& S, int64_t M, int64_t R,
+                  const Tensor& device_of);
+
+void check_matrix(const char* op, const Ints& shape);
+
+// Product of sizes, refusing negative sizes and overflow of int64.
+int64_t checked_numel(const char* op, const Ints& shape);
+
+// 0 -> numel; else a power of two from 32 to 4096.
+int64_t checked_blocksize(const char* op, int64_t blocksize, int64_t numel);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The levels that quant_type names, or the 16 given ones.
+Codebook as_codebook(const char* op, const std::string& quant_type, const OptionalFloats& codebook,
+                     const std::string& companding, double companding_k);
+
+// x's leading dimensions, then `last`.
+Ints replace_last(const Tensor& x, int64_t last);
+
+}  // namespace qlora_ext::host

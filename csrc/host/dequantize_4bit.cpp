@@ -1,0 +1,44 @@
+#include "common.h"
+
+namespace qlora_ext::host {
+
+namespace {
+
+void dequantize_into(const char* op, const Weight& w, DType dtype, const Tensor& out,
+                     const DeviceScope& scope) {
+  if (out.numel() == 0) return;
+  const Dequantize4bitParams p{w.view, 0, w.view.N, out.data_ptr(), dtype};
+  check_launch(op, launch::dequantize_4bit(p, scope.stream()));
+}
+
+}  // namespace
+
+Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested,
+                       const OptionalTensor& mean, const Ints& shape, int64_t blocksize,
+                       const std::string& quant_type, const OptionalFloats& codebook,
+                       ScalarType dtype) {
+  constexpr const char* op = "dequantize_4bit";
+  const DeviceScope scope(packed);
+  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
+  const DType out_dtype = float_dtype(op, "dtype: the output", dtype);
+  const Tensor out = empty(shape, dtype, packed);
+  dequantize_into(op, w, out_dtype, out, scope);
+  return out;
+}
+
+void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested,
+                         const OptionalTensor& mean, const Ints& shape, int64_t blocksize,
+                         const std::string& quant_type, const OptionalFloats& codebook,
+                         const Tensor& out) {
+  constexpr const char* op = "dequantize_4bit";
+  const DeviceScope scope(packed);
+  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
+  const auto sizes = out.sizes();
+  QLORA_CHECK(Ints(sizes.begin(), sizes.end()) == shape, op, "out has shape ", list_string(sizes),
+              ", want ", list_string(shape));
+  QLORA_CHECK(out.is_contiguous(), op, "out is not contiguous, want a contiguous tensor");
+  check_same_device(op, "out", out, packed);
+  dequantize_into(op, w, float_dtype(op, "out", out.scalar_type()), out, scope);
+}
+
+}  // namespace qlora_ext::host

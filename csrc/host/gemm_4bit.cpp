@@ -1,0 +1,119 @@
+// y = x W^T + bias + S B^T, with or without computing S here.
+#include "gemm_4bit.h"
+
+namespace qlora_ext::host {
+
+namespace {
+
+// Decodes the weight a few rows at a time into one chunk that stays in cache and lets torch's matmul
+// multiply it: y[:, rows] = x * chunk^T. Two matmuls round the bypass once more than the fused
+// kernel does, as an unfused LoRA layer would.
+void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows, const Rows& x,
+                    const Tensor& y, const OptionalTensor& bias, const OptionalTensor& lora_S,
+                    const OptionalTensor& lora_B, const DeviceScope& scope) {
+  const ScalarType dtype = x.tensor.scalar_type();
+  const int64_t N = p.weight.N, K = p.weight.K;
+  const Tensor x2 = torch::stable::reshape(x.tensor, {p.M, K});
+  Tensor y2 = torch::stable::view(y, {p.M, N});
+  Tensor chunk = empty({std::min(chunk_rows, N), K}, dtype, y);
+  Tensor S, B;
+  if (p.R > 0) {
+    S = torch::stable::to(torch::stable::reshape(*lora_S, {p.M, p.R}), dtype);
+    B = torch::stable::to(*lora_B, dtype);
+  }
+  Tensor bias_row;
+  if (bias) bias_row = torch::stable::to(*bias, dtype);
+  for (int64_t begin = 0; begin < N; begin += chunk_rows) {
+    const int64_t rows = std::min(chunk_rows, N - begin);
+    check_launch(op, launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
+                                             scope.stream()));
+    Tensor W = narrow(chunk, 0, 0, rows);
+    Tensor y_columns = narrow(y2, 1, begin, rows);
+    const Tensor self = bias ? narrow(bias_row, 0, begin, rows) : y_columns;
+    addmm_out(y_columns, self, x2, transpose(W, 0, 1), bias ? 1.0 : 0.0);
+    if (p.R == 0) continue;
+    Tensor B_rows = narrow(B, 0, begin, rows);
+    addmm_out(y_columns, y_columns, S, transpose(B_rows, 0, 1), 1.0);
+  }
+}
+
+}  // namespace
+
+Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
+                    const OptionalTensor& lora_S, const OptionalTensor& lora_B,
+                    const DeviceScope& scope) {
+  const Rows rows = as_rows(op, "x", x);
+  QLORA_CHECK(rows.cols == w.view.K, op, "x has shape ", list_string(x.sizes()), ", want [..., ",
+              w.view.K, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
+  Gemm4bitParams p{};
+  p.weight = w.view;
+  p.x = rows.data;
+  p.M = rows.rows;
+  p.x_stride = rows.stride;
+  p.dtype = rows.dtype;
+  Dense dense_bias, dense_B;
+  if (bias) {
+    dense_bias = as_dense(op, "bias", *bias, {p.weight.N}, x);
+    p.bias = dense_bias.data;
+    p.bias_dtype = dense_bias.dtype;
+  }
+  QLORA_CHECK(lora_S.has_value() == lora_B.has_value(), op, lora_S ? "lora_B" : "lora_S",
+              " is missing, want both or neither");
+  Rows rows_S;
+  if (lora_S) {
+    QLORA_CHECK(lora_B->dim() == 2, op, "lora_B has shape ", list_string(lora_B->sizes()), ", want [",
+                p.weight.N, ", r]");
+    p.R = lora_B->size(1);
+    dense_B = as_dense(op, "lora_B", *lora_B, {p.weight.N, p.R}, x);
+    rows_S = as_rank_rows(op, "lora_S", *lora_S, p.M, p.R, x);
+    p.lora_S = static_cast<const float*>(rows_S.data);
+    p.lora_B = dense_B.data;
+    p.S_stride = rows_S.stride;
+    p.lora_dtype = dense_B.dtype;
+  }
+  const Tensor y = empty(replace_last(x, p.weight.N), x.scalar_type(), x);
+  p.y = y.data_ptr();
+  if (y.numel() == 0) return y;
+  if (const int64_t chunk_rows = launch::chunk_rows_gemm_4bit(p)) {
+    gemm_in_chunks(op, p, chunk_rows, rows, y, bias, lora_S, lora_B, scope);
+    return y;
+  }
+  const int64_t bytes = launch::workspace_gemm_4bit(p);
+  Tensor scratch;
+  if (bytes > 0) {
+    scratch = workspace(bytes, x);
+    p.workspace = scratch.data_ptr();
+  }
+  check_launch(op, launch::gemm_4bit(p, scope.stream()));
+  return y;
+}
+
+Tensor gemm_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                 const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
+                 int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
+                 const OptionalTensor& bias, const OptionalTensor& lora_S,
+                 const OptionalTensor& lora_B) {
+  constexpr const char* op = "gemm_4bit";
+  const DeviceScope scope(x);
+  check_matrix(op, shape);
+  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
+  return gemm_forward(op, x, w, bias, lora_S, lora_B, scope);
+}
+
+std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
+                                          const Tensor& absmax, const OptionalTensor& nested,
+                                          const OptionalTensor& mean, const Ints& shape,
+                                          int64_t blocksize, const std::string& quant_type,
+                                          const OptionalFloats& codebook, const Tensor& lora_A,
+                                          const Tensor& lora_B, double scaling,
+                                          const OptionalTensor& bias) {
+  constexpr const char* op = "lora_gemm_4bit";
+  const DeviceScope scope(x);
+  check_matrix(op, shape);
+  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
+  as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
+  const Tensor S = lora_shrink(x, lora_A, scaling);
+  return {gemm_forward(op, x, w, bias, S, lora_B, scope), S};
+}
+
+}  // namespace qlora_ext::host

@@ -1,0 +1,104 @@
+// dX = dY W + dS A, and for the LoRA op dA and dB beside it. W is decoded, never materialized.
+#include "gemm_4bit.h"
+
+namespace qlora_ext::host {
+
+namespace {
+
+// dX = sum over chunks of dY[:, rows] * chunk: accumulated by torch's matmul in dX's dtype.
+void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t chunk_rows,
+                        const Rows& dY, const Tensor& dX, const OptionalTensor& lora_dS,
+                        const OptionalTensor& lora_A, const DeviceScope& scope) {
+  const ScalarType dtype = dY.tensor.scalar_type();
+  const int64_t N = p.weight.N, K = p.weight.K;
+  Tensor dY2 = torch::stable::reshape(dY.tensor, {p.M, N});
+  const Tensor dX2 = torch::stable::view(dX, {p.M, K});
+  Tensor chunk = empty({std::min(chunk_rows, N), K}, dtype, dX);
+  for (int64_t begin = 0; begin < N; begin += chunk_rows) {
+    const int64_t rows = std::min(chunk_rows, N - begin);
+    check_launch(op, launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
+                                             scope.stream()));
+    addmm_out(dX2, dX2, narrow(dY2, 1, begin, rows), narrow(chunk, 0, 0, rows), begin > 0 ? 1.0 : 0.0);
+  }
+  if (p.R == 0) return;
+  addmm_out(dX2, dX2, torch::stable::to(torch::stable::reshape(*lora_dS, {p.M, p.R}), dtype),
+            torch::stable::to(*lora_A, dtype), 1.0);
+}
+
+}  // namespace
+
+Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
+                     const OptionalTensor& lora_dS, const OptionalTensor& lora_A,
+                     const DeviceScope& scope) {
+  const Rows rows = as_rows(op, "dY", dY);
+  QLORA_CHECK(rows.cols == w.view.N, op, "dY has shape ", list_string(dY.sizes()), ", want [..., ",
+              w.view.N, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
+  Gemm4bitBackwardParams p{};
+  p.weight = w.view;
+  p.dY = rows.data;
+  p.M = rows.rows;
+  p.dY_stride = rows.stride;
+  p.dtype = rows.dtype;
+  QLORA_CHECK(lora_dS.has_value() == lora_A.has_value(), op, lora_dS ? "lora_A" : "lora_dS",
+              " is missing, want both or neither");
+  Dense dense_A;
+  Tensor dense_dS;
+  if (lora_dS) {
+    QLORA_CHECK(lora_A->dim() == 2, op, "lora_A has shape ", list_string(lora_A->sizes()),
+                ", want [r, ", p.weight.K, "]");
+    p.R = lora_A->size(0);
+    dense_A = as_dense(op, "lora_A", *lora_A, {p.R, p.weight.K}, dY);
+    as_rank_rows(op, "lora_dS", *lora_dS, p.M, p.R, dY);
+    dense_dS = lora_dS->is_contiguous() ? *lora_dS : torch::stable::contiguous(*lora_dS);
+    p.lora_dS = static_cast<const float*>(dense_dS.data_ptr());
+    p.lora_A = dense_A.data;
+    p.lora_dtype = dense_A.dtype;
+  }
+  Tensor dX = empty(replace_last(dY, p.weight.K), dY.scalar_type(), dY);
+  p.dX = dX.data_ptr();
+  if (dX.numel() == 0) return dX;
+  if (const int64_t chunk_rows = p.weight.N > 0 ? launch::chunk_rows_gemm_4bit_backward(p) : 0) {
+    backward_in_chunks(op, p, chunk_rows, rows, dX, lora_dS, lora_A, scope);
+    return dX;
+  }
+  const int64_t bytes = launch::workspace_gemm_4bit_backward(p);
+  Tensor scratch;
+  if (bytes > 0) {
+    scratch = workspace(bytes, dY);
+    p.workspace = scratch.data_ptr();
+  }
+  check_launch(op, launch::gemm_4bit_backward(p, scope.stream()));
+  return dX;
+}
+
+Tensor gemm_4bit_backward(const Tensor& dY, const Tensor& packed, const Tensor& absmax,
+                          const OptionalTensor& nested, const OptionalTensor& mean,
+                          const Ints& shape, int64_t blocksize, const std::string& quant_type,
+                          const OptionalFloats& codebook, const OptionalTensor& lora_dS,
+                          const OptionalTensor& lora_A) {
+  constexpr const char* op = "gemm_4bit_backward";
+  const DeviceScope scope(dY);
+  check_matrix(op, shape);
+  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
+  return gemm_backward(op, dY, w, lora_dS, lora_A, scope);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_gemm_4bit_backward(
+    const Tensor& dY, const Tensor& x, const Tensor& lora_S, const Tensor& packed,
+    const Tensor& absmax, const OptionalTensor& nested, const OptionalTensor& mean,
+    const Ints& shape, int64_t blocksize, const std::string& quant_type,
+    const OptionalFloats& codebook, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    bool need_dx) {
+  constexpr const char* op = "lora_gemm_4bit_backward";
+  const DeviceScope scope(dY);
+  check_matrix(op, shape);
+  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
+  as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, dY);
+  // S carries the scaling, so dB = dY^T S is final; dS comes back as the gradient of x A^T.
+  const auto [dS, dB] = expand_backward(op, dY, lora_S, lora_B, scaling, scope);
+  const auto [no_dx, dA] = lora_shrink_backward(dS, x, lora_A, 1.0, /*need_dx=*/false);
+  if (!need_dx) return {empty({0}, dY.scalar_type(), dY), dA, dB};
+  return {gemm_backward(op, dY, w, dS, lora_A, scope), dA, dB};
+}
+
+}  // namespace qlora_ext::host

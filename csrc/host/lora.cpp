@@ -1,0 +1,128 @@
+#include "gemm_4bit.h"
+
+namespace qlora_ext::host {
+
+LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
+                      int64_t K, const Tensor& device_of) {
+  LoraPair pair;
+  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()), ", want [r, ", K, "]");
+  pair.R = lora_A.size(0);
+  QLORA_CHECK(pair.R > 0, op, "lora_A has rank 0, want [r, ", K, "] with r of 1 or more");
+  pair.A = as_dense(op, "lora_A", lora_A, {pair.R, K}, device_of);
+  pair.B = as_dense(op, "lora_B", lora_B, {N, pair.R}, device_of);
+  QLORA_CHECK(pair.A.dtype == pair.B.dtype, op, "lora_B has dtype ",
+              dtype_name(lora_B.scalar_type()), ", want lora_A's ", dtype_name(lora_A.scalar_type()));
+  return pair;
+}
+
+Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, double scaling) {
+  constexpr const char* op = "lora_shrink";
+  const DeviceScope scope(x);
+  const Rows rows = as_rows(op, "x", x);
+  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
+              ", want [r, ", rows.cols, "]");
+  const int64_t R = lora_A.size(0);
+  const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
+  const Tensor S = empty(replace_last(x, R), ScalarType::Float, x);
+  LoraShrinkParams p{};
+  p.x = rows.data;
+  p.lora_A = A.data;
+  p.S = static_cast<float*>(S.data_ptr());
+  p.M = rows.rows;
+  p.R = R;
+  p.K = rows.cols;
+  p.x_stride = rows.stride;
+  p.scaling = static_cast<float>(scaling);
+  p.dtype = rows.dtype;
+  p.lora_dtype = A.dtype;
+  if (S.numel() == 0) return S;
+  const Tensor scratch = workspace(launch::workspace_lora_shrink(p), x);
+  p.workspace = scratch.data_ptr();
+  check_launch(op, launch::lora_shrink(p, scope.stream()));
+  return S;
+}
+
+std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& x,
+                                                const Tensor& lora_A, double scaling, bool need_dx) {
+  constexpr const char* op = "lora_shrink_backward";
+  const DeviceScope scope(x);
+  const Rows rows = as_rows(op, "x", x);
+  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
+              ", want [r, ", rows.cols, "]");
+  const int64_t R = lora_A.size(0);
+  const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
+  const Rows dS_rows = as_rank_rows(op, "dS", dS, rows.rows, R, x);
+  // The kernels read dS densely.
+  const Tensor dense_dS = dS_rows.stride == R ? dS_rows.tensor : torch::stable::contiguous(dS_rows.tensor);
+  Tensor dA = empty({R, rows.cols}, lora_A.scalar_type(), x);
+  const auto x_sizes = x.sizes();
+  const Tensor dx = need_dx ? empty(Ints(x_sizes.begin(), x_sizes.end()), x.scalar_type(), x)
+                            : empty({0}, x.scalar_type(), x);
+  LoraShrinkBackwardParams p{};
+  p.dS = static_cast<const float*>(dense_dS.data_ptr());
+  p.x = rows.data;
+  p.lora_A = A.data;
+  p.dx = need_dx ? dx.data_ptr() : nullptr;
+  p.dA = dA.data_ptr();
+  p.M = rows.rows;
+  p.R = R;
+  p.K = rows.cols;
+  p.x_stride = rows.stride;
+  p.scaling = static_cast<float>(scaling);
+  p.dtype = rows.dtype;
+  p.lora_dtype = A.dtype;
+  if (p.M == 0 || p.R == 0 || p.K == 0) {
+    torch::stable::fill_(dA, 0);
+    Tensor zero_dx = dx;
+    torch::stable::fill_(zero_dx, 0);
+    return {dx, dA};
+  }
+  const Tensor scratch = workspace(launch::workspace_lora_shrink_backward(p), x);
+  p.workspace = scratch.data_ptr();
+  check_launch(op, launch::lora_shrink_backward(p, scope.stream()));
+  return {dx, dA};
+}
+
+std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, const Tensor& lora_S,
+                                           const Tensor& lora_B, double scaling,
+                                           const DeviceScope& scope) {
+  const Rows rows = as_rows(op, "dY", dY);
+  QLORA_CHECK(lora_B.dim() == 2, op, "lora_B has shape ", list_string(lora_B.sizes()), ", want [",
+              rows.cols, ", r]");
+  const int64_t R = lora_B.size(1);
+  const Dense B = as_dense(op, "lora_B", lora_B, {rows.cols, R}, dY);
+  const Rows S = as_rank_rows(op, "lora_S", lora_S, rows.rows, R, dY);
+  Tensor dS = empty(replace_last(dY, R), ScalarType::Float, dY);
+  Tensor dB = empty({rows.cols, R}, lora_B.scalar_type(), dY);
+  LoraExpandBackwardParams p{};
+  p.dY = rows.data;
+  p.S = static_cast<const float*>(S.data);
+  p.lora_B = B.data;
+  p.dS = static_cast<float*>(dS.data_ptr());
+  p.dB = dB.data_ptr();
+  p.M = rows.rows;
+  p.R = R;
+  p.N = rows.cols;
+  p.dY_stride = rows.stride;
+  p.S_stride = S.stride;
+  p.scaling = static_cast<float>(scaling);
+  p.dtype = rows.dtype;
+  p.lora_dtype = B.dtype;
+  if (p.M == 0 || p.R == 0 || p.N == 0) {
+    torch::stable::fill_(dS, 0);
+    torch::stable::fill_(dB, 0);
+    return {dS, dB};
+  }
+  const Tensor scratch = workspace(launch::workspace_lora_expand_backward(p), dY);
+  p.workspace = scratch.data_ptr();
+  check_launch(op, launch::lora_expand_backward(p, scope.stream()));
+  return {dS, dB};
+}
+
+std::tuple<Tensor, Tensor> lora_expand_backward(const Tensor& dY, const Tensor& lora_S,
+                                                const Tensor& lora_B) {
+  const DeviceScope scope(dY);
+  return expand_backward("lora_expand_backward", dY, lora_S, lora_B, 1.0, scope);
+}
+
+}  // namespace qlora_ext::host

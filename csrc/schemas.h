@@ -1,0 +1,49 @@
+// Every op's schema on one screen. Schemas are a contract: they change only by appended,
+// defaulted arguments.
+//
+// W4 is a 4-bit weight of `shape` (N = product of all but the last dimension, K = the last):
+//   packed    uint8, ceil(N * K / 2) bytes, flat row-major, high nibble = even element
+//   absmax    uint8: 8-bit scale codes [num_blocks] if `nested` is given, else fp32 bytes [4 * num_blocks]
+//   nested    uint8: fp32 bytes [4 * (1 + ceil(num_blocks / 256))]: offset, then absmax2
+//   mean      uint8: fp32 bytes [4 * num_blocks], normalization "standard" only
+//   blocksize elements per scale, a power of two from 32 to 4096; 0 = one scale for the tensor
+//   codebook  16 values, for quant_type "custom" only
+// Statistics are bytes, so that .to(bfloat16) and mixed-precision sharding leave them alone.
+// S and dS are fp32 [M, R] and carry the scaling; x, dY, y, dX share one of fp32, bf16, fp16.
+#pragma once
+
+#define QLORA_EXT_W4                                                                      \
+  "Tensor packed, Tensor absmax, Tensor? nested, Tensor? mean, int[] shape, int blocksize, " \
+  "str quant_type, float[]? codebook"
+
+namespace qlora_ext {
+
+constexpr const char* kSchemas[] = {
+    "quantize_4bit(Tensor weight, int blocksize, str quant_type, float[]? codebook, str normalization, "
+    "float std_factor, str companding, float companding_k) -> (Tensor packed, Tensor absmax, Tensor mean)",
+    "quantize_absmax(Tensor absmax) -> (Tensor code, Tensor nested)",
+    "dequantize_absmax(Tensor code, Tensor nested) -> Tensor",
+    "dequantize_4bit(" QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
+    "dequantize_4bit.out(" QLORA_EXT_W4 ", *, Tensor(a!) out) -> ()",
+    // y = x W^T + bias + S B^T. Layers that share an input (q, k, v) share one lora_shrink with
+    // their A's stacked, and each takes its columns of S.
+    "gemm_4bit(Tensor x, " QLORA_EXT_W4 ", Tensor? bias=None, Tensor? lora_S=None, Tensor? lora_B=None) -> Tensor",
+    // dX = dY W + dS A.
+    "gemm_4bit_backward(Tensor dY, " QLORA_EXT_W4 ", Tensor? lora_dS=None, Tensor? lora_A=None) -> Tensor",
+    // S = scaling x A^T.
+    "lora_shrink(Tensor x, Tensor lora_A, float scaling) -> Tensor",
+    // dx = scaling dS A (empty unless need_dx), dA = scaling dS^T x.
+    "lora_shrink_backward(Tensor dS, Tensor x, Tensor lora_A, float scaling, bool need_dx) -> (Tensor dx, Tensor dA)",
+    // dS = dY B, dB = dY^T S, in one pass over dY.
+    "lora_expand_backward(Tensor dY, Tensor lora_S, Tensor lora_B) -> (Tensor dS, Tensor dB)",
+    // y = x W^T + bias + scaling (x A^T) B^T; S is returned for the backward.
+    "lora_gemm_4bit(Tensor x, " QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None) "
+    "-> (Tensor y, Tensor S)",
+    "lora_gemm_4bit_backward(Tensor dY, Tensor x, Tensor lora_S, " QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, "
+    "float scaling, bool need_dx) -> (Tensor dX, Tensor dA, Tensor dB)",
+    // dequantize(W) + scaling B A in fp32, rounded once.
+    "merge_lora_4bit(" QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
+    "embedding_4bit(Tensor indices, " QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
+};
+
+}  // namespace qlora_ext

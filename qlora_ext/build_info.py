@@ -1,0 +1,65 @@
+"""What was built and what is live: `python -m qlora_ext`."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import _C
+
+_CUDA_LIBRARIES = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
+_cuda_error: str | None = None
+
+
+def _load_cuda_backend() -> None:
+    """Loads the CUDA half where this torch has CUDA; a CPU torch lacks the symbols it links to."""
+    global _cuda_error
+    if not _CUDA_LIBRARIES or torch.version.cuda is None:
+        return
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARIES[0]))
+    except OSError as error:
+        _cuda_error = str(error)
+
+
+def build_info() -> dict[str, object]:
+    """What was built, for which architectures, and which CPU path is live.
+
+    Keys: version, torch (the running one), torch_target (oldest torch whose stable ABI the build
+    uses), python, machine, compiler, cpu_path ("avx2", "portable", ...), cpu_threads, cuda_built,
+    cuda_archs, cuda_live (the CUDA ops are registered), cuda_why_not (a sentence, or None).
+    Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.
+    """
+    live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
+    why_not = None
+    if not _CUDA_LIBRARIES:
+        why_not = "the CUDA backend was not built (no nvcc or a CPU torch at build time, or USE_CUDA=0)"
+    elif torch.version.cuda is None:
+        why_not = f"torch {torch.__version__} is a CPU build"
+    elif _cuda_error is not None:
+        why_not = f"the CUDA library does not load: {_cuda_error}"
+    return {
+        "version": _version(),
+        "torch": torch.__version__,
+        "torch_target": _C.torch_target_version,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()}-{platform.machine()}",
+        "compiler": _C.compiler,
+        "cpu_path": _C.cpu_path(),
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_built": bool(_CUDA_LIBRARIES),
+        "cuda_archs": _C.cuda_archs or None,
+        "cuda_live": live,
+        "cuda_why_not": why_not,
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("qlora_ext")
+    except metadata.PackageNotFoundError:
+        return "a source tree, not installed"
+
+
+_load_cuda_backend()

@@ -1,0 +1,314 @@
+"""torch.ops.qlora_ext.*: for each op its wrapper, fake and autograd formula, side by side.
+
+`w4` is the argument tuple of a 4-bit weight, `QuantizedTensor.op_args()`: (packed, absmax, nested,
+mean, shape, blocksize, quant_type, codebook); csrc/schemas.h documents each. Sizes below: x
+[..., K], weight [N, K], y [..., N], lora_A [r, K], lora_B [N, r], S [..., r].
+
+Two routes lead to the same kernels. The public ops carry an autograd formula through the
+dispatcher, which torch.compile and torch.export trace. In eager mode the dispatcher's detour
+through Python would cost more than a small layer, so the wrappers here go straight to an
+autograd.Function when a gradient is needed, and below autograd when none is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (importing it registers the schemas and the CPU kernels)
+
+_ops = torch.ops.qlora_ext
+_lib = torch.library.Library("qlora_ext", "IMPL")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+W4 = tuple[Any, ...]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _register_autograd(name: str, function: type[torch.autograd.Function], differentiable: tuple[int, ...]):
+    """Puts `function` on the op's Autograd key; `differentiable` are the positions of the
+    arguments that may need a gradient. (torch.library.register_autograd costs 50 us a call.)"""
+    op = getattr(_ops, name).default
+    defaults = [a.default_value for a in op._schema.arguments]
+
+    def autograd(*args):
+        args = (*args, *defaults[len(args) :])
+        if _needs_grad(*(args[i] for i in differentiable)):
+            return function.apply(*args)
+        with _below_autograd():
+            return op(*args)
+
+    _lib.impl(name, autograd, "Autograd")
+
+
+# quantize_4bit ------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::quantize_4bit")
+def _(weight, blocksize, quant_type, codebook, normalization, std_factor, companding, companding_k):
+    numel = weight.numel()
+    num_blocks = 1 if blocksize == 0 else (numel + blocksize - 1) // blocksize
+    mean_blocks = num_blocks if normalization == "standard" else 0
+    return (
+        weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
+        weight.new_empty(4 * num_blocks, dtype=torch.uint8),
+        weight.new_empty(4 * mean_blocks, dtype=torch.uint8),
+    )
+
+
+# quantize_absmax, dequantize_absmax ---------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::quantize_absmax")
+def _(absmax):
+    num_blocks = absmax.numel() // 4
+    return (
+        absmax.new_empty(num_blocks),
+        absmax.new_empty(4 * (1 + (num_blocks + 255) // 256)),
+    )
+
+
+@torch.library.register_fake("qlora_ext::dequantize_absmax")
+def _(code, nested):
+    return code.new_empty(4 * code.numel())
+
+
+# dequantize_4bit ----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::dequantize_4bit")
+def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qlora_ext::dequantize_4bit.out")
+def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, *, out):
+    return None
+
+
+def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weight as a dense `dtype` tensor of its logical shape, or written into `out`."""
+    if out is None:
+        return _ops.dequantize_4bit.default(*w4, dtype)
+    _ops.dequantize_4bit.out(*w4, out=out)
+    return out
+
+
+# gemm_4bit ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::gemm_4bit")
+def _(x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, bias=None, lora_S=None, lora_B=None):
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.register_fake("qlora_ext::gemm_4bit_backward")
+def _(dY, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_dS=None, lora_A=None):
+    return dY.new_empty((*dY.shape[:-1], shape[1]))
+
+
+class _Gemm4bit(torch.autograd.Function):
+    """y = x W^T + bias + S B^T. Saved: the packed weight and its statistics (so that checkpointing
+    with offload sees them), S and B."""
+
+    @staticmethod
+    def forward(ctx, x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, bias, lora_S, lora_B):
+        ctx.save_for_backward(packed, absmax, nested, mean, lora_S, lora_B)
+        ctx.static = (shape, blocksize, quant_type, codebook)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with _below_autograd():
+            return _ops.gemm_4bit.default(
+                x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, bias, lora_S, lora_B
+            )
+
+    @staticmethod
+    def backward(ctx, dY):
+        packed, absmax, nested, mean, lora_S, lora_B = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        dX = dbias = dS = dB = None
+        if need[0]:
+            dX = _ops.gemm_4bit_backward.default(dY, packed, absmax, nested, mean, *ctx.static)
+        if need[9]:
+            dbias = dY.reshape(-1, dY.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if need[10] or need[11]:
+            dS, dB = _ops.lora_expand_backward.default(dY, lora_S, lora_B)
+        return dX, None, None, None, None, None, None, None, None, dbias, dS, dB
+
+
+_register_autograd("gemm_4bit", _Gemm4bit, differentiable=(0, 9, 10, 11))
+
+
+def gemm_4bit(
+    x: Tensor,
+    w4: W4,
+    bias: Tensor | None = None,
+    lora_S: Tensor | None = None,
+    lora_B: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + S B^T, accumulated in fp32 and rounded once to x's dtype.
+
+    x [..., K] fp32, bf16 or fp16; bias [N]; lora_S [..., r] fp32 as `lora_shrink` gives it (it
+    carries the scaling; a column slice is read in place); lora_B [N, r].
+    """
+    if torch.compiler.is_compiling():
+        return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
+    if _needs_grad(x, bias, lora_S, lora_B):
+        return _Gemm4bit.apply(x, *w4, bias, lora_S, lora_B)
+    with _below_autograd():
+        return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
+
+
+# lora_shrink, lora_expand_backward ----------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::lora_shrink")
+def _(x, lora_A, scaling):
+    return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("qlora_ext::lora_shrink_backward")
+def _(dS, x, lora_A, scaling, need_dx):
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0), torch.empty_like(
+        lora_A, memory_format=torch.contiguous_format
+    )
+
+
+@torch.library.register_fake("qlora_ext::lora_expand_backward")
+def _(dY, lora_S, lora_B):
+    return (
+        dY.new_empty((*dY.shape[:-1], lora_B.shape[1]), dtype=torch.float32),
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+    )
+
+
+class _LoraShrink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_A, scaling):
+        ctx.save_for_backward(x, lora_A)
+        ctx.scaling = scaling
+        with _below_autograd():
+            return _ops.lora_shrink.default(x, lora_A, scaling)
+
+    @staticmethod
+    def backward(ctx, dS):
+        x, lora_A = ctx.saved_tensors
+        need_dx = ctx.needs_input_grad[0]
+        dx, dA = _ops.lora_shrink_backward.default(dS, x, lora_A, ctx.scaling, need_dx)
+        return dx if need_dx else None, dA, None
+
+
+_register_autograd("lora_shrink", _LoraShrink, differentiable=(0, 1))
+
+
+def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    """S = scaling x A^T in fp32. Layers that share x stack their A's and share one call."""
+    return _ops.lora_shrink.default(x, lora_A, scaling)
+
+
+# lora_gemm_4bit -----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::lora_gemm_4bit")
+def _(x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_A, lora_B, scaling, bias=None):
+    return (
+        x.new_empty((*x.shape[:-1], shape[0])),
+        x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("qlora_ext::lora_gemm_4bit_backward")
+def _(
+    dY, x, lora_S, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_A, lora_B, scaling, need_dx
+):
+    dX = dY.new_empty((*dY.shape[:-1], shape[1])) if need_dx else dY.new_empty(0)
+    return (
+        dX,
+        torch.empty_like(lora_A, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+    )
+
+
+class _LoraGemm4bit(torch.autograd.Function):
+    """One node for the layer and its bypass, so that the backward is the fused
+    dX = [dY | dS] [W; A] beside dB = dY^T S and dA = dS^T x."""
+
+    @staticmethod
+    def forward(ctx, x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, A, B, scaling, bias):
+        with _below_autograd():
+            y, S = _ops.lora_gemm_4bit.default(
+                x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, A, B, scaling, bias
+            )
+        ctx.save_for_backward(x, S, packed, absmax, nested, mean, A, B)
+        ctx.static = (shape, blocksize, quant_type, codebook)
+        ctx.scaling = scaling
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(S)
+        return y, S
+
+    @staticmethod
+    def backward(ctx, dY, _dS):
+        x, S, packed, absmax, nested, mean, A, B = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        dbias = None
+        if need[12]:
+            dbias = dY.reshape(-1, dY.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if need[9] or need[10]:
+            dX, dA, dB = _ops.lora_gemm_4bit_backward.default(
+                dY, x, S, packed, absmax, nested, mean, *ctx.static, A, B, ctx.scaling, need[0]
+            )
+        else:  # a frozen adapter: only the gradient of x
+            dA = dB = dX = None
+            if need[0]:
+                dS, _ = _ops.lora_expand_backward.default(dY, S, B)
+                dX = _ops.gemm_4bit_backward.default(
+                    dY, packed, absmax, nested, mean, *ctx.static, dS * ctx.scaling, A
+                )
+        return dX if need[0] else None, None, None, None, None, None, None, None, None, dA, dB, None, dbias
+
+
+_register_autograd("lora_gemm_4bit", _LoraGemm4bit, differentiable=(0, 9, 10, 12))
+
+
+def lora_gemm_4bit(
+    x: Tensor, w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + bias + scaling (x A^T) B^T, the bypass as extra K of the same accumulator.
+
+    x [..., K] fp32, bf16 or fp16; lora_A [r, K] and lora_B [N, r] of one dtype (fp32 is what
+    fine-tuning wants); the bypass is accumulated and kept in fp32.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)[0]
+    if _needs_grad(x, lora_A, lora_B, bias):
+        return _LoraGemm4bit.apply(x, *w4, lora_A, lora_B, scaling, bias)[0]
+    with _below_autograd():
+        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)[0]
+
+
+# merge_lora_4bit ----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::merge_lora_4bit")
+def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_A, lora_B, scaling, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def merge_lora_4bit(w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """dequantize(W) + scaling B A in fp32, rounded once to `dtype`: a dense [N, K]."""
+    with torch.no_grad():
+        return _ops.merge_lora_4bit.default(*w4, lora_A.detach(), lora_B.detach(), scaling, dtype)
+
+
+# embedding_4bit -----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::embedding_4bit")
+def _(indices, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
+    return indices.new_empty((*indices.shape, shape[1]), dtype=dtype)
+
+
+def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight: indices [...] int64 or int32 -> [..., K] in `dtype`."""
+    return _ops.embedding_4bit.default(indices, *w4, dtype)
