@@ -3,8 +3,17 @@
 Importing it needs torch alone; the plug-ins for transformers and PEFT attach when those load.
 """
 
-from . import integrations
+from . import integrations, nn
 from .build_info import build_info
+from .lora import (
+    LoraConfig,
+    add_lora,
+    load_adapter,
+    print_trainable_parameters,
+    save_adapter,
+)
+from .merge import merge_and_unload
+from .models import memory_report, num_parameters, quantize_model
 from .quantized_tensor import (
     QuantConfig,
     QuantizedTensor,
@@ -17,14 +26,24 @@ from .quantized_tensor import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "LoraConfig",
     "QuantConfig",
     "QuantizedTensor",
+    "add_lora",
     "build_info",
     "dequantize_4bit",
     "linear_4bit",
+    "load_adapter",
     "lora_linear_4bit",
+    "memory_report",
+    "merge_and_unload",
     "merge_lora_4bit",
+    "nn",
+    "num_parameters",
+    "print_trainable_parameters",
     "quantize_4bit",
+    "quantize_model",
+    "save_adapter",
 ]
 
 

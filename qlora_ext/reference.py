@@ -71,8 +71,8 @@ def fp4_levels() -> np.ndarray:
 
 
 def linear_levels() -> np.ndarray:
-    """16 evenly spaced levels in [-1, 1], to two decimals; zero is not one of them. [16] fp32."""
-    return np.round(np.linspace(-1, 1, 16), 2).astype(np.float32)
+    """16 evenly spaced levels in [-1, 1], to two decimals; zero is not one of them. [16] fp64."""
+    return np.round(np.linspace(-1, 1, 16), 2)
 
 
 def dynamic_map() -> np.ndarray:
@@ -105,7 +105,7 @@ class Codebook:
     sign_magnitude: bool = False
 
 
-def _inverse_companding(level, companding: str | None, k: float):
+def _inverse_companding(level, companding: str, k: float):
     """The f^-1 of f(w) = sign(w) log(1 + k|w|)/log(1 + k) ("logarithmic"), or of
     f(w) = sign(w) (exp(k|w|) - 1)/(exp(k) - 1) ("exponential"); fp64, odd, [-1, 1] to itself."""
     magnitude = abs(level)
@@ -113,9 +113,9 @@ def _inverse_companding(level, companding: str | None, k: float):
         magnitude = math.expm1(magnitude * math.log1p(k)) / k
     elif companding == "exponential":
         magnitude = math.log1p(magnitude * math.expm1(k)) / k
-    elif companding is not None:
+    elif companding != "none":
         raise ValueError(
-            f"make_codebook: companding is {companding!r}, want logarithmic|exponential"
+            f"make_codebook: companding is {companding!r}, want none|logarithmic|exponential"
         )
     return math.copysign(magnitude, level)
 
@@ -123,34 +123,34 @@ def _inverse_companding(level, companding: str | None, k: float):
 def make_codebook(
     quant_type: str = "nf4",
     levels: np.ndarray | None = None,
-    companding: str | None = None,
+    companding: str = "none",
     companding_k: float = 1.0,
 ) -> Codebook:
     """The codebook called nf4, fp4, linear, or custom with 16 `levels` in any order.
 
-    Thresholds are fp32 midpoints of neighbouring levels; with companding the levels and their
-    midpoints are points of the companded domain and are mapped back. A tie takes the lower code,
-    in the linear codebook the one away from zero.
+    Thresholds are midpoints of neighbouring levels, in the companded domain and mapped back where
+    there is companding. A midpoint that fp32 cannot hold is rounded to nearest where all levels are
+    fp32 numbers (nf4, fp4: bitsandbytes' rule). Where they are decimals (linear) it is rounded
+    down, so that v > t decides for an fp32 v as v > midpoint does exactly: 0.8 in fp32 lies above
+    (0.73 + 0.87) / 2, as the format's worked example has it.
     """
     named = {"nf4": nf4_levels, "fp4": fp4_levels, "linear": linear_levels}
-    base = np.asarray(levels, np.float32) if quant_type == "custom" else named[quant_type]()
+    base = np.asarray(levels if quant_type == "custom" else named[quant_type](), np.float64)
     sign_magnitude = quant_type == "fp4"
     ranks = 8 if sign_magnitude else 16
     order = np.argsort(base[:ranks], kind="stable").astype(np.uint8)
-    ordered = base[order].astype(np.float64)
-    midpoints = ((ordered[:-1] + ordered[1:]) / 2).astype(np.float32)
+    ordered = base[order]
 
     def back(points):
         points = [_inverse_companding(float(p), companding, companding_k) for p in points]
-        return np.array(points, dtype=np.float32)
+        return np.array(points, dtype=np.float64)
 
-    thresholds = back(midpoints)
-    if quant_type == "linear":
-        # Evenly spaced decimals meet ties (0.8 between 0.73 and 0.87): they go away from zero, as
-        # the format's worked example has it. v > t is then v >= t for the positive thresholds.
-        below = np.nextafter(thresholds, np.float32(0))
-        thresholds = np.where(thresholds > 0, below, thresholds)
-    return Codebook(back(base), thresholds, order, sign_magnitude)
+    midpoints = back((ordered[:-1] + ordered[1:]) / 2)
+    thresholds = midpoints.astype(np.float32)
+    if (base != base.astype(np.float32)).any():
+        below = np.nextafter(thresholds, np.float32(-np.inf))
+        thresholds = np.where(thresholds > midpoints, below, thresholds)
+    return Codebook(back(base).astype(np.float32), thresholds, order, sign_magnitude)
 
 
 # Quantizing ---------------------------------------------------------------------------------------
@@ -220,7 +220,8 @@ def quantize_4bit(
 ) -> QuantizedArray:
     """Packs a finite fp32 array of any shape; normalization is absmax, standard or none.
 
-    none keeps the values as they are, in one block whose scale is 1. A NaN or Inf is a ValueError.
+    none keeps the values as they are, in one block whose scale is 1, stored as fp32. A NaN or Inf
+    is a ValueError.
     """
     weight = np.asarray(weight, np.float32)
     codebook = codebook or make_codebook()
@@ -255,7 +256,7 @@ def quantize_4bit(
     padded = np.append(codes, np.zeros(codes.size % 2, np.uint8))
     packed = (padded[0::2] << 4) | padded[1::2]
     nested = None
-    if double_quant:
+    if double_quant and normalization != "none":
         absmax, nested = quantize_absmax(absmax)
     return QuantizedArray(packed, absmax, nested, mean, weight.shape, blocksize, codebook)
 

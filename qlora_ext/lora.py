@@ -1,0 +1,644 @@
+"""LoRA on a model: which layers get an adapter, and PEFT's file format in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .models import linear_names, num_parameters, output_embeddings, replace_module
+from .nn import Linear4bit, LoraLinear, LoraLinear4bit, _Lora, check_lora_rank, is_conv1d
+from .nn import linear_shape as _linear_shape
+
+__all__ = [
+    "LoraConfig",
+    "add_lora",
+    "load_adapter",
+    "print_trainable_parameters",
+    "save_adapter",
+]
+
+
+# Architectures ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Names of an architecture's layers, as ends of their dotted paths.
+
+    Where one layer makes query, key and value, it is `fused` and those three are empty.
+    """
+
+    projection: tuple[str, ...]  # attention output
+    mlp: tuple[str, ...]
+    query: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+    value: tuple[str, ...] = ()
+    fused: str | None = None
+
+
+_QKV = {"query": ("q_proj",), "key": ("k_proj",), "value": ("v_proj",)}
+LLAMA = Family(("o_proj",), ("gate_proj", "up_proj", "down_proj"), **_QKV)
+PHI = Family(("self_attn.dense",), ("fc1", "fc2"), **_QKV)
+PHI3 = Family(("o_proj",), ("gate_up_proj", "down_proj"), fused="qkv_proj")
+GPT2 = Family(("attn.c_proj",), ("mlp.c_fc", "mlp.c_proj"), fused="c_attn")
+GPT_NEOX = Family(("attention.dense",), ("dense_h_to_4h", "dense_4h_to_h"), fused="query_key_value")
+OPT = Family(("out_proj",), ("fc1", "fc2"), **_QKV)
+BLOOM = Family(
+    ("self_attention.dense",), ("dense_h_to_4h", "dense_4h_to_h"), fused="query_key_value"
+)
+STARCODER2 = Family(("o_proj",), ("c_fc", "c_proj"), **_QKV)
+NEMOTRON = Family(("o_proj",), ("up_proj", "down_proj"), **_QKV)
+T5 = Family(("o",), ("wi", "wi_0", "wi_1", "wo"), query=("q",), key=("k",), value=("v",))
+
+# config.model_type -> family. A new architecture goes here: one line.
+FAMILIES = {
+    **dict.fromkeys(["llama", "mistral", "ministral", "mixtral", "smollm3", "stablelm"], LLAMA),
+    **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "cohere"], LLAMA),
+    **dict.fromkeys(["gemma", "gemma2", "gemma3", "gemma3_text", "cohere2"], LLAMA),
+    **dict.fromkeys(["olmo", "olmo2", "olmo3"], LLAMA),
+    "phi": PHI,
+    "phi3": PHI3,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "opt": OPT,
+    "bloom": BLOOM,
+    "falcon": BLOOM,
+    "starcoder2": STARCODER2,
+    "nemotron": NEMOTRON,
+    **dict.fromkeys(["t5", "mt5", "umt5"], T5),
+}
+
+_ATTENTION = ("query", "key", "value")
+
+
+# Configuration ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which layers get an adapter, and of what rank: W' = W + (lora_alpha / r) B A.
+
+    Args:
+        r: rank, from 1 to the smaller side of each adapted weight.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: dropout on the bypass's input, a probability in [0, 1).
+        bias: "none"; biases are not trained.
+        query, key, value, projection, mlp, head: which layers: the attention's inputs, its output,
+            the feed-forward layers, lm_head. A layer that fuses query, key and value needs all
+            three switches, since its adapter changes all three.
+        target_modules: instead of the switches: ends of dotted names, a regular expression that
+            matches whole names (a str), or "all-linear" (every linear layer but the head).
+        use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
+
+    Raises:
+        ValueError: a value out of range, or nothing switched on.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    bias: str = "none"
+    query: bool = True
+    key: bool = False
+    value: bool = True
+    projection: bool = False
+    mlp: bool = False
+    head: bool = False
+    target_modules: tuple[str, ...] | str | None = None
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"LoraConfig: r is {self.r!r}, want an integer of 1 or more")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"LoraConfig: lora_alpha is {self.lora_alpha}, want a positive number")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"LoraConfig: lora_dropout is {self.lora_dropout}, want a probability in [0, 1)"
+            )
+        if self.bias != "none":
+            raise ValueError(
+                f'LoraConfig: bias is {self.bias!r}, want "none": packed layers do not train biases'
+            )
+        if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("LoraConfig: target_modules is empty, want names of layers, or None")
+        if self.target_modules is None and not self.switches:
+            raise ValueError(
+                "LoraConfig: every switch is off, want at least one of query, key, value, "
+                "projection, mlp, head"
+            )
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """The switches that are on."""
+        names = (*_ATTENTION, "projection", "mlp", "head")
+        return tuple(name for name in names if getattr(self, name))
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def to_peft(self, model: nn.Module | None = None):
+        """The same as a peft.LoraConfig (needs peft).
+
+        Args:
+            model: the model it is for. Without one, the switches become the layer names of every
+                architecture this module knows; PEFT then adapts those it finds.
+        """
+        import peft
+
+        if model is not None:
+            targets = _shorten(model, _target_names(model, self))
+        elif self.target_modules is not None:
+            targets = self.target_modules
+            targets = targets if isinstance(targets, str) else list(targets)
+        else:
+            targets = self._names_anywhere()
+        return peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            bias=self.bias,
+            target_modules=targets,
+            use_rslora=self.use_rslora,
+            task_type=None if model is None else _task_type(model),
+        )
+
+    def _names_anywhere(self) -> list[str]:
+        names: dict[str, None] = {}
+        for family in FAMILIES.values():
+            for switch in self.switches:
+                if switch != "head":
+                    names.update(dict.fromkeys(getattr(family, switch)))
+            if family.fused and set(_ATTENTION) <= set(self.switches):
+                names[family.fused] = None
+        if self.head:
+            names.update({"lm_head": None, "embed_out": None})
+        return list(names)
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _found(model: nn.Module) -> str:
+    return f"the linear layers of {type(model).__name__} are {linear_names(model)}"
+
+
+def _family(model: nn.Module) -> Family:
+    config = getattr(model, "config", None)
+    kinds = [getattr(config, "model_type", None)]
+    if hasattr(config, "get_text_config"):
+        kinds.append(getattr(config.get_text_config(), "model_type", None))
+    for kind in kinds:
+        if kind in FAMILIES:
+            return FAMILIES[kind]
+    raise ValueError(
+        f"add_lora: {type(model).__name__} has the architecture {kinds[0]!r}, want one of "
+        f"{sorted(FAMILIES)}, or explicit target_modules; {_found(model)}"
+    )
+
+
+def _head_name(model: nn.Module) -> str:
+    head = output_embeddings(model)
+    for name, module in model.named_modules():
+        if module is head and head is not None:
+            return name
+    raise ValueError(
+        f"add_lora: head=True, and {type(model).__name__} has no output embeddings; {_found(model)}"
+    )
+
+
+def _target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the layers that config selects, in the model's order."""
+    linears = _linears(model)
+    if config.target_modules is not None:
+        return _explicit_targets(model, config.target_modules, linears)
+    chosen: set[str] = set()
+    switches = config.switches
+    family = _family(model) if set(switches) - {"head"} else None
+    attention = [switch for switch in switches if switch in _ATTENTION]
+    for switch in switches:
+        if switch == "head":
+            chosen.add(_head_name(model))
+            continue
+        endings = getattr(family, switch)
+        if switch in _ATTENTION and family.fused:
+            fused = [name for name in linears if _ends_with(name, family.fused)]
+            if fused and len(attention) < 3:
+                raise ValueError(
+                    f"add_lora: {', '.join(f'{name}=True' for name in attention)} selects a "
+                    f"part of {fused[0]}, which computes query, key and value together; want "
+                    "query=True, key=True and value=True to adapt the whole layer "
+                    f'(target_modules=["{family.fused}"])'
+                )
+            endings = (family.fused,)
+        found = {name for name in linears if any(_ends_with(name, end) for end in endings)}
+        if not found:
+            raise ValueError(
+                f"add_lora: {switch}=True matches no layer (looked for {list(endings)}); "
+                f"{_found(model)}"
+            )
+        chosen |= found
+    return [name for name in linears if name in chosen]
+
+
+def _explicit_targets(model, targets, linears) -> list[str]:
+    if targets == "all-linear":
+        head = output_embeddings(model)
+        return [name for name, module in linears.items() if module is not head]
+    if isinstance(targets, str):
+        names = [name for name in linears if re.fullmatch(targets, name)]
+        if not names:
+            raise ValueError(f"add_lora: target_modules={targets!r} matches none; {_found(model)}")
+        return names
+    for target in targets:
+        if not any(_ends_with(name, target) for name in linears):
+            raise ValueError(f"add_lora: target_modules has {target!r}, no layer; {_found(model)}")
+    return [name for name in linears if any(_ends_with(name, target) for target in targets)]
+
+
+def _shorten(model: nn.Module, names: list[str]) -> list[str]:
+    """Ends of names that match exactly these of all modules' names, or the full names."""
+    everything = [name for name, _ in model.named_modules()]
+    for parts in (1, 2):
+        endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
+        matched = [n for n in everything if any(_ends_with(n, ending) for ending in endings)]
+        if sorted(matched) == sorted(names):
+            return endings
+    return list(names)
+
+
+# Adapters -----------------------------------------------------------------------------------------
+
+
+def _adapters(model: nn.Module) -> dict[str, _Lora]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Lora)}
+
+
+def _refuse_peft(op: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}, want an nn.Module")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise TypeError(
+                f"{op}: {name or 'model'} is PEFT's {type(module).__name__}, want a model whose "
+                "adapters are ours; a PeftModel has methods of its own for this"
+            )
+
+
+def _with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
+    if isinstance(base, Linear4bit):
+        return LoraLinear4bit.from_linear(base, **settings)
+    if is_conv1d(base):
+        raise TypeError(
+            f"add_lora: {name} is an unquantized Conv1D, want a 4-bit layer or an nn.Linear; "
+            "quantize_model packs it"
+        )
+    return LoraLinear.from_linear(base, **settings)
+
+
+def add_lora(
+    model: nn.Module, config: LoraConfig | None = None, *, lora_dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Freezes a model and puts a trainable adapter on the layers that config selects, in place.
+
+    Packed layers become LoraLinear4bit, unquantized ones (a head) LoraLinear; their weights are
+    shared, not copied, and the model computes what it did before until it is trained. A head whose
+    weight is tied to the embedding gets its adapter alone; the embedding stays as it is.
+
+    Args:
+        model: quantized with quantize_model or from_pretrained, or not quantized.
+        config: a LoraConfig; None is its defaults (query and value, r = 8).
+        lora_dtype: dtype of A and B; float32 trains best, whatever the activations are.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: config is not a LoraConfig; the model carries PEFT's adapters; a target is an
+            unquantized Conv1D.
+        ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
+            architecture, or a switch or name that matches nothing, with the linear layers found; a
+            part of a fused query-key-value layer. The model is then as it was.
+    """
+    config = LoraConfig() if config is None else config
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"add_lora: config is a {type(config).__name__}, want qlora_ext.LoraConfig")
+    _refuse_peft("add_lora", model)
+    if present := _adapters(model):
+        raise ValueError(
+            f"add_lora: {next(iter(present))} has an adapter already, want a model without; "
+            "merge_and_unload merges them"
+        )
+    names = _target_names(model, config)
+    settings = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "lora_dtype": lora_dtype,
+    }
+    _install(model, {name: settings for name in names})
+    model.requires_grad_(False)
+    for module in _adapters(model).values():
+        module.lora_A.requires_grad_(True)
+        module.lora_B.requires_grad_(True)
+    return model
+
+
+def _install(model: nn.Module, settings: dict[str, dict]) -> None:
+    """Replaces the named layers by ones with an adapter; all or none of them."""
+    new = {}
+    for name, keywords in settings.items():
+        base = model.get_submodule(name)
+        N, K = _linear_shape(base)
+        check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
+        new[name] = (base, _with_adapter(name, base, **keywords))
+    for base, module in new.values():
+        replace_module(model, base, module)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints the trainable share in PEFT's words, counting logical weights, not bytes."""
+    trainable = num_parameters(model, only_trainable=True)
+    total = num_parameters(model)
+    print(
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * trainable / max(total, 1):.4f}"
+    )
+
+
+# PEFT's files -------------------------------------------------------------------------------------
+
+_PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _task_type(model: nn.Module) -> str | None:
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    name = type(model).__name__
+    return next((task for end, task in endings.items() if name.endswith(end)), None)
+
+
+def _write_aside(path: Path, write) -> None:
+    """Writes beside path and moves into place, so that a full disk leaves the old file whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
+    """Writes a model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    peft.PeftModel.from_pretrained(unquantized_base, path) and `load_adapter` read them. Files are
+    written aside and moved into place.
+
+    Args:
+        model: a model that went through add_lora or load_adapter.
+        path: a directory; it and its parents are made.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: no adapters (merged already?). TypeError: PEFT's adapters; use its own
+            save_pretrained. OSError: the directory cannot be made or written.
+    """
+    from safetensors.torch import save_file
+
+    _refuse_peft("save_adapter", model)
+    adapters = _adapters(model)
+    if not adapters:
+        raise ValueError("save_adapter: model has no adapters, want one that add_lora was given")
+    first = next(iter(adapters.values()))
+    conv1d = {isinstance(m, Linear4bit) and m.from_conv1d for m in adapters.values()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "r": first.r,
+        "lora_alpha": first.lora_alpha,
+        "lora_dropout": first.lora_dropout,
+        "use_rslora": first.use_rslora,
+        "bias": "none",
+        "target_modules": _shorten(model, list(adapters)),
+        "rank_pattern": {n: m.r for n, m in adapters.items() if m.r != first.r},
+        "alpha_pattern": {
+            n: m.lora_alpha for n, m in adapters.items() if m.lora_alpha != first.lora_alpha
+        },
+        "fan_in_fan_out": conv1d == {True},
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+    tensors = {}
+    for name, module in adapters.items():
+        for key in ("lora_A", "lora_B"):
+            tensor = getattr(module, key).detach()
+            tensors[f"{_PREFIX}{name}.{key}.weight"] = tensor.to("cpu").contiguous()
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2)
+    _write_aside(
+        path / _WEIGHTS, lambda draft: save_file(tensors, draft, metadata={"format": "pt"})
+    )
+    _write_aside(path / _CONFIG, lambda draft: draft.write_text(text))
+    return path
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    trainable: bool = False,
+    lora_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Reads a LoRA adapter that save_adapter or PEFT wrote onto a model, in place.
+
+    Args:
+        model: quantized or not, without adapters, or with adapters of the same shapes on the same
+            layers (a run that goes on), which are overwritten. Its other weights are frozen.
+        path: a directory with adapter_config.json and adapter_model.safetensors.
+        trainable: whether the adapter goes on training; as in PEFT, not by default.
+        lora_dtype: dtype of A and B.
+
+    Returns:
+        model.
+
+    Raises:
+        FileNotFoundError: a file is missing. TypeError: the model carries PEFT's adapters.
+        ValueError: not a plain LoRA adapter (DoRA, trained biases or whole modules, another
+            method), a layer the model lacks, an A without its B, a shape that does not fit, a file
+            that is damaged. The model is then as it was.
+    """
+    _refuse_peft("load_adapter", model)
+    path = Path(path)
+    config = _read_config(path)
+    pairs = _read_pairs(model, path, config)
+    present = _adapters(model)
+    if present and set(present) != set(pairs):
+        odd = sorted(set(present) ^ set(pairs))[0]
+        raise ValueError(
+            f"load_adapter: model has adapters on other layers than {path} ({odd} differs), want "
+            "the same layers, or a model without adapters"
+        )
+    settings = {}
+    for name, (lora_A, lora_B) in pairs.items():
+        base = model.get_submodule(name)
+        N, K = _linear_shape(base)
+        r = lora_A.shape[0] if lora_A.ndim == 2 else 0
+        if tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
+            raise ValueError(
+                f"load_adapter: {name} has lora_A {list(lora_A.shape)} and lora_B "
+                f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight"
+            )
+        if name in present and present[name].r != r:
+            raise ValueError(
+                f"load_adapter: {name} has an adapter of rank {present[name].r} and {path} has one "
+                f"of rank {r}, want the same rank, or a model without adapters"
+            )
+        settings[name] = {
+            "r": r,
+            "lora_alpha": _per_layer(config, "alpha_pattern", name, config["lora_alpha"]),
+            "lora_dropout": config.get("lora_dropout", 0.0),
+            "use_rslora": config.get("use_rslora", False),
+            "lora_dtype": lora_dtype,
+        }
+    if present:
+        for name, keywords in settings.items():
+            present[name].set_scaling(keywords["lora_alpha"], keywords["use_rslora"])
+    else:
+        _install(model, settings)
+    model.requires_grad_(False)
+    for name, module in _adapters(model).items():
+        with torch.no_grad():
+            module.lora_A.copy_(pairs[name][0])
+            module.lora_B.copy_(pairs[name][1])
+        module.lora_A.requires_grad_(trainable)
+        module.lora_B.requires_grad_(trainable)
+    return model
+
+
+def _read_config(path: Path) -> dict:
+    file = path / _CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"load_adapter: {file} is missing, want a directory with {_CONFIG}")
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_adapter: {file} is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"load_adapter: {file} has peft_type {got!r}, want 'LORA'")
+    plain = {
+        "use_dora": (False, None),
+        "bias": ("none", None),
+        "modules_to_save": (None, []),
+        "trainable_token_indices": (None,),
+        "lora_bias": (False, None),
+        "target_parameters": (None, []),
+    }
+    for key, allowed in plain.items():
+        if config.get(key) not in allowed:
+            raise ValueError(
+                f"load_adapter: {file} has {key}={config[key]!r}, want {allowed[0]!r}; "
+                "peft.PeftModel.from_pretrained loads this adapter"
+            )
+    alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
+    for alpha in alphas:
+        if (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, (int, float))
+            or not math.isfinite(alpha)
+        ):
+            raise ValueError(f"load_adapter: {file} has lora_alpha {alpha!r}, want a number")
+    return config
+
+
+def _per_layer(config: dict, key: str, name: str, default):
+    """PEFT's patterns: a regular expression for the end of a layer's name, then its value."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _read_pairs(model: nn.Module, path: Path, config: dict) -> dict[str, tuple]:
+    """Layer name -> (lora_A, lora_B) of an adapter file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = path / _WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"load_adapter: {file} is missing, want the adapter's weights")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"load_adapter: {file} is damaged ({error})") from None
+    linears = _linears(model)
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B)\.weight", key)
+        if match is None:
+            _check_extra(model, file, key, tensor)
+            continue
+        name = match[1]
+        if name not in linears:
+            raise ValueError(f"load_adapter: {file} adapts {name}, no layer; {_found(model)}")
+        halves.setdefault(name, {})[match[2]] = tensor
+    for name, half in halves.items():
+        for key in ("lora_A", "lora_B"):
+            if key not in half:
+                raise ValueError(f"load_adapter: {file} has no {key} for {name}, want A and B")
+            if not half[key].isfinite().all():
+                raise ValueError(f"load_adapter: {file} has a NaN or Inf in {name}.{key}")
+    if not halves:
+        raise ValueError(
+            f"load_adapter: {file} holds no LoRA weights, want {_PREFIX}*.lora_A.weight"
+        )
+    return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+
+
+def _check_extra(model: nn.Module, file: Path, key: str, tensor: torch.Tensor) -> None:
+    """PEFT stores the embeddings too where the head is a target; they must be the model's own."""
+    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if own is not None and own.shape == tensor.shape and own.is_floating_point():
+        dtype = min((own.dtype, tensor.dtype), key=lambda d: d.itemsize)
+        if torch.equal(own.detach().to("cpu", dtype), tensor.to(dtype)):
+            return
+    raise ValueError(
+        f"load_adapter: {file} holds {key} {list(tensor.shape)}, want lora_A and lora_B of linear "
+        "layers only; peft.PeftModel.from_pretrained loads this adapter"
+    )

@@ -1,0 +1,213 @@
+"""Merging adapters into dense weights: a plain model at the end, which needs nothing of ours."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from . import ops
+from .models import progress, replace_module
+from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, _Lora, _Packed4bit
+from .quantized_tensor import QuantizedTensor, dequantize_4bit
+
+__all__ = ["merge_and_unload"]
+
+FLOAT16_MAX = 65504.0
+
+
+def merge_and_unload(
+    model: nn.Module, dtype: torch.dtype = torch.float16, *, progress_bar: bool = True
+) -> nn.Module:
+    """Makes a plain dense model of one with adapters, in place: W + scaling B A in every layer.
+
+    The sum is made in fp32 from the packed weight and rounded once to dtype. Packed layers become
+    nn.Linear (or Conv1D, where they were one), packed embeddings nn.Embedding, and every other
+    floating parameter and saved buffer takes dtype. A layer's packed weight is released when its
+    dense one is there. A head that was tied to the embedding is untied: its weight differs.
+
+    Args:
+        model: a model that went through add_lora or load_adapter.
+        dtype: torch.float16, torch.bfloat16 or torch.float32.
+        progress_bar: show a tqdm bar.
+
+    Returns:
+        model, whose parameters require gradients as those of a freshly loaded model do.
+
+    Raises:
+        TypeError: dtype is another one; the model carries PEFT's adapters.
+        ValueError: no adapters: merged already, or never added.
+        OverflowError: float16 cannot hold a value, naming the layer. The model is then as it was.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"merge_and_unload: dtype is {dtype}, want torch.float16, "
+            "torch.bfloat16 or torch.float32"
+        )
+    _check_adapters(model)
+    if dtype == torch.float16:
+        _check_float16(model)
+    head = _tied_head(model)
+    names = [name for name, m in model.named_modules() if isinstance(m, (_Packed4bit, _Lora))]
+    for name in progress(names, "merge", progress_bar):
+        old = model.get_submodule(name)
+        replace_module(model, old, _dense(old, dtype))
+        del old
+    _cast(model, dtype)
+    model.requires_grad_(True)
+    _forget_quantization(model, dtype, untied=head)
+    return model
+
+
+def _check_adapters(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"merge_and_unload: model is a {type(model).__name__}, want an nn.Module")
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if type(module).__module__.startswith("peft."):
+            raise TypeError(
+                f"merge_and_unload: {name or 'model'} is PEFT's {type(module).__name__}, want "
+                "adapters from add_lora or load_adapter; model.merge_and_unload() merges PEFT's"
+            )
+    if any(isinstance(module, _Lora) for module in modules.values()):
+        return
+    packed = any(isinstance(module, _Packed4bit) for module in modules.values())
+    why = "its layers are still packed" if packed else "it was merged already, or never quantized"
+    raise ValueError(
+        f"merge_and_unload: model has no adapters ({why}), want one that add_lora or load_adapter "
+        "gave adapters to"
+    )
+
+
+# Layers -------------------------------------------------------------------------------------------
+
+
+def _merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The dense [N, K] weight of a packed or adapted layer in dtype."""
+    if isinstance(module, LoraLinear):
+        delta = module.lora_B.detach().float() @ module.lora_A.detach().float()
+        return module.weight.detach().float().add(delta, alpha=module.scaling).to(dtype)
+    if isinstance(module, _Lora):
+        # The op wants A and B of one dtype; fp32 holds either exactly.
+        A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
+        return ops.merge_lora_4bit(module.quantized.op_args(), A, B, module.scaling, dtype)
+    return dequantize_4bit(module.quantized, dtype)
+
+
+def _dense(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The plain layer that computes what module did."""
+    weight = _merged_weight(module, dtype)
+    if isinstance(module, Embedding4bit):
+        N, K = weight.shape
+        embedding = nn.Embedding(N, K, module.padding_idx, device="meta")
+        embedding.weight = nn.Parameter(weight)
+        return embedding.train(module.training)
+    bias = module.bias
+    if isinstance(module, Linear4bit) and module.from_conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            linear = Conv1D(module.out_features, module.in_features)
+        weight = weight.T.contiguous()
+    else:
+        linear = nn.Linear(
+            module.in_features, module.out_features, bias=bias is not None, device="meta"
+        )
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype))
+    return linear.train(module.training)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what is left one tensor at a time, so that tied parameters stay tied."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and _is_saved(module, key):
+                module._buffers[key] = buffer.to(dtype)
+
+
+def _is_saved(module: nn.Module, key: str) -> bool:
+    # Buffers outside the checkpoint (rotary frequencies) are fp32 whatever the model's dtype is.
+    return key not in module._non_persistent_buffers_set
+
+
+# float16 ------------------------------------------------------------------------------------------
+
+
+def _weight_bound(q: QuantizedTensor) -> float:
+    """A bound on |dequantized weight| from the statistics alone."""
+    values = max(abs(v) for v in q.values)
+    if q.nested is None:
+        scale = q.absmax.clone().view(torch.float32).abs().max().item()
+    else:
+        nested = q.nested.clone().view(torch.float32).abs()
+        scale = (nested[0] + nested[1:].max()).item()
+    mean = 0.0 if q.mean is None else q.mean.clone().view(torch.float32).abs().max().item()
+    return values * scale + mean
+
+
+def _check_float16(model: nn.Module) -> None:
+    """OverflowError, before anything is changed, if a merged value exceeds float16's range."""
+    for name, module in model.named_modules():
+        own = dict(module._parameters)
+        if isinstance(module, (_Packed4bit, _Lora)):
+            packed = isinstance(module, _Packed4bit)
+            weight = own.pop("weight")
+            bound = _weight_bound(module.quantized) if packed else weight.abs().max().item()
+            if isinstance(module, _Lora):
+                A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
+                # |B A| <= (row norms of B) * (column norms of A), by Cauchy-Schwarz.
+                bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
+            # The product itself is made only where the cheap bound does not settle it.
+            if not bound < FLOAT16_MAX / 2:
+                _check_values(f"{name}.weight", _merged_weight(module, torch.float32))
+        for key, parameter in own.items():
+            if parameter is not None and parameter.is_floating_point() and "lora_" not in key:
+                _check_values(f"{name}.{key}", parameter)
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if tensor.numel() == 0 or tensor.is_meta:
+        return
+    largest = tensor.detach().abs().max().item()
+    if largest >= 65520.0:  # rounds to an infinity
+        raise OverflowError(
+            f"merge_and_unload: {name} holds {largest:g}, want at most {FLOAT16_MAX:g} for "
+            "torch.float16; merge to torch.bfloat16 or torch.float32"
+        )
+    if largest != largest:
+        raise OverflowError(f"merge_and_unload: {name} holds a NaN, want finite values")
+
+
+# transformers' bookkeeping ------------------------------------------------------------------------
+
+
+def _tied_head(model: nn.Module) -> bool:
+    """Whether an adapted dense layer shares its weight with another module."""
+    adapted = {id(m.weight) for m in model.modules() if isinstance(m, LoraLinear)}
+    owners = [id(m._parameters["weight"]) for m in model.modules() if "weight" in m._parameters]
+    return any(owners.count(i) > 1 for i in adapted)
+
+
+def _forget_quantization(model: nn.Module, dtype: torch.dtype, untied: bool) -> None:
+    for attribute in ("quantization_report", "hf_quantizer", "quantization_method"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    model.is_quantized = False
+    for config in (model.config, model.config.get_text_config()):
+        for attribute in ("quantization_config", "_is_quantized"):
+            if attribute in config.__dict__:
+                delattr(config, attribute)
+        config.dtype = dtype
+        if untied:
+            config.tie_word_embeddings = False
+    if untied and hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}

@@ -1,0 +1,676 @@
+"""Modules over packed 4-bit weights.
+
+A packed weight is plain tensors on its module, so that state_dict, safetensors, DDP, FSDP2 and
+torch.compile need nothing of ours:
+
+    weight           uint8 [N, K / 2], frozen; [ceil(N * K / 2), 1] where K is odd
+    weight_absmax    uint8, frozen: 8-bit scale codes [num_blocks]; without double_quant the bytes
+                     of fp32 scales [4 * num_blocks]
+    weight_nested    uint8, frozen, double_quant only: bytes of the fp32 offset and absmax2
+    weight_mean      uint8, frozen, normalization "standard" only: bytes of fp32 means
+    weight_codebook  uint8 [64], buffer: the bytes of the codebook's 16 fp32 values; checked against
+                     the config whenever a state dict is loaded
+
+Statistics are bytes, so `.to(dtype)` cannot round them. What the bytes mean (block size, quant
+type) is the module's `config`, which the checkpoint's owner stores once for the model.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import _C, ops
+from .quantized_tensor import QuantConfig, QuantizedTensor, quantize_with
+
+__all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit"]
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether module is transformers' Conv1D: a linear layer whose weight is [in, out]."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether module computes x W^T + b and nothing else, so that a Linear4bit can stand in.
+
+    Exactly nn.Linear and Conv1D: a subclass may compute something else (a router, a fused layer)
+    or be read by its parent. Falcon's subclass is known to be plain.
+    """
+    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear" or is_conv1d(module)
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear or a Conv1D, however its weight is stored."""
+    if is_conv1d(linear):
+        return linear.weight.shape[1], linear.weight.shape[0]
+    return linear.out_features, linear.in_features
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    # transformers' weight initialisers leave tensors alone that carry this mark.
+    parameter._is_hf_initialized = True
+    return parameter
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor, copied if it starts at an odd address, as one in a memory-mapped file may: the ops
+    would otherwise copy it on every call."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return tensor
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+class _Packed4bit(nn.Module):
+    """What Linear4bit and Embedding4bit share: the packed weight, its checks and its moves."""
+
+    config: QuantConfig
+    dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
+
+    def _init_packed(self, N: int, K: int, config, dtype) -> None:
+        name = type(self).__name__
+        if config is None:
+            config = QuantConfig()
+        if not isinstance(config, QuantConfig):
+            raise TypeError(f"{name}: config is a {type(config).__name__}, want a QuantConfig")
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: dtype is {dtype}, want float32, float16 or bfloat16")
+        self.config = config
+        self.dtype = dtype
+        self._shape = torch.Size((N, K))
+        self._blocksize = 0 if config.normalization == "none" else config.blocksize or 0
+        self._custom = config.stored_codebook
+        self._quant_type = config.stored_quant_type
+        self._nested = config.double_quant and config.normalization != "none"
+        self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
+        for key in ("weight", "weight_absmax", "weight_nested", "weight_mean"):
+            self.register_parameter(key, None)
+
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every packed tensor this module holds, by key."""
+        N, K = self._shape
+        numel = N * K
+        num_blocks = math.ceil(numel / (self._blocksize or max(numel, 1)))
+        sizes = {
+            "weight": (N, K // 2) if K % 2 == 0 else ((numel + 1) // 2, 1),
+            "weight_absmax": (num_blocks,) if self._nested else (4 * num_blocks,),
+        }
+        if self._nested:
+            sizes["weight_nested"] = (4 * (1 + math.ceil(num_blocks / 256)),)
+        if self.config.normalization == "standard":
+            sizes["weight_mean"] = (4 * num_blocks,)
+        return sizes
+
+    def _codebook_bytes(self, device) -> torch.Tensor:
+        return torch.tensor(self._values, dtype=torch.float32, device=device).view(torch.uint8)
+
+    def _set_empty(self, device) -> None:
+        """Allocates the packed tensors on device without filling them."""
+        for key, size in self._sizes().items():
+            setattr(self, key, _frozen(torch.empty(size, dtype=torch.uint8, device=device)))
+        if torch.device(device).type == "meta":
+            self.register_buffer(
+                "weight_codebook", torch.empty(64, dtype=torch.uint8, device="meta")
+            )
+        else:
+            self.register_buffer("weight_codebook", self._codebook_bytes(device))
+
+    def _set_quantized(self, q: QuantizedTensor) -> None:
+        parts = {"weight": q.packed, "weight_absmax": q.absmax}
+        parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
+        for key, size in self._sizes().items():
+            setattr(self, key, _frozen(parts[key].reshape(size)))
+        self.register_buffer("weight_codebook", self._codebook_bytes(q.packed.device))
+
+    def _quantize(self, weight: torch.Tensor) -> None:
+        self._set_quantized(quantize_with(weight, self.config))
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a QuantizedTensor that shares this module's bytes."""
+        p = self._parameters
+        return QuantizedTensor(
+            packed=p["weight"].detach(),
+            absmax=p["weight_absmax"].detach(),
+            nested=None if p["weight_nested"] is None else p["weight_nested"].detach(),
+            mean=None if p["weight_mean"] is None else p["weight_mean"].detach(),
+            shape=self._shape,
+            dtype=self.dtype,
+            blocksize=self._blocksize,
+            quant_type=self._quant_type,
+            codebook=self._custom,
+        )
+
+    def _w4(self):
+        # Read from the dict, not through nn.Module.__getattr__: at M = 1 that would be a tenth of
+        # the call. Never cached: .to(), loading and FSDP2 swap the parameters.
+        p = self._parameters
+        return (
+            p["weight"],
+            p["weight_absmax"],
+            p["weight_nested"],
+            p["weight_mean"],
+            self._shape,
+            self._blocksize,
+            self._quant_type,
+            self._custom,
+        )
+
+    def reset_parameters(self) -> None:
+        """Does nothing: packed weights come from a dense weight or a checkpoint."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_bytes(tensor):
+            moved = fn(tensor)
+            if tensor.dtype == torch.uint8 and moved.dtype != torch.uint8:
+                # Module.type(dst_type) casts everything; bytes may move but not change.
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_bytes, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype in FLOAT_DTYPES:
+            self.dtype = probe.dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        errors = self._check_state(state_dict, prefix)
+        if errors:
+            error_msgs += errors
+            return
+        if local_metadata.get("assign_to_params_buffers", False):
+            for key in self._sizes():
+                if prefix + key in state_dict:
+                    state_dict[prefix + key] = _aligned(state_dict[prefix + key])
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_state(self, state_dict, prefix: str) -> list[str]:
+        """What is wrong with the packed tensors of a state dict, a sentence each."""
+        name = type(self).__name__
+        if prefix + "weight" not in state_dict:
+            return []  # an adapter alone, say; torch reports the key if loading is strict
+        errors = []
+        for key, size in {**self._sizes(), "weight_codebook": (64,)}.items():
+            tensor = state_dict.get(prefix + key)
+            if tensor is None:
+                errors.append(
+                    f"{name}: {prefix}{key} is missing, want uint8 {list(size)} beside "
+                    f"{prefix}weight ({self._describe()})"
+                )
+            elif tensor.dtype != torch.uint8:
+                hint = "; quantize a dense weight with from_linear or quantize_model"
+                errors.append(
+                    f"{name}: {prefix}{key} is {tensor.dtype} {list(tensor.shape)}, want uint8 "
+                    f"{list(size)}{hint if key == 'weight' else ''}"
+                )
+            elif tuple(tensor.shape) != size:
+                errors.append(
+                    f"{name}: {prefix}{key} has shape {list(tensor.shape)}, want {list(size)} for "
+                    f"[{self._shape[0]}, {self._shape[1]}] weights ({self._describe()})"
+                )
+        for key in ("weight_nested", "weight_mean"):
+            if prefix + key in state_dict and key not in self._sizes():
+                errors.append(
+                    f"{name}: {prefix}{key} is unexpected with {self._describe()}; the checkpoint "
+                    "was written with another config"
+                )
+        if errors:
+            return errors
+        codebook = state_dict[prefix + "weight_codebook"]
+        readable = type(codebook) in (torch.Tensor, nn.Parameter) and not codebook.is_meta
+        if readable and not torch.equal(codebook.cpu(), self._codebook_bytes("cpu")):
+            got = codebook.cpu().clone().view(torch.float32).tolist()
+            errors.append(
+                f"{name}: {prefix}weight_codebook holds {[round(v, 4) for v in got]}, want "
+                f"{[round(v, 4) for v in self._values]} ({self._describe()})"
+            )
+        floats = ["weight_nested", "weight_mean"]
+        for key in floats if self._nested else ["weight_absmax", *floats]:
+            tensor = state_dict.get(prefix + key)
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta":
+                continue
+            if not tensor.detach().clone().view(torch.float32).isfinite().all():
+                errors.append(
+                    f"{name}: {prefix}{key} holds a NaN or an infinity, want finite fp32 "
+                    "statistics; the checkpoint is damaged"
+                )
+        return errors
+
+    def _describe(self) -> str:
+        c = self.config
+        text = f"quant_type={c.quant_type}, blocksize={c.blocksize}, double_quant={c.double_quant}"
+        if c.normalization != "absmax":
+            text += f", normalization={c.normalization}"
+        if c.companding != "none":
+            text += f", companding={c.companding}({c.companding_k:g})"
+        return text
+
+
+class Linear4bit(_Packed4bit, nn.Linear):
+    """y = x W^T + b with W packed in 4 bits and frozen: [..., in_features] -> [..., out_features].
+
+    x is float32, float16 or bfloat16 and y has its dtype, or autocast's where autocast is on; the
+    bias (a plain parameter of `dtype`) may have another one. Sums are fp32, rounded once.
+
+    Made directly, it packs random weights drawn as nn.Linear draws them, or on the meta device
+    allocates nothing and waits for a state dict. `from_linear` packs a trained layer.
+
+    Args:
+        in_features, out_features: logical sizes K and N, whatever the packed tensors' shapes are.
+        bias: whether there is a bias of `dtype` [out_features].
+        config: a QuantConfig; None is NF4, blocks of 64, double-quantized (4.127 bits per weight).
+        device, dtype: as for nn.Linear; dtype is that of the bias and of the dequantized weight.
+
+    Raises:
+        TypeError: config is not a QuantConfig, or dtype is not float32, float16 or bfloat16.
+        RuntimeError: from load_state_dict, naming the key whose shape, dtype or codebook is wrong.
+    """
+
+    from_conv1d = False  # merging gives a Conv1D back where there was one
+
+    def __init__(
+        self, in_features, out_features, bias=True, *, config=None, device=None, dtype=None
+    ):
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._init_packed(out_features, in_features, config, dtype)
+        draft = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        if draft.is_meta:
+            self._set_empty("meta")
+        else:
+            nn.init.kaiming_uniform_(draft, a=math.sqrt(5))
+            self._quantize(draft)
+        self.register_parameter("bias", None)
+        if bias:
+            bound = 1 / math.sqrt(in_features) if in_features > 0 else 0
+            self.bias = nn.Parameter(draft.new_empty(out_features).uniform_(-bound, bound))
+
+    @classmethod
+    def empty_like(cls, linear: nn.Module, config=None, *, device="meta", dtype=None):
+        """An unfilled Linear4bit of an nn.Linear's or Conv1D's shape, to load a checkpoint into.
+
+        Args:
+            linear: the layer to stand in for; its weight is not read and may be on meta.
+            device: where the packed tensors are allocated. dtype: None is the layer's own.
+        """
+        _check_source(cls.__name__, linear)
+        N, K = linear_shape(linear)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = K, N
+        self._init_packed(N, K, config, dtype or linear.weight.dtype)
+        self._set_empty(device)
+        self.register_parameter("bias", None)
+        if linear.bias is not None:
+            bias = torch.empty(N, dtype=self.dtype, device=device)
+            self.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        self.from_conv1d = is_conv1d(linear)
+        return self.train(linear.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config=None):
+        """Packs an nn.Linear, or transformers' Conv1D, whose weight is finite and floating.
+
+        Args:
+            linear: the layer; it is not changed, and its bias is shared. A layer on the meta
+                device gives a module on the meta device.
+            config: a QuantConfig, or None for NF4 with blocks of 64.
+
+        Raises:
+            TypeError: not a linear layer; a Linear4bit, which is quantized already; a weight that
+                is not float32, float16 or bfloat16; a parametrized weight.
+            RuntimeError: a NaN or Inf in the weight, naming its index.
+        """
+        self = cls.empty_like(linear, config)
+        if not linear.weight.is_meta:
+            weight = linear.weight.detach()
+            self._quantize(weight.T.contiguous() if self.from_conv1d else weight)
+        if linear.bias is not None:
+            self.bias = linear.bias
+        return self
+
+    def _input(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the dtype the product runs in."""
+        if x.dtype is torch.uint8:
+            raise TypeError(
+                f"{type(self).__name__}: x has dtype uint8, want float32, float16 or bfloat16. The "
+                "caller cast its activations to this layer's weight.dtype, which is that of packed "
+                "bytes (T5's feed-forward does so with `wo`): keep the layer unquantized, with "
+                'modules_to_not_convert=["wo"]'
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
+        return ops.gemm_4bit(self._input(x), self._w4(), self._parameters["bias"])
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._describe()}"
+        )
+
+
+def _check_source(name: str, linear: nn.Module) -> None:
+    if isinstance(linear, _Packed4bit):
+        raise TypeError(
+            f"{name}: linear is a {type(linear).__name__}, want an nn.Linear with a dense weight; "
+            "it is quantized already"
+        )
+    if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        raise TypeError(
+            f"{name}: linear is a {type(linear).__name__}, want an nn.Linear or "
+            "transformers' Conv1D"
+        )
+    if torch.nn.utils.parametrize.is_parametrized(linear):
+        raise TypeError(
+            f"{name}: linear's weight is parametrized ({', '.join(linear.parametrizations)}), want "
+            "a plain one; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+        )
+    if linear.weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: linear.weight has dtype {linear.weight.dtype}, want float32, float16 or "
+            "bfloat16"
+        )
+
+
+# LoRA ---------------------------------------------------------------------------------------------
+
+
+def check_lora_rank(name: str, r: int, in_features: int, out_features: int) -> None:
+    """ValueError unless 1 <= r <= min(in_features, out_features): a larger r adds no rank."""
+    most = min(in_features, out_features)
+    if not isinstance(r, int) or not 1 <= r <= most:
+        raise ValueError(
+            f"{name}: r is {r!r}, want an integer from 1 to min(in_features, out_features) = "
+            f"{most} for a [{out_features}, {in_features}] weight"
+        )
+
+
+class _Lora(nn.Module):
+    """The bypass that LoraLinear4bit and LoraLinear add: scaling * dropout(x) A^T B^T.
+
+    Source: LoRA (arXiv 2106.09685); A is Kaiming-uniform with a = sqrt(5) as in PEFT, B is zero.
+    """
+
+    def _init_lora(self, r, lora_alpha, lora_dropout, use_rslora, device, lora_dtype) -> None:
+        name = type(self).__name__
+        check_lora_rank(name, r, self.in_features, self.out_features)
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(
+                f"{name}: lora_dropout is {lora_dropout}, want a probability in [0, 1)"
+            )
+        if lora_dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}: lora_dtype is {lora_dtype}, want float32, float16 or bfloat16"
+            )
+        self.r = r
+        self.lora_dropout = float(lora_dropout)
+        self.set_scaling(lora_alpha, use_rslora)
+        lora_A = torch.empty(r, self.in_features, device=device, dtype=lora_dtype)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_A.new_zeros(self.out_features, r))
+
+    def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
+        """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+        self.lora_alpha = lora_alpha
+        self.use_rslora = use_rslora
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+
+    def _adopt(self, base: nn.Module) -> None:
+        """Takes over base's attributes and its very parameters and buffers."""
+        self.__dict__.update(
+            {
+                key: dict(value) if isinstance(value, dict) else value
+                for key, value in base.__dict__.items()
+                if key not in ("forward", "_hf_hook", "_old_forward")
+            }
+        )
+
+    def _lora_repr(self) -> str:
+        return f", r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
+
+
+class LoraLinear4bit(_Lora, Linear4bit):
+    """Linear4bit with one LoRA adapter: y = x W^T + b + scaling * dropout(x) A^T B^T.
+
+    lora_A [r, in_features] and lora_B [out_features, r] are trainable, float32 unless lora_dtype
+    says otherwise, whatever x's dtype is; scaling = lora_alpha / r. Dropout acts on the bypass's
+    input only, in training. The bypass is part of the packed product: no [M, N] temporary.
+
+    Args:
+        in_features, out_features, bias, config, device, dtype: as for Linear4bit.
+        r: rank, from 1 to min(in_features, out_features).
+        lora_alpha, lora_dropout: as in PEFT. use_rslora: scaling = lora_alpha / sqrt(r).
+        lora_dtype: dtype of lora_A and lora_B.
+
+    Raises:
+        ValueError: r or lora_dropout out of range. TypeError: as Linear4bit, or a bad lora_dtype.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        *,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        use_rslora=False,
+        lora_dtype=torch.float32,
+        config=None,
+        device=None,
+        dtype=None,
+    ):
+        check_lora_rank(type(self).__name__, r, in_features, out_features)
+        super().__init__(in_features, out_features, bias, config=config, device=device, dtype=dtype)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, self.weight.device, lora_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        config=None,
+        *,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        use_rslora=False,
+        lora_dtype=torch.float32,
+    ):
+        """Adds an adapter to a Linear4bit, whose bytes are shared; a dense layer is packed first.
+
+        Raises: as the constructor and Linear4bit.from_linear; TypeError where linear has an
+        adapter already, or where config is given for a layer that is packed already.
+        """
+        name = cls.__name__
+        if isinstance(linear, _Lora):
+            raise TypeError(
+                f"{name}: linear is a {type(linear).__name__}, want one without adapter"
+            )
+        if not isinstance(linear, Linear4bit):
+            linear = Linear4bit.from_linear(linear, config)
+        elif config is not None and config != linear.config:
+            raise TypeError(
+                f"{name}: config is given for a layer that is quantized already "
+                f"({linear._describe()}), want None"
+            )
+        self = cls.__new__(cls)
+        self._adopt(linear)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
+        x = self._input(x)
+        p = self._parameters
+        if self.lora_dropout and self.training:
+            # The bypass sees another x than the weight does, so its product is made apart.
+            dropped = F.dropout(x, self.lora_dropout)
+            S = ops.lora_shrink(dropped, p["lora_A"], self.scaling)
+            return ops.gemm_4bit(x, self._w4(), p["bias"], S, p["lora_B"])
+        return ops.lora_gemm_4bit(x, self._w4(), p["lora_A"], p["lora_B"], self.scaling, p["bias"])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._lora_repr()
+
+
+class LoraLinear(_Lora, nn.Linear):
+    """An unquantized nn.Linear (a language model's head) with one LoRA adapter.
+
+    The dense weight and bias are frozen and shared with the layer it was made from, so a weight
+    tied to an embedding stays tied. lora_A [r, in_features] and lora_B [out_features, r] as in
+    LoraLinear4bit; x: [..., in_features] -> [..., out_features].
+    """
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        use_rslora=False,
+        lora_dtype=torch.float32,
+    ):
+        """Adds an adapter to an nn.Linear. TypeError for another module, ValueError for a bad r."""
+        if not isinstance(linear, nn.Linear) or isinstance(linear, (_Packed4bit, _Lora)):
+            raise TypeError(
+                f"{cls.__name__}: linear is a {type(linear).__name__}, want an nn.Linear with a "
+                "dense weight and no adapter"
+            )
+        self = cls.__new__(cls)
+        self._adopt(linear)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features], float -> [..., out_features]."""
+        y = F.linear(x, self.weight, self.bias)
+        dropped = F.dropout(x, self.lora_dropout, self.training)
+        S = F.linear(dropped.to(self.lora_A.dtype), self.lora_A)
+        return y + (F.linear(S, self.lora_B) * self.scaling).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._lora_repr()
+
+
+# Embeddings ---------------------------------------------------------------------------------------
+
+
+class Embedding4bit(_Packed4bit, nn.Embedding):
+    """nn.Embedding with the table packed in 4 bits and frozen. int64 indices [...] -> [..., dim].
+
+    The output has `dtype`, which follows .to(dtype). padding_idx is kept, and has no gradient to
+    stop since the table is frozen. Made directly it packs N(0, 1) rows, or waits on meta.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx: as for nn.Embedding.
+        config, device, dtype: as for Linear4bit.
+
+    Raises:
+        TypeError: as Linear4bit.
+        RuntimeError: an index out of range, on the CPU; on a GPU it traps, as in nn.Embedding.
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        padding_idx=None,
+        *,
+        config=None,
+        device=None,
+        dtype=None,
+    ):
+        nn.Module.__init__(self)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._init_embedding(num_embeddings, embedding_dim, padding_idx, config, dtype)
+        draft = torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        if draft.is_meta:
+            self._set_empty("meta")
+            return
+        nn.init.normal_(draft)
+        if self.padding_idx is not None:
+            draft[self.padding_idx] = 0
+        self._quantize(draft)
+
+    def _init_embedding(self, num_embeddings, embedding_dim, padding_idx, config, dtype) -> None:
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"Embedding4bit: padding_idx is {padding_idx}, want within "
+                    f"num_embeddings = {num_embeddings}"
+                )
+            padding_idx %= num_embeddings
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self._init_packed(num_embeddings, embedding_dim, config, dtype)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, config=None):
+        """Packs an nn.Embedding's table; one on the meta device gives a module on meta.
+
+        Raises:
+            TypeError: not an nn.Embedding, one with max_norm, one quantized already, or a table
+                that is not float32, float16 or bfloat16.
+            RuntimeError: a NaN or Inf in the table, naming its index.
+        """
+        name = cls.__name__
+        if isinstance(embedding, _Packed4bit) or not isinstance(embedding, nn.Embedding):
+            raise TypeError(
+                f"{name}: embedding is a {type(embedding).__name__}, want an nn.Embedding with a "
+                "dense table"
+            )
+        if embedding.max_norm is not None:
+            raise TypeError(
+                f"{name}: embedding.max_norm is {embedding.max_norm}, want None: it rewrites rows "
+                "as they are read"
+            )
+        if embedding.weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}: embedding.weight has dtype {embedding.weight.dtype}, want float32, "
+                "float16 or bfloat16"
+            )
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        weight = embedding.weight.detach()
+        N, K = weight.shape
+        self._init_embedding(N, K, embedding.padding_idx, config, weight.dtype)
+        if weight.is_meta:
+            self._set_empty("meta")
+        else:
+            self._quantize(weight)
+        return self.train(embedding.training)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """indices: int64 or int32 [...], in [0, num_embeddings) -> [..., embedding_dim], dtype."""
+        return ops.embedding_4bit(indices, self._w4(), self.dtype)
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        if self.padding_idx is not None:
+            text += f", padding_idx={self.padding_idx}"
+        return f"{text}, {self._describe()}"
