@@ -231,7 +231,7 @@ Weight quantize(const Case& c, const Buffer& w) {
   q.absmax.resize(q.num_blocks);
   if (c.normalization == Normalization::kStandard) q.mean.resize(q.num_blocks);
   const NamedCodebook* named = find_codebook(c.quant_type);
-  q.codebook = make_codebook(named->values, named->sign_magnitude);
+  q.codebook = make_codebook(named->levels, named->sign_magnitude);
 
   int64_t bad_index = numel;
   Quantize4bitParams p{w.bytes.data(), q.packed.data(), q.absmax.data(),

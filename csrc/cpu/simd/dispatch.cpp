@@ -12,8 +12,8 @@ struct Path {
   bool supported;  // by the CPU we run on
 };
 
-[[maybe_unused]] bool has_avx2() {
-#if defined(__x86_64__) && defined(QLORA_AVX2_PENDING)
+bool has_avx2() {
+#if defined(__x86_64__)
   // Every CPU with AVX2 and FMA converts fp16 (F16C) too.
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
@@ -28,7 +28,7 @@ struct Choice {
 
 Choice choose() {
   const Path paths[] = {  // best first
-#if defined(__x86_64__) && defined(QLORA_AVX2_PENDING)
+#if defined(__x86_64__)
       {&kAvx2Kernels, has_avx2()},
 #endif
       {&kPortableKernels, true},

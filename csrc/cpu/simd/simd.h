@@ -58,7 +58,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortableKernels;
-#if defined(__x86_64__) && defined(QLORA_AVX2_PENDING)
+#if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 #endif
 

@@ -1,0 +1,632 @@
+// The inner kernels with AVX2, FMA and F16C: 8 weights to a vector.
+//
+// A weight's 4-bit code becomes its value by two 8-entry register permutes and a blend on the
+// code's top bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
+// whose bits are the format, never do (the build passes -ffp-contract=off).
+//
+// Every header stands before the target pragma, so that no inline function that other files share
+// is compiled for AVX2 and then chosen by the linker for a CPU without it.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../half.h"
+#include "../scales.h"
+#include "simd.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace qlora_ext::cpu {
+namespace {
+
+constexpr int64_t kLanes = 8;
+
+// ---- fp16 and bf16 ----
+
+__m256 load_fp32(const float* src) { return _mm256_loadu_ps(src); }
+
+__m128i load_8_halves(const uint16_t* src) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+}
+
+__m256 load_fp16(const uint16_t* src) { return _mm256_cvtph_ps(load_8_halves(src)); }
+
+__m256 load_bf16(const uint16_t* src) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_8_halves(src)), 16));
+}
+
+void store_fp32(float* dst, __m256 v) { _mm256_storeu_ps(dst, v); }
+
+void store_8_halves(uint16_t* dst, __m128i v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), v);
+}
+
+void store_fp16(uint16_t* dst, __m256 v) {
+  store_8_halves(dst, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Round to nearest even; a NaN becomes 0x7fc0, as in bf16_from_float.
+void store_bf16(uint16_t* dst, __m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i halves = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+  const __m256i packed = _mm256_packus_epi32(halves, halves);
+  store_8_halves(dst, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x88)));
+}
+
+void to_float(const void* src, DType dtype, int64_t n, float* dst) {
+  const uint16_t* half = static_cast<const uint16_t*>(src);
+  int64_t i = 0;
+  switch (dtype) {
+    case DType::kFloat32:
+      if (n > 0) std::memcpy(dst, src, n * sizeof(float));
+      return;
+    case DType::kFloat16:
+      for (; i + kLanes <= n; i += kLanes) store_fp32(dst + i, load_fp16(half + i));
+      for (; i < n; ++i) dst[i] = fp16_to_float(half[i]);
+      return;
+    case DType::kBFloat16:
+      for (; i + kLanes <= n; i += kLanes) store_fp32(dst + i, load_bf16(half + i));
+      for (; i < n; ++i) dst[i] = bf16_to_float(half[i]);
+      return;
+  }
+}
+
+void from_float(const float* src, int64_t n, DType dtype, void* dst) {
+  uint16_t* half = static_cast<uint16_t*>(dst);
+  int64_t i = 0;
+  switch (dtype) {
+    case DType::kFloat32:
+      if (n > 0) std::memcpy(dst, src, n * sizeof(float));
+      return;
+    case DType::kFloat16:
+      for (; i + kLanes <= n; i += kLanes) store_fp16(half + i, load_fp32(src + i));
+      for (; i < n; ++i) half[i] = fp16_from_float(src[i]);
+      return;
+    case DType::kBFloat16:
+      for (; i + kLanes <= n; i += kLanes) store_bf16(half + i, load_fp32(src + i));
+      for (; i < n; ++i) half[i] = bf16_from_float(src[i]);
+      return;
+  }
+}
+
+// ---- the quantizer ----
+
+// Magnitudes compare as integers, and Inf and NaN are the largest: one pass finds both.
+float max_abs(const float* x, int64_t n) {
+  const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
+  __m256i largest = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256i bits = _mm256_castps_si256(load_fp32(x + i));
+    largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, magnitude_mask));
+  }
+  alignas(32) uint32_t lanes[kLanes];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
+  uint32_t result = 0;
+  for (uint32_t lane : lanes) result = std::max(result, lane);
+  for (; i < n; ++i) result = std::max(result, float_bits(x[i]) & 0x7fffffffu);
+  return float_from_bits(result);
+}
+
+// The 15 thresholds as a search tree. Comparisons yield -1, so positions count downwards: entry i
+// of a level lies in lane (-i) mod 8, and no negation is needed before the last step.
+struct Decision {
+  __m256 root;            // t[7]
+  __m256 second[2];       // t[3], t[11]
+  __m256 third;           // t[1], t[5], t[9], t[13]
+  __m256 fourth;          // t[0], t[2], ... t[14]
+  __m128i code_of_rank;   // bytes; ranks 8 to 15 carry the sign of a sign-magnitude codebook
+  bool sign_magnitude;
+
+  explicit Decision(const Codebook& book) : sign_magnitude(book.sign_magnitude) {
+    const float* t = book.thresholds;
+    root = _mm256_set1_ps(t[7]);
+    second[0] = _mm256_set1_ps(t[3]);
+    second[1] = _mm256_set1_ps(t[11]);
+    third = _mm256_setr_ps(t[1], 0, 0, 0, 0, t[13], t[9], t[5]);
+    fourth = _mm256_setr_ps(t[0], t[14], t[12], t[10], t[8], t[6], t[4], t[2]);
+    alignas(16) uint8_t codes[16];
+    for (int rank = 0; rank < 16; ++rank) {
+      codes[rank] = sign_magnitude && rank >= 8 ? book.order[rank - 8] | 8 : book.order[rank];
+    }
+    code_of_rank = _mm_load_si128(reinterpret_cast<const __m128i*>(codes));
+  }
+};
+
+__m256i greater(__m256 a, __m256 b) {
+  return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
+// 2 * a + b.
+__m256i descend(__m256i a, __m256i b) { return _mm256_add_epi32(_mm256_add_epi32(a, a), b); }
+
+// -(number of thresholds below v), minus 8 for a negative v under sign-magnitude.
+template <bool kSignMagnitude>
+__m256i negative_rank(__m256 v, const Decision& decision) {
+  const __m256 sign_bit = _mm256_set1_ps(-0.0f);
+  const __m256 compared = kSignMagnitude ? _mm256_andnot_ps(sign_bit, v) : v;
+  const __m256i above_root = greater(compared, decision.root);
+  const __m256 second =
+      _mm256_blendv_ps(decision.second[0], decision.second[1], _mm256_castsi256_ps(above_root));
+  const __m256i at2 = descend(above_root, greater(compared, second));
+  const __m256 third = _mm256_permutevar8x32_ps(decision.third, at2);
+  const __m256i at3 = descend(at2, greater(compared, third));
+  const __m256 fourth = _mm256_permutevar8x32_ps(decision.fourth, at3);
+  const __m256i rank = descend(at3, greater(compared, fourth));
+  if (!kSignMagnitude) return rank;
+  const __m256i negative = greater(_mm256_setzero_ps(), v);
+  return _mm256_add_epi32(rank, _mm256_slli_epi32(negative, 3));
+}
+
+__m256 normalize(__m256 w, const Normalizer& normalizer) {
+  const __m256 centred = _mm256_sub_ps(w, _mm256_set1_ps(normalizer.mean));
+  const __m256 v = _mm256_mul_ps(centred, _mm256_set1_ps(normalizer.inverse_scale));
+  if (!normalizer.clip) return v;
+  return _mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(-1.0f)), _mm256_set1_ps(1.0f));
+}
+
+// Four vectors of negative ranks -> 32 codes -> 16 bytes, high nibble first.
+__m128i pack_codes(const __m256i ranks[4], const Decision& decision) {
+  const __m256i pair01 = _mm256_packs_epi32(ranks[0], ranks[1]);
+  const __m256i pair23 = _mm256_packs_epi32(ranks[2], ranks[3]);
+  // The packs work within 128-bit halves: put the eight groups of four back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i shuffled = _mm256_packs_epi16(pair01, pair23);
+  const __m256i in_order = _mm256_permutevar8x32_epi32(shuffled, order);
+  const __m256i codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(decision.code_of_rank),
+                                            _mm256_abs_epi8(in_order));
+  const __m256i bytes = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 * even + odd
+  return _mm_packus_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+}
+
+template <bool kSignMagnitude>
+void encode_32(const float* x, const Normalizer& normalizer, const Decision& decision,
+               uint8_t* packed) {
+  __m256i ranks[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 v = normalize(load_fp32(x + i * kLanes), normalizer);
+    ranks[i] = negative_rank<kSignMagnitude>(v, decision);
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), pack_codes(ranks, decision));
+}
+
+template <bool kSignMagnitude>
+void encode_as(const float* x, int64_t n, const Normalizer& normalizer, const Decision& decision,
+               uint8_t* packed) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    encode_32<kSignMagnitude>(x + i, normalizer, decision, packed + i / 2);
+  }
+  if (i == n) return;
+  float rest[32] = {};
+  uint8_t bytes[16];
+  std::copy(x + i, x + n, rest);
+  encode_32<kSignMagnitude>(rest, normalizer, decision, bytes);
+  if (n & 1) bytes[(n - i) / 2] &= 0xf0;  // the spare nibble
+  std::copy_n(bytes, (n - i + 1) / 2, packed + i / 2);
+}
+
+void encode(const float* x, int64_t n, const Normalizer& normalizer, const Codebook& codebook,
+            uint8_t* packed) {
+  const Decision decision(codebook);
+  if (decision.sign_magnitude) return encode_as<true>(x, n, normalizer, decision, packed);
+  return encode_as<false>(x, n, normalizer, decision, packed);
+}
+
+// Bisection over the 255 thresholds of the dynamic map, 8 scales at a time.
+void encode_scales(const float* absmax, int64_t n, float offset, float inverse_scale,
+                   uint8_t* code) {
+  const float* thresholds = kDynamicMapThresholds.values;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = std::min(kLanes, n - i);
+    alignas(32) float scales[kLanes] = {};
+    std::copy_n(absmax + i, count, scales);
+    const __m256 v = _mm256_mul_ps(_mm256_sub_ps(load_fp32(scales), _mm256_set1_ps(offset)),
+                                   _mm256_set1_ps(inverse_scale));
+    __m256i at = _mm256_setzero_si256();
+    for (int step = 128; step > 0; step /= 2) {
+      const __m256 threshold = _mm256_i32gather_ps(thresholds + step - 1, at, 4);
+      const __m256i below = greater(v, threshold);
+      at = _mm256_add_epi32(at, _mm256_and_si256(below, _mm256_set1_epi32(step)));
+    }
+    alignas(32) int32_t codes[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), at);
+    for (int64_t lane = 0; lane < count; ++lane) code[i + lane] = static_cast<uint8_t>(codes[lane]);
+  }
+}
+
+// ---- the decoder ----
+
+struct Table {
+  __m256 low;   // values of codes 0 to 7
+  __m256 high;  // values of codes 8 to 15
+
+  explicit Table(const float values[16]) : low(load_fp32(values)), high(load_fp32(values + 8)) {}
+};
+
+// The codebook as a block scales it: fp32 multiply, then fp32 add.
+Table scaled_table(const PackedWeight& weight, int64_t block) {
+  Table table(weight.values);
+  const __m256 scale = _mm256_set1_ps(block_scale(weight, block));
+  table.low = _mm256_mul_ps(table.low, scale);
+  table.high = _mm256_mul_ps(table.high, scale);
+  if (weight.mean != nullptr) {
+    const __m256 mean = _mm256_set1_ps(weight.mean[block]);
+    table.low = _mm256_add_ps(table.low, mean);
+    table.high = _mm256_add_ps(table.high, mean);
+  }
+  return table;
+}
+
+// Eight codes from four bytes, in order, each in the low bits of its lane; higher bits are not
+// cleared, since `look_up` reads only four.
+__m256i codes_of(const uint8_t* packed) {
+  int32_t bytes;
+  std::memcpy(&bytes, packed, sizeof(bytes));
+  return _mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+}
+
+__m256 look_up(const Table& table, __m256i codes) {
+  const __m256 low = _mm256_permutevar8x32_ps(table.low, codes);
+  const __m256 high = _mm256_permutevar8x32_ps(table.high, codes);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+
+int64_t block_of(const PackedWeight& weight, int64_t index) {
+  const int64_t blocksize = weight.blocksize;
+  if (index < blocksize) return 0;
+  if ((blocksize & (blocksize - 1)) == 0) return index >> __builtin_ctzll(blocksize);
+  return index / blocksize;
+}
+
+// Calls run(at, end, block) for the stretches of [first, first + n) that share a block.
+template <class Run>
+void for_each_block(const PackedWeight& weight, int64_t first, int64_t n, const Run& run) {
+  int64_t block = block_of(weight, first);
+  for (int64_t at = 0; at < n; ++block) {
+    const int64_t end = std::min(n, (block + 1) * weight.blocksize - first);
+    run(at, end, block);
+    at = end;
+  }
+}
+
+void decode_fp32(const PackedWeight& weight, int64_t first, int64_t n, float* out) {
+  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
+    const Table table = scaled_table(weight, block);
+    alignas(32) float values[16];
+    _mm256_store_ps(values, table.low);
+    _mm256_store_ps(values + 8, table.high);
+    for (; i < end && ((first + i) & 1) != 0; ++i) out[i] = values[code_at(weight.packed, first + i)];
+    for (; i + kLanes <= end; i += kLanes) {
+      store_fp32(out + i, look_up(table, codes_of(weight.packed + (first + i) / 2)));
+    }
+    for (; i < end; ++i) out[i] = values[code_at(weight.packed, first + i)];
+  });
+}
+
+// A block's 16 values, rounded to 16 bits, as tables of their low and their high bytes.
+struct HalfTable {
+  uint16_t values[16];
+  __m256i low;
+  __m256i high;
+
+  HalfTable(const Table& table, DType dtype) {
+    alignas(32) float scaled[16];
+    _mm256_store_ps(scaled, table.low);
+    _mm256_store_ps(scaled + 8, table.high);
+    from_float(scaled, 16, dtype, values);
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    const __m256i low_bytes = _mm256_and_si256(pairs, _mm256_set1_epi16(0x00ff));
+    const __m256i high_bytes = _mm256_srli_epi16(pairs, 8);
+    low = _mm256_permute4x64_epi64(_mm256_packus_epi16(low_bytes, low_bytes), 0x88);
+    high = _mm256_permute4x64_epi64(_mm256_packus_epi16(high_bytes, high_bytes), 0x88);
+  }
+};
+
+// 16 bytes -> 32 values of 16 bits: one byte shuffle for their low bytes, one for the high ones.
+void decode_32_halves(const uint8_t* packed, const HalfTable& table, uint16_t* out) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const __m128i nibble = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+  const __m128i odd = _mm_and_si128(bytes, nibble);
+  const __m256i codes =
+      _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+  const __m256i low = _mm256_shuffle_epi8(table.low, codes);
+  const __m256i high = _mm256_shuffle_epi8(table.high, codes);
+  const __m256i first = _mm256_unpacklo_epi8(low, high);   // values 0-7 and 16-23
+  const __m256i second = _mm256_unpackhi_epi8(low, high);  // values 8-15 and 24-31
+  __m256i* const dst = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(dst, _mm256_permute2x128_si256(first, second, 0x20));
+  _mm256_storeu_si256(dst + 1, _mm256_permute2x128_si256(first, second, 0x31));
+}
+
+void decode_halves(const PackedWeight& weight, int64_t first, int64_t n, DType dtype,
+                   uint16_t* out) {
+  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
+    const HalfTable table(scaled_table(weight, block), dtype);
+    const auto decode_one = [&](int64_t at) {
+      out[at] = table.values[code_at(weight.packed, first + at)];
+    };
+    for (; i < end && ((first + i) & 1) != 0; ++i) decode_one(i);
+    for (; i + 32 <= end; i += 32) {
+      decode_32_halves(weight.packed + (first + i) / 2, table, out + i);
+    }
+    for (; i < end; ++i) decode_one(i);
+  });
+}
+
+void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, void* out) {
+  if (dtype == DType::kFloat32) return decode_fp32(weight, first, n, static_cast<float*>(out));
+  return decode_halves(weight, first, n, dtype, static_cast<uint16_t*>(out));
+}
+
+// ---- panels ----
+
+void transpose_8x8(__m256 rows[8]) {
+  __m256 pairs[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  __m256 quads[8];
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+// panel[d][c] = src[c * stride + d] for fp32 rows.
+void transpose_fp32(const float* src, int64_t stride, int64_t width, int64_t depth, float* panel) {
+  int64_t d = 0;
+  for (; width == kPanelWidth && d + kLanes <= depth; d += kLanes) {
+    for (int64_t half = 0; half < kPanelWidth; half += kLanes) {
+      __m256 rows[kLanes];
+      for (int64_t c = 0; c < kLanes; ++c) rows[c] = load_fp32(src + (half + c) * stride + d);
+      transpose_8x8(rows);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        store_fp32(panel + (d + i) * kPanelWidth + half, rows[i]);
+      }
+    }
+  }
+  for (; d < depth; ++d) {
+    for (int64_t c = 0; c < kPanelWidth; ++c) {
+      panel[d * kPanelWidth + c] = c < width ? src[c * stride + d] : 0.0f;
+    }
+  }
+}
+
+constexpr int64_t kSlab = 64;  // depth that is converted before it is transposed: 4 KB
+
+void pack_columns(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,
+                  float* panel) {
+  if (dtype == DType::kFloat32) {
+    return transpose_fp32(static_cast<const float*>(src), stride, width, depth, panel);
+  }
+  alignas(32) float slab[kPanelWidth * kSlab];
+  for (int64_t d = 0; d < depth; d += kSlab) {
+    const int64_t count = std::min(kSlab, depth - d);
+    for (int64_t c = 0; c < width; ++c) {
+      to_float(element(src, dtype, c * stride + d), dtype, count, slab + c * kSlab);
+    }
+    transpose_fp32(slab, kSlab, width, count, panel + d * kPanelWidth);
+  }
+}
+
+void pack_rows(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,
+               float* panel) {
+  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth) {
+    to_float(element(src, dtype, d * stride), dtype, width, panel);
+    std::fill(panel + width, panel + kPanelWidth, 0.0f);
+  }
+}
+
+// Any shape: rows are decoded as they lie, then transposed.
+void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+                        int64_t depth, float* panel) {
+  alignas(32) float slab[kPanelWidth * kSlab];
+  for (int64_t d = 0; d < depth; d += kSlab) {
+    const int64_t count = std::min(kSlab, depth - d);
+    for (int64_t c = 0; c < width; ++c) {
+      decode_fp32(weight, (row + c) * weight.K + k + d, count, slab + c * kSlab);
+    }
+    transpose_fp32(slab, kSlab, width, count, panel + d * kPanelWidth);
+  }
+}
+
+// The scales (and means) of eight rows at one k, a lane each, and how far they hold.
+struct RowScales {
+  __m256 scale;
+  __m256 mean;
+  int64_t count;  // elements from k on before any row enters its next block
+
+  RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t limit) : count(limit) {
+    alignas(32) float scales[kLanes];
+    alignas(32) float means[kLanes] = {};
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t index = (row + lane) * weight.K + k;
+      const int64_t block = block_of(weight, index);
+      scales[lane] = block_scale(weight, block);
+      if (weight.mean != nullptr) means[lane] = weight.mean[block];
+      count = std::min(count, (block + 1) * weight.blocksize - index);
+    }
+    scale = _mm256_load_ps(scales);
+    mean = _mm256_load_ps(means);
+  }
+};
+
+// Four bytes (8 codes) of each of eight rows, a row to a lane.
+__m256i gather_rows(const uint8_t* packed, int64_t row_bytes) {
+  int32_t lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    std::memcpy(&lanes[lane], packed + lane * row_bytes, sizeof(int32_t));
+  }
+  return _mm256_setr_epi32(lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6],
+                           lanes[7]);
+}
+
+// panel[d][0..7] = W[row + lane][k + d] for eight rows whose bytes and blocks divide by 8 elements:
+// the transpose comes free, since a shift moves each row's next code into place.
+template <bool kMean>
+void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth,
+                          float* panel) {
+  const Table table(weight.values);
+  const uint8_t* packed = weight.packed + (row * weight.K + k) / 2;
+  for (int64_t d = 0; d < depth;) {
+    const RowScales scales(weight, row, k + d, depth - d);
+    for (const int64_t end = d + scales.count; d < end; d += 8) {
+      const __m256i bytes = gather_rows(packed + d / 2, weight.K / 2);
+      const auto put = [&](int i, __m256i codes) {
+        __m256 value = _mm256_mul_ps(look_up(table, codes), scales.scale);
+        if (kMean) value = _mm256_add_ps(value, scales.mean);
+        _mm256_store_ps(panel + (d + i) * kPanelWidth, value);
+      };
+      put(0, _mm256_srli_epi32(bytes, 4));
+      put(1, bytes);
+      put(2, _mm256_srli_epi32(bytes, 12));
+      put(3, _mm256_srli_epi32(bytes, 8));
+      put(4, _mm256_srli_epi32(bytes, 20));
+      put(5, _mm256_srli_epi32(bytes, 16));
+      put(6, _mm256_srli_epi32(bytes, 28));
+      put(7, _mm256_srli_epi32(bytes, 24));
+    }
+  }
+}
+
+void decode_columns(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+                    int64_t depth, float* panel) {
+  const bool regular = width == kPanelWidth && (weight.K | weight.blocksize | k | depth) % 8 == 0;
+  if (!regular) return decode_columns_any(weight, row, width, k, depth, panel);
+  for (int64_t half = 0; half < kPanelWidth; half += kLanes) {
+    if (weight.mean == nullptr) {
+      decode_eight_columns<false>(weight, row + half, k, depth, panel + half);
+    } else {
+      decode_eight_columns<true>(weight, row + half, k, depth, panel + half);
+    }
+  }
+}
+
+// ---- products ----
+
+float sum_lanes(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+template <int kRows>
+void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
+              int64_t x_stride, float* sums) {
+  __m256 acc[kRows][2];
+  for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
+  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
+    const Table table = scaled_table(weight, block);
+    const auto add_one = [&](int64_t at) {
+      alignas(32) float values[16];
+      _mm256_store_ps(values, table.low);
+      _mm256_store_ps(values + 8, table.high);
+      const float w = values[code_at(weight.packed, first + at)];
+      for (int m = 0; m < kRows; ++m) sums[m] += x[m * x_stride + at] * w;
+    };
+    if (i < end && ((first + i) & 1) != 0) add_one(i++);
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const uint8_t* packed = weight.packed + (first + i) / 2;
+      const __m256 w0 = look_up(table, codes_of(packed));
+      const __m256 w1 = look_up(table, codes_of(packed + 4));
+      for (int m = 0; m < kRows; ++m) {
+        const float* row = x + m * x_stride + i;
+        acc[m][0] = _mm256_fmadd_ps(load_fp32(row), w0, acc[m][0]);
+        acc[m][1] = _mm256_fmadd_ps(load_fp32(row + kLanes), w1, acc[m][1]);
+      }
+    }
+    for (; i < end; ++i) add_one(i);
+  });
+  for (int m = 0; m < kRows; ++m) sums[m] += sum_lanes(_mm256_add_ps(acc[m][0], acc[m][1]));
+}
+
+void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
+         int64_t M, float* sums) {
+  switch (M) {
+    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
+    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
+    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
+    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
+  }
+}
+
+// kRows x 16 sums in registers: with 6 rows, 12 accumulators, 2 panel vectors and a broadcast.
+template <int kRows>
+void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, const float* panel,
+                   int64_t depth, float* acc) {
+  __m256 sum[kRows][2];
+  for (int m = 0; m < kRows; ++m) {
+    sum[m][0] = load_fp32(acc + m * kPanelWidth);
+    sum[m][1] = load_fp32(acc + m * kPanelWidth + kLanes);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    const __m256 right0 = load_fp32(panel + d * kPanelWidth);
+    const __m256 right1 = load_fp32(panel + d * kPanelWidth + kLanes);
+    for (int m = 0; m < kRows; ++m) {
+      const __m256 left = _mm256_broadcast_ss(x + m * row_stride + d * depth_stride);
+      sum[m][0] = _mm256_fmadd_ps(left, right0, sum[m][0]);
+      sum[m][1] = _mm256_fmadd_ps(left, right1, sum[m][1]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    store_fp32(acc + m * kPanelWidth, sum[m][0]);
+    store_fp32(acc + m * kPanelWidth + kLanes, sum[m][1]);
+  }
+}
+
+void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
+              const float* panel, int64_t depth, float* acc) {
+  constexpr int64_t kTile = 6;
+  int64_t m = 0;
+  for (; m + kTile <= rows; m += kTile) {
+    multiply_rows<kTile>(x + m * row_stride, row_stride, depth_stride, panel, depth,
+                         acc + m * kPanelWidth);
+  }
+  x += m * row_stride;
+  acc += m * kPanelWidth;
+  switch (rows - m) {
+    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
+    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
+    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
+    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
+    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
+  }
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {
+    "avx2",         to_float, from_float, max_abs,      encode,   encode_scales, decode,
+    decode_columns, dot,      pack_rows,  pack_columns, multiply,
+};
+
+}  // namespace qlora_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
