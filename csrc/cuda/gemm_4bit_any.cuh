@@ -1,0 +1,99 @@
+// gemm_4bit_any: y = x W^T + bias + S B^T for any shape, dtype, block size and statistics, on FFMA.
+// gemm_4bit_backward_any: dX = dY W + dS A likewise, contracting over N.
+//
+// Taken where the tensor-core kernels cannot go: fp32 x, K not a multiple of 64, blocks of 32,
+// means (normalization "standard"), rows that are not 16-byte aligned.
+// Moves   the packed weight once per 64 rows of x. Floor: 2 M N K flops at the FFMA rate (33 T
+//         products/s on H100); the decode adds ~20 instructions per weight and 64 rows.
+// Layout  tile.cuh's 64x64x16; the weight is decoded element by element on its way to shared memory.
+// Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
+// Not yet run on silicon.
+#pragma once
+
+#include "cuda/reduce_parts.cuh"
+#include "cuda/tile.cuh"
+
+namespace qlora_ext {
+
+// C[rows, cols] = A W + lora_a lora_b: with W as stored (forward) or transposed (backward).
+struct AnyProduct {
+  PackedWeight weight;
+  Scales scales;
+  bool transposed;       // backward: columns are k and the contraction runs over n
+  DenseOperand x;        // x, or dY
+  DenseOperand lora_a;   // S, or dS: [rows, R]; data null without a bypass
+  DenseOperand lora_b;   // lora_B by n, or lora_A by k: [cols, R]
+  int64_t R;
+  int64_t cols;          // N, or K
+  int64_t depth;         // K, or N
+  int64_t depth_per_part;
+  const void* bias;      // [cols]; or null
+  DType bias_dtype;
+  void* out;             // [rows, cols]; with several parts, fp32 [parts, rows, cols]
+  DType out_dtype;
+};
+
+__device__ __forceinline__ void any_product(const AnyProduct& p) {
+  TileSmem& s = ptx::shared_memory<TileSmem>();
+  const WeightOperand w{p.weight.packed, p.weight.values, p.scales,
+                        p.weight.K,      p.cols,          p.transposed};
+  const int64_t rows = p.x.rows;
+  const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kTileSize;
+  const int64_t begin = blockIdx.z * p.depth_per_part;
+  const int64_t end = begin + p.depth_per_part < p.depth ? begin + p.depth_per_part : p.depth;
+  const bool whole = gridDim.z == 1;
+  for (int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileSize; row0 < rows;
+       row0 += static_cast<int64_t>(gridDim.y) * kTileSize) {
+    TileAccumulators acc;
+    tile_clear(acc);
+    tile_product(s, p.x, w, row0, col0, begin, end, acc);
+    if (blockIdx.z == 0 && p.R > 0) {  // the bypass is more of the same sum
+      tile_product(s, p.lora_a, p.lora_b, row0, col0, 0, p.R, acc);
+    }
+    tile_for_each(acc, row0, col0, rows, p.cols, [&](int64_t row, int64_t col, float v) {
+      const int64_t i = row * p.cols + col;
+      if (whole) {
+        if (p.bias != nullptr) v += load_as_float(p.bias, p.bias_dtype, col);
+        store_from_float(p.out, p.out_dtype, i, v);
+      } else {
+        static_cast<float*>(p.out)[blockIdx.z * rows * p.cols + i] = v;
+      }
+    });
+  }
+}
+
+__global__ void __launch_bounds__(kTileThreads) gemm_4bit_any(AnyProduct p) { any_product(p); }
+
+__global__ void __launch_bounds__(kTileThreads) gemm_4bit_backward_any(AnyProduct p) {
+  any_product(p);
+}
+
+// Parts of the contraction for a [rows, cols] output. 256: below it the reduction costs more than
+// the parallelism brings; not yet tuned on silicon.
+inline int64_t any_product_parts(int64_t rows, int64_t cols, int64_t depth) {
+  const int64_t tiles = ceil_div(rows, kTileSize) * ceil_div(cols, kTileSize);
+  const int64_t wanted = choose_parts(tiles, depth, 256, device_info().sm_count);
+  const int64_t per_part = align_up(ceil_div(depth < 1 ? 1 : depth, wanted), kTileDepth);
+  return depth < 1 ? 1 : ceil_div(depth, per_part);
+}
+
+inline int64_t any_product_workspace(int64_t rows, int64_t cols, int64_t depth) {
+  const int64_t parts = any_product_parts(rows, cols, depth);
+  return parts > 1 ? parts * rows * cols * 4 : 0;
+}
+
+// Launches the product and, where the contraction is split, its reduction.
+template <auto kernel>
+const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
+  const int64_t rows = p.x.rows;
+  const int64_t parts = any_product_parts(rows, p.cols, p.depth);
+  const ReduceParts reduce{static_cast<const float*>(workspace), parts, rows, p.cols, 1.0f, p.bias,
+                           p.bias_dtype, p.out, p.out_dtype};
+  p.depth_per_part = align_up(ceil_div(p.depth < 1 ? 1 : p.depth, parts), kTileDepth);
+  if (parts > 1) p.out = workspace;
+  QLORA_EXT_TRY(launch_kernel<kernel>(tile_grid(rows, p.cols, parts), kTileThreads,
+                                      sizeof(TileSmem), stream, p));
+  return parts > 1 ? launch_reduce_parts(reduce, stream) : nullptr;
+}
+
+}  // namespace qlora_ext

@@ -1,0 +1,51 @@
+// reduce_parts: out[i] = scale * (part 0 + part 1 + ... in this order) + bias, rounded once.
+// The second half of every product whose contraction is split over blocks: the order of the sum is
+// fixed, so results are the same from run to run, which float atomics would not give.
+//
+// Moves   4 B per part and element in (from L2, just written), the output once. Floor: a launch.
+// Not yet run on silicon.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace qlora_ext {
+
+struct ReduceParts {
+  const float* parts;  // [num_parts, rows, cols]
+  int64_t num_parts;
+  int64_t rows;
+  int64_t cols;
+  float scale;
+  const void* bias;    // [cols], bias_dtype; or null
+  DType bias_dtype;
+  void* out;           // [rows, cols], out_dtype
+  DType out_dtype;
+};
+
+__global__ void __launch_bounds__(256) reduce_parts(ReduceParts p) {
+  const int64_t count = p.rows * p.cols;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * 256;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; i < count; i += stride) {
+    float sum = 0;
+    for (int64_t part = 0; part < p.num_parts; ++part) sum += p.parts[part * count + i];
+    sum *= p.scale;
+    if (p.bias != nullptr) sum += load_as_float(p.bias, p.bias_dtype, i % p.cols);
+    store_from_float(p.out, p.out_dtype, i, sum);
+  }
+}
+
+inline const char* launch_reduce_parts(const ReduceParts& p, void* stream) {
+  return launch_kernel<reduce_parts>(grid_blocks(ceil_div(p.rows * p.cols, 256)), 256, 0, stream, p);
+}
+
+// How many parts to cut `depth` into, so that tiles * parts fill the device once, with at least
+// `least` of the depth in each. A function of shapes and the SM count alone.
+inline int64_t choose_parts(int64_t tiles, int64_t depth, int64_t least, int64_t sm_count,
+                            int64_t blocks_per_sm = 2) {
+  const int64_t wanted = ceil_div(sm_count * blocks_per_sm, tiles < 1 ? 1 : tiles);
+  const int64_t possible = depth / least;
+  const int64_t parts = wanted < possible ? wanted : possible;
+  return parts < 1 ? 1 : parts < 64 ? parts : 64;
+}
+
+}  // namespace qlora_ext
