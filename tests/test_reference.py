@@ -2,6 +2,8 @@
 
 import math
 import re
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 
 from qlora_ext import reference as R
 
-NF4_BITS = """bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
-3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000""".split()
+NF4_BITS = (
+    "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
+    "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
+)
 
 
 def random_weight(*shape, seed=0):
@@ -23,7 +27,7 @@ def relative_rmse(weight, q):
 
 
 def test_nf4_derived_from_quantiles_has_the_checkpoints_bits():
-    assert [f"{bits:08x}" for bits in R.nf4_levels().view(np.uint32)] == NF4_BITS
+    assert [f"{bits:08x}" for bits in R.nf4_levels().view(np.uint32)] == NF4_BITS.split(" ")
 
 
 def test_fp4_and_linear_tables():
@@ -33,7 +37,8 @@ def test_fp4_and_linear_tables():
     np.testing.assert_array_equal(fp4[8:], -fp4[:8])
     assert not np.signbit(fp4[8])
     half = np.array([0.07, 0.20, 0.33, 0.47, 0.60, 0.73, 0.87, 1.0], np.float32)
-    np.testing.assert_array_equal(R.linear_levels(), np.concatenate([-half[::-1], half]))
+    linear = R.linear_levels().astype(np.float32)
+    np.testing.assert_array_equal(linear, np.concatenate([-half[::-1], half]))
 
 
 def test_dynamic_map_has_the_stated_shape_and_the_sources_bits():
@@ -206,8 +211,13 @@ def test_gradients_are_the_forwards():
     np.testing.assert_allclose(merged, (W + 0.5 * B @ A).detach(), rtol=1e-6)
 
 
-def test_a_tie_between_linear_levels_goes_away_from_zero():
-    book = R.make_codebook("linear")
-    ties = ((R.linear_levels()[:-1].astype(np.float64) + R.linear_levels()[1:]) / 2).astype("f4")
-    q = R.quantize_4bit(ties, 0, book, double_quant=False, normalization="none")
-    np.testing.assert_array_equal(q.codes, [*range(8), *range(9, 16)])
+def test_linear_thresholds_decide_as_the_decimal_midpoints_do():
+    levels = [Fraction(round(100 * level), 100) for level in R.linear_levels()]
+    midpoints = [(a + b) / 2 for a, b in pairwise(levels)]
+    near = np.array([float(m) for m in midpoints], np.float32)
+    weight = np.concatenate(
+        [np.nextafter(near, np.float32(-9)), near, np.nextafter(near, np.float32(9))]
+    )
+    q = R.quantize_4bit(weight, 0, R.make_codebook("linear"), normalization="none")
+    want = [sum(Fraction(float(w)) > m for m in midpoints) for w in weight]
+    np.testing.assert_array_equal(q.codes, want)
