@@ -1,0 +1,310 @@
+"""Builds and loads the CUDA kernels for the host: csrc/cuda/*.cu compiled with g++ against the
+emulated machine (machine.cpp), registered as torch.ops.qlora_ext_simt.* for CPU tensors.
+
+    simt = load_simt()                   # builds what changed, loads, returns the controls
+    torch.ops.qlora_ext_simt.dequantize_4bit(...)
+
+Sanitizers: build the library with library("address") or library("thread") and run Python under
+sanitizer_environment(...); SIMT_SANITIZE=address makes load_simt() load that one.
+
+Objects are cached under build/simt (SIMT_BUILD_DIR overrides), each with the hashes of the files
+it was made of. `python tests/simt/build.py [plain|address|thread ...]` builds ahead of time.
+"""
+
+import concurrent.futures
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SIMT = Path(__file__).resolve().parent
+ROOT = SIMT.parent.parent
+BUILD = Path(os.environ.get("SIMT_BUILD_DIR") or ROOT / "build" / "simt")
+CXX = os.environ.get("CXX", "g++")
+
+# No contraction: nvcc's is not seen here, and bit-exact code must not depend on it. No strict
+# aliasing: nvcc has none. Unknown pragmas: `#pragma unroll`.
+FLAGS = ["-std=c++20", "-fPIC", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
+FLAGS += ["-fno-gnu-unique", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+OPTIMIZE = {None: ["-O2"], "address": ["-O1", "-fno-omit-frame-pointer"], "thread": ["-O1", "-fno-omit-frame-pointer"]}
+SANITIZE = {
+    None: [],
+    # Overflow of a null pointer's offset is how kernels skip absent operands, and harmless.
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=pointer-overflow,vptr", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+WHEELS = ("nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
+
+
+class BuildError(RuntimeError):
+    """The compiler's or the linker's own words."""
+
+
+# ---------------------------------------------------------------- CUDA headers
+
+
+def _toolkit_include():
+    """The headers of the toolkit that nvcc uses: it may be a wrapper, so its dry run is asked."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return []
+    text = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.+)", text)
+    if top is None:
+        return []
+    root = Path(top.group(1).strip()).resolve()
+    return [d for d in (root / "targets" / "x86_64-linux" / "include", root / "include") if (d / "cuda_bf16.h").is_file()][:1]
+
+
+def _wheel_include(site):
+    """Headers that the three wheels put under site/nvidia."""
+    found = []
+    for name in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
+        hits = sorted(Path(site).glob(f"nvidia/*/include/{name}")) + sorted(Path(site).glob(f"nvidia/*/include/cccl/{name}"))
+        if not hits:
+            return []
+        found.append(hits[-1].parents[name.count("/")])
+    return list(dict.fromkeys(found))
+
+
+@functools.cache
+def cuda_include():
+    """Directories of CUDA headers: the toolkit's, an installed wheel's, or wheels fetched into BUILD."""
+    if os.environ.get("SIMT_CUDA_HEADERS", "") != "wheels":
+        if dirs := _toolkit_include():
+            return dirs
+        for site in sys.path:
+            if site and (dirs := _wheel_include(site)):
+                return dirs
+    fetched = BUILD / "cuda-headers"
+    if not (dirs := _wheel_include(fetched)):
+        print(f"simt: no CUDA toolkit: fetching {', '.join(WHEELS)} for their headers", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(fetched), *WHEELS]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if not (dirs := _wheel_include(fetched)):
+            raise BuildError(f"simt: no CUDA headers: no nvcc here, and pip could not fetch {WHEELS}:\n{result.stderr}")
+    return dirs
+
+
+# ---------------------------------------------------------------- compiling
+
+
+@functools.cache
+def _hash(path):
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+@functools.cache
+def _compiler():
+    version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
+    target = subprocess.run([CXX, "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
+    return version + target
+
+
+def _run(command):
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if result.returncode != 0:
+        raise BuildError(" ".join(command) + "\n" + result.stdout + result.stderr)
+    if result.stderr:
+        print(result.stderr, file=sys.stderr)
+
+
+def _compile(source, flags, stem=""):
+    """The object of one source, made if anything it is made of has changed."""
+    key = hashlib.sha256(json.dumps([_compiler(), flags, str(source)]).encode()).hexdigest()[:16]
+    name = stem + Path(source).name.replace(".", "_")
+    target, record = BUILD / f"{name}-{key}.o", BUILD / f"{name}-{key}.json"
+    if target.is_file() and record.is_file():
+        made_of = json.loads(record.read_text())
+        if all(_hash(path) == digest for path, digest in made_of.items()):
+            return target
+    depfile = target.with_suffix(".d")
+    _run([CXX, *flags, "-MMD", "-MF", str(depfile), "-x", "c++", "-c", str(source), "-o", str(target)])
+    words = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    paths = [str((ROOT / word).resolve()) for word in words]
+    record.write_text(json.dumps({path: _hash(path) for path in paths}, indent=1))
+    return target
+
+
+@contextlib.contextmanager
+def _locked():
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _hash.cache_clear()
+        yield
+
+
+def _compile_all(jobs):
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return [str(done) for done in pool.map(lambda job: _compile(*job), jobs)]
+
+
+def _flags(sanitize, *, machine=False):
+    flags = FLAGS + OPTIMIZE[sanitize]
+    # The machine is its own bookkeeper: instrumented for addresses, but not for races.
+    if sanitize == "thread" and machine:
+        flags += ["-O2", "-DSIMT_TSAN=1"]
+    else:
+        flags += SANITIZE[sanitize]
+    flags += ["-I", "tests/simt/include", "-I", "csrc"]
+    for directory in cuda_include():
+        flags += ["-isystem", str(directory)]
+    return flags
+
+
+def _link(objects, target, extra, sanitize):
+    stamp = hashlib.sha256(json.dumps([[o, _hash(o)] for o in objects] + [extra]).encode()).hexdigest()
+    record = target.with_suffix(target.suffix + ".stamp")
+    if not (target.is_file() and record.is_file() and record.read_text() == stamp):
+        # A new file each time: a library that is loaded may not change under its process.
+        made = target.with_suffix(f".{os.getpid()}.tmp")
+        _run([CXX, *objects, *SANITIZE[sanitize], *extra, "-o", str(made)])
+        os.replace(made, target)
+        record.write_text(stamp)
+    return target
+
+
+def library(sanitize=None):
+    """Builds the torch library for None, "address" or "thread"; its path."""
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DSIMT_TORCH_{torch.__version__.split('+')[0].replace('.', '_')}"]
+    for directory in (torch_root / "include", torch_root / "include" / "torch" / "csrc" / "api" / "include"):
+        torch_flags += ["-isystem", str(directory)]
+    kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    hosts = [*sorted((ROOT / "csrc" / "host").rglob("*.cpp")), SIMT / "register.cpp"]
+    with _locked():
+        jobs = [(SIMT / "machine.cpp", _flags(sanitize, machine=True))]
+        jobs += [(source, _flags(sanitize)) for source in kernels]
+        # Host code is tested by the CPU backend; it is not instrumented here.
+        jobs += [(source, _flags(None) + torch_flags) for source in hosts]
+        objects = _compile_all(jobs)
+        extra = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        return _link(objects, BUILD / f"libqlora_ext_simt{'-' + sanitize if sanitize else ''}.so", extra, sanitize)
+
+
+def harness(name, sanitize=None, *, shared=False):
+    """Builds tests/simt/<name>.cu with the machine, without torch: a program, or a ctypes library."""
+    with _locked():
+        jobs = [(SIMT / "machine.cpp", _flags(sanitize, machine=True)), (SIMT / f"{name}.cu", _flags(sanitize))]
+        target = BUILD / f"{name}{'-' + sanitize if sanitize else ''}{'.so' if shared else ''}"
+        extra = ["-shared", "-Wl,-Bsymbolic"] if shared else []
+        return _link(_compile_all(jobs), target, extra, sanitize)
+
+
+# ---------------------------------------------------------------- running
+
+
+def sanitizer_environment(sanitize):
+    """What a Python process needs in its environment to load the sanitized library."""
+    runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
+    path = subprocess.run([CXX, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True).stdout.strip()
+    preload = os.path.realpath(path)
+    return {
+        "LD_PRELOAD": preload,
+        "SIMT_SANITIZE": sanitize,
+        "PYTHONMALLOC": "malloc",
+        "OMP_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": f"halt_on_error=1:history_size=4:report_bugs=1:suppressions={SIMT / 'tsan.supp'}",
+    }
+
+
+class Simt:
+    """The emulated machine's controls."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._machine = ctypes.CDLL(str(path))
+        self._machine.simt_kernels.restype = ctypes.c_char_p
+        self._machine.simt_set_last_blocks.argtypes = [ctypes.c_int64]
+        self._libc = ctypes.CDLL(None)
+
+    def kernels(self):
+        """{kernel: launches} of every instantiation that a launcher names, launched or not."""
+        lines = self._machine.simt_kernels().decode().splitlines()
+        return {name: int(launches) for launches, name in (line.split("\t") for line in lines)}
+
+    def reset_launches(self):
+        self._machine.simt_reset_launches()
+
+    @contextlib.contextmanager
+    def device(self, arch=80, sm_count=4):
+        """Dispatch sees this architecture (75, 80, 86, 89, 90) and number of SMs."""
+        before = self._machine.simt_arch(), self._machine.simt_sm_count()
+        self._machine.simt_set_device(arch, sm_count)
+        try:
+            yield
+        finally:
+            self._machine.simt_set_device(*before)
+
+    @contextlib.contextmanager
+    def poison(self, byte, *, reverse=False):
+        """Shared memory, and what malloc returns, starts filled with `byte`; with `reverse` the
+        highest lanes, warps and blocks run first. Bytes computed under different settings must
+        be equal: a difference is a read of something nothing wrote, or a missing barrier."""
+        self._machine.simt_set_poison(byte)
+        self._machine.simt_set_reverse(int(reverse))
+        m_perturb = -6
+        self._libc.mallopt(m_perturb, byte ^ 0xFF)  # malloc fills with the complement
+        try:
+            yield
+        finally:
+            self._libc.mallopt(m_perturb, 0)
+            self._machine.simt_set_poison(0xFF)
+            self._machine.simt_set_reverse(0)
+
+    @contextlib.contextmanager
+    def last_blocks(self, count):
+        """Only the last `count` blocks of every grid run: huge tensors, of which little is touched."""
+        self._machine.simt_set_last_blocks(count)
+        try:
+            yield
+        finally:
+            self._machine.simt_set_last_blocks(0)
+
+    @contextlib.contextmanager
+    def skip(self, *kernels):
+        """These kernels do nothing: whatever tests them must fail."""
+        before = os.environ.get("SIMT_SKIP")
+        self._setenv(";".join(kernels))
+        try:
+            yield
+        finally:
+            self._setenv(before)
+
+    @staticmethod
+    def _setenv(value):
+        if value is None:
+            os.environ.pop("SIMT_SKIP", None)
+        else:
+            os.environ["SIMT_SKIP"] = value
+
+
+@functools.cache
+def load_simt():
+    """Builds what changed, loads it once, and returns its controls; ops are torch.ops.qlora_ext_simt.*"""
+    import torch
+
+    path = library(os.environ.get("SIMT_SANITIZE") or None)
+    torch.ops.load_library(str(path))
+    return Simt(path)
+
+
+if __name__ == "__main__":
+    for choice in sys.argv[1:] or ["plain"]:
+        print(library(None if choice == "plain" else choice))

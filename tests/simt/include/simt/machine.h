@@ -1,0 +1,117 @@
+// The emulated machine, as kernels' twins see it: one block at a time, one fiber per CUDA thread,
+// and a scheduler that switches fibers only where CUDA threads meet or wait. machine.cpp has it.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace qlora_ext::simt {
+
+// The running CUDA thread, as the builtins read it.
+struct Thread {
+  uint3 thread_index;
+  uint3 block_index;
+  dim3 block_dim;
+  dim3 grid_dim;
+  uint32_t lane;
+};
+extern Thread* current;
+
+// Where in a kernel something was called: __builtin_LINE() as a default argument is the caller's.
+struct Site {
+  const char* file;
+  int line;
+};
+
+// Stops the block: the launch returns a sentence with the kernel, the block, the thread and this.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---------------------------------------------------------------- lanes of a warp
+// Each lane of `mask` calls with the same kind; when the last has arrived, `run` is called once
+// with every lane's operand, and all go on. Ordering of memory among them only if `orders`.
+struct Meeting {
+  const char* what;         // the intrinsic's name; lanes that meet must agree on it
+  bool aligned;             // .aligned: all from one source line
+  bool orders;              // __syncwarp alone
+  void (*run)(void* const* operands, uint32_t mask);  // null: nothing to do
+};
+void meet(const Meeting& meeting, uint32_t mask, void* operand, Site site);
+
+struct ShuffleOperand {
+  uint64_t value;
+  uint64_t result;
+  uint32_t source;  // lane
+};
+extern const Meeting kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kSyncWarp;
+
+struct VoteOperand {
+  uint32_t value;
+  uint32_t result;
+};
+extern const Meeting kAny, kAll, kBallot;
+extern const Meeting kReduceAdd, kReduceMinSigned, kReduceMaxSigned, kReduceMinUnsigned,
+    kReduceMaxUnsigned, kReduceAnd, kReduceOr, kReduceXor;
+
+struct LdmatrixOperand {
+  uint32_t address;             // of one row, given by this lane
+  uint32_t* d;
+  const unsigned char* read[8];  // the 16-bit elements that this lane received
+};
+extern const Meeting kLdmatrix[3];       // x1, x2, x4
+extern const Meeting kLdmatrixTrans[3];
+
+struct MmaOperand {
+  float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+extern const Meeting kMma16816F16, kMma16816Bf16, kMma1688F16;
+
+// ---------------------------------------------------------------- the block
+enum class Reduce { kNone, kCount, kAnd, kOr };
+int barrier_sync(int id, int threads, bool whole_block, Reduce reduce, int predicate,
+                 const char* what, Site site);
+void barrier_arrive(int id, int threads, Site site);
+void thread_fence();
+void yield();
+
+// ---------------------------------------------------------------- shared memory
+// The block's dynamic shared memory; `bytes` is what the kernel's struct needs.
+void* shared_memory(size_t bytes, const char* type);
+uint32_t shared_address(const void* pointer);
+// The bytes behind a shared address, checked for bounds and alignment.
+unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what);
+
+// Poisons [address, + bytes) now; the bytes land at the thread's wait.
+void copy_async(uint32_t address, const void* global, int bytes, int valid_bytes,
+                const char* what);
+void copy_async_commit();
+void copy_async_wait(int pending);
+
+void mbarrier_init(uint32_t address, int arrivals);
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes);
+void mbarrier_wait(uint32_t address, uint32_t parity, Site site);
+void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mbarrier);
+
+// ---------------------------------------------------------------- launching
+struct Kernel {
+  const char* name;
+  int64_t launches;
+};
+Kernel& register_kernel(const char* name);
+
+// Runs call(closure) in every thread of every block; null, or a sentence.
+const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*),
+                void* closure);
+
+struct Device {
+  int arch;
+  int sm_count;
+  int shared_bytes;
+};
+const Device& device();
+
+}  // namespace qlora_ext::simt

@@ -1,0 +1,1230 @@
+// The emulated machine (include/simt/machine.h): fibers, scheduler, shared memory, asynchronous
+// copies, and the operations of whole warps. Compiled without ThreadSanitizer in its build, so
+// that the machine's own bookkeeping is no race and orders nothing.
+#include "simt/machine.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMT_ASAN 1
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define SIMT_ASAN 0
+#endif
+
+// Defined by the build for the ThreadSanitizer library: this file itself is not instrumented.
+#ifndef SIMT_TSAN
+#define SIMT_TSAN 0
+#endif
+#if SIMT_TSAN
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace qlora_ext::simt {
+
+Thread* current = nullptr;
+
+namespace {
+
+// ---------------------------------------------------------------- fibers
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers on the stack, swaps stacks, restores.
+extern "C" void qlora_ext_simt_switch(void** save_stack, void* load_stack);
+asm(R"(
+.text
+.p2align 4
+.type qlora_ext_simt_switch,@function
+qlora_ext_simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size qlora_ext_simt_switch,.-qlora_ext_simt_switch
+)");
+#endif
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kMaxMasks = 32;  // different masks that one warp uses in one block
+
+struct Copy {
+  unsigned char* destination;
+  const void* source;
+  int bytes;
+  int valid_bytes;
+};
+
+struct Warp;
+
+enum class State { kParked, kReady, kWaiting, kFinished };
+
+struct Fiber {
+  Thread thread{};  // first: `current` is a pointer to it
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  char* stack = nullptr;
+  Warp* warp = nullptr;
+  uint32_t linear = 0;
+  State state = State::kParked;
+  // What a waiting thread waits for, for reports.
+  const char* waits_in = "";
+  Site site{"", 0};
+  int reduced = 0;            // result of a reducing barrier
+  std::vector<Copy> copies;   // cp.async under way, oldest first
+  std::vector<size_t> groups;  // committed groups: how many of `copies` each holds
+  size_t uncommitted = 0;
+#if SIMT_ASAN
+  void* fake_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+#endif
+#if SIMT_TSAN
+  void* tsan = nullptr;
+#endif
+};
+
+// Lanes of one mask that have arrived at a meeting.
+struct Gathering {
+  uint32_t mask = 0;
+  uint32_t arrived = 0;
+  uint32_t generation = 0;
+  const Meeting* meeting = nullptr;
+  Site site{"", 0};
+  void* operands[32];
+  char sync[2];  // addresses that ThreadSanitizer orders by, alternating by generation
+};
+
+struct Warp {
+  uint32_t ready = 0;  // lanes that can run
+  uint32_t alive = 0;
+  Fiber* lanes[32] = {};
+  Gathering gatherings[kMaxMasks];  // by mask, few
+  int num_gatherings = 0;
+  // First arrival of this warp at each barrier, in the generation under way.
+  struct Arrival {
+    int64_t generation = -1;
+    Site site{"", 0};
+  } arrival[16];
+};
+
+struct Barrier {
+  int arrived = 0;
+  int expected = 0;
+  int64_t generation = 0;
+  int count = 0;  // of true predicates
+  Reduce reduce = Reduce::kNone;
+  const char* what = "";
+  std::vector<Fiber*> waiting;
+  char sync[2];
+};
+
+struct Mbarrier {
+  uint32_t address = 0;
+  int arrivals = 0;
+  int pending = 0;
+  int64_t bytes = 0;  // expected and not landed
+  int64_t phase = 0;
+  std::vector<Copy> copies;
+  std::vector<Fiber*> waiting;
+  char sync[2];
+};
+
+constexpr uint32_t kRedZone = 4096;              // on either side of the block's shared memory
+constexpr uint32_t kArenaBytes = 256 * 1024;     // between the red zones, at most
+constexpr unsigned char kCanary = 0xc5;
+
+#if SIMT_TSAN
+constexpr int kFiberSets = 2;  // neighbouring blocks run on different fibers: blocks are unordered
+#else
+constexpr int kFiberSets = 1;
+#endif
+
+struct Machine {
+  Fiber main;
+  std::vector<std::unique_ptr<Fiber>> fibers[kFiberSets];
+  Warp warps[kMaxWarps];
+  int num_warps = 0;
+  int num_threads = 0;
+  int finished = 0;
+  int warp_at = 0;  // the warp that is being run
+  Fiber* running = nullptr;
+  Barrier barriers[16];
+  std::vector<std::unique_ptr<Mbarrier>> mbarriers;
+  unsigned char* arena = nullptr;  // starts with a red zone, so that 0 is no shared address
+  uint32_t shared_bytes = 0;
+  void (*call)(void*) = nullptr;
+  void* closure = nullptr;
+  Kernel* kernel = nullptr;
+  std::string error;
+  char begin_sync, end_sync, fence_sync;
+  bool main_stack_known = false;
+
+  int poison = 0xff;
+  bool reverse = false;
+  int64_t last_blocks = 0;  // 0: all of them
+  Device device{80, 4, 0};
+};
+
+Machine& machine() {
+  static Machine* m = new Machine;  // never destroyed: fibers may be parked in it at exit
+  return *m;
+}
+
+std::mutex& machine_mutex() {
+  static std::mutex* mutex = new std::mutex;
+  return *mutex;
+}
+
+#if SIMT_TSAN
+void tsan_acquire(void* object) { __tsan_acquire(object); }
+void tsan_release(void* object) { __tsan_release(object); }
+extern "C" void __tsan_read_range(void* address, unsigned long size);
+extern "C" void __tsan_write_range(void* address, unsigned long size);
+extern "C" void __tsan_ignore_thread_begin();
+extern "C" void __tsan_ignore_thread_end();
+void note_read(const void* p, size_t n) { __tsan_read_range(const_cast<void*>(p), n); }
+void note_write(void* p, size_t n) { __tsan_write_range(p, n); }
+#else
+void tsan_acquire(void*) {}
+void tsan_release(void*) {}
+void note_read(const void*, size_t) {}
+void note_write(void*, size_t) {}
+#endif
+
+// While it lives, what the C library does on the machine's behalf (allocate, copy) is no access
+// of the running CUDA thread.
+struct Quiet {
+#if SIMT_TSAN
+  Quiet() { __tsan_ignore_thread_begin(); }
+  ~Quiet() { __tsan_ignore_thread_end(); }
+#else
+  Quiet() {}
+#endif
+  Quiet(const Quiet&) = delete;
+};
+
+#if SIMT_ASAN
+// Completes a switch, on the stack that was switched to.
+void after_switch(Fiber& self) {
+  Machine& m = machine();
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(self.fake_stack, &bottom, &size);
+  if (!m.main_stack_known) {  // the first switch of a block is from main
+    m.main.stack_bottom = bottom;
+    m.main.stack_size = size;
+    m.main_stack_known = true;
+  }
+}
+#endif
+
+void switch_fibers(Fiber& from, Fiber& to) {
+  Machine& m = machine();
+  m.running = &to;
+  current = &to.thread;
+#if SIMT_TSAN
+  __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+#if SIMT_ASAN
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_size);
+#endif
+#if defined(__x86_64__)
+  qlora_ext_simt_switch(&from.stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&from.context, &to.context);
+#endif
+#if SIMT_ASAN
+  after_switch(from);
+#endif
+}
+
+Fiber* pick() {
+  Machine& m = machine();
+  if (m.reverse) {
+    for (int i = 0; i < m.num_warps; ++i) {
+      const int w = (m.warp_at - i + m.num_warps) % m.num_warps;
+      Warp& warp = m.warps[w];
+      if (warp.ready == 0) continue;
+      m.warp_at = w;
+      const int lane = 31 - __builtin_clz(warp.ready);
+      warp.ready &= ~(1u << lane);
+      return warp.lanes[lane];
+    }
+    return nullptr;
+  }
+  for (int i = 0; i < m.num_warps; ++i) {
+    int w = m.warp_at + i;
+    if (w >= m.num_warps) w -= m.num_warps;
+    Warp& warp = m.warps[w];
+    if (warp.ready == 0) continue;
+    m.warp_at = w;
+    const int lane = __builtin_ctz(warp.ready);
+    warp.ready &= warp.ready - 1;
+    return warp.lanes[lane];
+  }
+  return nullptr;
+}
+
+std::string thread_name(const Fiber& f) {
+  const uint3& t = f.thread.thread_index;
+  char text[64];
+  std::snprintf(text, sizeof text, "(%u,%u,%u)", t.x, t.y, t.z);
+  return text;
+}
+
+std::string block_name(const Fiber& f) {
+  const uint3& b = f.thread.block_index;
+  char text[64];
+  std::snprintf(text, sizeof text, "block (%u,%u,%u)", b.x, b.y, b.z);
+  return text;
+}
+
+const char* base_name(const char* file) {
+  const char* slash = std::strrchr(file, '/');
+  return slash ? slash + 1 : file;
+}
+
+// Who waits where, as runs of threads: "threads (0,0,0)..(15,0,0) wait in __syncthreads at f.cu:3".
+std::string stuck_threads() {
+  Machine& m = machine();
+  std::vector<Fiber*> all;
+  for (int w = 0; w < m.num_warps; ++w) {
+    for (Fiber* f : m.warps[w].lanes) {
+      if (f != nullptr) all.push_back(f);
+    }
+  }
+  auto same = [](const Fiber& a, const Fiber& b) {
+    return a.state == b.state &&
+           (a.state == State::kFinished ||
+            (a.site.line == b.site.line && std::strcmp(a.waits_in, b.waits_in) == 0));
+  };
+  std::string text;
+  int runs = 0;
+  for (size_t i = 0; i < all.size();) {
+    size_t j = i;
+    while (j + 1 < all.size() && same(*all[i], *all[j + 1])) ++j;
+    if (++runs > 12) return text + "; ...";
+    if (!text.empty()) text += "; ";
+    text += i == j ? "thread " + thread_name(*all[i])
+                   : "threads " + thread_name(*all[i]) + ".." + thread_name(*all[j]);
+    if (all[i]->state == State::kFinished) {
+      text += " returned";
+    } else {
+      text += std::string(" wait in ") + all[i]->waits_in + " at " + base_name(all[i]->site.file) +
+              ":" + std::to_string(all[i]->site.line);
+    }
+    i = j + 1;
+  }
+  return text;
+}
+
+// Leaves the running fiber for the next one that can run, or for run() if none can.
+void leave(Fiber& self) {
+  Machine& m = machine();
+  Fiber* next = pick();
+  if (next == &self) {
+    self.state = State::kReady;
+    return;
+  }
+  if (next == nullptr) {
+    if (m.finished < m.num_threads) {
+      const Quiet quiet;
+      m.error = block_name(self) + ": deadlock: " + stuck_threads();
+    }
+    switch_fibers(self, m.main);
+    return;
+  }
+  next->state = State::kReady;
+  switch_fibers(self, *next);
+}
+
+void wait(Fiber& self, const char* what, Site site) {
+  self.state = State::kWaiting;
+  self.waits_in = what;
+  self.site = site;
+  leave(self);
+}
+
+void make_ready(Fiber& f) {
+  f.state = State::kReady;
+  f.warp->ready |= 1u << f.thread.lane;
+}
+
+void fiber_entry() {
+  Machine& m = machine();
+#if SIMT_ASAN
+  after_switch(*m.running);
+#endif
+  for (;;) {
+    Fiber& self = *m.running;
+    tsan_acquire(&m.begin_sync);
+    m.call(m.closure);
+    tsan_release(&m.end_sync);
+    self.state = State::kFinished;
+    self.warp->alive &= ~(1u << self.thread.lane);
+    ++m.finished;
+    leave(self);
+  }
+}
+
+void reset_stack(Fiber& f, int index) {
+  // Tops of stacks are staggered, or the hot frames of all fibers would share cache sets.
+  char* top = f.stack + kStackBytes - 256 - (index % 29) * 128;
+#if SIMT_ASAN
+  __asan_unpoison_memory_region(f.stack, kStackBytes);
+  f.stack_bottom = f.stack;
+  f.stack_size = kStackBytes;
+  f.fake_stack = nullptr;
+#endif
+#if defined(__x86_64__)
+  void** frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15});
+  frame -= 8;
+  std::fill(frame, frame + 8, nullptr);
+  frame[6] = reinterpret_cast<void*>(&fiber_entry);  // what the switch returns to
+  f.stack_pointer = frame;
+#else
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack;
+  f.context.uc_stack.ss_size = static_cast<size_t>(top - f.stack);
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, &fiber_entry, 0);
+#endif
+#if SIMT_TSAN
+  if (f.tsan != nullptr) __tsan_destroy_fiber(f.tsan);
+  f.tsan = __tsan_create_fiber(0);
+  char name[32];
+  std::snprintf(name, sizeof name, "CUDA thread %d", index);
+  __tsan_set_fiber_name(f.tsan, name);
+#endif
+  f.state = State::kParked;
+}
+
+Fiber& fiber_at(int set, int index) {
+  auto& fibers = machine().fibers[set];
+  while (static_cast<int>(fibers.size()) <= index) {
+    auto fiber = std::make_unique<Fiber>();
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) {
+      std::fprintf(stderr, "simt: no memory for the stacks of fibers\n");
+      std::abort();
+    }
+    fiber->stack = static_cast<char*>(stack);
+    reset_stack(*fiber, static_cast<int>(fibers.size()));
+    fibers.push_back(std::move(fiber));
+  }
+  return *fibers[index];
+}
+
+// ---------------------------------------------------------------- shared memory
+
+unsigned char* shared_begin() { return machine().arena + kRedZone; }
+
+void prepare_arena(uint32_t shared_bytes) {
+  Machine& m = machine();
+  constexpr size_t total = kArenaBytes + 2 * kRedZone;
+  // Under ThreadSanitizer every block gets fresh pages, at the same address: what another block
+  // did to its shared memory is no race with what this one does.
+  if (m.arena == nullptr || SIMT_TSAN) {
+    void* at = mmap(m.arena, total, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | (m.arena ? MAP_FIXED : 0), -1, 0);
+    if (at == MAP_FAILED) {
+      std::fprintf(stderr, "simt: no memory for shared memory\n");
+      std::abort();
+    }
+    m.arena = static_cast<unsigned char*>(at);
+  }
+#if SIMT_ASAN
+  __asan_unpoison_memory_region(m.arena, total);
+  std::memset(m.arena, m.poison, total);
+  __asan_poison_memory_region(m.arena, kRedZone);
+  // AddressSanitizer marks whole 8-byte granules beyond the end.
+  __asan_poison_memory_region(m.arena + kRedZone + shared_bytes, total - kRedZone - shared_bytes);
+#else
+  std::memset(m.arena, kCanary, kRedZone);
+  std::memset(shared_begin(), m.poison, shared_bytes);
+  std::memset(shared_begin() + shared_bytes, kCanary, kRedZone);
+#endif
+  m.shared_bytes = shared_bytes;
+}
+
+// Without AddressSanitizer the red zones at least show that something was written to them.
+void check_canaries(const Fiber& any) {
+#if SIMT_ASAN
+  (void)any;
+#else
+  Machine& m = machine();
+  auto report = [&](int64_t offset) {
+    m.error = block_name(any) + ": a write outside shared memory, at byte " +
+              std::to_string(offset) + " of " + std::to_string(m.shared_bytes);
+  };
+  for (uint32_t i = 0; i < kRedZone; ++i) {
+    if (m.arena[i] != kCanary) return report(static_cast<int64_t>(i) - kRedZone);
+    if (shared_begin()[m.shared_bytes + i] != kCanary) return report(m.shared_bytes + i);
+  }
+#endif
+}
+
+void land(const Copy& copy) {
+  std::memcpy(copy.destination, copy.source, copy.valid_bytes);
+  std::memset(copy.destination + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
+}
+
+// ---------------------------------------------------------------- registry, settings
+
+std::vector<std::unique_ptr<Kernel>>& kernels() {
+  static auto* list = new std::vector<std::unique_ptr<Kernel>>;
+  return *list;
+}
+
+int shared_limit(int arch) {
+  if (arch >= 90) return 227 * 1024;
+  if (arch == 80 || arch == 87) return 163 * 1024;
+  if (arch >= 86) return 99 * 1024;
+  return 64 * 1024;
+}
+
+int environment(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? std::atoi(value) : otherwise;
+}
+
+void read_environment() {
+  static const bool once = [] {
+    Machine& m = machine();
+    m.poison = environment("SIMT_POISON", m.poison) & 0xff;
+    m.reverse = environment("SIMT_REVERSE", 0) != 0;
+    m.device.arch = environment("SIMT_ARCH", m.device.arch);
+    m.device.sm_count = environment("SIMT_SM_COUNT", m.device.sm_count);
+    return true;
+  }();
+  (void)once;
+}
+
+// SIMT_SKIP=name, or several separated by ';': these kernels do nothing. A name without its
+// template arguments names every instantiation.
+bool skipped(const std::string& name) {
+  const char* value = std::getenv("SIMT_SKIP");
+  if (value == nullptr || *value == '\0') return false;
+  const std::string list = value;
+  const std::string base = name.substr(0, name.find('<'));
+  for (size_t begin = 0; begin <= list.size();) {
+    const size_t end = std::min(list.find(';', begin), list.size());
+    const std::string entry = list.substr(begin, end - begin);
+    if (!entry.empty() && (entry == name || entry == base)) return true;
+    begin = end + 1;
+  }
+  return false;
+}
+
+Fiber& self() { return *machine().running; }
+
+}  // namespace
+
+// ---------------------------------------------------------------- failing
+
+void fail(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  Machine& m = machine();
+  Fiber& f = self();
+  if (&f == &m.main) {
+    std::fprintf(stderr, "simt: outside a kernel: %s\n", text);
+    std::abort();
+  }
+  {
+    const Quiet quiet;
+    if (m.error.empty()) m.error = block_name(f) + ", thread " + thread_name(f) + ": " + text;
+  }
+  switch_fibers(f, m.main);  // run() resets every fiber of the block
+  std::abort();
+}
+
+// ---------------------------------------------------------------- warps
+
+void meet(const Meeting& meeting, uint32_t mask, void* operand, Site site) {
+  Fiber& f = self();
+  Warp& warp = *f.warp;
+  const uint32_t bit = 1u << f.thread.lane;
+  if ((mask & bit) == 0) {
+    fail("%s at %s:%d: lane %u is not in its own mask %08x", meeting.what, base_name(site.file),
+         site.line, f.thread.lane, mask);
+  }
+  Gathering* g = nullptr;
+  for (int i = 0; i < warp.num_gatherings && g == nullptr; ++i) {
+    if (warp.gatherings[i].mask == mask) g = &warp.gatherings[i];
+  }
+  if (g == nullptr) {
+    if (warp.num_gatherings == kMaxMasks) fail("a warp used more than %d masks", kMaxMasks);
+    g = &warp.gatherings[warp.num_gatherings++];
+    g->mask = mask;
+    g->arrived = 0;
+  }
+  if (g->arrived == 0) {
+    g->meeting = &meeting;
+    g->site = site;
+  } else if (g->meeting != &meeting || (meeting.aligned && g->site.line != site.line)) {
+    fail("lane %u calls %s at %s:%d, other lanes of mask %08x are in %s at %s:%d", f.thread.lane,
+         meeting.what, base_name(site.file), site.line, mask, g->meeting->what,
+         base_name(g->site.file), g->site.line);
+  }
+  g->operands[f.thread.lane] = operand;
+  g->arrived |= bit;
+  char* const sync = &g->sync[g->generation & 1];
+  if (meeting.orders) tsan_release(sync);
+  if (g->arrived == mask) {
+    g->arrived = 0;
+    ++g->generation;
+    if (meeting.run != nullptr) meeting.run(g->operands, mask);
+    uint32_t others = mask & ~bit;
+    warp.ready |= others;
+  } else {
+    wait(f, meeting.what, site);
+  }
+  if (meeting.orders) tsan_acquire(sync);
+}
+
+namespace {
+
+template <class F>
+void each_lane(uint32_t mask, F&& f) {
+  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) f(__builtin_ctz(rest));
+}
+
+void run_shuffle(void* const* operands, uint32_t mask) {
+  each_lane(mask, [&](int lane) {
+    auto& mine = *static_cast<ShuffleOperand*>(operands[lane]);
+    if ((mask & (1u << mine.source)) == 0) {
+      fail("a shuffle reads lane %u, which is not in mask %08x", mine.source, mask);
+    }
+    mine.result = static_cast<ShuffleOperand*>(operands[mine.source])->value;
+  });
+}
+
+template <class F>
+void run_vote(void* const* operands, uint32_t mask, F&& combine) {
+  bool first = true;
+  uint32_t result = 0;
+  each_lane(mask, [&](int lane) {
+    const uint32_t value = static_cast<VoteOperand*>(operands[lane])->value;
+    result = first ? value : combine(result, value);
+    first = false;
+  });
+  each_lane(mask, [&](int lane) { static_cast<VoteOperand*>(operands[lane])->result = result; });
+}
+
+template <class T, bool max>
+void run_extreme(void* const* operands, uint32_t mask) {
+  run_vote(operands, mask, [](uint32_t a, uint32_t b) {
+    const T x = static_cast<T>(a), y = static_cast<T>(b);
+    return static_cast<uint32_t>(max ? std::max(x, y) : std::min(x, y));
+  });
+}
+
+void run_and(void* const* operands, uint32_t mask) {
+  run_vote(operands, mask, [](uint32_t a, uint32_t b) { return a & b; });
+}
+void run_or(void* const* operands, uint32_t mask) {
+  run_vote(operands, mask, [](uint32_t a, uint32_t b) { return a | b; });
+}
+void run_xor(void* const* operands, uint32_t mask) {
+  run_vote(operands, mask, [](uint32_t a, uint32_t b) { return a ^ b; });
+}
+void run_add(void* const* operands, uint32_t mask) {
+  run_vote(operands, mask, [](uint32_t a, uint32_t b) { return a + b; });
+}
+void run_ballot(void* const* operands, uint32_t mask) {
+  uint32_t result = 0;
+  each_lane(mask, [&](int lane) {
+    if (static_cast<VoteOperand*>(operands[lane])->value != 0) result |= 1u << lane;
+  });
+  each_lane(mask, [&](int lane) { static_cast<VoteOperand*>(operands[lane])->result = result; });
+}
+
+// PTX ISA, ldmatrix: row r of matrix i is at the address of lane 8 * i + r; lane l receives
+// elements 2 * (l % 4) and + 1 of row l / 4, or of that column of the stored matrix with .trans.
+template <int count, bool trans>
+void run_ldmatrix(void* const* operands, uint32_t) {
+  const unsigned char* rows[8 * count];
+  for (int i = 0; i < 8 * count; ++i) {
+    rows[i] = shared_pointer(static_cast<LdmatrixOperand*>(operands[i])->address, 16, 16,
+                             "ldmatrix");
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& mine = *static_cast<LdmatrixOperand*>(operands[lane]);
+    for (int i = 0; i < count; ++i) {
+      uint16_t element[2];
+      for (int e = 0; e < 2; ++e) {
+        const int row = lane / 4;
+        const int column = 2 * (lane % 4) + e;
+        const unsigned char* at = trans ? rows[8 * i + column] + 2 * row
+                                        : rows[8 * i + row] + 2 * column;
+        std::memcpy(&element[e], at, 2);
+        mine.read[2 * i + e] = at;
+      }
+      mine.d[i] = element[0] | (static_cast<uint32_t>(element[1]) << 16);
+    }
+  }
+}
+
+template <class T>
+float to_float(uint16_t bits);
+template <>
+float to_float<__nv_bfloat16>(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+template <>
+float to_float<__half>(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  static const float* const table = [] {
+    auto* values = new float[65536];
+    for (uint32_t i = 0; i < 65536; ++i) {
+      __half_raw raw;
+      raw.x = static_cast<unsigned short>(i);
+      values[i] = __half2float(__half(raw));
+    }
+    return values;
+  }();
+  return table[bits];
+#endif
+}
+
+// PTX ISA, mma.m16n8k16 and .m16n8k8 for 16-bit types. With group = lane / 4 and pair = lane % 4:
+// A register r holds row group + 8 * (r % 2), columns 2 * pair + 8 * (r / 2) and the next; B
+// register r holds rows 2 * pair + 8 * r and the next, column group; D element e holds row
+// group + 8 * (e / 2), column 2 * pair + e % 2.
+template <class T, int k>
+void run_mma(void* const* operands, uint32_t) {
+  float a[16][k];
+  float b[k][8];
+  float d[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = *static_cast<MmaOperand*>(operands[lane]);
+    const int group = lane / 4;
+    const int pair = lane % 4;
+    for (int r = 0; r < k / 4; ++r) {
+      float* at = &a[group + 8 * (r % 2)][2 * pair + 8 * (r / 2)];
+      at[0] = to_float<T>(static_cast<uint16_t>(mine.a[r]));
+      at[1] = to_float<T>(static_cast<uint16_t>(mine.a[r] >> 16));
+    }
+    for (int r = 0; r < k / 8; ++r) {
+      b[2 * pair + 8 * r][group] = to_float<T>(static_cast<uint16_t>(mine.b[r]));
+      b[2 * pair + 8 * r + 1][group] = to_float<T>(static_cast<uint16_t>(mine.b[r] >> 16));
+    }
+    for (int e = 0; e < 4; ++e) d[group + 8 * (e / 2)][2 * pair + e % 2] = mine.d[e];
+  }
+  // Products of 16-bit values are exact in fp32; the sum's order is k ascending.
+  for (int i = 0; i < 16; ++i) {
+    for (int kk = 0; kk < k; ++kk) {
+      for (int j = 0; j < 8; ++j) d[i][j] += a[i][kk] * b[kk][j];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = *static_cast<MmaOperand*>(operands[lane]);
+    const int group = lane / 4;
+    const int pair = lane % 4;
+    for (int e = 0; e < 4; ++e) mine.d[e] = d[group + 8 * (e / 2)][2 * pair + e % 2];
+  }
+}
+
+}  // namespace
+
+const Meeting kSyncWarp{"__syncwarp", false, true, nullptr};
+const Meeting kShuffle{"__shfl_sync", false, false, run_shuffle};
+const Meeting kShuffleUp{"__shfl_up_sync", false, false, run_shuffle};
+const Meeting kShuffleDown{"__shfl_down_sync", false, false, run_shuffle};
+const Meeting kShuffleXor{"__shfl_xor_sync", false, false, run_shuffle};
+const Meeting kAny{"__any_sync", false, false, run_or};
+const Meeting kAll{"__all_sync", false, false, run_and};
+const Meeting kBallot{"__ballot_sync", false, false, run_ballot};
+const Meeting kReduceAdd{"__reduce_add_sync", false, false, run_add};
+const Meeting kReduceMinSigned{"__reduce_min_sync", false, false, run_extreme<int32_t, false>};
+const Meeting kReduceMaxSigned{"__reduce_max_sync", false, false, run_extreme<int32_t, true>};
+const Meeting kReduceMinUnsigned{"__reduce_min_sync", false, false, run_extreme<uint32_t, false>};
+const Meeting kReduceMaxUnsigned{"__reduce_max_sync", false, false, run_extreme<uint32_t, true>};
+const Meeting kReduceAnd{"__reduce_and_sync", false, false, run_and};
+const Meeting kReduceOr{"__reduce_or_sync", false, false, run_or};
+const Meeting kReduceXor{"__reduce_xor_sync", false, false, run_xor};
+const Meeting kLdmatrix[3] = {{"ldmatrix_x1", true, false, run_ldmatrix<1, false>},
+                              {"ldmatrix_x2", true, false, run_ldmatrix<2, false>},
+                              {"ldmatrix_x4", true, false, run_ldmatrix<4, false>}};
+const Meeting kLdmatrixTrans[3] = {{"ldmatrix_x1_trans", true, false, run_ldmatrix<1, true>},
+                                   {"ldmatrix_x2_trans", true, false, run_ldmatrix<2, true>},
+                                   {"ldmatrix_x4_trans", true, false, run_ldmatrix<4, true>}};
+const Meeting kMma16816F16{"mma_m16n8k16 (f16)", true, false, run_mma<__half, 16>};
+const Meeting kMma16816Bf16{"mma_m16n8k16 (bf16)", true, false, run_mma<__nv_bfloat16, 16>};
+const Meeting kMma1688F16{"mma_m16n8k8 (f16)", true, false, run_mma<__half, 8>};
+
+// ---------------------------------------------------------------- block barriers
+
+namespace {
+
+// Counts one arrival; true for the one that completes the barrier.
+bool arrive(Barrier& b, int id, int threads, const char* what, Site site) {
+  Fiber& f = self();
+  if (id < 0 || id > 15) fail("%s: barrier %d, want 0 to 15", what, id);
+  if (threads <= 0 || threads % 32 != 0 || threads > kMaxThreads) {
+    fail("%s: barrier %d is for %d threads, want a positive multiple of 32", what, id, threads);
+  }
+  if (b.arrived == 0) {
+    b.expected = threads;
+    b.count = 0;
+  } else if (b.expected != threads) {
+    fail("%s at %s:%d: barrier %d expects %d threads, other threads came with %d", what,
+         base_name(site.file), site.line, id, threads, b.expected);
+  }
+  // bar.sync is .aligned: all lanes of a warp execute the same one.
+  Warp::Arrival& arrival = f.warp->arrival[id];
+  if (arrival.generation != b.generation) {
+    arrival.generation = b.generation;
+    arrival.site = site;
+  } else if (arrival.site.line != site.line || std::strcmp(arrival.site.file, site.file) != 0) {
+    fail("divergent barrier: %s at %s:%d, other lanes of the warp are at %s:%d", what,
+         base_name(site.file), site.line, base_name(arrival.site.file), arrival.site.line);
+  }
+  return ++b.arrived == b.expected;
+}
+
+void release_all(Barrier& b) {
+  b.arrived = 0;
+  ++b.generation;
+  for (Fiber* waiter : b.waiting) {
+    switch (b.reduce) {
+      case Reduce::kCount: waiter->reduced = b.count; break;
+      case Reduce::kAnd: waiter->reduced = b.count == b.expected; break;
+      case Reduce::kOr: waiter->reduced = b.count != 0; break;
+      case Reduce::kNone: break;
+    }
+    make_ready(*waiter);
+  }
+  b.waiting.clear();
+}
+
+}  // namespace
+
+int barrier_sync(int id, int threads, bool whole_block, Reduce reduce, int predicate,
+                 const char* what, Site site) {
+  Machine& m = machine();
+  Fiber& f = self();
+  // A last warp that is not full counts as a full one.
+  if (whole_block) threads = m.num_threads;
+  if (whole_block && threads % 32 != 0) {
+    fail("%s: the block has %d threads, want a multiple of 32", what, threads);
+  }
+  if (!whole_block && id == 0) fail("%s: barrier 0 is __syncthreads", what);
+  Barrier& b = m.barriers[id & 15];
+  const bool last = arrive(b, id, threads, what, site);
+  b.count += predicate != 0;
+  b.reduce = reduce;
+  char* const sync = &b.sync[b.generation & 1];
+  tsan_release(sync);
+  {
+    const Quiet quiet;
+    b.waiting.push_back(&f);
+  }
+  if (last) {
+    release_all(b);
+    // This fiber just runs on.
+    f.warp->ready &= ~(1u << f.thread.lane);
+  } else {
+    wait(f, what, site);
+  }
+  tsan_acquire(sync);
+  return f.reduced;
+}
+
+void barrier_arrive(int id, int threads, Site site) {
+  if (id == 0) fail("barrier_arrive: barrier 0 is __syncthreads");
+  Barrier& b = machine().barriers[id & 15];
+  const bool last = arrive(b, id, threads, "barrier_arrive", site);
+  tsan_release(&b.sync[b.generation & 1]);
+  if (last) release_all(b);
+}
+
+void thread_fence() {
+  Machine& m = machine();
+  tsan_acquire(&m.fence_sync);
+  tsan_release(&m.fence_sync);
+}
+
+void yield() {
+  Fiber& f = self();
+  make_ready(f);
+  leave(f);
+}
+
+// ---------------------------------------------------------------- shared memory
+
+void* shared_memory(size_t bytes, const char* type) {
+  Machine& m = machine();
+  if (bytes > m.shared_bytes) {
+    fail("shared memory: the kernel was launched with %u bytes, its struct has %zu (%s)",
+         m.shared_bytes, bytes, type);
+  }
+  return shared_begin();
+}
+
+uint32_t shared_address(const void* pointer) {
+  Machine& m = machine();
+  const auto* p = static_cast<const unsigned char*>(pointer);
+  // One past the end is an address that may be formed.
+  if (p < shared_begin() || p > shared_begin() + m.shared_bytes) {
+    fail("shared_address: %p is not in shared memory", pointer);
+  }
+  return static_cast<uint32_t>(p - m.arena);
+}
+
+unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what) {
+  Machine& m = machine();
+  if (address < kRedZone || address + bytes > kRedZone + m.shared_bytes) {
+    fail("%s: %zu bytes at byte %lld are outside shared memory of %u bytes", what, bytes,
+         static_cast<long long>(address) - kRedZone, m.shared_bytes);
+  }
+  if (address % alignment != 0) {
+    fail("%s: byte %u of shared memory is misaligned, want a multiple of %zu", what,
+         address - kRedZone, alignment);
+  }
+  return m.arena + address;
+}
+
+void copy_async(uint32_t address, const void* global, int bytes, int valid_bytes,
+                const char* what) {
+  Fiber& f = self();
+  unsigned char* destination = shared_pointer(address, bytes, bytes, what);
+  if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    fail("%s: source %p is misaligned, want a multiple of %d", what, global, bytes);
+  }
+  note_write(destination, bytes);
+  std::memset(destination, machine().poison, bytes);
+  f.copies.push_back({destination, global, bytes, valid_bytes});
+  ++f.uncommitted;
+}
+
+void copy_async_commit() {
+  Fiber& f = self();
+  f.groups.push_back(f.uncommitted);
+  f.uncommitted = 0;
+}
+
+void copy_async_wait(int pending) {
+  Fiber& f = self();
+  size_t landed = 0;
+  size_t groups_done = 0;
+  while (f.groups.size() - groups_done > static_cast<size_t>(pending)) {
+    for (size_t i = 0; i < f.groups[groups_done]; ++i, ++landed) {
+      note_write(f.copies[landed].destination, f.copies[landed].bytes);
+      note_read(f.copies[landed].source, f.copies[landed].valid_bytes);
+      land(f.copies[landed]);
+    }
+    ++groups_done;
+  }
+  f.copies.erase(f.copies.begin(), f.copies.begin() + landed);
+  f.groups.erase(f.groups.begin(), f.groups.begin() + groups_done);
+}
+
+// ---------------------------------------------------------------- mbarriers, bulk copies
+
+namespace {
+
+Mbarrier& mbarrier_at(uint32_t address, const char* what) {
+  shared_pointer(address, 8, 8, what);
+  for (auto& b : machine().mbarriers) {
+    if (b->address == address) return *b;
+  }
+  fail("%s: byte %u of shared memory holds no initialized mbarrier", what, address - kRedZone);
+}
+
+void wake(Mbarrier& b) {
+  for (Fiber* waiter : b.waiting) make_ready(*waiter);
+  b.waiting.clear();
+}
+
+void complete_if_done(Mbarrier& b) {
+  if (b.pending != 0 || b.bytes != 0) return;
+  ++b.phase;
+  b.pending = b.arrivals;
+  wake(b);
+}
+
+// Lands the copies if nothing else keeps the phase from completing.
+void land_if_last(Mbarrier& b) {
+  if (b.pending != 0 || b.copies.empty()) return;
+  for (const Copy& copy : b.copies) {
+    note_write(copy.destination, copy.bytes);
+    note_read(copy.source, copy.bytes);
+    land(copy);
+    b.bytes -= copy.bytes;
+  }
+  b.copies.clear();
+  if (b.bytes < 0) fail("mbarrier: more bytes landed than this phase expects");
+  complete_if_done(b);
+}
+
+}  // namespace
+
+void mbarrier_init(uint32_t address, int arrivals) {
+  shared_pointer(address, 8, 8, "mbarrier_init");
+  if (arrivals < 1) fail("mbarrier_init: %d arrivals, want at least 1", arrivals);
+  const Quiet quiet;
+  auto& all = machine().mbarriers;
+  all.erase(std::remove_if(all.begin(), all.end(),
+                           [&](const auto& b) { return b->address == address; }),
+            all.end());
+  all.push_back(std::make_unique<Mbarrier>());
+  all.back()->address = address;
+  all.back()->arrivals = all.back()->pending = arrivals;
+}
+
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes) {
+  Mbarrier& b = mbarrier_at(address, "mbarrier_arrive");
+  land_if_last(b);  // nobody waited for the phase before, but it is complete
+  if (b.pending == 0) fail("mbarrier_arrive: more arrivals than the %d of this phase", b.arrivals);
+  tsan_release(&b.sync[b.phase & 1]);
+  b.bytes += expected_bytes;
+  --b.pending;
+  complete_if_done(b);
+  if (b.pending == 0) wake(b);  // to land the copies
+}
+
+void mbarrier_wait(uint32_t address, uint32_t parity, Site site) {
+  Fiber& f = self();
+  if (parity > 1) fail("mbarrier_wait: parity %u, want 0 or 1", parity);
+  // The phase under way has parity phase & 1; waiting for the other one, which is complete (or,
+  // at first, counts as complete), returns at once.
+  for (;;) {
+    Mbarrier& b = mbarrier_at(address, "mbarrier_wait");
+    if ((b.phase & 1) == parity) land_if_last(b);
+    if ((b.phase & 1) != parity) {
+      tsan_acquire(&b.sync[parity]);
+      return;
+    }
+    {
+      const Quiet quiet;
+      b.waiting.push_back(&f);
+    }
+    wait(f, "mbarrier_wait", site);
+  }
+}
+
+void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mbarrier) {
+  if (bytes == 0 || bytes % 16 != 0) {
+    fail("bulk_copy: %u bytes, want a positive multiple of 16", bytes);
+  }
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail("bulk_copy: source %p is misaligned, want a multiple of 16", global);
+  }
+  unsigned char* destination = shared_pointer(address, bytes, 16, "bulk_copy");
+  Mbarrier& b = mbarrier_at(mbarrier, "bulk_copy");
+  note_write(destination, bytes);
+  std::memset(destination, machine().poison, bytes);
+  const Quiet quiet;
+  b.copies.push_back({destination, global, static_cast<int>(bytes), static_cast<int>(bytes)});
+  wake(b);
+}
+
+// ---------------------------------------------------------------- launching
+
+Kernel& register_kernel(const char* name) {
+  for (auto& kernel : kernels()) {
+    if (std::strcmp(kernel->name, name) == 0) return *kernel;
+  }
+  kernels().push_back(std::make_unique<Kernel>(Kernel{strdup(name), 0}));
+  return *kernels().back();
+}
+
+const Device& device() {
+  read_environment();
+  Machine& m = machine();
+  m.device.shared_bytes = shared_limit(m.device.arch);
+  return m.device;
+}
+
+namespace {
+
+const char* sentence(const std::string& text) {
+  static thread_local std::string kept;
+  kept = text;
+  return kept.c_str();
+}
+
+// Runs one block; false after an error.
+bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_bytes) {
+  Machine& m = machine();
+  prepare_arena(static_cast<uint32_t>(shared_bytes));
+  m.num_threads = static_cast<int>(block.x * block.y * block.z);
+  m.num_warps = (m.num_threads + 31) / 32;
+  m.finished = 0;
+  m.warp_at = m.reverse ? m.num_warps - 1 : 0;
+  m.mbarriers.clear();
+  for (Barrier& b : m.barriers) {
+    b.arrived = 0;
+    ++b.generation;  // an aborted block may have left arrivals of this one
+    b.waiting.clear();
+  }
+  for (int w = 0; w < m.num_warps; ++w) {
+    Warp& warp = m.warps[w];
+    warp.ready = 0;
+    std::fill(std::begin(warp.lanes), std::end(warp.lanes), nullptr);
+    warp.num_gatherings = 0;
+  }
+  for (int i = 0; i < m.num_threads; ++i) {
+    Fiber& f = fiber_at(set, i);
+    const auto u = static_cast<unsigned>(i);
+    f.thread.thread_index =
+        uint3{u % block.x, u / block.x % block.y, u / (block.x * block.y)};
+    f.thread.block_index = block_index;
+    f.thread.block_dim = block;
+    f.thread.grid_dim = grid;
+    f.thread.lane = u % 32;
+    f.linear = u;
+    f.warp = &m.warps[i / 32];
+    f.warp->lanes[i % 32] = &f;
+    f.warp->alive |= 1u << (i % 32);
+    f.copies.clear();
+    f.groups.clear();
+    f.uncommitted = 0;
+    make_ready(f);
+  }
+  tsan_release(&m.begin_sync);
+  Fiber* first = pick();
+  switch_fibers(m.main, *first);
+  if (m.error.empty()) check_canaries(*first);
+  if (m.error.empty()) return true;
+  for (int i = 0; i < m.num_threads; ++i) reset_stack(fiber_at(set, i), i);
+  return false;
+}
+
+}  // namespace
+
+const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*),
+                void* closure) {
+  const std::lock_guard<std::mutex> lock(machine_mutex());
+  Machine& m = machine();
+  const std::string name = kernel.name;
+  const int64_t threads = int64_t{block.x} * block.y * block.z;
+  auto refuse = [&](const std::string& what) {
+    return sentence(name + ": launch failed: " + what);
+  };
+  if (threads < 1 || threads > kMaxThreads || block.z > 64) {
+    return refuse("a block has 1 to 1024 threads, got " + std::to_string(threads));
+  }
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    return refuse("a grid has at most 2^31 - 1, 65535 and 65535 blocks");
+  }
+  if (shared_bytes > static_cast<size_t>(device().shared_bytes)) {
+    return refuse(std::to_string(shared_bytes) + " bytes of shared memory, the device has " +
+                  std::to_string(device().shared_bytes));
+  }
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+  ++kernel.launches;
+  if (skipped(name)) return nullptr;
+
+  m.call = call;
+  m.closure = closure;
+  m.kernel = &kernel;
+  m.error.clear();
+  m.running = &m.main;
+#if SIMT_TSAN
+  m.main.tsan = __tsan_get_current_fiber();
+#endif
+#if SIMT_ASAN
+  m.main_stack_known = false;  // another thread's may have been
+#endif
+  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
+  const int64_t begin =
+      m.last_blocks > 0 ? std::max<int64_t>(0, blocks - m.last_blocks) : 0;
+  for (int64_t i = begin; i < blocks; ++i) {
+    const int64_t b = m.reverse ? blocks - 1 - (i - begin) : i;
+    const uint3 index{static_cast<unsigned>(b % grid.x),
+                      static_cast<unsigned>(b / grid.x % grid.y),
+                      static_cast<unsigned>(b / grid.x / grid.y)};
+    if (!run_block(static_cast<int>(i % kFiberSets), index, grid, block, shared_bytes)) break;
+  }
+  tsan_acquire(&m.end_sync);
+  current = nullptr;
+  if (!m.error.empty()) return sentence(name + ": run failed: " + m.error);
+  return nullptr;
+}
+
+}  // namespace qlora_ext::simt
+
+// ---------------------------------------------------------------- for tests, through ctypes
+
+#define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace qlora_ext::simt;
+
+// Every registered kernel: "launches\tname\n".
+SIMT_EXPORT const char* simt_kernels() {
+  std::string text;
+  for (const auto& kernel : kernels()) {
+    text += std::to_string(kernel->launches) + "\t" + kernel->name + "\n";
+  }
+  return sentence(text);
+}
+SIMT_EXPORT void simt_reset_launches() {
+  for (const auto& kernel : kernels()) kernel->launches = 0;
+}
+SIMT_EXPORT void simt_set_poison(int byte) {
+  read_environment();
+  machine().poison = byte & 0xff;
+}
+// Highest lanes, warps and blocks first.
+SIMT_EXPORT void simt_set_reverse(int reverse) {
+  read_environment();
+  machine().reverse = reverse != 0;
+}
+SIMT_EXPORT void simt_set_device(int arch, int sm_count) {
+  read_environment();
+  machine().device.arch = arch;
+  machine().device.sm_count = sm_count;
+}
+SIMT_EXPORT int simt_arch() { return device().arch; }
+SIMT_EXPORT int simt_sm_count() { return device().sm_count; }
+// Runs only the last n blocks of every grid; 0 is all.
+SIMT_EXPORT void simt_set_last_blocks(int64_t n) { machine().last_blocks = n; }
