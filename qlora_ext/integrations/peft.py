@@ -1,0 +1,501 @@
+"""LoRA of PEFT on packed weights, through our fused op; other PEFT tuners correct or refused.
+
+PEFT has no registry that outlives one config, so a few of its functions are wrapped, once, by
+`attach()`. What is wrapped is the table at its foot, and nothing else of PEFT is touched:
+
+    LoraModel._create_new_module    a packed layer gets `LoraLinear4bit`
+    resolve_quantization_backend    BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
+    dequantize_module_weight        DoRA's norms
+    <tuner>._create_and_replace     any other tuner is refused with a sentence
+    BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
+    PeftModel.get_nb_trainable_parameters    counts weights, not bytes
+    prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
+
+While adapters are merged, a dense layer stands in for the packed one, which is kept as it was:
+unmerging puts the same bytes back.
+
+Source: peft/tuners/lora/{model,layer,bnb}.py and peft/utils/quantization_utils.py of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.tuners import lora
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import other as peft_other
+from peft.utils import quantization_utils
+from peft.utils.integrations import dequantize_module_weight
+
+from .. import ops
+from ..nn import Linear4bit
+from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
+from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
+
+# Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
+_SUPPORTED = {"LORA", "XLORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+
+_merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False)
+
+
+@contextlib.contextmanager
+def merging_to_4bit():
+    """Within this context PEFT's merges requantize the result instead of leaving 16 bits.
+
+    Requantizing a short fine-tune's weights was measured to keep 4-5% of its gain: the change of a
+    weight is far below the distance of two 4-bit levels. Each merge warns of it.
+    """
+    token = _merge_to_4bit.set(True)
+    try:
+        yield
+    finally:
+        _merge_to_4bit.reset(token)
+
+
+# The stand-in for a packed layer while adapters are merged -----------------------------------
+
+
+def _innermost(layer: BaseTunerLayer) -> BaseTunerLayer:
+    """The tuner layer that holds the base layer itself (tuners can be nested)."""
+    while isinstance(layer.base_layer, BaseTunerLayer):
+        layer = layer.base_layer
+    return layer
+
+
+def _packed_base(layer: BaseTunerLayer) -> Linear4bit:
+    """The packed layer under `layer`, whether or not adapters are merged."""
+    holder = _innermost(layer)
+    aside = holder.__dict__.get("_qlora_ext_packed")
+    return aside[0] if aside else holder.base_layer
+
+
+def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
+    """Puts `weight` [out, in] in the packed layer's place: dense, or packed again if asked for."""
+    packed = _packed_base(layer)
+    stand_in = dense_linear(packed, weight.dtype, weight)
+    if _merge_to_4bit.get():
+        warnings.warn(
+            "qlora_ext: merging into 4 bits by requantizing keeps about 5% of a short fine-tune's "
+            "gain; merge outside merging_to_4bit() to get 16 bits",
+            stacklevel=4,
+        )
+        stand_in = Linear4bit.from_linear(stand_in, packed.config)
+    holder = _innermost(layer)
+    # In a list, so that it is no submodule: state_dict and parameters() are the stand-in's.
+    holder.__dict__["_qlora_ext_packed"] = [packed]
+    holder.base_layer = stand_in
+
+
+def _restore(layer: BaseTunerLayer) -> None:
+    """Puts the packed layer back, byte for byte as it was."""
+    holder = _innermost(layer)
+    aside = holder.__dict__.pop("_qlora_ext_packed", None)
+    if aside:
+        holder.base_layer = aside[0].to(holder.base_layer.weight.device)
+
+
+# LoRA ----------------------------------------------------------------------------------------
+
+
+class LoraLinear4bit(PeftLoraLinear):
+    """PEFT's LoRA layer on a `Linear4bit`.
+
+    Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
+    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, Arrow, biases on B and layers
+    with hooks take PEFT's general path.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name
+        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+
+    @property
+    def lora_variants(self):
+        supported = [(), ("use_dora",), ("alora_invocation_tokens",), ("arrow_config",)]
+        return {key: value for key, value in super().lora_variants.items() if key in supported}
+
+    def _fused_adapters(self) -> list[str] | None:
+        """The active adapters if the fused op computes them, else None."""
+        base = self.base_layer
+        if self.disable_adapters or self.merged or not isinstance(base, Linear4bit):
+            return None
+        # A hook on a submodule (offloading, sharding, a user's) is only run if that is called.
+        if base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        for name in names:
+            if name in self.lora_variant or self.lora_bias[name]:
+                return None
+            for adapter in (self.lora_A[name], self.lora_B[name]):
+                if adapter._forward_hooks or adapter._forward_pre_hooks:
+                    return None
+        # With one x A^T for several adapters there is one dropout mask.
+        if len(names) != 1 and any(self._dropout(name) for name in names):
+            return None
+        return names or None
+
+    def _dropout(self, name: str) -> float:
+        """The probability with which the adapter's input is dropped now."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, torch.nn.Dropout) and self.training else 0.0
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        names = None
+        if not args and all(value is None for value in kwargs.values()):
+            names = self._fused_adapters()
+        if names is None:
+            return super().forward(x, *args, **kwargs)
+        lora_A, lora_B, scaling = self._stacked(names)
+        base = self.base_layer
+        x = base._input(x)
+        dropout = self._dropout(names[0])
+        if dropout == 0.0:
+            return ops.lora_gemm_4bit(x, base._w4(), lora_A, lora_B, scaling, base.bias)
+        S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
+        return ops.gemm_4bit(x, base._w4(), base.bias, S, lora_B)
+
+    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Several adapters as one: A [sum of r, in], B [out, sum of r], scaling."""
+        if len(names) == 1:
+            (name,) = names
+            return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        lora_A = torch.cat([self.lora_A[name].weight for name in names])
+        lora_B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+        return lora_A, lora_B, 1.0
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
+
+        Args:
+            safe_merge: refuse a result with values that are not finite.
+            adapter_names: None means the active ones.
+
+        Raises:
+            ValueError: a merged value is not finite, or overflows fp16; the layer is as before.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.lora_A]
+        if not names:
+            return
+        dtype = _packed_base(self).dtype
+        merged = self.merged_adapters + names
+        if not any(name in self.lora_variant for name in merged):
+            # All of them at once from the packed weight: one rounding, whatever the order.
+            lora_A, lora_B, scaling = self._stacked(merged)
+            weight = merge_lora_4bit(
+                _packed_base(self).quantized, lora_A.detach(), lora_B.detach(), scaling, dtype
+            )
+            self._set_merged(weight, names, safe_merge)
+            return
+        for name in names:
+            weight = dequantize(self.get_base_layer()).detach().float()
+            if name in self.lora_variant:
+                weight = self.lora_variant[name].merge_safe(self, name, weight)
+            else:
+                weight = weight + self.get_delta_weight(name)
+            self._set_merged(weight.detach().to(dtype), [name], safe_merge)
+
+    def _set_merged(self, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
+        # Sums beyond float16's range are infinities here; no merge may write those.
+        if (safe_merge or weight.dtype == torch.float16) and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"merge: {self._name}: its weight with adapters {names} is not finite in "
+                f"{weight.dtype}; an adapter is broken, or the dtype too narrow"
+            )
+        bias_change = [
+            self.lora_B[name].bias.detach() * self.scaling[name]
+            for name in names
+            if self.lora_bias[name]
+        ]
+        bias = self.get_base_layer().bias
+        if bias_change and bias is None:
+            raise RuntimeError(
+                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+            )
+        _swap_in(self, weight)
+        if bias_change:
+            summed = bias.detach() + sum(bias_change)
+            self.get_base_layer().bias.data = summed.to(bias.dtype)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts the packed layer back, byte for byte as it was before the first merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        _restore(self)
+        self.merged_adapters.clear()
+
+    @contextlib.contextmanager
+    def _dense_base(self):
+        """For initialisations that read and change the base weight: a dense layer within, its
+        weight packed again at the end if it changed."""
+        packed = _packed_base(self)
+        holder = _innermost(self)
+        dense = dense_linear(packed, torch.float32)
+        before = dense.weight.detach().clone()
+        holder.base_layer = dense
+        try:
+            yield
+        finally:
+            holder.base_layer = packed
+        if not torch.equal(before, dense.weight):
+            holder.base_layer = Linear4bit.from_linear(dense, packed.config).to(packed.dtype)
+
+    def olora_init(self, adapter_name: str) -> None:
+        """OLoRA: B A takes the weight's leading QR part, and what remains is packed again."""
+        with self._dense_base():
+            super().olora_init(adapter_name)
+
+
+def _create_lora_module(original):
+    """Wraps `LoraModel._create_new_module`."""
+
+    @functools.wraps(original)
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, Linear4bit):
+            return original(lora_config, adapter_name, target, **kwargs)
+        if kwargs.get("parameter_name") is not None:
+            raise ValueError(
+                f"PEFT's target_parameters got {kwargs['target_name']}.{kwargs['parameter_name']}, "
+                "a 4-bit weight; name its layer in target_modules"
+            )
+        if lora_config.fan_in_fan_out:
+            # A GPT-2 layer is a Conv1D, [in, out]; packed it is an ordinary [out, in] layer.
+            lora_config.fan_in_fan_out = False
+        return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+
+    return _create_new_module
+
+
+# Other tuners --------------------------------------------------------------------------------
+
+
+class PackedBackend(quantization_utils.QuantizationBackend):
+    """How BOFT, MiSS, OFT, SHiRA and VeRA read a packed weight, and where they merge."""
+
+    supports_merge = True
+    backend_name = "qlora_ext 4bit"
+    layer_type = "linear"
+
+    def get_base_weight(self, base_layer: torch.nn.Module) -> torch.Tensor:
+        """The weight [out, in] of the packed layer, or of the dense one that stands in for it."""
+        return dequantize(base_layer)
+
+    def set_base_weight(self, peft_layer: BaseTunerLayer, weight_data: torch.Tensor) -> None:
+        """Merging puts a dense layer in; taking the last adapter out puts the packed one back."""
+        is_merged = "_qlora_ext_packed" in _innermost(peft_layer).__dict__
+        if is_merged and not peft_layer.merged_adapters:
+            _restore(peft_layer)
+        else:
+            dtype = _packed_base(peft_layer).dtype
+            _swap_in(peft_layer, weight_data.detach().to(dtype).contiguous())
+
+
+def _resolve_backend(original):
+    """Wraps `resolve_quantization_backend`."""
+
+    @functools.wraps(original)
+    def resolve_quantization_backend(base_layer, **kwargs):
+        if isinstance(base_layer, Linear4bit):
+            return PackedBackend()
+        return original(base_layer, **kwargs)
+
+    return resolve_quantization_backend
+
+
+def dequantize(module: torch.nn.Module) -> torch.Tensor:
+    """The weight [out, in] of a linear layer: of a packed one in fp32, else as it is."""
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(module.quantized, torch.float32)
+    return module.weight
+
+
+def _dequantize_module(original):
+    """Wraps `dequantize_module_weight`."""
+
+    @functools.wraps(original)
+    def dequantize_module_weight(module):
+        return dequantize(module) if isinstance(module, Linear4bit) else original(module)
+
+    return dequantize_module_weight
+
+
+def _refuse_packed(original):
+    """Wraps a tuner's `_create_and_replace`: such a tuner would train on a packed weight and then
+    fail to merge, or add to its bytes."""
+
+    @functools.wraps(original)
+    def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        if isinstance(base, Linear4bit) and method not in _SUPPORTED:
+            raise ValueError(
+                f"PEFT's {method} cannot train a 4-bit layer of qlora_ext; use one of "
+                f"{', '.join(sorted(_SUPPORTED))}, or load the model unquantized"
+            )
+        return original(self, config, adapter_name, target, *args, **kwargs)
+
+    return _create_and_replace
+
+
+# Whole models --------------------------------------------------------------------------------
+
+
+def _merge_and_unload(original):
+    """Wraps `BaseTuner._unload_and_optionally_merge`."""
+
+    @functools.wraps(original)
+    def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+        model = original(self, merge, *args, **kwargs)
+        if merge and not _merge_to_4bit.get():
+            leave_no_packed_layer(model)
+        return model
+
+    return _unload_and_optionally_merge
+
+
+def _count_logical_weights(original):
+    """Wraps `PeftModel.get_nb_trainable_parameters`."""
+
+    @functools.wraps(original)
+    def get_nb_trainable_parameters(self):
+        trainable, total = original(self)
+        return trainable, total + logical_surplus(self)
+
+    return get_nb_trainable_parameters
+
+
+def prepare_model_for_kbit_training(
+    model: torch.nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> torch.nn.Module:
+    """Freezes a packed model and turns gradient checkpointing on, with inputs that need gradients.
+
+    PEFT's function of this name also makes fp32 copies of norms, embeddings and head; ours leaves
+    dtypes alone, since adapters are fp32 and each op accumulates in fp32.
+
+    Args:
+        model: a transformers model with `Linear4bit` layers; changed in place and returned.
+        use_gradient_checkpointing: recompute activations in the backward.
+        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`; the default is
+            {"use_reentrant": False}.
+    """
+    model.requires_grad_(False)
+    if use_gradient_checkpointing:
+        # Reentrant checkpointing drops the gradient of a block whose inputs need none, and the
+        # inputs of the first block are the outputs of a frozen embedding.
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {"use_reentrant": False}
+        )
+    return model
+
+
+def _prepare(original):
+    """Wraps `prepare_model_for_kbit_training`."""
+
+    @functools.wraps(original)
+    def prepare(
+        model,
+        use_gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=None,
+        *args,
+        **kwargs,
+    ):
+        ours = any(isinstance(module, Linear4bit) for module in model.modules())
+        if ours:
+            return prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing, gradient_checkpointing_kwargs
+            )
+        return original(
+            model, use_gradient_checkpointing, gradient_checkpointing_kwargs, *args, **kwargs
+        )
+
+    return prepare
+
+
+def load_adapters(path: str | Path, base: Any = None, is_trainable: bool = False, **kwargs: Any):
+    """A saved adapter on its 4-bit base, in one call, for a fresh process.
+
+    Args:
+        path: folder that `save_pretrained` of a PEFT model wrote.
+        base: the loaded base model, or its folder or hub name; None takes the name that the
+            adapter's config recorded.
+        is_trainable: continue training the adapter.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, e.g. dtype, device_map or
+            quantization_config=QLoraExtConfig() where the base is an unquantized model.
+
+    Returns:
+        the `peft.PeftModel`.
+
+    Raises:
+        ValueError: no base was given and the config names none.
+    """
+    config = peft.PeftConfig.from_pretrained(path)
+    base = base if base is not None else config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"load_adapters: base got None, and adapter_config.json in {path} names none"
+        )
+    if not isinstance(base, torch.nn.Module):
+        base = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    return peft.PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
+
+
+# Attaching -----------------------------------------------------------------------------------
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(child) for child in cls.__subclasses__()))
+
+
+def _replace_everywhere(function, wrap) -> None:
+    """Puts wrap(function) wherever PEFT or TRL hold `function`: they import it by name."""
+    wrapper = wrap(function)
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] not in ("peft", "trl"):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is function:
+                setattr(module, attribute, wrapper)
+
+
+def attach() -> None:
+    """Wraps the functions of PEFT that this file's head lists. Idempotent.
+
+    Raises:
+        AttributeError, ImportError: a PEFT that lacks one of them.
+    """
+    if isinstance(vars(lora.LoraModel).get("_qlora_ext_attached"), bool):
+        return
+    create = lora.LoraModel._create_new_module
+    lora.LoraModel._create_new_module = staticmethod(_create_lora_module(create))
+    for tuner in _subclasses(BaseTuner):
+        if "_create_and_replace" in vars(tuner):
+            tuner._create_and_replace = _refuse_packed(tuner._create_and_replace)
+        if "_unload_and_optionally_merge" in vars(tuner):
+            tuner._unload_and_optionally_merge = _merge_and_unload(
+                tuner._unload_and_optionally_merge
+            )
+    for model in (peft.PeftModel, peft.PeftMixedModel):
+        if "get_nb_trainable_parameters" in vars(model):
+            model.get_nb_trainable_parameters = _count_logical_weights(
+                model.get_nb_trainable_parameters
+            )
+    _replace_everywhere(quantization_utils.resolve_quantization_backend, _resolve_backend)
+    _replace_everywhere(dequantize_module_weight, _dequantize_module)
+    _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
+    lora.LoraModel._qlora_ext_attached = True

@@ -1,0 +1,442 @@
+"""Quantizing while loading, saving and reloading through transformers' own code."""
+
+import copy
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+from integration_helpers import ids, logits, run_python, tiny_llama
+
+pytest.importorskip("transformers")
+
+import qlora_ext
+from qlora_ext.nn import Linear4bit
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def packed(llama, tmp_path_factory):
+    """The folder of a saved 4-bit model, and the model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=qlora_ext.QLoraExtConfig()
+    )
+    path = tmp_path_factory.mktemp("packed")
+    model.save_pretrained(path)
+    return path, model
+
+
+def load(path, **kwargs):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def packed_layers(model) -> dict[str, Linear4bit]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def packed_bytes(model) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8
+    }
+
+
+def assert_same_bytes(got, want):
+    got, want = packed_bytes(got), packed_bytes(want)
+    assert got.keys() == want.keys() and got
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+# Hooks ---------------------------------------------------------------------------------------
+
+
+def test_import_loads_no_trainer():
+    run_python(
+        """
+        import qlora_ext
+        heavy = {"transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        """
+    )
+
+
+@pytest.mark.parametrize("first", ["qlora_ext", "transformers.modeling_utils, peft"])
+def test_hooks_attach_in_either_order(first):
+    run_python(
+        f"""
+        import {first}
+        import transformers.modeling_utils, peft, qlora_ext
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        from peft.tuners.lora import LoraModel
+        assert "qlora_ext" in AUTO_QUANTIZER_MAPPING
+        assert LoraModel._qlora_ext_attached
+        finders = [f for f in sys.meta_path if type(f).__name__ == "_HookFinder"]
+        assert len(finders) == 1
+        """
+    )
+
+
+def test_untested_version_is_named(monkeypatch):
+    from qlora_ext import integrations
+
+    monkeypatch.setattr(integrations.importlib.metadata, "version", lambda name: "9.9.1")
+    with pytest.warns(UserWarning, match=r"found transformers 9\.9\.1, tested with 5\.23"):
+        integrations.check_version("transformers")
+
+
+def test_tested_version_is_silent():
+    from qlora_ext import integrations
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in integrations.TESTED:
+            integrations.check_version(name)
+
+
+# Quantizing while loading --------------------------------------------------------------------
+
+
+def test_loading_packs_what_quantize_4bit_packs(llama, packed):
+    dense = load(llama)
+    _, model = packed
+    layers = packed_layers(model)
+    assert len(layers) == 2 * 7
+    for name, layer in layers.items():
+        want = qlora_ext.quantize_4bit(dense.get_submodule(name).weight)
+        got = layer.quantized
+        assert torch.equal(got.packed, want.packed), name
+        assert torch.equal(got.absmax, want.absmax), name
+        assert torch.equal(got.nested, want.nested), name
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_logits_are_those_of_the_dequantized_model(llama, packed):
+    _, model = packed
+    dense = load(llama)
+    for name, layer in packed_layers(model).items():
+        dense.get_submodule(name).weight.data = qlora_ext.dequantize_4bit(layer.quantized)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_type": "fp4", "double_quant": False},
+        {"quant_type": "linear", "blocksize": 128},
+        {"blocksize": None, "double_quant": False},
+        {"normalization": "standard", "quant_type": "linear"},
+        {"quant_type": "custom", "codebook": [i / 8 - 1 for i in range(16)]},
+        {"companding": "logarithmic", "companding_k": 8.0, "quant_type": "linear"},
+    ],
+    ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items())[:40],
+)
+def test_every_setting_survives_saving(llama, tmp_path, settings):
+    model = load(llama, quantization_config=qlora_ext.QLoraExtConfig(**settings))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same_bytes(again, model)
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.quantization_config.to_quant_config() == (qlora_ext.QuantConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"device_map": "cpu"},
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": True, "return_dict": True, "trust_remote_code": True},
+        {"torch_dtype": torch.float32},
+    ],
+    ids=str,
+)
+def test_usual_arguments_are_accepted(llama, packed, kwargs):
+    config = qlora_ext.QLoraExtConfig()
+    model = load(llama, quantization_config=config, **kwargs)
+    assert_same_bytes(model, packed[1])
+    assert config.modules_to_not_convert is None  # the caller's object is as it was
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(llama, dtype):
+    model = load(llama, quantization_config=qlora_ext.QLoraExtConfig(), dtype=dtype)
+    assert logits(model).dtype == dtype
+    assert logits(model).isfinite().all()
+    dense = load(llama, dtype=dtype)
+    layer = model.model.layers[0].mlp.up_proj
+    want = qlora_ext.quantize_4bit(dense.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(layer.weight, want.packed)
+
+
+def test_modules_to_not_convert(llama):
+    config = qlora_ext.QLoraExtConfig(modules_to_not_convert=["q_proj", "model.layers.1"])
+    model = load(llama, quantization_config=config)
+    names = set(packed_layers(model))
+    assert names == {
+        f"model.layers.0.{name}"
+        for name in ["self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+        + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    }
+
+
+def test_tied_head_stays_tied(tmp_path):
+    tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    model = load(tmp_path / "tied", quantization_config=qlora_ext.QLoraExtConfig())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_fp32_modules_of_the_class_are_kept(tmp_path):
+    # T5 casts activations to wo.weight.dtype; its class keeps wo out of low precision.
+    from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "t5", quantization_config=qlora_ext.QLoraExtConfig(), dtype=torch.bfloat16
+    )
+    names = set(packed_layers(model))
+    assert names and not any(name.endswith("wo") for name in names)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.is_floating_point()
+    tokens = torch.arange(1, 9)[None]
+    assert model(input_ids=tokens, decoder_input_ids=tokens).logits.isfinite().all()
+
+
+def test_conv1d_is_packed_and_comes_back(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    config = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model = load(tmp_path / "gpt2", quantization_config=qlora_ext.QLoraExtConfig())
+    assert len(packed_layers(model)) == 2 * 4
+    model.save_pretrained(tmp_path / "packed")
+    packed_logits = logits(load(tmp_path / "packed"))
+    assert torch.equal(packed_logits, logits(model))
+    model.dequantize()
+    assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D)
+    torch.testing.assert_close(logits(model), packed_logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(model))
+
+
+def test_unpacked_experts_are_reported(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"stay unpacked.*experts"):
+        load(tmp_path, quantization_config=qlora_ext.QLoraExtConfig())
+
+
+# Saving and reloading ------------------------------------------------------------------------
+
+
+def test_reload_and_resave(packed, tmp_path):
+    path, model = packed
+    again = load(path)
+    assert_same_bytes(again, model)
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path)
+    third = load(tmp_path)
+    assert torch.equal(logits(third), logits(model))
+    assert (tmp_path / "model.safetensors").read_bytes() == (
+        path / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reload_in_another_dtype(packed, dtype):
+    path, model = packed
+    again = load(path, dtype=dtype)
+    assert_same_bytes(again, model)
+    cast = copy.deepcopy(model).to(dtype)
+    # .to() also rounds the rotary frequencies, which loading keeps in float32.
+    cast.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    assert_same_bytes(cast, model)
+    assert torch.equal(logits(again), logits(cast))
+    # A layer that was packed, saved and read in another dtype is the same function.
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    layer = model.model.layers[0].mlp.up_proj
+    assert torch.equal(again.model.layers[0].mlp.up_proj(x), layer(x))
+
+
+def test_bfloat16_model_reloaded_as_float32_keeps_its_bytes(llama, tmp_path):
+    config = qlora_ext.QLoraExtConfig()
+    model = load(llama, quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+    again = load(tmp_path, dtype=torch.float32)
+    assert_same_bytes(again, model)
+    rotary = copy.deepcopy(again.model.rotary_emb)
+    cast = model.to(torch.float32)
+    cast.model.rotary_emb = rotary
+    assert torch.equal(logits(again), logits(cast))
+
+
+def test_sharded_save(packed, tmp_path):
+    _, model = packed
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_disk_offload_of_a_packed_model(packed, tmp_path):
+    path, model = packed
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
+    again = load(path, device_map=device_map, offload_folder=tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_disk_offload_while_packing_is_refused(llama):
+    with pytest.raises(ValueError, match="device_map sends layers to disk"):
+        load(
+            llama,
+            quantization_config=qlora_ext.QLoraExtConfig(),
+            device_map={"model": "cpu", "lm_head": "disk"},
+        )
+
+
+def test_another_head_on_a_packed_base(packed):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    path, model = packed
+    base = AutoModel.from_pretrained(path)
+    assert_same_bytes(base.layers, model.model.layers)
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    assert type(classifier.score) is torch.nn.Linear
+    assert_same_bytes(classifier.model.layers, model.model.layers)
+
+
+def test_parameters_are_counted_as_weights(llama, packed):
+    dense, (_, model) = load(llama), packed
+    assert model.num_parameters() == dense.num_parameters()
+    without_embeddings = dense.num_parameters(exclude_embeddings=True)
+    assert model.num_parameters(exclude_embeddings=True) == without_embeddings
+
+
+def test_dequantize(packed, tmp_path):
+    path, model = packed
+    again = load(path)
+    again.dequantize()
+    assert not packed_layers(again)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    again.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_generate(packed):
+    _, model = packed
+    out = model.generate(ids(1, 4), max_new_tokens=6, do_sample=False, pad_token_id=2)
+    assert out.shape[1] > 4
+
+
+# What is wrong is said -----------------------------------------------------------------------
+
+
+def test_unknown_setting():
+    with pytest.raises(ValueError, match=r"unknown settings \['blcksize'\]"):
+        qlora_ext.QLoraExtConfig(blcksize=64)
+    with pytest.raises(ValueError, match="blocksize is 63"):
+        qlora_ext.QLoraExtConfig(blocksize=63)
+
+
+def test_two_configs(packed):
+    path, _ = packed
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        load(path, quantization_config=qlora_ext.QLoraExtConfig(blocksize=128))
+
+
+def test_nan_weight_is_named(llama, tmp_path, caplog):
+    model = load(llama)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with pytest.raises(RuntimeError, match="conversion of the weights"):
+            load(tmp_path, quantization_config=qlora_ext.QLoraExtConfig())
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "model.layers.1.mlp.up_proj" in caplog.text
+    assert "quantize_4bit: weight" in caplog.text
+
+
+def edit_checkpoint(path, edit):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def copy_of_packed(packed, tmp_path):
+    packed[1].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_missing_weight(copy_of_packed):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def edit(tensors):
+        for key in [key for key in tensors if key.startswith(name)]:
+            del tensors[key]
+
+    edit_checkpoint(copy_of_packed, edit)
+    with pytest.raises((ValueError, RuntimeError), match=r"model\.layers\.0\.mlp\.up_proj"):
+        load(copy_of_packed)
+
+
+def test_missing_statistics(copy_of_packed):
+    edit_checkpoint(copy_of_packed, lambda t: t.pop("model.layers.0.mlp.up_proj.weight_absmax"))
+    with pytest.raises((ValueError, RuntimeError), match="weight_absmax"):
+        load(copy_of_packed)
+
+
+def test_foreign_codebook(copy_of_packed):
+    def edit(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight_codebook"] += 1
+
+    edit_checkpoint(copy_of_packed, edit)
+    with pytest.raises((ValueError, RuntimeError), match="weight_codebook"):
+        load(copy_of_packed)
+
+
+def test_truncated_weight(copy_of_packed):
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_checkpoint(copy_of_packed, lambda t: t.update({name: t[name][:10].clone()}))
+    with pytest.raises(RuntimeError):
+        load(copy_of_packed)
+
+
+def test_edited_config(copy_of_packed):
+    config = json.loads((copy_of_packed / "config.json").read_text())
+    config["quantization_config"]["blocksize"] = -64
+    (copy_of_packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="blocksize"):
+        load(copy_of_packed)
