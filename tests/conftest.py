@@ -1,0 +1,41 @@
+"""One test body, three backends: `cpu`, `simt` (the CUDA kernels emulated on the host), `cuda`."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """Where ops run: `ops.<name>` are its ops, tensors are made on `device`."""
+
+    name: str
+    ops: types.SimpleNamespace
+    device: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _load(name: str) -> Backend:
+    import qlora_ext  # noqa: F401  (registers the ops)
+
+    if name == "simt":
+        from simt.build import load_simt
+
+        return Backend(name, load_simt(), "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return Backend(name, torch.ops.qlora_ext, "cuda" if name == "cuda" else "cpu")
+
+
+@pytest.fixture(scope="session", params=["cpu", "simt", "cuda"])
+def backend(request) -> Backend:
+    return _load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
