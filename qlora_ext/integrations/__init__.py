@@ -19,7 +19,7 @@ import warnings
 # Release series that the test suite runs against. Another series may work, and is announced.
 TESTED = {"transformers": "5.23", "peft": "0.21", "trl": "1.16", "accelerate": "1.15"}
 
-# module whose execution triggers the hook -> (distribution, our plug-in with an attach() or None).
+# module whose execution triggers the hook -> (distribution, our plug-in or None).
 # transformers itself is a lazy module; every way to load a model imports modeling_utils.
 _HOOKS = {
     "transformers.modeling_utils": ("transformers", "transformers"),
@@ -57,7 +57,7 @@ def _run_hook(module: str) -> None:
     if plugin is None:
         return
     try:
-        importlib.import_module(f"{__name__}.{plugin}").attach()
+        importlib.import_module(f"{__name__}.{plugin}")  # which attaches itself
     except (ImportError, AttributeError) as error:
         # Another release of the package may lack what we hook. That must not break its own import.
         warnings.warn(

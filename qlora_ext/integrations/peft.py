@@ -499,3 +499,6 @@ def attach() -> None:
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
     _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
     lora.LoraModel._qlora_ext_attached = True
+
+
+attach()

@@ -157,8 +157,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
         ):
             raise ValueError(
                 "QLoraExtConfig: device_map sends layers to disk, but a weight packed while "
-                "loading exists only in memory. Load and save the 4-bit model once without 'disk', then "
-                "load that with this device_map."
+                "loading exists only in memory. Load and save the 4-bit model once without "
+                "'disk', then load that with this device_map."
             )
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
@@ -194,8 +194,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self.quantization_config.modules_to_not_convert = kept
         converted = 0
         for name, module in list(model.named_modules()):
-            # Exactly nn.Linear: a subclass may compute something else (a router, a fused layer).
-            if type(module) not in (torch.nn.Linear, Conv1D):
+            if not is_plain_linear(module):
                 continue
             if not should_convert_module(name, kept):
                 continue
@@ -382,3 +381,6 @@ def attach() -> None:
         cls for cls in transformers.PreTrainedModel.__mro__ if "num_parameters" in vars(cls)
     )
     owner.num_parameters = _count_logical_weights(owner.num_parameters)
+
+
+attach()

@@ -1,0 +1,504 @@
+"""PEFT's own code on packed layers: train, merge, unmerge, save, reload, and what is refused."""
+
+import copy
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from integration_helpers import ids, logits, run_python, tiny_llama
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import peft
+
+import qlora_ext
+from qlora_ext import ops
+from qlora_ext.integrations import peft as plugin
+from qlora_ext.nn import Linear4bit
+
+ATTENTION = ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of an unquantized tiny model and of the same model in 4 bits."""
+    from transformers import AutoModelForCausalLM
+
+    dense = tiny_llama(tmp_path_factory.mktemp("dense"))
+    packed = tmp_path_factory.mktemp("packed")
+    AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=qlora_ext.QLoraExtConfig()
+    ).save_pretrained(packed)
+    return dense, packed
+
+
+def base_model(folders, **kwargs):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folders[1], **kwargs)
+
+
+def lora_config(**kwargs):
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", **kwargs}
+    )
+
+
+def randomize(model, seed: int = 0):
+    """Gives every trainable tensor of the adapters values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data += noise.to(parameter.dtype)
+    return model
+
+
+def adapted(folders, seed: int = 0, **kwargs):
+    return randomize(peft.get_peft_model(base_model(folders), lora_config(**kwargs)), seed)
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, plugin.LoraLinear4bit)]
+
+
+def packed_state(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if v.dtype == torch.uint8}
+
+
+def count_calls(name: str, model, **inputs):
+    """How often a forward calls the op wrapper `ops.<name>`."""
+    with mock.patch.object(ops, name, wraps=getattr(ops, name)) as wrapper:
+        model(**(inputs or {"input_ids": ids()}))
+    return wrapper.call_count
+
+
+# Forward -------------------------------------------------------------------------------------
+
+
+def test_plain_adapter_takes_the_fused_op(folders):
+    model = adapted(folders)
+    assert len(lora_layers(model)) == 4
+    assert count_calls("lora_gemm_4bit", model) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_and_general_path_agree(folders, dtype):
+    model = randomize(
+        peft.get_peft_model(
+            base_model(folders, dtype=dtype), lora_config(target_modules="all-linear")
+        )
+    )
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    fused = logits(model)
+    with mock.patch.object(plugin.LoraLinear4bit, "_fused_adapters", lambda self: None):
+        general = logits(model)
+    assert fused.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    torch.testing.assert_close(fused, general, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_of_the_fused_path(folders):
+    model = adapted(folders).train()
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    fused = gradients()
+    with mock.patch.object(plugin.LoraLinear4bit, "_fused_adapters", lambda self: None):
+        general = gradients()
+    assert len(fused) == 8
+    for name, want in general.items():
+        torch.testing.assert_close(fused[name], want, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_applied_in_training_only(folders):
+    model = adapted(folders, lora_dropout=0.5)
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(ids()).logits, model(ids()).logits)
+    assert count_calls("lora_shrink", model) == 4
+
+
+def test_autocast(folders):
+    model = adapted(folders)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = logits(model)
+        assert count_calls("lora_gemm_4bit", model) == 4
+    torch.testing.assert_close(got.float(), logits(model), rtol=0.1, atol=0.1)
+
+
+def test_disabled_adapter_is_the_base(folders):
+    model = adapted(folders)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base_model(folders)))
+
+
+def test_hooks_on_the_base_layer_are_run(folders):
+    model = adapted(folders)
+    seen = []
+    lora_layers(model)[0].base_layer.register_forward_hook(lambda *args: seen.append(args))
+    logits(model)
+    assert seen
+
+
+def test_two_active_adapters(folders):
+    model = adapted(folders)
+    model.add_adapter("second", lora_config(r=2))
+    model.base_model.set_adapter(["default", "second"])
+    randomize(model, seed=2)
+    assert count_calls("lora_gemm_4bit", model.eval()) == 4
+    fused = logits(model)
+    with mock.patch.object(plugin.LoraLinear4bit, "_fused_adapters", lambda self: None):
+        torch.testing.assert_close(fused, logits(model), rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), fused, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_batch(folders):
+    model = adapted(folders)
+    model.add_adapter("second", lora_config(r=2))
+    model.set_adapter("second")
+    randomize(model, seed=2)
+    alone = {}
+    for name in ["default", "second"]:
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model)
+    tokens = ids(3)
+    names = ["second", "__base__", "default"]
+    with torch.no_grad():
+        mixed = model(tokens, adapter_names=names).logits
+    for row, name in enumerate(names):
+        with torch.no_grad():
+            if name == "__base__":
+                with model.disable_adapter():
+                    want = model(tokens).logits[row]
+            else:
+                model.set_adapter(name)
+                want = model(tokens).logits[row]
+        torch.testing.assert_close(mixed[row], want, rtol=1e-4, atol=1e-5)
+
+
+# Merging -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_merge_and_unmerge(folders, kwargs):
+    model = adapted(folders, **kwargs)
+    before, bytes_before = logits(model), packed_state(model)
+    model.merge_adapter()
+    layer = lora_layers(model)[0]
+    assert layer.merged and type(layer.base_layer) is torch.nn.Linear
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+    after = packed_state(model)
+    assert after.keys() == bytes_before.keys()
+    assert all(torch.equal(after[name], bytes_before[name]) for name in after)
+
+
+def test_two_dora_adapters_merge_one_after_another(folders):
+    model = adapted(folders, use_dora=True)
+    model.add_adapter("second", lora_config(use_dora=True))
+    model.set_adapter("second")
+    randomize(model, seed=2)
+    dense = peft.get_peft_model(base_model(folders).dequantize(), lora_config(use_dora=True))
+    dense.add_adapter("second", lora_config(use_dora=True))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            dense.get_parameter(name).data = parameter.data.clone()
+    for m in (model, dense):
+        m.merge_adapter(adapter_names=["default"])
+        m.merge_adapter(adapter_names=["second"])
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-4)
+
+
+def test_merging_twice_says_so(folders):
+    model = adapted(folders)
+    model.merge_adapter()
+    merged = logits(model)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), merged)
+
+
+def test_merge_into_4_bits_is_asked_for_and_warned_of(folders):
+    model = adapted(folders)
+    before = logits(model)
+    with pytest.warns(UserWarning, match="merging into 4 bits"), plugin.merging_to_4bit():
+        model.merge_adapter()
+    assert isinstance(lora_layers(model)[0].base_layer, Linear4bit)
+    assert not torch.equal(logits(model), before)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+
+
+def test_merge_and_unload_gives_an_ordinary_model(folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(folders)
+    before = logits(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any(isinstance(module, Linear4bit) for module in merged.modules())
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_merge_and_unload_in_4_bits_can_be_saved(folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(folders)
+    with warnings.catch_warnings(), plugin.merging_to_4bit():
+        warnings.simplefilter("ignore")
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(isinstance(module, Linear4bit) for module in again.modules())
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_unload_gives_the_packed_model_back(folders):
+    model = adapted(folders).unload()
+    assert torch.equal(logits(model), logits(base_model(folders)))
+    assert not lora_layers(model)
+
+
+def test_merge_of_a_conv1d_model_gives_conv1d(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    config = GPT2Config(vocab_size=256, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gpt2", quantization_config=qlora_ext.QLoraExtConfig()
+    )
+    model = randomize(
+        peft.get_peft_model(base, lora_config(target_modules=["c_attn"], fan_in_fan_out=True))
+    )
+    before = logits(model)
+    merged = model.merge_and_unload()
+    block = merged.transformer.h[0]
+    assert type(block.attn.c_attn) is Conv1D and type(block.mlp.c_fc) is Conv1D
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_broken_adapter_is_not_merged(folders):
+    model = adapted(folders)
+    lora_layers(model)[0].lora_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert not lora_layers(model)[0].merged
+    assert isinstance(lora_layers(model)[0].base_layer, Linear4bit)
+
+
+def test_merge_beyond_float16_is_refused(folders):
+    base = base_model(folders, dtype=torch.float16)
+    model = peft.get_peft_model(base, lora_config())
+    lora_layers(model)[0].lora_B["default"].weight.data.fill_(1e6)
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        model.merge_adapter()
+
+
+# Saving --------------------------------------------------------------------------------------
+
+
+def test_save_and_reload_in_a_fresh_process(folders, tmp_path):
+    model = adapted(folders)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    run_python(
+        f"""
+        sys.path.insert(0, "tests")
+        import torch, qlora_ext
+        from integration_helpers import logits
+        from qlora_ext.integrations.peft import load_adapters
+        model = load_adapters({str(tmp_path / "adapter")!r})
+        want = torch.load({str(tmp_path / "logits.pt")!r})
+        assert torch.equal(logits(model), want)
+        """
+    )
+
+
+def test_adapter_loads_on_an_unquantized_base(folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(folders)
+    model.save_pretrained(tmp_path)
+    names = {n.split(".default")[0] for n, _ in model.named_parameters() if "lora_" in n}
+    dense = AutoModelForCausalLM.from_pretrained(folders[0], torch_dtype=torch.float16)
+    again = peft.PeftModel.from_pretrained(dense, tmp_path)
+    for name in names:
+        assert torch.equal(
+            again.get_parameter(f"{name}.default.weight"),
+            model.get_parameter(f"{name}.default.weight"),
+        )
+    assert logits(again.merge_and_unload()).isfinite().all()
+
+
+def test_training_goes_on_after_reloading(folders, tmp_path):
+    adapted(folders).save_pretrained(tmp_path)
+    model = plugin.load_adapters(tmp_path, base_model(folders), is_trainable=True)
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    assert lora_layers(model)[0].lora_A["default"].weight.grad is not None
+
+
+def test_load_adapters_without_a_base(folders, tmp_path):
+    model = adapted(folders)
+    model.peft_config["default"].base_model_name_or_path = None
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace(str(folders[1]), ""))
+    with pytest.raises(ValueError, match="base got None"):
+        plugin.load_adapters(tmp_path)
+
+
+def test_parameters_are_counted_as_weights(folders, capsys):
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_pretrained(folders[0])
+    want = peft.get_peft_model(dense, lora_config()).get_nb_trainable_parameters()
+    model = adapted(folders)
+    assert model.get_nb_trainable_parameters() == want
+    model.print_trainable_parameters()
+    assert f"all params: {want[1]:,}" in capsys.readouterr().out
+
+
+# Training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ours", "peft"])
+def test_checkpointing_gives_the_same_gradients(folders, name):
+    torch.manual_seed(0)
+    plain = adapted(folders).train()
+    prepare = {
+        "ours": plugin.prepare_model_for_kbit_training,
+        "peft": peft.prepare_model_for_kbit_training,
+    }[name]
+    base = prepare(base_model(folders, dtype=torch.float32))
+    assert base.model.layers[0].gradient_checkpointing
+    torch.manual_seed(0)
+    model = randomize(peft.get_peft_model(base, lora_config())).train()
+    for m in (plain, model):
+        m(input_ids=ids(), labels=ids()).loss.backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_modules_to_save(folders, tmp_path):
+    model = adapted(folders, modules_to_save=["lm_head"])
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    model.save_pretrained(tmp_path)
+    again = plugin.load_adapters(tmp_path, base_model(folders))
+    assert torch.equal(logits(again), logits(model))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(again), rtol=1e-4, atol=1e-5)
+
+
+def test_olora_changes_the_base_it_starts_from(folders):
+    model = peft.get_peft_model(base_model(folders), lora_config(init_lora_weights="olora"))
+    assert isinstance(lora_layers(model)[0].base_layer, Linear4bit)
+    # B A takes the leading part and the rest is packed again: the sum stays near the base.
+    difference = (logits(model) - logits(base_model(folders))).std()
+    assert 0 < difference < 0.5 * logits(base_model(folders)).std()
+
+
+def test_weighted_adapters(folders):
+    model = adapted(folders)
+    model.add_adapter("second", lora_config())
+    model.set_adapter("second")
+    randomize(model, seed=3)
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    assert count_calls("lora_gemm_4bit", model.eval()) == 4
+
+
+# Other tuners --------------------------------------------------------------------------------
+
+SUPPORTED = {
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=ATTENTION),
+    "MISS": lambda: peft.MissConfig(r=4, target_modules=ATTENTION),
+    "OFT": lambda: peft.OFTConfig(oft_block_size=8, target_modules=ATTENTION),
+    "SHIRA": lambda: peft.ShiraConfig(r=2, target_modules=ATTENTION),
+    "VERA": lambda: peft.VeraConfig(r=4, target_modules=ATTENTION),
+}
+
+REFUSED = {
+    "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[]),
+    "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=ATTENTION),
+    "LOKR": lambda: peft.LoKrConfig(r=4, target_modules=ATTENTION),
+    "ROAD": lambda: peft.RoadConfig(group_size=8, target_modules=ATTENTION),
+    "HRA": lambda: peft.HRAConfig(r=4, target_modules=ATTENTION),
+    "FOURIERFT": lambda: peft.FourierFTConfig(n_frequency=8, target_modules=ATTENTION),
+    "VBLORA": lambda: peft.VBLoRAConfig(
+        r=2, num_vectors=8, vector_length=8, target_modules=ATTENTION
+    ),
+    "C3A": lambda: peft.C3AConfig(block_size=8, target_modules=ATTENTION),
+    "RANDLORA": lambda: peft.RandLoraConfig(r=4, target_modules=ATTENTION),
+    "ADALORA": lambda: peft.AdaLoraConfig(
+        target_r=2, init_r=4, total_step=10, target_modules=ATTENTION
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_tuner_trains_and_merges_right(folders, name):
+    model = randomize(peft.get_peft_model(base_model(folders), SUPPORTED[name]()))
+    model.train()(input_ids=ids(), labels=ids()).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    before, bytes_before = logits(model), packed_state(model)
+    assert not torch.equal(before, logits(base_model(folders)))
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+    model.unmerge_adapter()
+    after = packed_state(model)
+    assert after.keys() == bytes_before.keys()
+    assert all(torch.equal(after[key], bytes_before[key]) for key in after)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert not any(isinstance(module, Linear4bit) for module in merged.modules())
+    torch.testing.assert_close(logits(merged), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_tuner_is_refused_with_a_sentence(folders, name):
+    base = base_model(folders)
+    before = logits(base)
+    with pytest.raises(ValueError, match=f"PEFT's {name} cannot train a 4-bit layer"):
+        peft.get_peft_model(base, REFUSED[name]())
+    assert torch.equal(logits(base), before)
+
+
+def test_no_tuner_of_peft_slips_through(folders):
+    """Whatever tuner PEFT has, it is supported, refused, or leaves packed layers alone."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for tuner in plugin._subclasses(BaseTuner):
+        if "_create_and_replace" in vars(tuner):
+            assert hasattr(vars(tuner)["_create_and_replace"], "__wrapped__"), tuner
+
+
+def test_target_parameters_on_a_packed_weight(folders):
+    config = lora_config(target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(ValueError, match="target_parameters got"):
+        peft.get_peft_model(base_model(folders), config)
+
+
+def test_other_tuners_still_work_on_dense_models(folders):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folders[0])
+    model = peft.get_peft_model(base, REFUSED["IA3"]())
+    assert logits(model.merge_and_unload()).isfinite().all()
