@@ -83,7 +83,7 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
   Accumulators sums;
   clear(region, sums);
   add_product(x, region, [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
-    kernels().decode_columns(p.weight, n, width, k, depth, panel);
+    kernels().decode_columns(p.weight, n, k, width, depth, panel);
   }, sums);
   add_product(lora_S, region, [&](int64_t n, int64_t width, int64_t r, int64_t depth,
                                   float* panel) {

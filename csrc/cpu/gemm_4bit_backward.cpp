@@ -12,15 +12,6 @@ constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
 constexpr int64_t kRegionTiles = 2;    // 32 columns of W a task: a quarter of a cache line of codes
 constexpr int64_t kUnpackedRows = 16;  // up to here dY is used where it lies: no workspace
 
-// panel[d] = W[n + d, k : k + width].
-void decode_rows(const PackedWeight& weight, int64_t k, int64_t width, int64_t n, int64_t depth,
-                 float* panel) {
-  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth) {
-    kernels().decode(weight, (n + d) * weight.K + k, width, DType::kFloat32, panel);
-    std::fill(panel + width, panel + kPanelWidth, 0.0f);
-  }
-}
-
 // `dY` and `dS` hold the chunk's rows from `row` on; region rows count from the chunk's start.
 void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left& dS,
                      const Region& region, int64_t row) {
@@ -28,7 +19,7 @@ void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left
   Accumulators sums;
   clear(region, sums);
   add_product(dY, region, [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
-    decode_rows(p.weight, k, width, n, depth, panel);
+    kernels().decode_rows(p.weight, n, k, width, depth, panel);
   }, sums);
   add_product(dS, region, [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
     kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width, depth,

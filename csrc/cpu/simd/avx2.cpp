@@ -195,6 +195,7 @@ template <bool kSignMagnitude>
 void encode_32(const float* x, const Normalizer& normalizer, const Decision& decision,
                uint8_t* packed) {
   __m256i ranks[4];
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     const __m256 v = normalize(load_fp32(x + i * kLanes), normalizer);
     ranks[i] = negative_rank<kSignMagnitude>(v, decision);
@@ -374,22 +375,22 @@ void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, v
 
 // ---- panels ----
 
-void transpose_8x8(__m256 rows[8]) {
-  __m256 pairs[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  __m256 quads[8];
-  for (int i = 0; i < 8; i += 4) {
-    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-    rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+// dst[i * kPanelWidth + c] = src[c * stride + i] for i, c < 8.
+void transpose_8x8(const float* src, int64_t stride, float* dst) {
+  // Each row of src as two halves: lanes of row c and row c + 4 share a register.
+  const auto halves = [&](int64_t c, int64_t at) {
+    const __m128 upper = _mm_loadu_ps(src + (c + 4) * stride + at);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(src + c * stride + at)), upper, 1);
+  };
+#pragma GCC unroll 2
+  for (int64_t at = 0; at < kLanes; at += 4) {
+    const __m256 r0 = halves(0, at), r1 = halves(1, at), r2 = halves(2, at), r3 = halves(3, at);
+    const __m256 low01 = _mm256_unpacklo_ps(r0, r1), high01 = _mm256_unpackhi_ps(r0, r1);
+    const __m256 low23 = _mm256_unpacklo_ps(r2, r3), high23 = _mm256_unpackhi_ps(r2, r3);
+    store_fp32(dst + (at + 0) * kPanelWidth, _mm256_shuffle_ps(low01, low23, 0x44));
+    store_fp32(dst + (at + 1) * kPanelWidth, _mm256_shuffle_ps(low01, low23, 0xee));
+    store_fp32(dst + (at + 2) * kPanelWidth, _mm256_shuffle_ps(high01, high23, 0x44));
+    store_fp32(dst + (at + 3) * kPanelWidth, _mm256_shuffle_ps(high01, high23, 0xee));
   }
 }
 
@@ -397,14 +398,8 @@ void transpose_8x8(__m256 rows[8]) {
 void transpose_fp32(const float* src, int64_t stride, int64_t width, int64_t depth, float* panel) {
   int64_t d = 0;
   for (; width == kPanelWidth && d + kLanes <= depth; d += kLanes) {
-    for (int64_t half = 0; half < kPanelWidth; half += kLanes) {
-      __m256 rows[kLanes];
-      for (int64_t c = 0; c < kLanes; ++c) rows[c] = load_fp32(src + (half + c) * stride + d);
-      transpose_8x8(rows);
-      for (int64_t i = 0; i < kLanes; ++i) {
-        store_fp32(panel + (d + i) * kPanelWidth + half, rows[i]);
-      }
-    }
+    transpose_8x8(src + d, stride, panel + d * kPanelWidth);
+    transpose_8x8(src + kLanes * stride + d, stride, panel + d * kPanelWidth + kLanes);
   }
   for (; d < depth; ++d) {
     for (int64_t c = 0; c < kPanelWidth; ++c) {
@@ -439,7 +434,7 @@ void pack_rows(const void* src, DType dtype, int64_t stride, int64_t width, int6
 }
 
 // Any shape: rows are decoded as they lie, then transposed.
-void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                         int64_t depth, float* panel) {
   alignas(32) float slab[kPanelWidth * kSlab];
   for (int64_t d = 0; d < depth; d += kSlab) {
@@ -460,6 +455,7 @@ struct RowScales {
   RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t limit) : count(limit) {
     alignas(32) float scales[kLanes];
     alignas(32) float means[kLanes] = {};
+#pragma GCC unroll 8
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t index = (row + lane) * weight.K + k;
       const int64_t block = block_of(weight, index);
@@ -475,6 +471,7 @@ struct RowScales {
 // Four bytes (8 codes) of each of eight rows, a row to a lane.
 __m256i gather_rows(const uint8_t* packed, int64_t row_bytes) {
   int32_t lanes[kLanes];
+#pragma GCC unroll 8
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     std::memcpy(&lanes[lane], packed + lane * row_bytes, sizeof(int32_t));
   }
@@ -510,16 +507,47 @@ void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, in
   }
 }
 
-void decode_columns(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+void decode_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                     int64_t depth, float* panel) {
   const bool regular = width == kPanelWidth && (weight.K | weight.blocksize | k | depth) % 8 == 0;
-  if (!regular) return decode_columns_any(weight, row, width, k, depth, panel);
+  if (!regular) return decode_columns_any(weight, row, k, width, depth, panel);
   for (int64_t half = 0; half < kPanelWidth; half += kLanes) {
     if (weight.mean == nullptr) {
       decode_eight_columns<false>(weight, row + half, k, depth, panel + half);
     } else {
       decode_eight_columns<true>(weight, row + half, k, depth, panel + half);
     }
+  }
+}
+
+// One row of a panel, 16 elements that lie in one block and whole bytes.
+void decode_16(const PackedWeight& weight, const Table& table, int64_t first, float* out) {
+  const int64_t block = block_of(weight, first);
+  const __m256 scale = _mm256_set1_ps(block_scale(weight, block));
+  const uint8_t* packed = weight.packed + first / 2;
+  __m256 left = _mm256_mul_ps(look_up(table, codes_of(packed)), scale);
+  __m256 right = _mm256_mul_ps(look_up(table, codes_of(packed + 4)), scale);
+  if (weight.mean != nullptr) {
+    const __m256 mean = _mm256_set1_ps(weight.mean[block]);
+    left = _mm256_add_ps(left, mean);
+    right = _mm256_add_ps(right, mean);
+  }
+  store_fp32(out, left);
+  store_fp32(out + kLanes, right);
+}
+
+void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t width, int64_t depth,
+                 float* panel) {
+  const bool regular = width == kPanelWidth && (weight.K | weight.blocksize | k) % 16 == 0;
+  const Table table(weight.values);
+  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth) {
+    const int64_t first = (row + d) * weight.K + k;
+    if (regular) {
+      decode_16(weight, table, first, panel);
+      continue;
+    }
+    decode_fp32(weight, first, width, panel);
+    std::fill(panel + width, panel + kPanelWidth, 0.0f);
   }
 }
 
@@ -535,6 +563,7 @@ template <int kRows>
 void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
               int64_t x_stride, float* sums) {
   __m256 acc[kRows][2];
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
   for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
     const Table table = scaled_table(weight, block);
@@ -543,6 +572,7 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
       _mm256_store_ps(values, table.low);
       _mm256_store_ps(values + 8, table.high);
       const float w = values[code_at(weight.packed, first + at)];
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) sums[m] += x[m * x_stride + at] * w;
     };
     if (i < end && ((first + i) & 1) != 0) add_one(i++);
@@ -550,6 +580,7 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
       const uint8_t* packed = weight.packed + (first + i) / 2;
       const __m256 w0 = look_up(table, codes_of(packed));
       const __m256 w1 = look_up(table, codes_of(packed + 4));
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const float* row = x + m * x_stride + i;
         acc[m][0] = _mm256_fmadd_ps(load_fp32(row), w0, acc[m][0]);
@@ -558,6 +589,7 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
     }
     for (; i < end; ++i) add_one(i);
   });
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) sums[m] += sum_lanes(_mm256_add_ps(acc[m][0], acc[m][1]));
 }
 
@@ -576,6 +608,7 @@ template <int kRows>
 void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, const float* panel,
                    int64_t depth, float* acc) {
   __m256 sum[kRows][2];
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
     sum[m][0] = load_fp32(acc + m * kPanelWidth);
     sum[m][1] = load_fp32(acc + m * kPanelWidth + kLanes);
@@ -583,12 +616,14 @@ void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, con
   for (int64_t d = 0; d < depth; ++d) {
     const __m256 right0 = load_fp32(panel + d * kPanelWidth);
     const __m256 right1 = load_fp32(panel + d * kPanelWidth + kLanes);
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const __m256 left = _mm256_broadcast_ss(x + m * row_stride + d * depth_stride);
       sum[m][0] = _mm256_fmadd_ps(left, right0, sum[m][0]);
       sum[m][1] = _mm256_fmadd_ps(left, right1, sum[m][1]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
     store_fp32(acc + m * kPanelWidth, sum[m][0]);
     store_fp32(acc + m * kPanelWidth + kLanes, sum[m][1]);
@@ -617,8 +652,9 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2",         to_float, from_float, max_abs,      encode,   encode_scales, decode,
-    decode_columns, dot,      pack_rows,  pack_columns, multiply,
+    "avx2",   to_float,       from_float,  max_abs, encode,    encode_scales,
+    decode,   decode_columns, decode_rows, dot,     pack_rows, pack_columns,
+    multiply,
 };
 
 }  // namespace qlora_ext::cpu

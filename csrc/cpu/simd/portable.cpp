@@ -121,7 +121,7 @@ void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, v
   }
 }
 
-void decode_columns(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+void decode_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                     int64_t depth, float* panel) {
   std::fill_n(panel, depth * kPanelWidth, 0.0f);
   for (int64_t c = 0; c < width; ++c) {
@@ -131,6 +131,14 @@ void decode_columns(const PackedWeight& weight, int64_t row, int64_t width, int6
         panel[d * kPanelWidth + c] = table[code_at(weight.packed, first + d)];
       }
     });
+  }
+}
+
+void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t width, int64_t depth,
+                 float* panel) {
+  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth) {
+    decode(weight, (row + d) * weight.K + k, width, DType::kFloat32, panel);
+    std::fill(panel + width, panel + kPanelWidth, 0.0f);
   }
 }
 
@@ -182,8 +190,9 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable",     to_float, from_float, max_abs,   encode,       encode_scales, decode,
-    decode_columns, dot,      pack_rows,  pack_columns, multiply,
+    "portable", to_float,       from_float,  max_abs, encode,    encode_scales,
+    decode,     decode_columns, decode_rows, dot,     pack_rows, pack_columns,
+    multiply,
 };
 
 }  // namespace qlora_ext::cpu

@@ -40,8 +40,11 @@ struct Kernels {
   // Decodes flat elements [first, first + n), rounded to dtype.
   void (*decode)(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, void* out);
   // panel[d][c] = W[row + c][k + d] for c < width <= kPanelWidth, d < depth; zero for c >= width.
-  void (*decode_columns)(const PackedWeight& weight, int64_t row, int64_t width, int64_t k,
+  void (*decode_columns)(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                          int64_t depth, float* panel);
+  // panel[d][c] = W[row + d][k + c] for c < width <= kPanelWidth, d < depth; zero for c >= width.
+  void (*decode_rows)(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
+                      int64_t depth, float* panel);
   // sums[m] += sum over i < n of x[m][i] * w[first + i], for m < M <= kMaxDotRows.
   void (*dot)(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
               int64_t x_stride, int64_t M, float* sums);
