@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..merge import _dense
 from ..models import replace_module
-from ..nn import Embedding4bit, Linear4bit
+from ..nn import Embedding4bit, Linear4bit, is_plain_linear
 from ..quantized_tensor import QuantConfig, dequantize_4bit
 
 QUANT_METHOD = "qlora_ext"
