@@ -292,6 +292,19 @@ def test_bfloat16_model_reloaded_as_float32_keeps_its_bytes(llama, tmp_path):
     assert torch.equal(logits(again), logits(cast))
 
 
+def test_packed_embeddings_are_read_back(llama, tmp_path):
+    from transformers import AutoModel
+
+    model = qlora_ext.quantize_model(load(llama), quantize_embeddings=True, progress_bar=False)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert type(again.model.embed_tokens).__name__ == "Embedding4bit"
+    assert_same_bytes(again, model)
+    assert torch.equal(logits(again), logits(model))
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base.embed_tokens).__name__ == "Embedding4bit"
+
+
 def test_sharded_save(packed, tmp_path):
     _, model = packed
     model.save_pretrained(tmp_path, max_shard_size="30KB")

@@ -169,51 +169,51 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def get_quantize_ops(self):
         return Quantize(self)
 
-    def _kept_modules(self, model, checkpoint_files) -> list[str]:
-        """Names of the layers that stay as they are."""
-        kept = set(self.quantization_config.modules_to_not_convert or [])
-        protected = set(getattr(model, "_keep_in_fp32_modules", None) or [])
-        protected |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
-        by_default = set(get_keys_to_not_convert(model))
-        if not self.pre_quantized:
-            return sorted(kept | protected | by_default)
-        # The saved list says what was kept. A class with another head (or none) than the one that
-        # was saved has other defaults; the checkpoint knows which of those layers it holds packed.
-        packed = _packed_layers(checkpoint_files)
-        new_heads = {
-            name
-            for name in by_default
-            if not any(key == name or key.endswith(f".{name}") for key in packed)
-        }
-        return sorted(kept | new_heads)
-
     def _process_model_before_weight_loading(
         self, model, dtype=None, checkpoint_files=None, **kwargs
     ):
-        kept = self._kept_modules(model, checkpoint_files)
-        self.quantization_config.modules_to_not_convert = kept
-        converted = 0
+        # As the checkpoint spells them: names can differ from the model's by a prefix.
+        stored = _packed_layers(checkpoint_files) if self.pre_quantized else set()
+
+        def is_stored(name: str) -> bool:
+            return any(key == name or key.endswith(f".{name}") for key in stored)
+
+        kept = set(self.quantization_config.modules_to_not_convert or [])
+        by_default = set(get_keys_to_not_convert(model))
+        if self.pre_quantized:
+            # The saved list says what was kept. A class with another head (or none) than the one
+            # that was saved has other defaults.
+            kept |= {name for name in by_default if not is_stored(name)}
+        else:
+            kept |= by_default
+            kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
+            kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+        self.quantization_config.modules_to_not_convert = sorted(kept)
+        packed = 0
         for name, module in list(model.named_modules()):
-            if not is_plain_linear(module):
+            if is_plain_linear(module) and should_convert_module(name, kept):
+                layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
+            elif type(module) is torch.nn.Embedding and is_stored(name):
+                layer = Embedding4bit.from_embedding(module, self.quant_config)
+            else:
                 continue
-            if not should_convert_module(name, kept):
-                continue
-            layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
             layer.requires_grad_(False)
             # transformers initialises what it finds missing with normal_, which bytes do not have;
             # what is missing here is refused below.
             layer._is_hf_initialized = True
             model.set_submodule(name, layer)
-            converted += 1
-        if converted == 0:
+            packed += 1
+        if packed == 0:
             raise ValueError(
                 f"QLoraExtConfig: found no linear layer to pack in {type(model).__name__} "
-                f"(kept as they are: {kept})"
+                f"(kept as they are: {sorted(kept)})"
             )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         layers = {
-            name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (Linear4bit, Embedding4bit))
         }
         # transformers assigns what it reads, past load_state_dict and its checks.
         missing = [
@@ -235,7 +235,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if damage:
             raise ValueError("; ".join(damage))
         if not self.pre_quantized:
-            packed = sum(layer.in_features * layer.out_features for layer in layers.values())
+            packed = sum(layer.quantized.numel() for layer in layers.values())
             _warn_of_dense(model, packed, self.quantization_config.modules_to_not_convert)
         return model
 
