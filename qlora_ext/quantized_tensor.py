@@ -258,9 +258,9 @@ class _StateReader:
         mean = None
         if f"{self.prefix}.mean" in self.d:
             mean = self.floats(".mean", num_blocks)
-        dtype = _DTYPES.get(meta.get("dtype"))
+        dtype = _DTYPES.get(str(meta.get("dtype")))
         if dtype is None:
-            raise self.fail(f"dtype is {meta.get('dtype')!r}, want one of {sorted(_DTYPES)}")
+            raise self.fail(f"dtype is {str(meta.get('dtype'))[:40]!r}, want one of {sorted(_DTYPES)}")
         return QuantizedTensor(
             _view_matrix(packed, shape),
             absmax,
@@ -301,7 +301,7 @@ class _StateReader:
 
     def read_codebook(self, meta) -> tuple[str, tuple[float, ...] | None]:
         quant_type = meta.get("quant_type")
-        if quant_type not in QUANT_TYPES:
+        if not isinstance(quant_type, str) or quant_type not in QUANT_TYPES:
             raise self.fail(f"quant_type is {str(quant_type)[:40]!r}, want one of {QUANT_TYPES}")
         table = self.tensor(".quant_map")
         if table.shape != (16,) or table.dtype != torch.float32 or not table.isfinite().all():
@@ -338,19 +338,24 @@ class _StateReader:
         return values.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _flatten(q: QuantizedTensor):
-    tensors = [q.packed, q.absmax, q.nested, q.mean]
-    return tensors, (q.shape, q.dtype, q.blocksize, q.quant_type, q.codebook)
+_TENSORS = ("packed", "absmax", "nested", "mean")
 
 
 def _flatten_with_keys(q: QuantizedTensor):
-    tensors, context = _flatten(q)
-    names = ("packed", "absmax", "nested", "mean")
-    return [(pytree.GetAttrKey(n), t) for n, t in zip(names, tensors, strict=True)], context
+    present = tuple(name for name in _TENSORS if getattr(q, name) is not None)
+    context = (present, q.shape, q.dtype, q.blocksize, q.quant_type, q.codebook)
+    return [(pytree.GetAttrKey(name), getattr(q, name)) for name in present], context
+
+
+def _flatten(q: QuantizedTensor):
+    keyed, context = _flatten_with_keys(q)
+    return [tensor for _, tensor in keyed], context
 
 
 def _unflatten(tensors, context):
-    return QuantizedTensor(*tensors, *context)
+    present, *rest = context
+    by_name = dict(zip(present, tensors, strict=True))
+    return QuantizedTensor(*(by_name.get(name) for name in _TENSORS), *rest)
 
 
 pytree.register_pytree_node(
@@ -455,7 +460,7 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, *, out
 def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on, as torch's own linear would take it."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point():
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.is_floating_point():
         return x.to(torch.get_autocast_dtype(device_type))
     return x
 

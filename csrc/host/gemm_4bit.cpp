@@ -5,6 +5,13 @@ namespace qlora_ext::host {
 
 namespace {
 
+Rows input_rows(const char* op, const Tensor& x, const Weight& w) {
+  const Rows rows = as_rows(op, "x", x);
+  QLORA_CHECK(rows.cols == w.view.K, op, "x has shape ", list_string(x.sizes()), ", want [..., ",
+              w.view.K, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
+  return rows;
+}
+
 // Decodes the weight a few rows at a time into one chunk that stays in cache and lets torch's matmul
 // multiply it: y[:, rows] = x * chunk^T. Two matmuls round the bypass once more than the fused
 // kernel does, as an unfused LoRA layer would.
@@ -42,9 +49,7 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
 Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
                     const OptionalTensor& lora_S, const OptionalTensor& lora_B,
                     const DeviceScope& scope) {
-  const Rows rows = as_rows(op, "x", x);
-  QLORA_CHECK(rows.cols == w.view.K, op, "x has shape ", list_string(x.sizes()), ", want [..., ",
-              w.view.K, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
+  const Rows rows = input_rows(op, x, w);
   Gemm4bitParams p{};
   p.weight = w.view;
   p.x = rows.data;
@@ -111,6 +116,7 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
   const DeviceScope scope(x);
   check_matrix(op, shape);
   const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
+  input_rows(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
   const Tensor S = lora_shrink(x, lora_A, scaling);
   return {gemm_forward(op, x, w, bias, S, lora_B, scope), S};

@@ -1,0 +1,240 @@
+"""The input nobody thought of: a sentence with op, argument, got and want; never a crash, never a
+silently wrong number."""
+
+import json
+
+import pytest
+import torch
+from cases import CONFIGS, make_weight, random_weight
+
+import qlora_ext
+from qlora_ext import QuantConfig, QuantizedTensor, ops
+
+# quantize_4bit ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weight, error, message",
+    [
+        ([1.0], TypeError, "weight is a list, want a torch.Tensor"),
+        (torch.zeros(4, dtype=torch.int32), TypeError, "weight has dtype torch.int32, want float32"),
+        (torch.zeros(4, dtype=torch.complex64), TypeError, "weight has dtype torch.complex64"),
+        (torch.zeros(4, dtype=torch.float8_e4m3fn), TypeError, "weight has dtype torch.float8_e4m3fn"),
+        (torch.zeros(4, dtype=torch.float64), TypeError, "weight has dtype torch.float64"),
+        (torch.zeros(4, device="meta"), ValueError, "weight is on the meta device"),
+        (torch.eye(4).to_sparse(), TypeError, "weight has layout torch.sparse_coo"),
+        (torch.tensor([0.0, float("nan")]), RuntimeError, r"weight has a NaN or an infinity at index \[1\]"),
+    ],
+    ids=lambda v: str(v)[:24],
+)
+def test_quantize_refuses(weight, error, message):
+    with pytest.raises(error, match="quantize_4bit: " + message):
+        qlora_ext.quantize_4bit(weight)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quant_type": "nf3"}, "quant_type is 'nf3', want one of"),
+        ({"blocksize": 48}, "blocksize is 48, want one of"),
+        ({"blocksize": 8192}, "blocksize is 8192, want one of"),
+        ({"blocksize": True}, "blocksize is True, want one of"),
+        ({"blocksize": -64}, "blocksize is -64, want one of"),
+        ({"normalization": "l2"}, "normalization is 'l2', want one of"),
+        ({"companding": "mu-law"}, "companding is 'mu-law', want one of"),
+        ({"companding": "logarithmic", "companding_k": 0.0}, "companding_k is 0, want a constant"),
+        ({"companding": "exponential", "companding_k": float("nan")}, "companding_k is nan, want a constant"),
+        ({"codebook": [0.0] * 16}, "codebook is .* want 16 values with quant_type 'custom'"),
+        ({"quant_type": "custom"}, "codebook is None, want 16 values"),
+        ({"quant_type": "custom", "codebook": [0.0] * 15}, "codebook has 15 values, want 16"),
+        ({"quant_type": "custom", "codebook": [float("inf")] * 16}, "codebook value 0 is inf, want a finite"),
+        ({"std_factor": 0.0}, "std_factor is 0.0, want a factor"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match="QuantConfig: " + message):
+        QuantConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        qlora_ext.quantize_4bit(torch.zeros(4), **settings)
+
+
+def test_scalars_and_empty_tensors():
+    q = qlora_ext.quantize_4bit(torch.tensor(-2.0))
+    assert q.shape == () and qlora_ext.dequantize_4bit(q).item() == -2.0
+    for shape in [(0,), (0, 64), (3, 0)]:
+        q = qlora_ext.quantize_4bit(torch.zeros(shape))
+        assert qlora_ext.dequantize_4bit(q).shape == shape
+        again = QuantizedTensor.from_state_dict(q.state_dict("w"), "w")
+        assert again.shape == shape and qlora_ext.dequantize_4bit(again).shape == shape
+    q = qlora_ext.quantize_4bit(torch.zeros(0, 64))
+    assert qlora_ext.linear_4bit(torch.zeros(3, 64), q).shape == (3, 0)
+    q = qlora_ext.quantize_4bit(torch.zeros(3, 0))
+    assert torch.equal(qlora_ext.linear_4bit(torch.zeros(2, 0), q), torch.zeros(2, 3))
+
+
+# Products -----------------------------------------------------------------------------------
+
+
+def bad_call(**changes):
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    call = {
+        "x": torch.randn(5, 64), "q": q, "A": torch.randn(4, 64), "B": torch.randn(48, 4), "bias": torch.randn(48), **changes,
+    }
+    return ops.lora_gemm_4bit(call["x"], call["q"].op_args(), call["A"], call["B"], 1.0, call["bias"])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": torch.randn(5, 63)}, r"x has shape \[5, 63\], want \[..., 64\] for a weight of \[48, 64\]"),
+        ({"x": torch.tensor(1.0)}, "x is a scalar, want at least one dimension"),
+        ({"x": torch.zeros(5, 64, dtype=torch.int64)}, "x has dtype int64, want float32, float16 or bfloat16"),
+        ({"x": torch.zeros(5, 64, dtype=torch.float64)}, "x has dtype float64"),
+        ({"A": torch.randn(4, 63)}, r"lora_A has shape \[4, 63\], want \[4, 64\]"),
+        ({"A": torch.randn(64)}, r"lora_A has shape \[64\], want \[r, 64\]"),
+        ({"A": torch.randn(0, 64), "B": torch.randn(48, 0)}, "lora_A has rank 0"),
+        ({"B": torch.randn(48, 5)}, r"lora_B has shape \[48, 5\], want \[48, 4\]"),
+        ({"B": torch.randn(48, 4).bfloat16()}, "lora_B has dtype bfloat16, want lora_A's float32"),
+        ({"bias": torch.randn(47)}, r"bias has shape \[47\], want \[48\]"),
+        ({"bias": torch.zeros(48, dtype=torch.int8)}, "bias has dtype int8"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_products_refuse(changes, message):
+    with pytest.raises(RuntimeError, match="(lora_gemm_4bit|lora_shrink): " + message):
+        bad_call(**changes)
+
+
+def test_weights_that_do_not_fit_their_description():
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    packed, absmax, nested, mean, shape, blocksize, quant_type, codebook = q.op_args()
+    x = torch.randn(2, 64)
+
+    def call(*args):
+        return torch.ops.qlora_ext.gemm_4bit(x, *args)
+
+    for args, message in [
+        ((packed.reshape(-1)[:-1], absmax, nested, mean, shape, blocksize, quant_type, codebook), "packed has 1535 bytes, want 1536"),
+        ((packed.float(), absmax, nested, mean, shape, blocksize, quant_type, codebook), "packed has dtype float32, want uint8"),
+        ((packed, absmax[:-1], nested, mean, shape, blocksize, quant_type, codebook), "absmax has 47 bytes, want 48"),
+        ((packed, absmax, None, mean, shape, blocksize, quant_type, codebook), "absmax has 48 bytes, want 192"),
+        ((packed, absmax, nested[:-4], mean, shape, blocksize, quant_type, codebook), "nested has 4 bytes, want 8"),
+        ((packed, absmax, nested, absmax, shape, blocksize, quant_type, codebook), "mean has 48 bytes, want 192"),
+        ((packed, absmax, nested, mean, [48, 64, 1], blocksize, quant_type, codebook), r"shape is \[48, 64, 1\], want \[N, K\]"),
+        ((packed, absmax, nested, mean, [-48, -64], blocksize, quant_type, codebook), "want sizes of 0 or more"),
+        ((packed, absmax, nested, mean, [2**40, 2**40], blocksize, quant_type, codebook), "want fewer than 2"),
+        ((packed, absmax, nested, mean, shape, 65, quant_type, codebook), "blocksize is 65, want a power of two"),
+        ((packed, absmax, nested, mean, shape, blocksize, "nf5", codebook), "quant_type is 'nf5', want 'nf4'"),
+        ((packed, absmax, nested, mean, shape, blocksize, "custom", None), "codebook has 0 values, want 16"),
+        ((packed, absmax, nested, mean, shape, blocksize, "nf4", [0.0] * 16), "codebook was given with quant_type 'nf4'"),
+    ]:
+        with pytest.raises(RuntimeError, match="gemm_4bit: .*" + message):
+            call(*args)
+
+
+def test_out_and_dtype():
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    with pytest.raises(RuntimeError, match=r"dequantize_4bit: out has shape \[64, 48\], want \[48, 64\]"):
+        qlora_ext.dequantize_4bit(q, out=torch.empty(64, 48))
+    with pytest.raises(RuntimeError, match="dequantize_4bit: out is not contiguous"):
+        qlora_ext.dequantize_4bit(q, out=torch.empty(64, 48).T)
+    with pytest.raises(RuntimeError, match="dequantize_4bit: out has dtype int32"):
+        qlora_ext.dequantize_4bit(q, out=torch.empty(48, 64, dtype=torch.int32))
+    with pytest.raises(ValueError, match="dequantize_4bit: dtype is torch.float16, want out's torch.float32"):
+        qlora_ext.dequantize_4bit(q, torch.float16, out=torch.empty(48, 64))
+    with pytest.raises(RuntimeError, match="dtype: the output has dtype float64"):
+        qlora_ext.dequantize_4bit(q, torch.float64)
+    with pytest.raises(TypeError, match="to: dtype is torch.float64"):
+        q.to(torch.float64)
+
+
+def test_embedding_indices():
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    with pytest.raises(RuntimeError, match=r"embedding_4bit: indices has 48 at flat position 1, want values in \[0, 48\)"):
+        ops.embedding_4bit(torch.tensor([0, 48, -1]), q.op_args(), torch.float32)
+    with pytest.raises(RuntimeError, match="embedding_4bit: indices has -1 at flat position 0"):
+        ops.embedding_4bit(torch.tensor([-1]), q.op_args(), torch.float32)
+    with pytest.raises(RuntimeError, match="embedding_4bit: indices has dtype float32"):
+        ops.embedding_4bit(torch.zeros(2), q.op_args(), torch.float32)
+
+
+def test_meta_tensors_give_shapes():
+    q = make_weight((48, 64), CONFIGS["nf4"])[1].to("meta")
+    assert qlora_ext.linear_4bit(torch.empty(2, 3, 64, device="meta"), q).shape == (2, 3, 48)
+
+
+# State dicts --------------------------------------------------------------------------------
+
+
+def entries():
+    return qlora_ext.quantize_4bit(random_weight((48, 64))).state_dict("w")
+
+
+def with_meta(**changes):
+    d = entries()
+    key = "w.quant_state.bitsandbytes__nf4"
+    meta = {**json.loads(bytes(d[key].tolist())), **changes}
+    d[key] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    return d
+
+
+def changed(key, value):
+    d = entries()
+    d[key] = value(d[key])
+    return d
+
+
+@pytest.mark.parametrize("key", ["w", "w.absmax", "w.quant_map", "w.nested_absmax", "w.nested_quant_map", "w.quant_state.bitsandbytes__nf4"])
+def test_missing_key(key):
+    d = entries()
+    del d[key]
+    with pytest.raises(KeyError, match="from_state_dict: .*" + key.split("__")[0]):
+        QuantizedTensor.from_state_dict(d, "w")
+
+
+@pytest.mark.parametrize(
+    "d, message",
+    [
+        (changed("w", lambda t: t[:-1]), "packed has 1535 bytes, want 1536"),
+        (changed("w.absmax", lambda t: t[:-1]), "absmax is torch.uint8 .47., want 48"),
+        (changed("w.absmax", lambda t: t.float()), "absmax is torch.float32 .48., want 48 uint8"),
+        (changed("w.nested_absmax", lambda t: t.half()), "nested_absmax is torch.float16"),
+        (changed("w.quant_map", lambda t: t.flip(0)), "quant_map differs from the nf4 table"),
+        (changed("w.nested_quant_map", lambda t: t[:-1]), "nested_quant_map differs"),
+        (changed("w.quant_state.bitsandbytes__nf4", lambda t: t[:-1]), "is not JSON"),
+        (changed("w.quant_state.bitsandbytes__nf4", lambda t: torch.full((9,), 255, dtype=torch.uint8)), "is not JSON"),
+        (changed("w.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(b"[" * 100000), dtype=torch.uint8)), "is not JSON"),
+        (changed("w.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(b"[]"), dtype=torch.uint8)), "holds a list"),
+        (with_meta(shape=[-48, -64]), "shape is .* want at most 8 sizes of 0 or more"),
+        (with_meta(shape=[2**62, 2**62]), "shape is .* want at most 8 sizes"),
+        (with_meta(shape=[48, 65]), "packed has 1536 bytes, want 1560"),
+        (with_meta(shape="64"), "shape is 64, want"),
+        (with_meta(shape=[48.0, 64]), "shape is .* want"),
+        (with_meta(quant_type="nf5"), "quant_type is 'nf5', want one of"),
+        (with_meta(quant_type=["nf4"]), "quant_type is .* want one of"),
+        (with_meta(quant_type="fp4"), "quant_map differs from the fp4 table"),
+        (with_meta(blocksize=0), "blocksize is 0, want one of"),
+        (with_meta(blocksize=2**80), "blocksize is .* want one of"),
+        (with_meta(blocksize=128), "absmax is torch.uint8 .48., want 24"),
+        (with_meta(nested_blocksize=64), "nested_blocksize is 64, want 256"),
+        (with_meta(nested_offset="0"), "nested_offset is 0, want a finite number"),
+        (with_meta(nested_offset=float("nan")), "nested_offset is nan, want a finite number"),
+        (with_meta(dtype="float64"), "dtype is 'float64', want one of"),
+        (with_meta(dtype=["float32"]), "dtype is .* want one of"),
+    ],
+    ids=range(26),
+)
+def test_corrupt_or_hostile_state_dict(d, message):
+    with pytest.raises(ValueError, match="from_state_dict: w: .*" + message):
+        QuantizedTensor.from_state_dict(d, "w")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_state_dict_round_trip(name):
+    config = CONFIGS[name]
+    for shape in [(48, 64), (5, 13), (3, 4, 32)]:
+        q = qlora_ext.quantized_tensor.quantize_with(random_weight(shape, torch.bfloat16), config)
+        again = QuantizedTensor.from_state_dict(q.state_dict("a.b"), "a.b")
+        assert again.op_args()[4:] == q.op_args()[4:] and again.dtype == q.dtype
+        assert torch.equal(qlora_ext.dequantize_4bit(again), qlora_ext.dequantize_4bit(q))
