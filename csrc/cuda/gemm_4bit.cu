@@ -1,12 +1,109 @@
 // gemm_4bit on CUDA: which kernel, and how it is launched.
+#include "cuda/chunks.cuh"
 #include "cuda/gemm_4bit_any.cuh"
+#include "cuda/gemm_4bit_fused.cuh"
 
 namespace qlora_ext::launch {
 
 namespace {
 
-int64_t workspace_any(const Gemm4bitParams& p) {
-  return any_product_workspace(p.M, p.weight.N, p.weight.K);
+enum class Variant {
+  kFused1,  // gemm_4bit_fused with 1, 2, 4 or 8 mma tiles of 8 rows of x
+  kFused2,
+  kFused4,
+  kFused8,
+  // kWgmma: sm_90a, M of about 128 to 4096: producer warps decode W into swizzled shared memory,
+  //         consumers run wgmma on it. A later file, gemm_4bit_wgmma.cuh; its place is here.
+  kChunks,  // decode a few rows of W at a time, multiply by cuBLAS: the host does it
+  kAny,     // FFMA, any shape
+};
+
+// What the fused kernel asks of its operands.
+bool fused_can_run(const Gemm4bitParams& p, const DeviceInfo& device) {
+  const PackedWeight& w = p.weight;
+  const bool tensor_cores = p.dtype == DType::kFloat16    ? device.arch >= 75
+                            : p.dtype == DType::kBFloat16 ? device.arch >= 80
+                                                          : false;
+  const bool one_scale_per_run = w.num_blocks <= 1 || w.blocksize % kRun == 0;
+  const bool aligned = is_aligned(w.packed, 16) && is_aligned(p.x, 16) && p.x_stride % 8 == 0;
+  const bool runs_fit_32_bits = w.K > 0 && w.K < (int64_t{1} << 30) && w.N * (w.K / kRun) < (int64_t{1} << 31);
+  return tensor_cores && w.K % kRun == 0 && one_scale_per_run && w.mean == nullptr && aligned &&
+         runs_fit_32_bits;
+}
+
+// Rows of x from which decoding W to memory and cuBLAS wins over decoding it in the kernel. By
+// napkin, not yet by a bench on silicon: two passes cost 1 + 335 / M of the dense product on H100,
+// the fused kernel reaches at best 63% of the tensor peak (mma.sync on Hopper), ~100% on Ampere.
+constexpr int64_t kFusedMaxRows = 256;
+constexpr int64_t kFusedMaxRowsTuring = 64;
+// FFMA tiles of 64 rows: beyond one of them cuBLAS is far ahead.
+constexpr int64_t kAnyMaxRows = 64;
+
+Variant choose(const Gemm4bitParams& p) {
+  const DeviceInfo& device = device_info();
+  const bool turing = device.arch < 80;
+  if (!fused_can_run(p, device)) return p.M <= kAnyMaxRows ? Variant::kAny : Variant::kChunks;
+  if (p.M > (turing ? kFusedMaxRowsTuring : kFusedMaxRows)) return Variant::kChunks;
+  if (p.M <= 8) return Variant::kFused1;
+  if (p.M <= 16) return Variant::kFused2;
+  // 64 rows at a time need 133 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
+  const bool wide = !turing && device.shared_bytes >= static_cast<int>(sizeof(FusedSmem<Sm80, 8>));
+  return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
+}
+
+// Splits of K that fill the device when there are few tiles. A block that has a whole SM can keep
+// its memory busy, so from 0.6 tiles per SM on there is no split and no second launch.
+template <class Traits>
+int64_t fused_splits(const Gemm4bitParams& p, int64_t* k_per_split) {
+  const int64_t tiles = ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM);
+  const int64_t stages = ceil_div(p.weight.K, Traits::kTileK);
+  const int64_t sm_count = device_info().sm_count;
+  int64_t splits = 1;
+  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, Traits::kStages, sm_count, 1);
+  const int64_t stages_per_split = ceil_div(stages, splits);
+  *k_per_split = stages_per_split * Traits::kTileK;
+  return ceil_div(stages, stages_per_split);
+}
+
+template <class Arch, int kTilesM>
+int64_t workspace_fused(const Gemm4bitParams& p) {
+  int64_t k_per_split = 0;
+  const int64_t splits = fused_splits<FusedTraits<Arch, kTilesM>>(p, &k_per_split);
+  return splits > 1 ? splits * p.M * p.weight.N * 4 : 0;
+}
+
+template <class Arch, class T, int kTilesM>
+const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
+  using Traits = FusedTraits<Arch, kTilesM>;
+  FusedParams fused{};
+  fused.gemm = p;
+  fused.scales = make_scales(p.weight);
+  fused.run_shift = std::min(fused.scales.shift - log2_floor(kRun), 31);
+  fused.table_factor = table_factor(p.weight.values);
+  fused.scale_factor = 1 / fused.table_factor;
+  fused.parts = static_cast<float*>(p.workspace);
+  const int64_t splits = fused_splits<Traits>(p, &fused.k_per_split);
+  const dim3 grid(grid_blocks(ceil_div(p.weight.N, Traits::kTileN)),
+                  static_cast<unsigned>(ceil_div(p.M, Traits::kTileM)),
+                  static_cast<unsigned>(splits));
+  constexpr size_t kBytes = sizeof(FusedSmem<Arch, kTilesM>);
+  QLORA_EXT_TRY(fused.scales.code != nullptr
+                    ? (launch_kernel<gemm_4bit_fused<Arch, T, kTilesM, true>>(
+                          grid, Traits::kThreads, kBytes, stream, fused))
+                    : (launch_kernel<gemm_4bit_fused<Arch, T, kTilesM, false>>(
+                          grid, Traits::kThreads, kBytes, stream, fused)));
+  if (splits == 1) return nullptr;
+  return launch_reduce_parts(
+      {fused.parts, splits, p.M, p.weight.N, 1.0f, p.bias, p.bias_dtype, p.y, p.dtype}, stream);
+}
+
+template <int kTilesM>
+const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
+  if (device_info().arch < 80) {
+    if constexpr (kTilesM <= 4) return gemm_fused<Sm75, __half, kTilesM>(p, stream);
+  }
+  return p.dtype == DType::kFloat16 ? gemm_fused<Sm80, __half, kTilesM>(p, stream)
+                                    : gemm_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
 }
 
 const char* gemm_any(const Gemm4bitParams& p, void* stream) {
@@ -26,18 +123,45 @@ const char* gemm_any(const Gemm4bitParams& p, void* stream) {
   return launch_any_product<gemm_4bit_any>(product, p.workspace, stream);
 }
 
+bool is_empty(const Gemm4bitParams& p) { return p.M <= 0 || p.weight.N <= 0; }
+
 }  // namespace
 
 int64_t workspace_gemm_4bit(const Gemm4bitParams& p) {
-  if (p.M <= 0 || p.weight.N <= 0) return 0;
-  return workspace_any(p);
+  if (is_empty(p)) return 0;
+  switch (choose(p)) {
+    case Variant::kFused1:
+      return workspace_fused<Sm80, 1>(p);  // Sm75 has the same tiles and, here, needs no more
+    case Variant::kFused2:
+      return workspace_fused<Sm80, 2>(p);
+    case Variant::kFused4:
+      return workspace_fused<Sm80, 4>(p);
+    case Variant::kFused8:
+      return workspace_fused<Sm80, 8>(p);
+    default:
+      return any_product_workspace(p.M, p.weight.N, p.weight.K);
+  }
 }
 
-int64_t chunk_rows_gemm_4bit(const Gemm4bitParams&) { return 0; }
+int64_t chunk_rows_gemm_4bit(const Gemm4bitParams& p) {
+  if (is_empty(p) || choose(p) != Variant::kChunks) return 0;
+  return chunk_rows(p.M, p.weight.N, p.weight.K, p.dtype, device_info().sm_count);
+}
 
 const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {
-  if (p.M <= 0 || p.weight.N <= 0) return nullptr;
-  return gemm_any(p, stream);
+  if (is_empty(p)) return nullptr;
+  switch (choose(p)) {
+    case Variant::kFused1:
+      return gemm_fused<1>(p, stream);
+    case Variant::kFused2:
+      return gemm_fused<2>(p, stream);
+    case Variant::kFused4:
+      return gemm_fused<4>(p, stream);
+    case Variant::kFused8:
+      return gemm_fused<8>(p, stream);
+    default:  // kChunks as well, should a caller not ask chunk_rows_gemm_4bit first
+      return gemm_any(p, stream);
+  }
 }
 
 }  // namespace qlora_ext::launch

@@ -62,9 +62,10 @@ __device__ __forceinline__ void any_product(const AnyProduct& p) {
   }
 }
 
-__global__ void __launch_bounds__(kTileThreads) gemm_4bit_any(AnyProduct p) { any_product(p); }
+static __global__ void __launch_bounds__(kTileThreads) gemm_4bit_any(AnyProduct p) { any_product(p); }
 
-__global__ void __launch_bounds__(kTileThreads) gemm_4bit_backward_any(AnyProduct p) {
+static __global__ void __launch_bounds__(kTileThreads)
+    gemm_4bit_backward_any(AnyProduct p) {
   any_product(p);
 }
 

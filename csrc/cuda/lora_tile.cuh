@@ -25,7 +25,7 @@ struct LoraProduct {
   DType out_dtype;
 };
 
-__global__ void __launch_bounds__(kTileThreads) lora_tile(LoraProduct p) {
+static __global__ void __launch_bounds__(kTileThreads) lora_tile(LoraProduct p) {
   TileSmem& s = ptx::shared_memory<TileSmem>();
   const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kTileSize;
   const int64_t begin = blockIdx.z * p.depth_per_part;

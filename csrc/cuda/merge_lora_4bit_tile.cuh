@@ -10,7 +10,7 @@
 
 namespace qlora_ext {
 
-__global__ void __launch_bounds__(kTileThreads)
+static __global__ void __launch_bounds__(kTileThreads)
     merge_lora_4bit_tile(MergeLora4bitParams p, Scales scales) {
   TileSmem& s = ptx::shared_memory<TileSmem>();
   const int64_t N = p.weight.N, K = p.weight.K;

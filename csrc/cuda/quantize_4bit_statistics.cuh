@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 // absmax[0] from the partial maxima: one block.
-__global__ void __launch_bounds__(kMaxThreads)
+static __global__ void __launch_bounds__(kMaxThreads)
     quantize_4bit_finish_max(const uint32_t* partials, int count, float* absmax) {
   uint32_t bits = 0;
   for (int i = threadIdx.x; i < count; i += kMaxThreads) bits = max(bits, partials[i]);
@@ -56,16 +56,16 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // mean[0] from the sum of the weights; then, once *variance_total is the sum of squared
 // deviations, scale[0] = std_factor * std. One thread each.
-__global__ void quantize_4bit_finish_mean(const double* total, int64_t numel, float* mean) {
+static __global__ void quantize_4bit_finish_mean(const double* total, int64_t numel, float* mean) {
   if (threadIdx.x == 0) *mean = static_cast<float>(__ddiv_rn(*total, static_cast<double>(numel)));
 }
-__global__ void quantize_4bit_finish_scale(const double* total, int64_t numel, float std_factor,
+static __global__ void quantize_4bit_finish_scale(const double* total, int64_t numel, float std_factor,
                                            float* scale) {
   if (threadIdx.x != 0) return;
   const double std = __dsqrt_rn(__ddiv_rn(*total, static_cast<double>(numel)));
   *scale = static_cast<float>(__dmul_rn(static_cast<double>(std_factor), std));
 }
-__global__ void quantize_4bit_unit_scale(float* scale) {
+static __global__ void quantize_4bit_unit_scale(float* scale) {
   if (threadIdx.x == 0) *scale = 1.0f;
 }
 

@@ -20,7 +20,7 @@ struct QuantizeAbsmaxSmem {
   float thresholds[256];  // the last one is +inf
 };
 
-__global__ void __launch_bounds__(kAbsmaxThreads)
+static __global__ void __launch_bounds__(kAbsmaxThreads)
     quantize_absmax_groups(QuantizeAbsmaxParams p, const double* total) {
   QuantizeAbsmaxSmem& s = ptx::shared_memory<QuantizeAbsmaxSmem>();
   const int lane = threadIdx.x % 32;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kAbsmaxThreads)
   }
 }
 
-__global__ void __launch_bounds__(kAbsmaxThreads)
+static __global__ void __launch_bounds__(kAbsmaxThreads)
     dequantize_absmax_codes(DequantizeAbsmaxParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kAbsmaxThreads + threadIdx.x;
   if (i >= p.num_blocks) return;

@@ -22,7 +22,7 @@ struct ReduceParts {
   DType out_dtype;
 };
 
-__global__ void __launch_bounds__(256) reduce_parts(ReduceParts p) {
+static __global__ void __launch_bounds__(256) reduce_parts(ReduceParts p) {
   const int64_t count = p.rows * p.cols;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * 256;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; i < count; i += stride) {

@@ -27,6 +27,23 @@ __device__ __forceinline__ float load_as_float(const void* data, DType dtype, in
   return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
+// v[i] = data[first + i] for i < count, zero for the rest of the four.
+__device__ __forceinline__ void load_four(const void* data, DType dtype, int64_t first, int count,
+                                          float (&v)[4]) {
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = i < count ? static_cast<const float*>(data)[first + i] : 0.0f;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned short bits =
+        i < count ? static_cast<const unsigned short*>(data)[first + i] : 0;  // zero in both types
+    v[i] = dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                    : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  }
+}
+
 __device__ __forceinline__ void store_from_float(void* data, DType dtype, int64_t i, float v) {
   if (dtype == DType::kFloat32) {
     static_cast<float*>(data)[i] = v;

@@ -1,0 +1,424 @@
+// gemm_4bit_fused: y = x W^T + bias + S B^T on tensor cores, the weight decoded in registers on its
+// way from the checkpoint's bytes to mma fragments. One kernel for decode (M = 1) to a few hundred.
+//
+// Moves   the packed weight once per kTileM rows of x (0.516 B/weight), x once per kTileN columns.
+// Floor   M <= 16: the weight's bytes over bandwidth, 4096x14336 10.1 us, 8192x8192 11.5 us on H100.
+//         From M ~ 69 (H100) the tensor cores: mma.sync reaches ~63% of Hopper's peak.
+// MMA     m16n8k16 with the weight as A (16 rows n) and x as B (8 rows m), so that M = 8 wastes
+//         nothing and M = 1 costs no more instructions than M = 8. fp32 accumulators.
+// k order k is permuted inside each run of 64: lane t of a quad owns elements 16t .. 16t + 15 of it,
+//         8 consecutive bytes of W and 32 of x, and mma step j takes 4j .. 4j + 3 from each lane.
+// Decode  pair table: a whole byte selects two 16-bit values. The table has one copy per bank, so
+//         look-ups never conflict, and 256 bytes between entries, so that one PRMT (table offset =
+//         byte * 256 + lane * 4) and one LDS decode two weights. The packed stages fill the other
+//         128 bytes of each 256.
+// Scales  64 elements along k share one scale (blocksize a multiple of 64, K too), so the scale
+//         multiplies the accumulator of four mma: fp32, 1/16 FFMA per weight and 8 rows. Nested
+//         scales are decoded once per stage and thread, one stage ahead, without FMA.
+// Warps   8: each owns 32 rows n and one run of 64 k of every stage; warps along k hold partial
+//         sums that are added in order at the end. Blocks along k (splits) write partial sums to
+//         the workspace, which reduce_parts adds in order.
+// Bypass  S B^T is R / 16 more mma steps into the same accumulators; S and B are rounded to T.
+// Rounding the codebook is rounded to T once; scale, sums, bias in fp32; y rounded once.
+// Shared  65536 table + packed stages, 32768 x (65536 at 64 rows), 2304 scales: 100608 bytes, two
+//         blocks per SM on H100, one on A100 and on sm_86/89/120 (limit 101376).
+// Not yet run on silicon.
+#pragma once
+
+#include "cuda/reduce_parts.cuh"
+
+namespace qlora_ext {
+
+constexpr int kRun = 64;  // elements along k that one quad decodes and one scale covers
+
+// kTilesM mma tiles of 8 rows of x. A stage is always 16384 weights (8 KiB): few rows of x leave
+// room for long rows of W, many rows of x want more columns per block.
+template <class Arch, int kTilesM>
+struct FusedTraits {
+  static constexpr int kThreads = 256;
+  static constexpr int kTileM = 8 * kTilesM;
+  static constexpr int kTileN = kTilesM == 1 ? 32 : kTilesM == 2 ? 64 : 128;
+  static constexpr int kTileK = 16384 / kTileN;
+  static constexpr int kRuns = kTileK / kRun;         // = warps along k
+  static constexpr int kWarpsN = kTileN / 32;
+  static_assert(kRuns * kWarpsN * 32 == kThreads, "one run of 64 and 32 rows n for each warp");
+  static_assert(kRuns * kTileN == kThreads, "a stage has one scale for each thread");
+
+  // sm_75 has 64 KiB of shared memory: a compact table (two lanes share a bank) and two stages.
+  static constexpr bool kCompact = std::is_same_v<Arch, Sm75>;
+  static constexpr int kStages = kCompact ? 2 : 4;
+  static constexpr int kPairStride = kCompact ? 64 : 256;  // bytes between table entries
+  static constexpr int kLineStride = kCompact ? 128 : 256;  // between 128-byte lines of packed W
+  static constexpr int kFirstLine = kCompact ? 256 * 64 : 128;
+  static constexpr int kStageLines = 64;
+  static constexpr int kTableBytes = 256 * 64 + (kCompact ? kStages * 8192 : 48 * 1024);
+  static_assert(kCompact || kStages * kStageLines == 256, "stages fill the table's gaps exactly");
+
+  static constexpr int kXRowBytes = 2 * kTileK;
+  static constexpr int kXStageBytes = kTileM * kXRowBytes;
+  static constexpr int kXCopies = kXStageBytes / 16 / kThreads;  // 16-byte copies per thread
+  static constexpr int kXCopyRows = kThreads / (kTileK / 8);     // rows between them
+  static constexpr int kScalePitch = kTileN + 32 / kRuns;        // conflict-free writes
+
+  // The 32-byte segment of run `run` of row `n`, as a byte offset into a stage: XOR swizzled so
+  // that four neighbouring rows lie in different banks.
+  __device__ __forceinline__ static int segment(int n, int run) {
+    constexpr int kRowSegments = kTileK / kRun;  // 8, 4 or 2
+    const int linear = n * kRowSegments + run;
+    const int swizzle = kRowSegments == 2 ? (n >> 1) & 1 : n & 3;
+    return linear / 4 * kLineStride + ((linear % 4) ^ swizzle) * 32;
+  }
+};
+
+template <class Arch, int kTilesM>
+struct FusedSmem {
+  using Traits = FusedTraits<Arch, kTilesM>;
+  unsigned char table[Traits::kTableBytes];  // pair table, packed stages; at the end partial sums
+  unsigned char x[Traits::kStages][Traits::kXStageBytes];    // 16-byte units, unit ^ (row & 1)
+  float scales[2][Traits::kRuns][Traits::kScalePitch];       // [buffer][run][n]
+};
+
+struct FusedParams {
+  Gemm4bitParams gemm;
+  Scales scales;
+  int run_shift;        // run index -> block index
+  float table_factor;   // power of two: largest codebook value below 1 (an fp16 table's range)
+  float scale_factor;   // its inverse, multiplied into the scales
+  int64_t k_per_split;  // a multiple of kTileK
+  float* parts;         // [splits, M, N] if splits > 1
+};
+
+// A power of two that brings the largest codebook value into [1, 2): any codebook fits fp16.
+inline float table_factor(const float* values) {
+  float largest = 0;
+  for (int code = 0; code < 16; ++code) largest = std::max(largest, std::fabs(values[code]));
+  if (largest == 0) return 1;
+  return std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -100, 100));
+}
+
+// One block's tile: [kTileN] columns n0.. of y, [kTileM] rows m0.., contraction [k_begin, k_end).
+template <class Arch, class T, int kTilesM, bool kNested>
+struct FusedTile {
+  using Traits = FusedTraits<Arch, kTilesM>;
+
+  const FusedParams& p;
+  FusedSmem<Arch, kTilesM>& s;
+  int64_t n0, m0, k_begin;
+  int length;             // of the contraction in this block; the k below count from k_begin
+  int lane, warp_n, run;  // this warp's 32 rows and run of 64
+
+  // Copies: this thread's 16-byte pieces of a stage, the first of each; the others lie a fixed
+  // number of rows below.
+  const uint8_t* w_source;
+  const T* x_source;
+  uint32_t w_target, x_target;  // shared addresses in stage 0
+  int w_k, x_k;                 // of the pieces, from the stage's first k
+  int w_rows, x_rows;           // rows from the first piece's to the last that exists
+  uint64_t policy;
+
+  // Scales: this thread's (row, run) of a stage.
+  uint32_t scale_run, last_run;  // flat run index at the next fetch; the last one of this row
+  int code;
+  float absmax2;                 // of the third stage from here
+  float map_value, multiplier;   // of the second
+  float offset;
+  float* scale_target;
+
+  // Fragments: what this lane reads of a stage.
+  uint32_t lane_bytes;  // lane * 4 (compact: lane % 16 * 4)
+  int w_read, x_read, x_read_other;
+
+  float acc[2][kTilesM][4];  // [16 rows n][8 rows m][mma register]
+
+  __device__ __forceinline__ FusedTile(const FusedParams& params, FusedSmem<Arch, kTilesM>& smem)
+      : p(params), s(smem) {
+    const int tid = threadIdx.x;
+    n0 = static_cast<int64_t>(blockIdx.x) * Traits::kTileN;
+    m0 = static_cast<int64_t>(blockIdx.y) * Traits::kTileM;
+    k_begin = blockIdx.z * p.k_per_split;
+    length = static_cast<int>(min(p.k_per_split, p.gemm.weight.K - k_begin));
+    lane = tid % 32;
+    warp_n = tid / 32 / Traits::kRuns;
+    run = tid / 32 % Traits::kRuns;
+    locate_copies(tid);
+    locate_scales(tid);
+    const int g = lane / 4, t = lane % 4;
+    lane_bytes = Traits::kCompact ? lane % 16 * 4 : lane * 4;
+    w_read = Traits::kFirstLine + Traits::segment(warp_n * 32 + g, run) + t * 8;
+    const int unit = run * 8 + t * 2;
+    x_read = g * Traits::kXRowBytes + (unit ^ (g & 1)) * 16;
+    x_read_other = x_read ^ 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int tile = 0; tile < kTilesM; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[half][tile][i] = 0.0f;
+      }
+    }
+  }
+
+  // Rows beyond N repeat the last one (their results are not stored).
+  __device__ __forceinline__ int64_t weight_row(int n) const {
+    return min(n0 + n, p.gemm.weight.N - 1);
+  }
+
+  __device__ __forceinline__ void locate_copies(int tid) {
+    constexpr int kPieces = Traits::kTileK / 32;  // of a packed row
+    const int64_t K = p.gemm.weight.K;
+    const int piece = tid % kPieces, n = tid / kPieces;
+    w_k = piece * 32;
+    const int segment = Traits::segment(n, piece / 2) + piece % 2 * 16;
+    w_target = ptx::shared_address(s.table) + Traits::kFirstLine + segment;
+    w_source = p.gemm.weight.packed + ((n0 + n) * K + k_begin + w_k) / 2;
+    w_rows = static_cast<int>(min(p.gemm.weight.N - n0, static_cast<int64_t>(Traits::kTileN))) - n;
+    policy = ptx::evict_first_policy();
+
+    constexpr int kUnits = Traits::kTileK / 8;  // of a row of x
+    const int unit = tid % kUnits, m = tid / kUnits;
+    x_k = unit * 8;
+    x_target = ptx::shared_address(s.x) + m * Traits::kXRowBytes + (unit ^ (m & 1)) * 16;
+    x_source = static_cast<const T*>(p.gemm.x) + (m0 + m) * p.gemm.x_stride + k_begin + x_k;
+    x_rows = static_cast<int>(min(p.gemm.M - m0, static_cast<int64_t>(Traits::kTileM))) - m;
+  }
+
+  __device__ __forceinline__ void locate_scales(int tid) {
+    const int stage_run = tid % Traits::kRuns, n = tid / Traits::kRuns;
+    const uint32_t first = static_cast<uint32_t>((weight_row(n) * p.gemm.weight.K + k_begin) / kRun);
+    scale_run = first + stage_run;
+    last_run = first + length / kRun - 1;
+    scale_target = &s.scales[0][stage_run][n];
+    offset = kNested ? __ldg(p.scales.nested) : 0.0f;
+    code = 0;
+  }
+
+  // Entry b of the pair table: the two values of byte b, the high nibble's (lower k) first.
+  // Rows of x that do not exist are zero in every stage.
+  __device__ __forceinline__ void fill_table() {
+    constexpr int kLanes = Traits::kCompact ? 4 : 8;  // that write one entry
+    for (int i = threadIdx.x; i < 256 * kLanes; i += Traits::kThreads) {
+      const int entry = i / kLanes;
+      const uint32_t pair =
+          pack_pair<T>(p.gemm.weight.values[entry >> 4] * p.table_factor,
+                       p.gemm.weight.values[entry & 15] * p.table_factor);
+      *reinterpret_cast<uint4*>(s.table + entry * Traits::kPairStride + i % kLanes * 16) =
+          make_uint4(pair, pair, pair, pair);
+    }
+    constexpr int kRowUnits = Traits::kXRowBytes / 16;
+    const int64_t left = p.gemm.M - m0;
+    const int rows = left < Traits::kTileM ? static_cast<int>(left) : Traits::kTileM;
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      for (int i = rows * kRowUnits + threadIdx.x; i < Traits::kTileM * kRowUnits;
+           i += Traits::kThreads) {
+        *reinterpret_cast<uint4*>(s.x[stage] + i * 16) = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  // Starts the copies of the stage whose first k is `k`. Rows of W beyond N stay as they are: what
+  // they contain reaches only columns of y that are not stored.
+  __device__ __forceinline__ void copy_stage(int k, int slot) {
+    constexpr int kWCopyRows = Traits::kTileN / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t target = w_target + (slot * Traits::kStageLines + i * 32) * Traits::kLineStride;
+      if (k + w_k < length && i * kWCopyRows < w_rows) {
+        ptx::cp_async_16_hint(target, w_source + i * (kWCopyRows * p.gemm.weight.K / 2), policy);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::kXCopies; ++i) {
+      const uint32_t target = x_target + slot * Traits::kXStageBytes +
+                              i * Traits::kXCopyRows * Traits::kXRowBytes;
+      if (k + x_k < length && i * Traits::kXCopyRows < x_rows) {
+        ptx::cp_async_16(target, x_source + i * (Traits::kXCopyRows * p.gemm.x_stride));
+      }
+    }
+    w_source += Traits::kTileK / 2;
+    x_source += Traits::kTileK;
+    ptx::cp_async_commit();
+  }
+
+  // Three steps in three iterations, so that none waits for the one before: load the code, look it
+  // up, multiply and add. Beyond the last run its scale is fetched again, and nobody uses it.
+  __device__ __forceinline__ void fetch_code() {
+    const uint32_t block = min(scale_run, last_run) >> p.run_shift;
+    scale_run += Traits::kRuns;
+    if constexpr (kNested) {
+      code = __ldg(p.scales.code + block);
+      absmax2 = __ldg(p.scales.nested + 1 + (block >> 8));
+    } else {
+      absmax2 = __ldg(p.scales.absmax + block);
+    }
+  }
+  __device__ __forceinline__ void look_up_code() {
+    if constexpr (kNested) map_value = __ldg(kDeviceDynamicMap + code);
+    multiplier = absmax2;
+  }
+  __device__ __forceinline__ void store_scale(int buffer) {
+    float scale = multiplier;
+    if constexpr (kNested) scale = __fadd_rn(__fmul_rn(map_value, multiplier), offset);
+    scale_target[buffer * (Traits::kRuns * Traits::kScalePitch)] =
+        __fmul_rn(scale, p.scale_factor);
+  }
+
+  // The two values of byte `i` of `word`, ready for an mma fragment.
+  __device__ __forceinline__ uint32_t decode_byte(uint32_t word, int i) const {
+    uint32_t offset;
+    if constexpr (Traits::kCompact) {
+      offset = (i == 0 ? word << 6 : word >> (8 * i - 6)) & (255 * 64);
+      offset |= lane_bytes;
+    } else {
+      offset = ptx::prmt(word, lane_bytes, 0x5504 | i << 4);  // byte i * 256 + lane * 4
+    }
+    return *reinterpret_cast<const uint32_t*>(s.table + offset);
+  }
+
+  // This warp's 32 x 64 weights of a stage times the stage's rows of x.
+  __device__ __forceinline__ void multiply(int slot, int buffer) {
+    constexpr int kEightRows = 8 * (Traits::kTileK / kRun) / 4 * Traits::kLineStride;
+    const unsigned char* w =
+        s.table + w_read + slot * (Traits::kStageLines * Traits::kLineStride);
+    uint32_t a[2][4][4];  // [16 rows n][mma step][register]
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {  // g, g + 8, g + 16, g + 24
+      const uint2 packed = *reinterpret_cast<const uint2*>(w + row * kEightRows);
+#pragma unroll
+      for (int byte = 0; byte < 8; ++byte) {
+        a[row / 2][byte / 2][row % 2 + byte % 2 * 2] =
+            decode_byte(byte < 4 ? packed.x : packed.y, byte % 4);
+      }
+    }
+    const float* scale = &s.scales[buffer][run][warp_n * 32 + lane / 4];
+    float scales[4];
+#pragma unroll
+    for (int row = 0; row < 4; ++row) scales[row] = scale[row * 8];
+    const unsigned char* x = s.x[slot];
+#pragma unroll
+    for (int tile = 0; tile < kTilesM; ++tile) {
+      const unsigned char* rows = x + tile * (8 * Traits::kXRowBytes);
+      const uint4 low = *reinterpret_cast<const uint4*>(rows + x_read);
+      const uint4 high = *reinterpret_cast<const uint4*>(rows + x_read_other);
+      const uint32_t b[4][2] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int step = 0; step < 4; ++step) ptx::mma_k16<Arch, T>(sum, a[half][step], b[step]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[half][tile][i] += scales[half * 2 + i / 2] * sum[i];
+      }
+    }
+  }
+
+  // acc += B S^T over the rank: warps along k take 16 ranks in turn.
+  __device__ __forceinline__ void add_bypass() {
+    const Gemm4bitParams& gemm = p.gemm;
+    const int g = lane / 4, t = lane % 4;
+    for (int64_t r0 = run * 16; r0 < gemm.R; r0 += Traits::kRuns * 16) {
+      const int64_t r = r0 + t * 4;
+      const int ranks = static_cast<int>(min(max(gemm.R - r, int64_t{0}), int64_t{4}));
+      uint32_t a[2][4];
+#pragma unroll
+      for (int row = 0; row < 4; ++row) {
+        const int64_t n = n0 + warp_n * 32 + row * 8 + g;
+        float v[4];
+        load_four(gemm.lora_B, gemm.lora_dtype, n * gemm.R + r, n < gemm.weight.N ? ranks : 0, v);
+        a[row / 2][row % 2] = pack_pair<T>(v[0], v[1]);
+        a[row / 2][row % 2 + 2] = pack_pair<T>(v[2], v[3]);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTilesM; ++tile) {
+        const int64_t m = m0 + tile * 8 + g;
+        float v[4];
+        load_four(gemm.lora_S, DType::kFloat32, m * gemm.S_stride + r, m < gemm.M ? ranks : 0, v);
+        const uint32_t b[2] = {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3])};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) ptx::mma_k16<Arch, T>(acc[half][tile], a[half], b);
+      }
+    }
+  }
+
+  // Adds the warps along k in order and stores the tile: rounded y, or a part for reduce_parts.
+  __device__ __forceinline__ void store_tile() {
+    float* sums = reinterpret_cast<float*>(s.table);  // [run][m][n]
+    static_assert(Traits::kRuns * Traits::kTileM * Traits::kTileN * 4 <= Traits::kTableBytes,
+                  "partial sums fit where the table was");
+    const int g = lane / 4, t = lane % 4;
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int tile = 0; tile < kTilesM; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = warp_n * 32 + half * 16 + i / 2 * 8 + g;
+          const int m = tile * 8 + t * 2 + i % 2;
+          sums[(run * Traits::kTileM + m) * Traits::kTileN + n] = acc[half][tile][i];
+        }
+      }
+    }
+    __syncthreads();
+    const Gemm4bitParams& gemm = p.gemm;
+    const int64_t N = gemm.weight.N;
+    for (int i = threadIdx.x; i < Traits::kTileM * Traits::kTileN; i += Traits::kThreads) {
+      const int64_t m = m0 + i / Traits::kTileN, n = n0 + i % Traits::kTileN;
+      if (m >= gemm.M || n >= N) continue;
+      float v = 0.0f;
+#pragma unroll
+      for (int r = 0; r < Traits::kRuns; ++r) v += sums[r * Traits::kTileM * Traits::kTileN + i];
+      if (gridDim.z > 1) {
+        p.parts[(blockIdx.z * gemm.M + m) * N + n] = v;
+        continue;
+      }
+      if (gemm.bias != nullptr) v += load_as_float(gemm.bias, gemm.bias_dtype, n);
+      static_cast<T*>(gemm.y)[m * N + n] = from_float<T>(v);
+    }
+  }
+
+  __device__ __forceinline__ void run_all() {
+    constexpr int kAhead = Traits::kStages - 1;
+    for (int stage = 0; stage < kAhead; ++stage) copy_stage(stage * Traits::kTileK, stage);
+    fetch_code();
+    fill_table();
+    look_up_code();
+    store_scale(0);
+    fetch_code();
+    look_up_code();
+    fetch_code();
+    for (int k = 0; k < length;) {
+#pragma unroll
+      for (int slot = 0; slot < Traits::kStages; ++slot) {  // slots are then immediate offsets
+        if (k >= length) break;
+        ptx::cp_async_wait<kAhead - 1>();
+        __syncthreads();  // this stage is there for all; the one before has been read by all
+        copy_stage(k + kAhead * Traits::kTileK, (slot + kAhead) % Traits::kStages);
+        store_scale((slot + 1) % 2);
+        look_up_code();
+        fetch_code();
+        if (k + run * kRun < length) multiply(slot, slot % 2);
+        k += Traits::kTileK;
+      }
+    }
+    if (blockIdx.z == 0 && p.gemm.R > 0) add_bypass();
+    store_tile();
+  }
+};
+
+// Blocks per SM that registers must allow: two where shared memory lets two in (H100). With 32 rows
+// of x two blocks would spill.
+template <int kTilesM>
+constexpr int kFusedBlocksPerSm = kTilesM <= 2 ? 2 : 1;
+
+template <class Arch, class T, int kTilesM, bool kNested>
+__global__ void __launch_bounds__(256, kFusedBlocksPerSm<kTilesM>) gemm_4bit_fused(FusedParams p) {
+  if constexpr (!ptx::is_compiled<Arch>()) {
+    return;
+  } else {
+    FusedTile<Arch, T, kTilesM, kNested> tile(p, ptx::shared_memory<FusedSmem<Arch, kTilesM>>());
+    tile.run_all();
+  }
+}
+
+}  // namespace qlora_ext
