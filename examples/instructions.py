@@ -160,6 +160,12 @@ def sample(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     return random.Random(seed).sample(pairs, min(count, len(pairs)))
 
 
+def demo_prompt(held_out: list[Pair]) -> str:
+    """A question whose answer was not trained on."""
+    named = [p.instruction for p in held_out if "difflib.get_close_matches(" in p.instruction]
+    return (named or [p.instruction for p in held_out])[0]
+
+
 class Batches:
     """Endless micro-batches, each epoch in a new order; any position can be reached at once.
 

