@@ -1,8 +1,9 @@
 """Builds and loads the CUDA kernels for the host: csrc/cuda/*.cu compiled with g++ against the
 emulated machine (machine.cpp), registered as torch.ops.qlora_ext_simt.* for CPU tensors.
 
-    simt = load_simt()                   # builds what changed, loads, returns the controls
-    torch.ops.qlora_ext_simt.dequantize_4bit(...)
+    simt = load_simt()         # builds what changed, loads
+    simt.dequantize_4bit(...)  # an op
+    simt.kernels()             # and a control
 
 Sanitizers: build the library with library("address") or library("thread") and run Python under
 sanitizer_environment(...); SIMT_SANITIZE=address makes load_simt() load that one.
@@ -225,7 +226,7 @@ def sanitizer_environment(sanitize):
 
 
 class Simt:
-    """The emulated machine's controls."""
+    """The emulated machine: its ops (those of torch.ops.qlora_ext_simt) and its controls."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -233,6 +234,11 @@ class Simt:
         self._machine.simt_kernels.restype = ctypes.c_char_p
         self._machine.simt_set_last_blocks.argtypes = [ctypes.c_int64]
         self._libc = ctypes.CDLL(None)
+
+    def __getattr__(self, op):
+        import torch
+
+        return getattr(torch.ops.qlora_ext_simt, op)
 
     def kernels(self):
         """{kernel: launches} of every instantiation that a launcher names, launched or not."""

@@ -120,6 +120,20 @@ struct Fiber {
 #endif
 };
 
+#if SIMT_TSAN
+constexpr int kFiberSets = 2;  // neighbouring blocks run on different fibers: blocks are unordered
+#else
+constexpr int kFiberSets = 1;
+#endif
+
+// Addresses that ThreadSanitizer orders threads by. They alternate by generation: with one, a
+// thread that is late to leave would be ordered after what the others did next, and a missing
+// second barrier in a loop would not be found. And each set of fibers has its own.
+struct SyncObjects {
+  char objects[kFiberSets][2];
+  void* at(int64_t generation);
+};
+
 // Lanes of one mask that have arrived at a meeting.
 struct Gathering {
   uint32_t mask = 0;
@@ -128,7 +142,7 @@ struct Gathering {
   const Meeting* meeting = nullptr;
   Site site{"", 0};
   void* operands[32];
-  char sync[2];  // addresses that ThreadSanitizer orders by, alternating by generation
+  SyncObjects sync;
 };
 
 struct Warp {
@@ -152,7 +166,7 @@ struct Barrier {
   Reduce reduce = Reduce::kNone;
   const char* what = "";
   std::vector<Fiber*> waiting;
-  char sync[2];
+  SyncObjects sync;
 };
 
 struct Mbarrier {
@@ -163,18 +177,12 @@ struct Mbarrier {
   int64_t phase = 0;
   std::vector<Copy> copies;
   std::vector<Fiber*> waiting;
-  char sync[2];
+  SyncObjects sync;
 };
 
 constexpr uint32_t kRedZone = 4096;              // on either side of the block's shared memory
 constexpr uint32_t kArenaBytes = 256 * 1024;     // between the red zones, at most
 constexpr unsigned char kCanary = 0xc5;
-
-#if SIMT_TSAN
-constexpr int kFiberSets = 2;  // neighbouring blocks run on different fibers: blocks are unordered
-#else
-constexpr int kFiberSets = 1;
-#endif
 
 struct Machine {
   Fiber main;
@@ -184,6 +192,7 @@ struct Machine {
   int num_threads = 0;
   int finished = 0;
   int warp_at = 0;  // the warp that is being run
+  int set = 0;      // of fibers
   Fiber* running = nullptr;
   Barrier barriers[16];
   std::vector<std::unique_ptr<Mbarrier>> mbarriers;
@@ -194,6 +203,8 @@ struct Machine {
   Kernel* kernel = nullptr;
   std::string error;
   char begin_sync, end_sync, fence_sync;
+  char bulk_sync[kFiberSets];
+  void* copy_engine[kFiberSets] = {};
   bool main_stack_known = false;
 
   int poison = 0xff;
@@ -206,6 +217,8 @@ Machine& machine() {
   static Machine* m = new Machine;  // never destroyed: fibers may be parked in it at exit
   return *m;
 }
+
+void* SyncObjects::at(int64_t generation) { return &objects[machine().set][generation & 1]; }
 
 std::mutex& machine_mutex() {
   static std::mutex* mutex = new std::mutex;
@@ -610,7 +623,7 @@ void meet(const Meeting& meeting, uint32_t mask, void* operand, Site site) {
   }
   g->operands[f.thread.lane] = operand;
   g->arrived |= bit;
-  char* const sync = &g->sync[g->generation & 1];
+  void* const sync = g->sync.at(g->generation);
   if (meeting.orders) tsan_release(sync);
   if (g->arrived == mask) {
     g->arrived = 0;
@@ -861,7 +874,7 @@ int barrier_sync(int id, int threads, bool whole_block, Reduce reduce, int predi
   const bool last = arrive(b, id, threads, what, site);
   b.count += predicate != 0;
   b.reduce = reduce;
-  char* const sync = &b.sync[b.generation & 1];
+  void* const sync = b.sync.at(b.generation);
   tsan_release(sync);
   {
     const Quiet quiet;
@@ -882,7 +895,7 @@ void barrier_arrive(int id, int threads, Site site) {
   if (id == 0) fail("barrier_arrive: barrier 0 is __syncthreads");
   Barrier& b = machine().barriers[id & 15];
   const bool last = arrive(b, id, threads, "barrier_arrive", site);
-  tsan_release(&b.sync[b.generation & 1]);
+  tsan_release(b.sync.at(b.generation));
   if (last) release_all(b);
 }
 
@@ -991,16 +1004,42 @@ void complete_if_done(Mbarrier& b) {
   wake(b);
 }
 
-// Lands the copies if nothing else keeps the phase from completing.
-void land_if_last(Mbarrier& b) {
-  if (b.pending != 0 || b.copies.empty()) return;
+// The copy engine is a thread of its own to ThreadSanitizer: ordered after what issued the copies,
+// and before those who wait for the mbarrier.
+void note_bulk_writes(Mbarrier& b) {
+#if SIMT_TSAN
+  Machine& m = machine();
+  void*& engine = m.copy_engine[m.set];
+  if (engine == nullptr) {
+    engine = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(engine, "bulk copies");
+  }
+  void* const thread = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(engine, __tsan_switch_to_fiber_no_sync);
+  tsan_acquire(&m.bulk_sync[m.set]);
   for (const Copy& copy : b.copies) {
     note_write(copy.destination, copy.bytes);
     note_read(copy.source, copy.bytes);
-    land(copy);
-    b.bytes -= copy.bytes;
   }
-  b.copies.clear();
+  tsan_release(b.sync.at(b.phase));
+  __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
+#else
+  (void)b;
+#endif
+}
+
+// Lands the copies if nothing else keeps the phase from completing.
+void land_if_last(Mbarrier& b) {
+  if (b.pending != 0 || b.copies.empty()) return;
+  note_bulk_writes(b);
+  {
+    const Quiet quiet;
+    for (const Copy& copy : b.copies) {
+      land(copy);
+      b.bytes -= copy.bytes;
+    }
+    b.copies.clear();
+  }
   if (b.bytes < 0) fail("mbarrier: more bytes landed than this phase expects");
   complete_if_done(b);
 }
@@ -1024,7 +1063,7 @@ void mbarrier_arrive(uint32_t address, uint32_t expected_bytes) {
   Mbarrier& b = mbarrier_at(address, "mbarrier_arrive");
   land_if_last(b);  // nobody waited for the phase before, but it is complete
   if (b.pending == 0) fail("mbarrier_arrive: more arrivals than the %d of this phase", b.arrivals);
-  tsan_release(&b.sync[b.phase & 1]);
+  tsan_release(b.sync.at(b.phase));
   b.bytes += expected_bytes;
   --b.pending;
   complete_if_done(b);
@@ -1040,7 +1079,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Site site) {
     Mbarrier& b = mbarrier_at(address, "mbarrier_wait");
     if ((b.phase & 1) == parity) land_if_last(b);
     if ((b.phase & 1) != parity) {
-      tsan_acquire(&b.sync[parity]);
+      tsan_acquire(b.sync.at(parity));
       return;
     }
     {
@@ -1061,8 +1100,9 @@ void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mb
   unsigned char* destination = shared_pointer(address, bytes, 16, "bulk_copy");
   Mbarrier& b = mbarrier_at(mbarrier, "bulk_copy");
   note_write(destination, bytes);
-  std::memset(destination, machine().poison, bytes);
+  tsan_release(&machine().bulk_sync[machine().set]);
   const Quiet quiet;
+  std::memset(destination, machine().poison, bytes);
   b.copies.push_back({destination, global, static_cast<int>(bytes), static_cast<int>(bytes)});
   wake(b);
 }
@@ -1095,6 +1135,7 @@ const char* sentence(const std::string& text) {
 // Runs one block; false after an error.
 bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_bytes) {
   Machine& m = machine();
+  m.set = set;
   prepare_arena(static_cast<uint32_t>(shared_bytes));
   m.num_threads = static_cast<int>(block.x * block.y * block.z);
   m.num_warps = (m.num_threads + 31) / 32;
