@@ -52,7 +52,7 @@ def merge_and_unload(
     names = [name for name, m in model.named_modules() if isinstance(m, (_Packed4bit, _Lora))]
     for name in progress(names, "merge", progress_bar):
         old = model.get_submodule(name)
-        replace_module(model, old, _dense(old, dtype))
+        replace_module(model, old, dense_layer(old, dtype))
         del old
     _cast(model, dtype)
     model.requires_grad_(True)
@@ -95,7 +95,7 @@ def _merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(module.quantized, dtype)
 
 
-def _dense(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The plain layer that computes what module did."""
     weight = _merged_weight(module, dtype)
     if isinstance(module, Embedding4bit):

@@ -14,7 +14,8 @@ import copy
 import dataclasses
 import functools
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -30,12 +31,13 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..merge import _dense
+from ..merge import dense_layer
 from ..models import replace_module
 from ..nn import Embedding4bit, Linear4bit, is_plain_linear
-from ..quantized_tensor import QuantConfig, dequantize_4bit
+from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit
 
 QUANT_METHOD = "qlora_ext"
+CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
 
 
 class QLoraExtConfig(QuantizationConfigMixin):
@@ -48,6 +50,8 @@ class QLoraExtConfig(QuantizationConfigMixin):
         modules_to_not_convert: names (ends, starts or regular expressions, as transformers matches
             them) of layers to leave alone, besides the output head, tied weights and what the
             model class protects in fp32, which are always left alone.
+        checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed, which
+            `qlora_ext.from_pretrained` sets by itself; what we save is in 'qlora_ext'.
         settings: the other fields of `QuantConfig`: normalization, codebook, companding,
             companding_k, std_factor.
 
@@ -61,13 +65,20 @@ class QLoraExtConfig(QuantizationConfigMixin):
         blocksize: int | None = 64,
         double_quant: bool = True,
         modules_to_not_convert: list[str] | None = None,
+        checkpoint_format: str = "qlora_ext",
         **settings: Any,
     ):
         settings.pop("quant_method", None)  # config.json carries it
         known = {field.name for field in dataclasses.fields(QuantConfig)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"QLoraExtConfig: got unknown settings {unknown}")
+        if checkpoint_format not in CHECKPOINT_FORMATS:
+            raise ValueError(
+                f"QLoraExtConfig: checkpoint_format got {checkpoint_format!r}, want one of "
+                f"{CHECKPOINT_FORMATS}"
+            )
         self.quant_method = QUANT_METHOD
+        self.checkpoint_format = checkpoint_format
         self.modules_to_not_convert = modules_to_not_convert
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
@@ -86,7 +97,7 @@ class QLoraExtConfig(QuantizationConfigMixin):
         """The settings of a `BitsAndBytesConfig` (or the dict in a config.json) as ours.
 
         `bnb_4bit_compute_dtype` and `bnb_4bit_quant_storage` have no counterpart: we compute in the
-        dtype of the activations, and store bytes.
+        dtype of the activations, and store bytes. transformers' bitsandbytes packs blocks of 64.
 
         Raises:
             ValueError: a config that does not ask for 4 bits.
@@ -98,7 +109,6 @@ class QLoraExtConfig(QuantizationConfigMixin):
         return cls(
             # The defaults are BitsAndBytesConfig's, for keys that an old config.json lacks.
             quant_type=settings.get("bnb_4bit_quant_type", "fp4"),
-            blocksize=settings.get("bnb_4bit_blocksize", 64),
             double_quant=settings.get("bnb_4bit_use_double_quant", False),
             modules_to_not_convert=settings.get("llm_int8_skip_modules"),
         )
@@ -138,10 +148,55 @@ class Quantize(ConversionOps):
         return result
 
 
+class ReadBitsandbytes(ConversionOps):
+    """Reads one weight of a checkpoint that bitsandbytes packed, with its statistics."""
+
+    def __init__(self, hf_quantizer: QLoraExtHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
+        """input_dict: `weight`, `weight.absmax`, ... -> tensors of the layer of `full_layer_name`.
+
+        Raises:
+            ValueError, KeyError: statistics that are missing, damaged, or of other settings than
+                config.json says.
+        """
+        tensors = {key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()}
+        layer, _ = get_module_from_name(model, full_layer_name)
+        if not isinstance(layer, Linear4bit):
+            # An unpacked weight, of a norm say. transformers does not cast what goes through an op.
+            dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+            return {full_layer_name: tensors["weight"].to(dtype)}
+        q = QuantizedTensor.from_state_dict(tensors, "weight")
+        config = layer.config
+        got = (tuple(q.shape), q.quant_type, q.blocksize, q.nested is not None)
+        want = (
+            (layer.out_features, layer.in_features),
+            config.quant_type,
+            config.blocksize,
+            config.double_quant,
+        )
+        if got != want:
+            raise ValueError(
+                f"{full_layer_name}: (shape, quant_type, blocksize, double_quant) got {got}, want "
+                f"{want}"
+            )
+        packed = Linear4bit(
+            layer.in_features, layer.out_features, bias=False, config=config, device="meta"
+        )
+        packed._set_quantized(q)
+        prefix = full_layer_name.removesuffix("weight")
+        return {
+            prefix + key: tensor
+            for key, tensor in [*packed.named_parameters(), *packed.named_buffers()]
+        }
+
+
 class QLoraExtHfQuantizer(HfQuantizer):
     """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
 
     requires_calibration = False
+    saves_as = "qlora_ext"  # what save_pretrained writes; `save_pretrained` below changes it
 
     def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
         # A copy: the list of kept layers is filled in per model, and the caller's object may be
@@ -168,6 +223,36 @@ class QLoraExtHfQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         return Quantize(self)
+
+    # The tensors under each `weight` of a bitsandbytes checkpoint.
+    serialized_names: ClassVar = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+        ]
+    }
+
+    def get_load_operations(self):
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            return {"deserialize": ReadBitsandbytes}
+        return {}
+
+    def update_parallel_plan(self, model, plan):
+        """Tensor parallelism is not supported; nothing is added to a plan."""
+
+    def update_weight_conversions(self, weight_conversions, model):
+        # The base class would also copy the model's own conversions for the names above.
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_state_dict_and_metadata(self, model):
+        if self.saves_as == "bitsandbytes":
+            return _bitsandbytes_state_dict(model), {}
+        return None, {}
 
     def _process_model_before_weight_loading(
         self, model, dtype=None, checkpoint_files=None, **kwargs
@@ -227,6 +312,16 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}: the checkpoint lacks {', '.join(missing)}; put a layer "
                 "that is to be trained from scratch in modules_to_not_convert"
             )
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            # From here on the model is in our layout, and saving has nothing to convert back.
+            self.quantization_config.checkpoint_format = "qlora_ext"
+            model._weight_conversions = [
+                conversion
+                for conversion in model._weight_conversions
+                if not any(
+                    isinstance(op, ReadBitsandbytes) for op in getattr(conversion, "operations", [])
+                )
+            ]
         damage = [
             sentence
             for name, layer in layers.items()
@@ -257,6 +352,123 @@ class QLoraExtHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any):
+    """Loads a 4-bit model, ours or one that transformers and bitsandbytes saved.
+
+    bitsandbytes itself is not needed. Its packed bytes are used as they are, so the dequantized
+    weights are the same bit for bit.
+
+    Args:
+        path: folder or hub name.
+        model_class: an Auto class or model class; None is AutoModelForCausalLM.
+        kwargs: for its from_pretrained: dtype, device_map, ...
+
+    Raises:
+        ValueError: a checkpoint in neither format, or 8 bits.
+    """
+    hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    hub_kwargs = {key: kwargs[key] for key in (*hub, "trust_remote_code") if key in kwargs}
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = transformers.AutoConfig.from_pretrained(path, **hub_kwargs)
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
+    method = None if stored is None else str(stored.get("quant_method"))
+    if method == "bitsandbytes":
+        ours = QLoraExtConfig.from_bnb(stored)
+        ours.checkpoint_format = "bitsandbytes"
+        config.quantization_config = ours.to_dict()
+    elif method != QUANT_METHOD:
+        raise ValueError(
+            f"from_pretrained: {path} is quantized by {method}, want qlora_ext or bitsandbytes; "
+            "to pack an unquantized model pass quantization_config=QLoraExtConfig() to "
+            "transformers' from_pretrained"
+        )
+    model_class = model_class or transformers.AutoModelForCausalLM
+    return model_class.from_pretrained(path, config=config, **kwargs)
+
+
+def save_pretrained(
+    model: torch.nn.Module, path: str | Path, *, format: str = "qlora_ext", **kwargs: Any
+) -> None:
+    """Saves a 4-bit transformers model in our layout or in bitsandbytes'.
+
+    Args:
+        model: a model with `Linear4bit` layers.
+        path: folder.
+        format: 'qlora_ext', or 'bitsandbytes' for stock transformers + bitsandbytes.
+        kwargs: for `model.save_pretrained`: max_shard_size, ...
+
+    Raises:
+        ValueError: an unknown format, a model that is not packed, or settings that bitsandbytes
+            has no name for (another codebook, one scale a weight, means, packed embeddings).
+    """
+    if format not in CHECKPOINT_FORMATS:
+        raise ValueError(
+            f"save_pretrained: format got {format!r}, want one of {CHECKPOINT_FORMATS}"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, QLoraExtHfQuantizer):
+        raise ValueError(f"save_pretrained: {type(model).__name__} is not quantized by qlora_ext")
+    if format == "qlora_ext":
+        model.save_pretrained(path, **kwargs)
+        return
+    ours = model.config.quantization_config
+    model.config.quantization_config = _bitsandbytes_config(model, quantizer.quantization_config)
+    quantizer.saves_as = format
+    try:
+        model.save_pretrained(path, **kwargs)
+    finally:
+        quantizer.saves_as = "qlora_ext"
+        model.config.quantization_config = ours
+
+
+def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
+    """What BitsAndBytesConfig writes into config.json, for these settings."""
+    unknown_there = (
+        config.quant_type not in ("nf4", "fp4")
+        or config.normalization != "absmax"
+        or config.companding != "none"
+        or config.blocksize is None
+        or any(isinstance(module, Embedding4bit) for module in model.modules())
+    )
+    if unknown_there:
+        raise ValueError(
+            "save_pretrained: bitsandbytes has only nf4 and fp4 linear layers with one scale per "
+            f"block; the model has {config.to_quant_config()}"
+        )
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": config.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": config.modules_to_not_convert,
+        "llm_int8_threshold": 6.0,
+    }
+
+
+def _bitsandbytes_state_dict(model) -> dict[str, torch.Tensor]:
+    """The model's state dict with packed weights under bitsandbytes' keys."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            for key in [*module._sizes(), "weight_codebook"]:
+                del state[f"{name}.{key}"]
+            state.update(module.quantized.state_dict(f"{name}.weight"))
+    return state
+
+
+# Dense again ---------------------------------------------------------------------------------
 
 
 def dense_linear(layer: Linear4bit, dtype: torch.dtype, weight=None) -> torch.nn.Linear:
@@ -297,7 +509,7 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
     """
     for module in list(model.modules()):
         if isinstance(module, (Linear4bit, Embedding4bit)):
-            replace_module(model, module, _dense(module, module.dtype).requires_grad_(False))
+            replace_module(model, module, dense_layer(module, module.dtype).requires_grad_(False))
         elif getattr(module, "from_conv1d", False):
             replace_module(model, module, as_it_was(module))
     if isinstance(getattr(model, "hf_quantizer", None), QLoraExtHfQuantizer):
