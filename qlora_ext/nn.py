@@ -17,6 +17,7 @@ type) is the module's `config`, which the checkpoint's owner stores once for the
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 
@@ -86,6 +87,7 @@ class _Packed4bit(nn.Module):
         self.config = config
         self.dtype = dtype
         self._shape = torch.Size((N, K))
+        self._shape_args = (N, K)  # a plain tuple: the ops parse it faster
         self._blocksize = 0 if config.normalization == "none" else config.blocksize or 0
         self._custom = config.stored_codebook
         self._quant_type = config.stored_quant_type
@@ -158,7 +160,7 @@ class _Packed4bit(nn.Module):
             p["weight_absmax"],
             p["weight_nested"],
             p["weight_mean"],
-            self._shape,
+            self._shape_args,
             self._blocksize,
             self._quant_type,
             self._custom,
@@ -436,13 +438,11 @@ class _Lora(nn.Module):
 
     def _adopt(self, base: nn.Module) -> None:
         """Takes over base's attributes and its very parameters and buffers."""
-        self.__dict__.update(
-            {
-                key: dict(value) if isinstance(value, dict) else value
-                for key, value in base.__dict__.items()
-                if key not in ("forward", "_hf_hook", "_old_forward")
-            }
-        )
+        for key, value in base.__dict__.items():
+            if key not in ("forward", "_hf_hook", "_old_forward"):
+                # Containers of parameters and hooks are copied, what they hold is shared.
+                container = isinstance(value, (dict, set))
+                self.__dict__[key] = copy.copy(value) if container else value
 
     def _lora_repr(self) -> str:
         return f", r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"

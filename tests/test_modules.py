@@ -410,6 +410,18 @@ def test_fresh_adapter_changes_nothing():
     assert layer.lora_A.dtype == torch.float32 and layer.lora_A.requires_grad
 
 
+def test_adapted_layer_takes_hooks_of_its_own():
+    base = Linear4bit.from_linear(dense_layer(16, 64))
+    calls = []
+    base.register_forward_hook(lambda *_: calls.append("base"))
+    layer = LoraLinear4bit.from_linear(base)
+    layer.register_forward_hook(lambda *_: calls.append("lora"))
+    base(seeded(1, 64))
+    assert calls == ["base"]
+    layer(seeded(1, 64))
+    assert calls == ["base", "base", "lora"]
+
+
 def test_rslora_and_alpha_scale():
     assert adapted(r=4, lora_alpha=8).scaling == 2
     assert adapted(r=4, lora_alpha=8, use_rslora=True).scaling == 4
