@@ -120,7 +120,7 @@ const char* gemm_any(const Gemm4bitParams& p, void* stream) {
   product.bias_dtype = p.bias_dtype;
   product.out = p.y;
   product.out_dtype = p.dtype;
-  return launch_any_product<gemm_4bit_any>(product, p.workspace, stream);
+  return launch_any_product<gemm_4bit_any<>>(product, p.workspace, stream);
 }
 
 bool is_empty(const Gemm4bitParams& p) { return p.M <= 0 || p.weight.N <= 0; }

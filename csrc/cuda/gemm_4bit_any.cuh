@@ -15,11 +15,10 @@
 
 namespace qlora_ext {
 
-// C[rows, cols] = A W + lora_a lora_b: with W as stored (forward) or transposed (backward).
+// C[rows, cols] = A W' + lora_a lora_b', each operand by (row or column, depth).
 struct AnyProduct {
   PackedWeight weight;
   Scales scales;
-  bool transposed;       // backward: columns are k and the contraction runs over n
   DenseOperand x;        // x, or dY
   DenseOperand lora_a;   // S, or dS: [rows, R]; data null without a bypass
   DenseOperand lora_b;   // lora_B by n, or lora_A by k: [cols, R]
@@ -33,10 +32,12 @@ struct AnyProduct {
   DType out_dtype;
 };
 
+// kTransposed (backward): columns are k and the contraction runs over n.
+template <bool kTransposed>
 __device__ __forceinline__ void any_product(const AnyProduct& p) {
   TileSmem& s = ptx::shared_memory<TileSmem>();
   const WeightOperand w{p.weight.packed, p.weight.values, p.scales,
-                        p.weight.K,      p.cols,          p.transposed};
+                        p.weight.K,      p.cols,          kTransposed};
   const int64_t rows = p.x.rows;
   const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kTileSize;
   const int64_t begin = blockIdx.z * p.depth_per_part;
@@ -62,11 +63,14 @@ __device__ __forceinline__ void any_product(const AnyProduct& p) {
   }
 }
 
-static __global__ void __launch_bounds__(kTileThreads) gemm_4bit_any(AnyProduct p) { any_product(p); }
+template <class = void>  // a template, so that two files may include it
+__global__ void __launch_bounds__(kTileThreads) gemm_4bit_any(AnyProduct p) {
+  any_product<false>(p);
+}
 
-static __global__ void __launch_bounds__(kTileThreads)
-    gemm_4bit_backward_any(AnyProduct p) {
-  any_product(p);
+template <class = void>
+__global__ void __launch_bounds__(kTileThreads) gemm_4bit_backward_any(AnyProduct p) {
+  any_product<true>(p);
 }
 
 // Parts of the contraction for a [rows, cols] output. 256: below it the reduction costs more than

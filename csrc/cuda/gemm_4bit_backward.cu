@@ -13,7 +13,6 @@ const char* backward_any(const Gemm4bitBackwardParams& p, void* stream) {
   AnyProduct product{};
   product.weight = p.weight;
   product.scales = make_scales(p.weight);
-  product.transposed = true;
   product.x = {p.dY, p.dY_stride, 1, p.M, p.dtype};
   product.lora_a = {p.lora_dS, p.R, 1, p.M, DType::kFloat32};
   product.lora_b = {p.lora_A, 1, p.weight.K, p.weight.K, p.lora_dtype};  // row k, depth r
@@ -22,7 +21,7 @@ const char* backward_any(const Gemm4bitBackwardParams& p, void* stream) {
   product.depth = p.weight.N;
   product.out = p.dX;
   product.out_dtype = p.dtype;
-  return launch_any_product<gemm_4bit_backward_any>(product, p.workspace, stream);
+  return launch_any_product<gemm_4bit_backward_any<>>(product, p.workspace, stream);
 }
 
 }  // namespace
