@@ -87,10 +87,11 @@ class _Packed4bit(nn.Module):
         self.config = config
         self.dtype = dtype
         self._shape = torch.Size((N, K))
-        self._shape_args = (N, K)  # a plain tuple: the ops parse it faster
         self._blocksize = 0 if config.normalization == "none" else config.blocksize or 0
         self._custom = config.stored_codebook
         self._quant_type = config.stored_quant_type
+        # A plain tuple for the shape: the ops parse it faster than a torch.Size.
+        self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
         self._nested = config.double_quant and config.normalization != "none"
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
         for key in ("weight", "weight_absmax", "weight_nested", "weight_mean"):
@@ -160,10 +161,7 @@ class _Packed4bit(nn.Module):
             p["weight_absmax"],
             p["weight_nested"],
             p["weight_mean"],
-            self._shape_args,
-            self._blocksize,
-            self._quant_type,
-            self._custom,
+            *self._format,
         )
 
     def reset_parameters(self) -> None:
@@ -354,7 +352,8 @@ class Linear4bit(_Packed4bit, nn.Linear):
                 "bytes (T5's feed-forward does so with `wo`): keep the layer unquantized, with "
                 'modules_to_not_convert=["wo"]'
             )
-        if torch.is_autocast_enabled(x.device.type):
+        # One call without arguments first: asking by device costs a tenth of a small layer.
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             return x.to(torch.get_autocast_dtype(x.device.type))
         return x
 

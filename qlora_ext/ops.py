@@ -10,6 +10,7 @@ through Python would cost more than a small layer, so the wrappers here go strai
 autograd.Function when a gradient is needed, and below autograd when none is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,22 +24,18 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 W4 = tuple[Any, ...]
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _register_autograd(name: str, function: type[torch.autograd.Function], differentiable: tuple[int, ...]):
-    """Puts `function` on the op's Autograd key; `differentiable` are the positions of the
-    arguments that may need a gradient. (torch.library.register_autograd costs 50 us a call.)"""
-    op = getattr(_ops, name).default
-    defaults = [a.default_value for a in op._schema.arguments]
+def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
+    """Puts `eager`, which takes x and a w4 tuple apart from the rest, on the op's Autograd key.
+    (torch.library.register_autograd costs 50 us a call; csrc/schemas.h has the argument order.)"""
+    arguments = getattr(_ops, name).default._schema.arguments
+    defaults = [a.default_value for a in arguments]
+    first = [a.name for a in arguments].index("packed") if name != "lora_shrink" else None
 
     def autograd(*args):
         args = (*args, *defaults[len(args) :])
-        if _needs_grad(*(args[i] for i in differentiable)):
-            return function.apply(*args)
-        with _below_autograd():
-            return op(*args)
+        if first is None:
+            return eager(*args)
+        return eager(*args[:first], args[first : first + 8], *args[first + 8 :])
 
     _lib.impl(name, autograd, "Autograd")
 
@@ -111,17 +108,15 @@ def _(dY, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, 
 
 class _Gemm4bit(torch.autograd.Function):
     """y = x W^T + bias + S B^T. Saved: the packed weight and its statistics (so that checkpointing
-    with offload sees them), S and B."""
+    with offload sees them), S and B. w4 is one argument, since each costs time at M = 1."""
 
     @staticmethod
-    def forward(ctx, x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, bias, lora_S, lora_B):
-        ctx.save_for_backward(packed, absmax, nested, mean, lora_S, lora_B)
-        ctx.static = (shape, blocksize, quant_type, codebook)
+    def forward(ctx, x, w4, bias, lora_S, lora_B):
+        ctx.save_for_backward(*w4[:4], lora_S, lora_B)
+        ctx.static = w4[4:]
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _below_autograd():
-            return _ops.gemm_4bit.default(
-                x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, bias, lora_S, lora_B
-            )
+            return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
 
     @staticmethod
     def backward(ctx, dY):
@@ -130,14 +125,30 @@ class _Gemm4bit(torch.autograd.Function):
         dX = dbias = dS = dB = None
         if need[0]:
             dX = _ops.gemm_4bit_backward.default(dY, packed, absmax, nested, mean, *ctx.static)
-        if need[9]:
-            dbias = dY.reshape(-1, dY.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        if need[10] or need[11]:
+        if need[2]:
+            dbias = _bias_gradient(dY, ctx.bias_dtype)
+        if need[3] or need[4]:
             dS, dB = _ops.lora_expand_backward.default(dY, lora_S, lora_B)
-        return dX, None, None, None, None, None, None, None, None, dbias, dS, dB
+        return dX, None, dbias, dS, dB
 
 
-_register_autograd("gemm_4bit", _Gemm4bit, differentiable=(0, 9, 10, 11))
+def _bias_gradient(dY: Tensor, dtype: torch.dtype) -> Tensor:
+    return dY.reshape(-1, dY.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
+
+
+def _gemm_4bit_eager(x, w4, bias, lora_S, lora_B):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (lora_S is not None and (lora_S.requires_grad or lora_B.requires_grad))
+    ):
+        return _Gemm4bit.apply(x, w4, bias, lora_S, lora_B)
+    with _below_autograd():
+        return _gemm_4bit_op(x, *w4, bias, lora_S, lora_B)
+
+
+_gemm_4bit_op = _ops.gemm_4bit.default
+_register_autograd("gemm_4bit", _gemm_4bit_eager)
 
 
 def gemm_4bit(
@@ -154,10 +165,7 @@ def gemm_4bit(
     """
     if torch.compiler.is_compiling():
         return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
-    if _needs_grad(x, bias, lora_S, lora_B):
-        return _Gemm4bit.apply(x, *w4, bias, lora_S, lora_B)
-    with _below_autograd():
-        return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
+    return _gemm_4bit_eager(x, w4, bias, lora_S, lora_B)
 
 
 # lora_shrink, lora_expand_backward ----------------------------------------------------------
@@ -199,12 +207,21 @@ class _LoraShrink(torch.autograd.Function):
         return dx if need_dx else None, dA, None
 
 
-_register_autograd("lora_shrink", _LoraShrink, differentiable=(0, 1))
+def _lora_shrink_eager(x, lora_A, scaling):
+    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad):
+        return _LoraShrink.apply(x, lora_A, scaling)
+    with _below_autograd():
+        return _ops.lora_shrink.default(x, lora_A, scaling)
+
+
+_register_autograd("lora_shrink", _lora_shrink_eager)
 
 
 def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     """S = scaling x A^T in fp32. Layers that share x stack their A's and share one call."""
-    return _ops.lora_shrink.default(x, lora_A, scaling)
+    if torch.compiler.is_compiling():
+        return _ops.lora_shrink.default(x, lora_A, scaling)
+    return _lora_shrink_eager(x, lora_A, scaling)
 
 
 # lora_gemm_4bit -----------------------------------------------------------------------------
@@ -235,13 +252,11 @@ class _LoraGemm4bit(torch.autograd.Function):
     dX = [dY | dS] [W; A] beside dB = dY^T S and dA = dS^T x."""
 
     @staticmethod
-    def forward(ctx, x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, A, B, scaling, bias):
+    def forward(ctx, x, w4, lora_A, lora_B, scaling, bias):
         with _below_autograd():
-            y, S = _ops.lora_gemm_4bit.default(
-                x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, A, B, scaling, bias
-            )
-        ctx.save_for_backward(x, S, packed, absmax, nested, mean, A, B)
-        ctx.static = (shape, blocksize, quant_type, codebook)
+            y, S = _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)
+        ctx.save_for_backward(x, S, *w4[:4], lora_A, lora_B)
+        ctx.static = w4[4:]
         ctx.scaling = scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(S)
@@ -251,24 +266,33 @@ class _LoraGemm4bit(torch.autograd.Function):
     def backward(ctx, dY, _dS):
         x, S, packed, absmax, nested, mean, A, B = ctx.saved_tensors
         need = ctx.needs_input_grad
-        dbias = None
-        if need[12]:
-            dbias = dY.reshape(-1, dY.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        if need[9] or need[10]:
+        w4 = (packed, absmax, nested, mean, *ctx.static)
+        dX = dA = dB = dbias = None
+        if need[2] or need[3]:
             dX, dA, dB = _ops.lora_gemm_4bit_backward.default(
-                dY, x, S, packed, absmax, nested, mean, *ctx.static, A, B, ctx.scaling, need[0]
+                dY, x, S, *w4, A, B, ctx.scaling, need[0]
             )
-        else:  # a frozen adapter: only the gradient of x
-            dA = dB = dX = None
-            if need[0]:
-                dS, _ = _ops.lora_expand_backward.default(dY, S, B)
-                dX = _ops.gemm_4bit_backward.default(
-                    dY, packed, absmax, nested, mean, *ctx.static, dS * ctx.scaling, A
-                )
-        return dX if need[0] else None, None, None, None, None, None, None, None, None, dA, dB, None, dbias
+        elif need[0]:  # a frozen adapter
+            dS, _ = _ops.lora_expand_backward.default(dY, S, B)
+            dX = _ops.gemm_4bit_backward.default(dY, *w4, dS * ctx.scaling, A)
+        if need[5]:
+            dbias = _bias_gradient(dY, ctx.bias_dtype)
+        return dX if need[0] else None, None, dA, dB, None, dbias
 
 
-_register_autograd("lora_gemm_4bit", _LoraGemm4bit, differentiable=(0, 9, 10, 12))
+def _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoraGemm4bit.apply(x, w4, lora_A, lora_B, scaling, bias)
+    with _below_autograd():
+        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)
+
+
+_register_autograd("lora_gemm_4bit", _lora_gemm_4bit_eager)
 
 
 def lora_gemm_4bit(
@@ -281,10 +305,7 @@ def lora_gemm_4bit(
     """
     if torch.compiler.is_compiling():
         return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)[0]
-    if _needs_grad(x, lora_A, lora_B, bias):
-        return _LoraGemm4bit.apply(x, *w4, lora_A, lora_B, scaling, bias)[0]
-    with _below_autograd():
-        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)[0]
+    return _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias)[0]
 
 
 # merge_lora_4bit ----------------------------------------------------------------------------

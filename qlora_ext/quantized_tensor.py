@@ -127,7 +127,7 @@ class QuantizedTensor:
             self.absmax,
             self.nested,
             self.mean,
-            self.shape,
+            tuple(self.shape),  # parsed faster than a torch.Size
             self.blocksize,
             self.quant_type,
             self.codebook,
@@ -459,9 +459,9 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, *, out
 
 def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on, as torch's own linear would take it."""
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(device_type))
+    # Asked without a device first: cheaper, and "meta" is not one that autocast knows.
+    if torch._C._is_any_autocast_enabled() and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
