@@ -16,7 +16,6 @@
 
 namespace qlora_ext::cpu {
 
-constexpr int64_t kDepth = 256;              // contraction block: a panel is 16 KB of L1
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
 constexpr int64_t kMaxConvertedRows = 64;    // rows a task converts to fp32 itself: 64 KB of stack
 constexpr int64_t kMaxWorkspace = int64_t{16} << 20;

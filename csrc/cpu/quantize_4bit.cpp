@@ -14,6 +14,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // weights converted to fp32 at a time; the largest block size
+constexpr int64_t kMaxBlocks = kChunk / 32;  // of the smallest block size
 constexpr int64_t kGrain = 32768;  // weights that repay waking a thread
 
 struct Statistics {
@@ -53,14 +54,12 @@ void report_bad_index(int64_t index, int64_t* lowest) {
   }
 }
 
-// max |w|, after reporting the first NaN or Inf among w[0..n), which lie at flat index `first`.
-float checked_max_abs(const Quantize4bitParams& p, const float* w, int64_t first, int64_t n) {
-  const float largest = kernels().max_abs(w, n);
-  if (std::isfinite(largest)) return largest;
+// Reports the first NaN or Inf of a block at flat index `first`, whose max |w| is `largest`.
+void check_finite(const Quantize4bitParams& p, const float* w, int64_t first, float largest) {
+  if (std::isfinite(largest)) return;
   int64_t i = 0;
   while (std::isfinite(w[i])) ++i;
   report_bad_index(first + i, p.bad_index);
-  return 0.0f;
 }
 
 double square(double x) { return x * x; }
@@ -87,19 +86,33 @@ Statistics block_statistics(const Quantize4bitParams& p, const float* w, int64_t
   return standard_statistics(p, sum, squares, n);
 }
 
-// Blocks that fit kChunk: a task takes whole blocks.
+// Whole blocks, at most kChunk weights of them: statistics and codes while they are in L1.
+void quantize_blocks(const Quantize4bitParams& p, int64_t first_block, int64_t num_blocks) {
+  alignas(64) float buffer[kChunk];
+  float largest[kMaxBlocks];
+  Normalizer normalizers[kMaxBlocks];
+  const int64_t first = first_block * p.blocksize;
+  const int64_t n = std::min(num_blocks * p.blocksize, p.numel - first);
+  const float* w = load(p, first, n, buffer);
+  kernels().max_abs(w, n, p.blocksize, largest);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t at = b * p.blocksize;
+    check_finite(p, w + at, first + at, largest[b]);
+    const Statistics statistics =
+        block_statistics(p, w + at, std::min(p.blocksize, n - at), largest[b]);
+    store_statistics(p, first_block + b, statistics);
+    normalizers[b] = normalizer_of(p, statistics);
+  }
+  kernels().encode(w, n, p.blocksize, normalizers, p.codebook, p.packed + first / 2);
+}
+
 void quantize_small_blocks(const Quantize4bitParams& p) {
-  parallel_for(p.num_blocks, std::max<int64_t>(1, kGrain / p.blocksize),
-               [&](int64_t begin, int64_t end) {
-    alignas(64) float buffer[kChunk];
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * p.blocksize;
-      const int64_t n = std::min(p.blocksize, p.numel - first);
-      const float* w = load(p, first, n, buffer);
-      const float largest = checked_max_abs(p, w, first, n);
-      const Statistics statistics = block_statistics(p, w, n, largest);
-      store_statistics(p, block, statistics);
-      kernels().encode(w, n, normalizer_of(p, statistics), p.codebook, p.packed + first / 2);
+  const int64_t per_chunk = std::min(kMaxBlocks, std::max<int64_t>(1, kChunk / p.blocksize));
+  const int64_t num_chunks = (p.num_blocks + per_chunk - 1) / per_chunk;
+  parallel_for(num_chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t block = chunk * per_chunk;
+      quantize_blocks(p, block, std::min(per_chunk, p.num_blocks - block));
     }
   });
 }
@@ -132,7 +145,10 @@ Statistics wide_block_statistics(const Quantize4bitParams& p, int64_t begin, int
                                  double* partial) {
   uint32_t largest_bits = 0;
   for_each_chunk(p, begin, end, [&](int64_t first, const float* w, int64_t n) {
-    raise(checked_max_abs(p, w, first, n), &largest_bits);
+    float largest;
+    kernels().max_abs(w, n, n, &largest);
+    check_finite(p, w, first, largest);
+    raise(largest, &largest_bits);
   });
   if (p.normalization == Normalization::kAbsmax) return {float_from_bits(largest_bits), 0.0f};
   if (p.normalization == Normalization::kNone) return {1.0f, 0.0f};
@@ -162,7 +178,7 @@ void quantize_wide_blocks(const Quantize4bitParams& p) {
     store_statistics(p, block, statistics);
     const Normalizer normalizer = normalizer_of(p, statistics);
     for_each_chunk(p, begin, end, [&](int64_t first, const float* w, int64_t n) {
-      kernels().encode(w, n, normalizer, p.codebook, p.packed + first / 2);
+      kernels().encode(w, n, n, &normalizer, p.codebook, p.packed + first / 2);
     });
   }
 }

@@ -4,8 +4,8 @@
 // code's top bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
 // whose bits are the format, never do (the build passes -ffp-contract=off).
 //
-// Every header stands before the target pragma, so that no inline function that other files share
-// is compiled for AVX2 and then chosen by the linker for a CPU without it.
+// Headers with external linkage stand before the target pragma, so that no inline function that
+// other files share is compiled for AVX2 and then chosen by the linker for a CPU without it.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -23,6 +23,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+
+#include "blocks.h"
 
 namespace qlora_ext::cpu {
 namespace {
@@ -104,7 +106,7 @@ void from_float(const float* src, int64_t n, DType dtype, void* dst) {
 // ---- the quantizer ----
 
 // Magnitudes compare as integers, and Inf and NaN are the largest: one pass finds both.
-float max_abs(const float* x, int64_t n) {
+float max_abs_of(const float* x, int64_t n) {
   const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
   __m256i largest = _mm256_setzero_si256();
   int64_t i = 0;
@@ -112,12 +114,18 @@ float max_abs(const float* x, int64_t n) {
     const __m256i bits = _mm256_castps_si256(load_fp32(x + i));
     largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, magnitude_mask));
   }
-  alignas(32) uint32_t lanes[kLanes];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
-  uint32_t result = 0;
-  for (uint32_t lane : lanes) result = std::max(result, lane);
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  uint32_t result = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
   for (; i < n; ++i) result = std::max(result, float_bits(x[i]) & 0x7fffffffu);
   return float_from_bits(result);
+}
+
+void max_abs(const float* x, int64_t n, int64_t blocksize, float* largest) {
+  for (int64_t first = 0; first < n; first += blocksize) {
+    *largest++ = max_abs_of(x + first, std::min(blocksize, n - first));
+  }
 }
 
 // The 15 thresholds as a search tree. Comparisons yield -1, so positions count downwards: entry i
@@ -204,7 +212,7 @@ void encode_32(const float* x, const Normalizer& normalizer, const Decision& dec
 }
 
 template <bool kSignMagnitude>
-void encode_as(const float* x, int64_t n, const Normalizer& normalizer, const Decision& decision,
+void encode_block(const float* x, int64_t n, const Normalizer& normalizer, const Decision& decision,
                uint8_t* packed) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -219,11 +227,17 @@ void encode_as(const float* x, int64_t n, const Normalizer& normalizer, const De
   std::copy_n(bytes, (n - i + 1) / 2, packed + i / 2);
 }
 
-void encode(const float* x, int64_t n, const Normalizer& normalizer, const Codebook& codebook,
-            uint8_t* packed) {
+void encode(const float* x, int64_t n, int64_t blocksize, const Normalizer* normalizers,
+            const Codebook& codebook, uint8_t* packed) {
   const Decision decision(codebook);
-  if (decision.sign_magnitude) return encode_as<true>(x, n, normalizer, decision, packed);
-  return encode_as<false>(x, n, normalizer, decision, packed);
+  for (int64_t first = 0; first < n; first += blocksize, ++normalizers) {
+    const int64_t count = std::min(blocksize, n - first);
+    if (decision.sign_magnitude) {
+      encode_block<true>(x + first, count, *normalizers, decision, packed + first / 2);
+    } else {
+      encode_block<false>(x + first, count, *normalizers, decision, packed + first / 2);
+    }
+  }
 }
 
 // Bisection over the 255 thresholds of the dynamic map, 8 scales at a time.
@@ -283,24 +297,6 @@ __m256 look_up(const Table& table, __m256i codes) {
   const __m256 low = _mm256_permutevar8x32_ps(table.low, codes);
   const __m256 high = _mm256_permutevar8x32_ps(table.high, codes);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
-}
-
-int64_t block_of(const PackedWeight& weight, int64_t index) {
-  const int64_t blocksize = weight.blocksize;
-  if (index < blocksize) return 0;
-  if ((blocksize & (blocksize - 1)) == 0) return index >> __builtin_ctzll(blocksize);
-  return index / blocksize;
-}
-
-// Calls run(at, end, block) for the stretches of [first, first + n) that share a block.
-template <class Run>
-void for_each_block(const PackedWeight& weight, int64_t first, int64_t n, const Run& run) {
-  int64_t block = block_of(weight, first);
-  for (int64_t at = 0; at < n; ++block) {
-    const int64_t end = std::min(n, (block + 1) * weight.blocksize - first);
-    run(at, end, block);
-    at = end;
-  }
 }
 
 void decode_fp32(const PackedWeight& weight, int64_t first, int64_t n, float* out) {
@@ -446,30 +442,52 @@ void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t k, int6
   }
 }
 
-// The scales (and means) of eight rows at one k, a lane each, and how far they hold.
+// The scales (and means) of eight rows, a lane each, for each stretch of a panel's depth in which
+// no row enters its next block. All are stored before the first is loaded as a vector: a load that
+// follows its eight stores at once waits for the last of them.
 struct RowScales {
-  __m256 scale;
-  __m256 mean;
-  int64_t count;  // elements from k on before any row enters its next block
+  alignas(32) float scale[kDepth / 8][kLanes];
+  alignas(32) float mean[kDepth / 8][kLanes];
+  int64_t end[kDepth / 8];
 
-  RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t limit) : count(limit) {
-    alignas(32) float scales[kLanes];
-    alignas(32) float means[kLanes] = {};
-#pragma GCC unroll 8
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t index = (row + lane) * weight.K + k;
-      const int64_t block = block_of(weight, index);
-      scales[lane] = block_scale(weight, block);
-      if (weight.mean != nullptr) means[lane] = weight.mean[block];
-      count = std::min(count, (block + 1) * weight.blocksize - index);
+  RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth) {
+    for (int64_t d = 0, stretch = 0; d < depth; d = end[stretch++]) {
+      int64_t count = weight.blocksize;
+      int64_t index = row * weight.K + k + d;
+      for (int64_t lane = 0; lane < kLanes; ++lane, index += weight.K) {
+        const int64_t block = block_of(weight, index);
+        scale[stretch][lane] = block_scale(weight, block);
+        if (weight.mean != nullptr) mean[stretch][lane] = weight.mean[block];
+        count = std::min(count, (block + 1) * weight.blocksize - index);
+      }
+      end[stretch] = d + count;
     }
-    scale = _mm256_load_ps(scales);
-    mean = _mm256_load_ps(means);
   }
 };
 
-// Four bytes (8 codes) of each of eight rows, a row to a lane.
-__m256i gather_rows(const uint8_t* packed, int64_t row_bytes) {
+// bytes[i] = bytes 4i ... 4i + 3 of each of eight rows, a row to a lane: 64 codes of each row.
+void load_rows(const uint8_t* packed, int64_t row_bytes, __m256i bytes[8]) {
+  const auto halves = [&](int64_t row, int64_t at) {
+    const __m128i* lower = reinterpret_cast<const __m128i*>(packed + row * row_bytes + at);
+    const __m128i* upper = reinterpret_cast<const __m128i*>(packed + (row + 4) * row_bytes + at);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(lower)),
+                                   _mm_loadu_si128(upper), 1);
+  };
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m256i r0 = halves(0, half * 16), r1 = halves(1, half * 16);
+    const __m256i r2 = halves(2, half * 16), r3 = halves(3, half * 16);
+    const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
+    const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
+    bytes[half * 4 + 0] = _mm256_unpacklo_epi64(low01, low23);
+    bytes[half * 4 + 1] = _mm256_unpackhi_epi64(low01, low23);
+    bytes[half * 4 + 2] = _mm256_unpacklo_epi64(high01, high23);
+    bytes[half * 4 + 3] = _mm256_unpackhi_epi64(high01, high23);
+  }
+}
+
+// The same for the last codes of a depth that 64 does not divide: four bytes of each row.
+__m256i load_row_ends(const uint8_t* packed, int64_t row_bytes) {
   int32_t lanes[kLanes];
 #pragma GCC unroll 8
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -479,32 +497,47 @@ __m256i gather_rows(const uint8_t* packed, int64_t row_bytes) {
                            lanes[7]);
 }
 
+// panel[i][0..7] = the i-th of eight codes of eight rows. Even elements are high nibbles.
+template <bool kMean>
+void decode_eight(__m256i bytes, const Table& table, __m256 scale, __m256 mean, float* panel) {
+  const auto put = [&](int64_t i, __m256i codes) {
+    __m256 value = _mm256_mul_ps(look_up(table, codes), scale);
+    if (kMean) value = _mm256_add_ps(value, mean);
+    _mm256_store_ps(panel + i * kPanelWidth, value);
+  };
+  put(0, _mm256_srli_epi32(bytes, 4));
+  put(1, bytes);
+  put(2, _mm256_srli_epi32(bytes, 12));
+  put(3, _mm256_srli_epi32(bytes, 8));
+  put(4, _mm256_srli_epi32(bytes, 20));
+  put(5, _mm256_srli_epi32(bytes, 16));
+  put(6, _mm256_srli_epi32(bytes, 28));
+  put(7, _mm256_srli_epi32(bytes, 24));
+}
+
 // panel[d][0..7] = W[row + lane][k + d] for eight rows whose bytes and blocks divide by 8 elements:
-// the transpose comes free, since a shift moves each row's next code into place.
+// once their bytes are transposed, a shift moves each row's next code into place.
 template <bool kMean>
 void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth,
                           float* panel) {
   const Table table(weight.values);
   const uint8_t* packed = weight.packed + (row * weight.K + k) / 2;
-  for (int64_t d = 0; d < depth;) {
-    const RowScales scales(weight, row, k + d, depth - d);
-    for (const int64_t end = d + scales.count; d < end; d += 8) {
-      const __m256i bytes = gather_rows(packed + d / 2, weight.K / 2);
-      const auto put = [&](int i, __m256i codes) {
-        __m256 value = _mm256_mul_ps(look_up(table, codes), scales.scale);
-        if (kMean) value = _mm256_add_ps(value, scales.mean);
-        _mm256_store_ps(panel + (d + i) * kPanelWidth, value);
-      };
-      put(0, _mm256_srli_epi32(bytes, 4));
-      put(1, bytes);
-      put(2, _mm256_srli_epi32(bytes, 12));
-      put(3, _mm256_srli_epi32(bytes, 8));
-      put(4, _mm256_srli_epi32(bytes, 20));
-      put(5, _mm256_srli_epi32(bytes, 16));
-      put(6, _mm256_srli_epi32(bytes, 28));
-      put(7, _mm256_srli_epi32(bytes, 24));
-    }
+  const RowScales scales(weight, row, k, depth);
+  int64_t stretch = 0;
+  const auto decode_at = [&](int64_t d, __m256i bytes) {
+    if (d >= scales.end[stretch]) ++stretch;
+    const __m256 scale = _mm256_load_ps(scales.scale[stretch]);
+    const __m256 mean = kMean ? _mm256_load_ps(scales.mean[stretch]) : _mm256_setzero_ps();
+    decode_eight<kMean>(bytes, table, scale, mean, panel + d * kPanelWidth);
+  };
+  int64_t d = 0;
+  for (; d + 64 <= depth; d += 64) {
+    __m256i bytes[8];
+    load_rows(packed + d / 2, weight.K / 2, bytes);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) decode_at(d + i * 8, bytes[i]);
   }
+  for (; d < depth; d += 8) decode_at(d, load_row_ends(packed + d / 2, weight.K / 2));
 }
 
 void decode_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
@@ -553,6 +586,9 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
 
 // ---- products ----
 
+// Bytes ahead of the codes in use: the hardware's own prefetcher stops at every page.
+constexpr int64_t kPrefetch = 1024;
+
 float sum_lanes(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -577,7 +613,8 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
     };
     if (i < end && ((first + i) & 1) != 0) add_one(i++);
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      const uint8_t* packed = weight.packed + (first + i) / 2;
+      const uint8_t* packed = weight.packed + ((first + i) >> 1);
+      _mm_prefetch(reinterpret_cast<const char*>(packed + kPrefetch), _MM_HINT_T0);
       const __m256 w0 = look_up(table, codes_of(packed));
       const __m256 w1 = look_up(table, codes_of(packed + 4));
 #pragma GCC unroll 8

@@ -1,48 +1,55 @@
 // Chooses the kernel table, once per process.
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "simd.h"
 
 namespace qlora_ext::cpu {
 namespace {
 
-struct Path {
-  const Kernels* kernels;
-  bool supported;  // by the CPU we run on
-};
-
-bool has_avx2() {
-#if defined(__x86_64__)
-  // Every CPU with AVX2 and FMA converts fp16 (F16C) too.
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
 struct Choice {
-  const Kernels* kernels;
-  const char* error;
+  Kernels kernels;
+  std::string error;  // empty, or why QLORA_EXT_CPU cannot be honoured
 };
+
+struct Path {
+  Kernels kernels;
+  bool supported;     // by the CPU we run on
+  const char* needs;  // what a CPU needs for it
+};
+
+#if defined(__x86_64__)
+// Every CPU with AVX2 and FMA converts fp16 (F16C) too.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
 
 Choice choose() {
   const Path paths[] = {  // best first
 #if defined(__x86_64__)
-      {&kAvx2Kernels, has_avx2()},
+      {avx512_kernels(), has_avx512(), "AVX-512 F, BW, VL and VBMI"},
+      {kAvx2Kernels, has_avx2(), "AVX2 and FMA"},
 #endif
-      {&kPortableKernels, true},
+      {kPortableKernels, true, ""},
   };
   const char* forced = std::getenv("QLORA_EXT_CPU");
   const bool automatic = forced == nullptr || *forced == '\0';
+  std::string names;
   for (const Path& path : paths) {
-    if (!automatic && std::strcmp(forced, path.kernels->name) != 0) continue;
-    if (path.supported) return {path.kernels, nullptr};
+    const std::string name = path.kernels.name;
+    names += (names.empty() ? "" : ", ") + name;
+    if (!automatic && name != forced) continue;
+    if (path.supported) return {path.kernels, ""};
     if (!automatic) {
-      return {&kPortableKernels, "QLORA_EXT_CPU=avx2: this CPU lacks AVX2 or FMA, want portable"};
+      return {kPortableKernels, "QLORA_EXT_CPU is " + name + ", and this CPU lacks " + path.needs};
     }
   }
-  return {&kPortableKernels, "QLORA_EXT_CPU: unknown value, want portable or avx2"};
+  return {kPortableKernels, "QLORA_EXT_CPU is " + std::string(forced) + ", want one of " + names};
 }
 
 const Choice& choice() {
@@ -52,12 +59,12 @@ const Choice& choice() {
 
 }  // namespace
 
-const Kernels& kernels() { return *choice().kernels; }
+const Kernels& kernels() { return choice().kernels; }
 
-const char* cpu_path() {
-  return choice().error == nullptr ? choice().kernels->name : nullptr;
+const char* cpu_path() { return choice().error.empty() ? choice().kernels.name : nullptr; }
+
+const char* cpu_path_error() {
+  return choice().error.empty() ? nullptr : choice().error.c_str();
 }
-
-const char* cpu_path_error() { return choice().error; }
 
 }  // namespace qlora_ext::cpu

@@ -41,10 +41,13 @@ void from_float(const float* src, int64_t n, DType dtype, void* dst) {
 }
 
 // Magnitudes compare as integers, and Inf and NaN are the largest: one pass finds both.
-float max_abs(const float* x, int64_t n) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, float_bits(x[i]) & 0x7fffffffu);
-  return float_from_bits(largest);
+void max_abs(const float* x, int64_t n, int64_t blocksize, float* largest) {
+  for (int64_t first = 0; first < n; first += blocksize) {
+    const int64_t end = std::min(n, first + blocksize);
+    uint32_t bits = 0;
+    for (int64_t i = first; i < end; ++i) bits = std::max(bits, float_bits(x[i]) & 0x7fffffffu);
+    *largest++ = float_from_bits(bits);
+  }
 }
 
 float normalize(float w, const Normalizer& normalizer) {
@@ -60,13 +63,16 @@ int nearest_code(float v, const Codebook& codebook) {
   return codebook.order[rank] | sign;
 }
 
-void encode(const float* x, int64_t n, const Normalizer& normalizer, const Codebook& codebook,
-            uint8_t* packed) {
-  const auto code = [&](int64_t i) { return nearest_code(normalize(x[i], normalizer), codebook); };
-  for (int64_t i = 0; i + 1 < n; i += 2) {
-    packed[i / 2] = static_cast<uint8_t>(code(i) << 4 | code(i + 1));
+void encode(const float* x, int64_t n, int64_t blocksize, const Normalizer* normalizers,
+            const Codebook& codebook, uint8_t* packed) {
+  for (int64_t first = 0; first < n; first += blocksize, ++normalizers) {
+    const int64_t end = std::min(n, first + blocksize);
+    const auto code = [&](int64_t i) { return nearest_code(normalize(x[i], *normalizers), codebook); };
+    for (int64_t i = first; i + 1 < end; i += 2) {
+      packed[i / 2] = static_cast<uint8_t>(code(i) << 4 | code(i + 1));
+    }
+    if (end & 1) packed[end / 2] = static_cast<uint8_t>(code(end - 1) << 4);
   }
-  if (n & 1) packed[n / 2] = static_cast<uint8_t>(code(n - 1) << 4);
 }
 
 // Number of dynamic-map thresholds below v, by bisection: 8 steps for 255 thresholds.

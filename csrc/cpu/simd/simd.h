@@ -10,6 +10,8 @@ namespace qlora_ext::cpu {
 
 // Columns of the right operand that a panel holds, whatever the instruction set.
 constexpr int64_t kPanelWidth = 16;
+// Most of the contraction that a panel holds: 16 KB of L1.
+constexpr int64_t kDepth = 256;
 // Rows of x that `dot` takes at once.
 constexpr int64_t kMaxDotRows = 4;
 
@@ -28,10 +30,11 @@ struct Kernels {
   // dst[i] = src[i], rounded to nearest even.
   void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);
 
-  // max |x|; Inf or NaN if any x is.
-  float (*max_abs)(const float* x, int64_t n);
-  // Packs the codes of n weights, first one in a high nibble; an odd n leaves a zero low nibble.
-  void (*encode)(const float* x, int64_t n, const Normalizer& normalizer,
+  // For each block of `blocksize` elements, the last perhaps short: max |x|, Inf or NaN if any is.
+  void (*max_abs)(const float* x, int64_t n, int64_t blocksize, float* largest);
+  // Packs the codes of n weights, the first in a high nibble; an odd n leaves a zero low nibble.
+  // Block b is normalised by normalizers[b].
+  void (*encode)(const float* x, int64_t n, int64_t blocksize, const Normalizer* normalizers,
                  const Codebook& codebook, uint8_t* packed);
   // code[i] = nearest dynamic-map entry to (absmax[i] - offset) * inverse_scale.
   void (*encode_scales)(const float* absmax, int64_t n, float offset, float inverse_scale,
@@ -39,10 +42,10 @@ struct Kernels {
 
   // Decodes flat elements [first, first + n), rounded to dtype.
   void (*decode)(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, void* out);
-  // panel[d][c] = W[row + c][k + d] for c < width <= kPanelWidth, d < depth; zero for c >= width.
+  // panel[d][c] = W[row + c][k + d] for c < width <= kPanelWidth, d < depth <= kDepth; else 0.
   void (*decode_columns)(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                          int64_t depth, float* panel);
-  // panel[d][c] = W[row + d][k + c] for c < width <= kPanelWidth, d < depth; zero for c >= width.
+  // panel[d][c] = W[row + d][k + c] for c < width <= kPanelWidth, d < depth <= kDepth; else 0.
   void (*decode_rows)(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                       int64_t depth, float* panel);
   // sums[m] += sum over i < n of x[m][i] * w[first + i], for m < M <= kMaxDotRows.
@@ -63,12 +66,13 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+Kernels avx512_kernels();  // kAvx2Kernels with the decoders and the products replaced
 #endif
 
-// The live table: QLORA_EXT_CPU=portable|avx2 forces one, else the best that this CPU runs.
+// The live table: QLORA_EXT_CPU=portable|avx2|avx512 forces one, else the best this CPU runs.
 const Kernels& kernels();
 
-// Name of the live table ("portable", "avx2"), or null after an error.
+// Name of the live table ("portable", "avx2", "avx512"), or null after an error.
 const char* cpu_path();
 
 // Null, or the sentence that says why QLORA_EXT_CPU cannot be honoured; every launcher returns it.

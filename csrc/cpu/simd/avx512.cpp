@@ -1,0 +1,351 @@
+// The decoders and the products with AVX-512 (F, BW, VL, VBMI: Ice Lake, Zen 4 and later).
+//
+// The 16 values of a codebook fit one register, so one permute decodes 16 weights, and one
+// multishift puts 16 codes of 8 bytes into their lanes. Everything else is the AVX2 table's.
+#if defined(__x86_64__)
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own headers warn about their undefined vectors (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../half.h"
+#include "../scales.h"
+#include "simd.h"
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx2,fma,f16c")
+#endif
+
+#include "blocks.h"
+
+namespace qlora_ext::cpu {
+namespace {
+
+constexpr int64_t kLanes = 16;
+static_assert(kLanes == kPanelWidth, "a panel's row is one vector");
+
+// ---- codes and values ----
+
+// Sixteen codes from eight bytes, in order, each in the low bits of its lane; the bits above are
+// other codes, and `look_up` does not read them.
+__m512i codes_of(const uint8_t* packed) {
+  int64_t bytes;
+  std::memcpy(&bytes, packed, sizeof(bytes));
+  // Lane pair j of a 64-bit element starts at the bits of codes 2j (high nibble) and 2j + 1.
+  const __m512i starts = _mm512_setr_epi64(4LL | 0LL << 32, 12LL | 8LL << 32, 20LL | 16LL << 32,
+                                           28LL | 24LL << 32, 36LL | 32LL << 32, 44LL | 40LL << 32,
+                                           52LL | 48LL << 32, 60LL | 56LL << 32);
+  return _mm512_multishift_epi64_epi8(starts, _mm512_set1_epi64(bytes));
+}
+
+__m512 look_up(__m512 table, __m512i codes) { return _mm512_permutexvar_ps(codes, table); }
+
+// The codebook as a block scales it: fp32 multiply, then fp32 add.
+__m512 scaled_table(const PackedWeight& weight, int64_t block) {
+  const __m512 scale = _mm512_set1_ps(block_scale(weight, block));
+  const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(weight.values), scale);
+  if (weight.mean == nullptr) return table;
+  return _mm512_add_ps(table, _mm512_set1_ps(weight.mean[block]));
+}
+
+void decode_fp32(const PackedWeight& weight, int64_t first, int64_t n, float* out) {
+  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
+    const __m512 table = scaled_table(weight, block);
+    const auto decode_one = [&](int64_t at) {
+      const __m512i code = _mm512_set1_epi32(code_at(weight.packed, first + at));
+      out[at] = _mm512_cvtss_f32(look_up(table, code));
+    };
+    for (; i < end && ((first + i) & 1) != 0; ++i) decode_one(i);
+    for (; i + kLanes <= end; i += kLanes) {
+      _mm512_storeu_ps(out + i, look_up(table, codes_of(weight.packed + ((first + i) >> 1))));
+    }
+    for (; i < end; ++i) decode_one(i);
+  });
+}
+
+// ---- 16-bit outputs ----
+
+// Round to nearest even; a NaN becomes 0x7fc0, as in bf16_from_float.
+__m256i to_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, is_nan, 0x7fc0));
+}
+
+__m256i to_half(__m512 v, DType dtype) {
+  if (dtype == DType::kBFloat16) return to_bf16(v);
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// 32 codes from 16 bytes, each in the low bits of a 16-bit lane.
+__m512i half_codes_of(const uint8_t* packed) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  // Two bytes, four codes, to a 64-bit element.
+  const __m512i starts = _mm512_set1_epi64(4LL | 0LL << 16 | 12LL << 32 | 8LL << 48);
+  return _mm512_multishift_epi64_epi8(starts, _mm512_cvtepu16_epi64(bytes));
+}
+
+void decode_halves(const PackedWeight& weight, int64_t first, int64_t n, DType dtype,
+                   uint16_t* out) {
+  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
+    const __m256i rounded = to_half(scaled_table(weight, block), dtype);
+    const __m512i table = _mm512_broadcast_i64x4(rounded);
+    const auto decode_one = [&](int64_t at) {
+      const __m512i code = _mm512_set1_epi16(static_cast<short>(code_at(weight.packed, first + at)));
+      const __m512i value = _mm512_permutexvar_epi16(code, table);
+      out[at] = static_cast<uint16_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(value)));
+    };
+    for (; i < end && ((first + i) & 1) != 0; ++i) decode_one(i);
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const __m512i codes = half_codes_of(weight.packed + ((first + i) >> 1));
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(codes, table));
+    }
+    for (; i < end; ++i) decode_one(i);
+  });
+}
+
+void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, void* out) {
+  if (dtype == DType::kFloat32) return decode_fp32(weight, first, n, static_cast<float*>(out));
+  return decode_halves(weight, first, n, dtype, static_cast<uint16_t*>(out));
+}
+
+// ---- panels ----
+
+// The scales (and means) of sixteen rows, a lane each, for each stretch of a panel's depth in which
+// no row enters its next block. All are stored before the first is loaded as a vector: a load that
+// follows its sixteen stores at once waits for the last of them.
+struct RowScales {
+  alignas(64) float scale[kDepth / 8][kLanes];
+  alignas(64) float mean[kDepth / 8][kLanes];
+  int64_t end[kDepth / 8];
+
+  RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth) {
+    for (int64_t d = 0, stretch = 0; d < depth; d = end[stretch++]) {
+      int64_t count = weight.blocksize;
+      int64_t index = row * weight.K + k + d;
+      for (int64_t lane = 0; lane < kLanes; ++lane, index += weight.K) {
+        const int64_t block = block_of(weight, index);
+        scale[stretch][lane] = block_scale(weight, block);
+        if (weight.mean != nullptr) mean[stretch][lane] = weight.mean[block];
+        count = std::min(count, (block + 1) * weight.blocksize - index);
+      }
+      end[stretch] = d + count;
+    }
+  }
+};
+
+// bytes[i] = bytes 4i ... 4i + 3 of each of sixteen rows, a row to a lane: 32 codes of each row.
+void load_rows(const uint8_t* packed, int64_t row_bytes, __m512i bytes[4]) {
+  // Row r of a quarter lies in 128-bit part r / 4 of quarter r % 4, so that lanes end in order.
+  const auto quarter = [&](int64_t row) {
+    const auto part = [&](int64_t i) {
+      const uint8_t* at = packed + (row + 4 * i) * row_bytes;
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    };
+    const __m256i lower = _mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
+    const __m256i upper = _mm256_inserti128_si256(_mm256_castsi128_si256(part(2)), part(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1);
+  };
+  const __m512i r0 = quarter(0), r1 = quarter(1), r2 = quarter(2), r3 = quarter(3);
+  const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
+  const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
+  bytes[0] = _mm512_unpacklo_epi64(low01, low23);
+  bytes[1] = _mm512_unpackhi_epi64(low01, low23);
+  bytes[2] = _mm512_unpacklo_epi64(high01, high23);
+  bytes[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
+// panel[i] = the i-th of eight codes of sixteen rows. Even elements are high nibbles.
+template <bool kMean>
+void decode_eight(__m512i bytes, __m512 table, __m512 scale, __m512 mean, float* panel) {
+  const auto put = [&](int64_t i, __m512i codes) {
+    __m512 value = _mm512_mul_ps(look_up(table, codes), scale);
+    if (kMean) value = _mm512_add_ps(value, mean);
+    _mm512_store_ps(panel + i * kPanelWidth, value);
+  };
+  put(0, _mm512_srli_epi32(bytes, 4));
+  put(1, bytes);
+  put(2, _mm512_srli_epi32(bytes, 12));
+  put(3, _mm512_srli_epi32(bytes, 8));
+  put(4, _mm512_srli_epi32(bytes, 20));
+  put(5, _mm512_srli_epi32(bytes, 16));
+  put(6, _mm512_srli_epi32(bytes, 28));
+  put(7, _mm512_srli_epi32(bytes, 24));
+}
+
+// Sixteen rows whose bytes and blocks divide by 8 elements, a depth that divides by 32: once their
+// bytes are transposed, a shift moves each row's next code into place.
+template <bool kMean>
+void decode_sixteen_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth,
+                            float* panel) {
+  const __m512 table = _mm512_loadu_ps(weight.values);
+  const uint8_t* packed = weight.packed + (row * weight.K + k) / 2;
+  const RowScales scales(weight, row, k, depth);
+  int64_t stretch = 0;
+  for (int64_t d = 0; d < depth; d += 32) {
+    __m512i bytes[4];
+    load_rows(packed + d / 2, weight.K / 2, bytes);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      if (d + 8 * i >= scales.end[stretch]) ++stretch;
+      const __m512 scale = _mm512_load_ps(scales.scale[stretch]);
+      const __m512 mean = kMean ? _mm512_load_ps(scales.mean[stretch]) : _mm512_setzero_ps();
+      decode_eight<kMean>(bytes[i], table, scale, mean, panel + (d + 8 * i) * kPanelWidth);
+    }
+  }
+}
+
+void decode_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
+                    int64_t depth, float* panel) {
+  const bool regular = width == kPanelWidth && depth % 32 == 0 &&
+                       (weight.K | weight.blocksize | k) % 8 == 0;
+  if (!regular) return kAvx2Kernels.decode_columns(weight, row, k, width, depth, panel);
+  if (weight.mean == nullptr) return decode_sixteen_columns<false>(weight, row, k, depth, panel);
+  return decode_sixteen_columns<true>(weight, row, k, depth, panel);
+}
+
+void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t width, int64_t depth,
+                 float* panel) {
+  const bool regular = width == kPanelWidth && (weight.K | weight.blocksize | k) % 16 == 0;
+  if (!regular) return kAvx2Kernels.decode_rows(weight, row, k, width, depth, panel);
+  const __m512 table = _mm512_loadu_ps(weight.values);
+  int64_t first = row * weight.K + k;
+  for (int64_t d = 0; d < depth; ++d, first += weight.K, panel += kPanelWidth) {
+    const int64_t block = block_of(weight, first);
+    const __m512 scale = _mm512_set1_ps(block_scale(weight, block));
+    __m512 value = _mm512_mul_ps(look_up(table, codes_of(weight.packed + first / 2)), scale);
+    if (weight.mean != nullptr) {
+      value = _mm512_add_ps(value, _mm512_set1_ps(weight.mean[block]));
+    }
+    _mm512_store_ps(panel, value);
+  }
+}
+
+// ---- products ----
+
+// Bytes ahead of the codes in use: the hardware's own prefetcher stops at every page.
+constexpr int64_t kPrefetch = 1024;
+
+template <int kRows>
+void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
+              int64_t x_stride, float* sums) {
+  __m512 acc[kRows][2];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
+    const __m512 table = scaled_table(weight, block);
+    const auto add_one = [&](int64_t at) {
+      const __m512i code = _mm512_set1_epi32(code_at(weight.packed, first + at));
+      const float w = _mm512_cvtss_f32(look_up(table, code));
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) sums[m] += x[m * x_stride + at] * w;
+    };
+    if (i < end && ((first + i) & 1) != 0) add_one(i++);
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const uint8_t* packed = weight.packed + ((first + i) >> 1);
+      _mm_prefetch(reinterpret_cast<const char*>(packed + kPrefetch), _MM_HINT_T0);
+      const __m512 w0 = look_up(table, codes_of(packed));
+      const __m512 w1 = look_up(table, codes_of(packed + 8));
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const float* row = x + m * x_stride + i;
+        acc[m][0] = _mm512_fmadd_ps(_mm512_loadu_ps(row), w0, acc[m][0]);
+        acc[m][1] = _mm512_fmadd_ps(_mm512_loadu_ps(row + kLanes), w1, acc[m][1]);
+      }
+    }
+    for (; i < end; ++i) add_one(i);
+  });
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    sums[m] += _mm512_reduce_add_ps(_mm512_add_ps(acc[m][0], acc[m][1]));
+  }
+}
+
+void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
+         int64_t M, float* sums) {
+  switch (M) {
+    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
+    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
+    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
+    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
+  }
+}
+
+// kRows x 16 sums in registers; x is broadcast from memory as an operand of the FMA. Eight rows
+// hide the FMA's latency, and reading the panel once for each eight costs L1 nothing it lacks.
+template <int kRows>
+void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, const float* panel,
+                   int64_t depth, float* acc) {
+  __m512 sum[kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) sum[m] = _mm512_loadu_ps(acc + m * kPanelWidth);
+  for (int64_t d = 0; d < depth; ++d) {
+    const __m512 right = _mm512_loadu_ps(panel + d * kPanelWidth);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 left = _mm512_set1_ps(x[m * row_stride + d * depth_stride]);
+      sum[m] = _mm512_fmadd_ps(left, right, sum[m]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) _mm512_storeu_ps(acc + m * kPanelWidth, sum[m]);
+}
+
+void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
+              const float* panel, int64_t depth, float* acc) {
+  constexpr int64_t kTile = 8;
+  int64_t m = 0;
+  for (; m + kTile <= rows; m += kTile) {
+    multiply_rows<kTile>(x + m * row_stride, row_stride, depth_stride, panel, depth,
+                         acc + m * kPanelWidth);
+  }
+  x += m * row_stride;
+  acc += m * kPanelWidth;
+  switch (rows - m) {
+    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
+    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
+    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
+    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
+    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
+    case 6: return multiply_rows<6>(x, row_stride, depth_stride, panel, depth, acc);
+    case 7: return multiply_rows<7>(x, row_stride, depth_stride, panel, depth, acc);
+  }
+}
+
+}  // namespace
+
+Kernels avx512_kernels() {
+  Kernels table = kAvx2Kernels;
+  table.name = "avx512";
+  table.decode = decode;
+  table.decode_columns = decode_columns;
+  table.decode_rows = decode_rows;
+  table.dot = dot;
+  table.multiply = multiply;
+  return table;
+}
+
+}  // namespace qlora_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
