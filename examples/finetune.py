@@ -122,8 +122,8 @@ def main() -> None:
     report = Report(args)
     torch.manual_seed(args.seed)
 
-    precision = choose_precision(args, report)
-    tokenizer, model = load_base(args, precision, report)
+    choose_precision(args, report)
+    tokenizer, model = load_base(args, report)
     train_pairs, held_out = load_pairs(args, tokenizer, report)
     resumed = find_checkpoint(args, report)
 
@@ -135,7 +135,6 @@ def main() -> None:
     with report.timed("quantize"):
         config = qlora_ext.QuantConfig(quant_type=args.quant_type, blocksize=args.blocksize)
         model = qlora_ext.quantize_model(model, config)
-        model.to(args.device, PRECISIONS[precision])
     memory = qlora_ext.memory_report(model)
     report.memory = {
         "bytes_by_part": memory.parts,
@@ -162,46 +161,51 @@ def main() -> None:
     checkpoints.write_folder(
         args.output / "adapter", lambda folder: qlora_ext.save_adapter(model, folder)
     )
-    merge(model, tokenizer, held_out, args, precision, report)
+    merge(model, tokenizer, held_out, args, report)
     report.finish()
 
 
 # --- before training
 
 
-def choose_precision(args, report) -> str:
-    """bf16 where the machine computes it faster than fp32, measured on a layer of the kind that
-    training consists of; fp32 otherwise. (A CPU without bf16 instructions emulates them, which
-    costs many times what fp32 does.)"""
+def choose_precision(args, report) -> None:
+    """The activations' precision in training: bf16 where the machine computes it faster than fp32,
+    measured on layers of the kind that training consists of, else fp32. (A CPU without bf16
+    instructions emulates them, which costs many times what fp32 does.)"""
     if args.precision != "auto":
         report.precision = {"chosen": args.precision, "why": "--precision"}
-        return args.precision
+        return
     seconds = {name: seconds_of_layer(args.device, PRECISIONS[name]) for name in ("fp32", "bf16")}
     chosen = "bf16" if seconds["bf16"] * 1.2 < seconds["fp32"] else "fp32"
     times = ", ".join(f"{1e3 * taken:.1f} ms in {name}" for name, taken in seconds.items())
     why = f"a 4-bit layer and a dense one, forward and backward, took {times}"
     say(f"Activations in {chosen}: {why}")
     report.precision = {"chosen": chosen, "why": why}
-    return chosen
 
 
 def seconds_of_layer(device: str, dtype: torch.dtype, rows=256, inner=576, outer=1536) -> float:
     quantized = qlora_ext.quantize_4bit(torch.randn(outer, inner, device=device))
-    dense = torch.randn(outer, inner, device=device, dtype=dtype)
-    x = torch.randn(rows, inner, device=device, dtype=dtype, requires_grad=True)
+    dense = torch.randn(outer, inner, device=device)
+    x = torch.randn(rows, inner, device=device, requires_grad=True)
     best = math.inf
     for _ in range(5):
         start = time.perf_counter()
-        (qlora_ext.linear_4bit(x, quantized) @ dense).sum().backward()
+        with lower_precision(device, dtype):
+            (qlora_ext.linear_4bit(x, quantized) @ dense).sum().backward()
         if x.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def load_base(args, precision: str, report):
-    """The tokenizer, and the unquantized model on the CPU: in fp32 where fp32 is computed with,
-    else in the type that the model was saved in."""
+def lower_precision(device: str, dtype: torch.dtype):
+    """Matrix products in `dtype` below this point; nothing changes for fp32."""
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+def load_base(args, report):
+    """The tokenizer, and the unquantized model: in fp32 on a CPU, elsewhere in the type that it
+    was saved in. What stays unquantized keeps this type, and held-out losses are computed in it."""
     name = args.model
     if name is None:
         start = time.perf_counter()
@@ -210,7 +214,7 @@ def load_base(args, precision: str, report):
     with report.timed("load"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32 if precision == "fp32" else "auto"
+            name, dtype=torch.float32 if args.device == "cpu" else "auto"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -305,7 +309,8 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
-    scaler = torch.amp.GradScaler(args.device, enabled=report.precision["chosen"] == "fp16")
+    precision = PRECISIONS[report.precision["chosen"]]
+    scaler = torch.amp.GradScaler(args.device, enabled=precision == torch.float16)
     per_step = args.batch_size // args.micro_batch_size
     steps, step = args.steps, 0
     if resumed is not None:
@@ -342,7 +347,8 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
                 group["lr"] = args.learning_rate * rate(step, steps, args)
             loss = 0.0
             for batch in micro_batches:
-                share = token_losses(model, on_device(batch, args)) / answer_tokens
+                with lower_precision(args.device, precision):
+                    share = token_losses(model, on_device(batch, args)) / answer_tokens
                 scaler.scale(share).backward()
                 loss += share.item()
             scaler.unscale_(optimizer)
@@ -426,16 +432,17 @@ def answer(model, tokenizer, prompt: str, args) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def merge(model, tokenizer, held_out, args, precision: str, report) -> None:
+def merge(model, tokenizer, held_out, args, report) -> None:
     """Merges into fp32, bf16 and fp16, takes each one's held-out loss and saves the fp16 model.
 
-    The merged weights are rounded to the type they're named by; the loss is computed in the
-    precision that training had, so that the rounding is all that differs.
+    The merged weights are rounded to the type they're named by; the loss is computed as the
+    adapter's was, in the type of the model's unquantized part, so that only the rounding differs.
     """
+    computed_in = model.get_input_embeddings().weight.dtype
     say("Merging the adapter into fp32, bf16 and fp16 weights")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with report.timed(f"merge_{name}"):
-            merged = qlora_ext.merge_and_unload(copy.deepcopy(model), dtype)
+            merged = qlora_ext.merge_and_unload(copy.deepcopy(model), dtype, progress_bar=False)
         if name == "fp16":
             with report.timed("save_merged"):
                 checkpoints.write_folder(
@@ -445,7 +452,7 @@ def merge(model, tokenizer, held_out, args, precision: str, report) -> None:
                         tokenizer.save_pretrained(folder),
                     ),
                 )
-        merged.to(PRECISIONS[precision])
+        merged.to(computed_in)
         with report.timed(f"evaluate_{name}"):
             report.losses[f"merged_{name}"] = evaluate(merged, held_out, args)
         del merged
