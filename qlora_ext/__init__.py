@@ -47,12 +47,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """QLoraExtConfig, on first use: its base class is in transformers."""
-    if name == "QLoraExtConfig":
-        from .integrations.transformers import QLoraExtConfig
+# On first use: they need transformers.
+_LAZY = {"QLoraExtConfig", "from_pretrained", "save_pretrained"}
 
-        return QLoraExtConfig
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        from .integrations import transformers
+
+        return getattr(transformers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

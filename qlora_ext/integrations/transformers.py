@@ -109,6 +109,8 @@ class QLoraExtConfig(QuantizationConfigMixin):
         return cls(
             # The defaults are BitsAndBytesConfig's, for keys that an old config.json lacks.
             quant_type=settings.get("bnb_4bit_quant_type", "fp4"),
+            # Not bitsandbytes' key: `save_pretrained` adds it, stock transformers ignores it.
+            blocksize=settings.get("bnb_4bit_blocksize", 64),
             double_quant=settings.get("bnb_4bit_use_double_quant", False),
             modules_to_not_convert=settings.get("llm_int8_skip_modules"),
         )
@@ -241,9 +243,6 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             return {"deserialize": ReadBitsandbytes}
         return {}
-
-    def update_parallel_plan(self, model, plan):
-        """Tensor parallelism is not supported; nothing is added to a plan."""
 
     def update_weight_conversions(self, weight_conversions, model):
         # The base class would also copy the model's own conversions for the names above.
@@ -446,6 +445,7 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
+        "bnb_4bit_blocksize": config.blocksize,
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": config.quant_type,

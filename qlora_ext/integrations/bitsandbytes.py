@@ -1,0 +1,133 @@
+"""bitsandbytes' own 4-bit layers on our kernels, when asked: `enable()` and `disable()`.
+
+bitsandbytes calls its kernels through torch ops (`torch.ops.bitsandbytes.*`). `enable()` registers
+ours for the CPU, and for CUDA where our CUDA kernels are built, in their place; nothing of a model
+changes, and `disable()` puts bitsandbytes' kernels back. Its 8-bit ops and optimizers are left
+alone. Source: bitsandbytes/_ops.py and backends/cpu/ops.py of 0.50.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import metadata
+
+import torch
+
+from .. import ops
+
+TESTED = "0.50"
+
+_library: torch.library.Library | None = None
+_pack_for_cpu = None
+
+
+def _w4(packed, absmax, nested, shape, blocksize: int, quant_type: str) -> ops.W4:
+    """bitsandbytes' description of a weight as arguments of our ops.
+
+    packed: any quant_storage dtype, the bytes are the same. absmax: fp32 [num_blocks], or uint8
+    codes with `nested`, the fp32 offset and absmax2 as bytes.
+    """
+    packed = packed.contiguous().reshape(-1).view(torch.uint8)
+    if absmax.dtype != torch.uint8:
+        absmax = absmax.float().contiguous().view(torch.uint8)
+    return (packed, absmax, nested, None, list(shape), blocksize, quant_type, None)
+
+
+def _quantize_4bit(A, blocksize, quant_type, quant_storage):
+    packed, absmax, _ = torch.ops.qlora_ext.quantize_4bit.default(
+        A, blocksize, quant_type, None, "absmax", 3.0, "none", 1.0
+    )
+    return packed.view(quant_storage).reshape(-1, 1), absmax.view(torch.float32)
+
+
+def _dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
+    return ops.dequantize_4bit(_w4(A, absmax, None, shape, blocksize, quant_type), dtype)
+
+
+def _dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
+    # bitsandbytes lets `out` be any view; our op writes contiguous memory.
+    w4 = _w4(A, absmax, None, shape, blocksize, quant_type)
+    if out.is_contiguous():
+        ops.dequantize_4bit(w4, dtype, out)
+    else:
+        out.copy_(ops.dequantize_4bit(w4, dtype))
+
+
+def _gemm_4bit(
+    A,
+    B,
+    shapeB,
+    absmax,
+    blocksize,
+    quant_type,
+    bias=None,
+    absmax_8bit=None,
+    absmax_code=None,
+    absmax_offset=None,
+):
+    nested = None
+    if absmax_8bit is not None:
+        # Their 8-bit map is the one of our format; nothing that bitsandbytes writes has another.
+        nested = torch.cat([absmax_offset.reshape(1).float(), absmax.float()]).view(torch.uint8)
+        absmax = absmax_8bit
+    return ops.gemm_4bit(A, _w4(B, absmax, nested, shapeB, blocksize, quant_type), bias)
+
+
+def is_enabled() -> bool:
+    """Whether bitsandbytes' 4-bit ops run on our kernels now."""
+    return _library is not None
+
+
+def enable() -> None:
+    """Runs bitsandbytes' 4-bit ops on our kernels, for this process, until `disable()`.
+
+    Covers quantize_4bit, dequantize_4bit and gemm_4bit on the CPU, and on CUDA where our CUDA
+    kernels are built. On a CPU with AVX512-BF16 bitsandbytes would repack a weight at its first
+    evaluation into a layout of its own; that is off meanwhile, and a layer that was repacked
+    before stays on bitsandbytes' kernel. Calling it twice is calling it once.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    global _library, _pack_for_cpu
+    if _library is not None:
+        return
+    from bitsandbytes.nn import modules
+
+    found = metadata.version("bitsandbytes")
+    if found.split(".")[:2] != TESTED.split("."):
+        warnings.warn(
+            f"qlora_ext: found bitsandbytes {found}, tested with {TESTED}.*", stacklevel=2
+        )
+    keys = [
+        key
+        for key in ("CPU", "CUDA")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", key)
+    ]
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        # The dispatcher warns that a kernel is replaced, which is what was asked for.
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered.*")
+        for key in keys:
+            library.impl("quantize_4bit", _quantize_4bit, key, allow_override=True)
+            library.impl("dequantize_4bit", _dequantize_4bit, key, allow_override=True)
+            library.impl("dequantize_4bit.out", _dequantize_4bit_out, key, allow_override=True)
+            library.impl("gemm_4bit", _gemm_4bit, key, allow_override=True)
+    _library = library
+    _pack_for_cpu = modules._convert_weight_packed_for_cpu
+    modules._convert_weight_packed_for_cpu = lambda weight, quant_state, *args, **kwargs: (
+        weight,
+        quant_state,
+    )
+
+
+def disable() -> None:
+    """Puts bitsandbytes' own kernels back. Does nothing if they are in place."""
+    global _library, _pack_for_cpu
+    if _library is None:
+        return
+    from bitsandbytes.nn import modules
+
+    _library._destroy()
+    modules._convert_weight_packed_for_cpu = _pack_for_cpu
+    _library = _pack_for_cpu = None
