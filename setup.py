@@ -81,11 +81,11 @@ def extensions():
                      extra_compile_args={"cxx": cxx})
     ]
     if CUDA:
-        nvcc = ["-O3", "-std=c++20", "-lineinfo", "--use_fast_math=false", "-Xcompiler=-fvisibility=hidden"]
+        nvcc = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
         nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
         built.append(
             CUDAExtension("qlora_ext._C_cuda", sources("host", "cuda"), include_dirs=include,
-                          extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc})
+                          extra_compile_args={"cxx": cxx, "nvcc": nvcc})
         )
     return built
 

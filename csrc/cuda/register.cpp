@@ -1,6 +1,7 @@
 // The CUDA backend's registration, and what host/common.h asks of a backend. This half is its own
 // shared library: a CPU-only torch lacks the symbols it links to, so it is loaded only where
 // torch.version.cuda is set.
+#define USE_CUDA  // the shim declares its CUDA half only under it
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 #include "../host/common.h"
