@@ -24,11 +24,7 @@ bool fused_can_run(const Gemm4bitParams& p, const DeviceInfo& device) {
   const bool tensor_cores = p.dtype == DType::kFloat16    ? device.arch >= 75
                             : p.dtype == DType::kBFloat16 ? device.arch >= 80
                                                           : false;
-  const bool one_scale_per_run = w.num_blocks <= 1 || w.blocksize % kRun == 0;
-  const bool aligned = is_aligned(w.packed, 16) && is_aligned(p.x, 16) && p.x_stride % 8 == 0;
-  const bool runs_fit_32_bits = w.K > 0 && w.K < (int64_t{1} << 30) && w.N * (w.K / kRun) < (int64_t{1} << 31);
-  return tensor_cores && w.K % kRun == 0 && one_scale_per_run && w.mean == nullptr && aligned &&
-         runs_fit_32_bits;
+  return tensor_cores && has_uniform_runs(w) && is_aligned(p.x, 16) && p.x_stride % 8 == 0;
 }
 
 // Rows of x from which decoding W to memory and cuBLAS wins over decoding it in the kernel. By
@@ -78,7 +74,7 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
   FusedParams fused{};
   fused.gemm = p;
   fused.scales = make_scales(p.weight);
-  fused.run_shift = std::min(fused.scales.shift - log2_floor(kRun), 31);
+  fused.run_shift = run_shift(fused.scales);
   fused.table_factor = table_factor(p.weight.values);
   fused.scale_factor = 1 / fused.table_factor;
   fused.parts = static_cast<float*>(p.workspace);

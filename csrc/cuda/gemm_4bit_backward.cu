@@ -1,12 +1,97 @@
 // gemm_4bit_backward on CUDA: which kernel, and how it is launched.
+#include "cuda/chunks.cuh"
 #include "cuda/gemm_4bit_any.cuh"
+#include "cuda/gemm_4bit_backward_fused.cuh"
 
 namespace qlora_ext::launch {
 
 namespace {
 
-int64_t workspace_any(const Gemm4bitBackwardParams& p) {
-  return any_product_workspace(p.M, p.weight.K, p.weight.N);
+enum class Variant {
+  kFused4,  // gemm_4bit_backward_fused with 4 or 8 mma tiles of 8 rows of dY
+  kFused8,
+  // kWgmma: sm_90a, the transposed twin of the forward's; gemm_4bit_backward_wgmma.cuh, later.
+  kChunks,  // decode a few rows of W at a time, multiply by cuBLAS: the host does it
+  kAny,     // FFMA, any shape
+};
+
+bool fused_can_run(const Gemm4bitBackwardParams& p, const DeviceInfo& device) {
+  const bool tensor_cores = p.dtype == DType::kFloat16    ? device.arch >= 75
+                            : p.dtype == DType::kBFloat16 ? device.arch >= 80
+                                                          : false;
+  return tensor_cores && has_uniform_runs(p.weight) && is_aligned(p.dY, 16) &&
+         p.dY_stride % 8 == 0 && is_aligned(p.dX, 16);
+}
+
+// As the forward's: by napkin, not yet by a bench on silicon. Chunks also round dX once per chunk
+// (cuBLAS accumulates into dX's dtype), which the fused kernel does not.
+constexpr int64_t kFusedMaxRows = 256;
+constexpr int64_t kFusedMaxRowsTuring = 64;
+constexpr int64_t kAnyMaxRows = 64;
+
+Variant choose(const Gemm4bitBackwardParams& p) {
+  const DeviceInfo& device = device_info();
+  const bool turing = device.arch < 80;
+  if (!fused_can_run(p, device)) return p.M <= kAnyMaxRows ? Variant::kAny : Variant::kChunks;
+  if (p.M > (turing ? kFusedMaxRowsTuring : kFusedMaxRows)) return Variant::kChunks;
+  // 64 rows at a time need 114 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
+  const bool wide =
+      !turing && device.shared_bytes >= static_cast<int>(sizeof(BackwardSmem<Sm80, 8>));
+  return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
+}
+
+// Splits of N that fill the device: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
+template <int kTilesM>
+int64_t fused_splits(const Gemm4bitBackwardParams& p, int64_t* n_per_split) {
+  using Traits = BackwardTraits<Sm80, kTilesM>;  // Sm75's tiles are the same
+  const int64_t tiles = ceil_div(p.weight.K, Traits::kTileK) * ceil_div(p.M, Traits::kTileM);
+  const int64_t stages = ceil_div(p.weight.N, Traits::kStageN);
+  const int64_t sm_count = device_info().sm_count;
+  int64_t splits = 1;
+  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, 4, sm_count, 1);
+  const int64_t stages_per_split = ceil_div(stages, splits);
+  *n_per_split = stages_per_split * Traits::kStageN;
+  return ceil_div(stages, stages_per_split);
+}
+
+template <int kTilesM>
+int64_t workspace_fused(const Gemm4bitBackwardParams& p) {
+  int64_t n_per_split = 0;
+  const int64_t splits = fused_splits<kTilesM>(p, &n_per_split);
+  return splits > 1 ? splits * p.M * p.weight.K * 4 : 0;
+}
+
+template <class Arch, class T, int kTilesM>
+const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
+  using Traits = BackwardTraits<Arch, kTilesM>;
+  BackwardParams fused{};
+  fused.gemm = p;
+  fused.scales = make_scales(p.weight);
+  fused.run_shift = run_shift(fused.scales);
+  fused.parts = static_cast<float*>(p.workspace);
+  const int64_t splits = fused_splits<kTilesM>(p, &fused.n_per_split);
+  const dim3 grid(grid_blocks(ceil_div(p.weight.K, Traits::kTileK)),
+                  static_cast<unsigned>(ceil_div(p.M, Traits::kTileM)),
+                  static_cast<unsigned>(splits));
+  constexpr size_t kBytes = sizeof(BackwardSmem<Arch, kTilesM>);
+  QLORA_EXT_TRY(fused.scales.code != nullptr
+                    ? (launch_kernel<gemm_4bit_backward_fused<Arch, T, kTilesM, true>>(
+                          grid, Traits::kThreads, kBytes, stream, fused))
+                    : (launch_kernel<gemm_4bit_backward_fused<Arch, T, kTilesM, false>>(
+                          grid, Traits::kThreads, kBytes, stream, fused)));
+  if (splits == 1) return nullptr;
+  return launch_reduce_parts({fused.parts, splits, p.M, p.weight.K, 1.0f, nullptr, DType::kFloat32,
+                              p.dX, p.dtype},
+                             stream);
+}
+
+template <int kTilesM>
+const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
+  if (device_info().arch < 80) {
+    if constexpr (kTilesM <= 4) return backward_fused<Sm75, __half, kTilesM>(p, stream);
+  }
+  return p.dtype == DType::kFloat16 ? backward_fused<Sm80, __half, kTilesM>(p, stream)
+                                    : backward_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
 }
 
 const char* backward_any(const Gemm4bitBackwardParams& p, void* stream) {
@@ -24,18 +109,37 @@ const char* backward_any(const Gemm4bitBackwardParams& p, void* stream) {
   return launch_any_product<gemm_4bit_backward_any<>>(product, p.workspace, stream);
 }
 
+bool is_empty(const Gemm4bitBackwardParams& p) { return p.M <= 0 || p.weight.K <= 0; }
+
 }  // namespace
 
 int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
-  if (p.M <= 0 || p.weight.K <= 0) return 0;
-  return workspace_any(p);
+  if (is_empty(p)) return 0;
+  switch (choose(p)) {
+    case Variant::kFused4:
+      return workspace_fused<4>(p);
+    case Variant::kFused8:
+      return workspace_fused<8>(p);
+    default:
+      return any_product_workspace(p.M, p.weight.K, p.weight.N);
+  }
 }
 
-int64_t chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams&) { return 0; }
+int64_t chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
+  if (is_empty(p) || choose(p) != Variant::kChunks) return 0;
+  return chunk_rows(p.M, p.weight.N, p.weight.K, p.dtype, device_info().sm_count);
+}
 
 const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {
-  if (p.M <= 0 || p.weight.K <= 0) return nullptr;
-  return backward_any(p, stream);
+  if (is_empty(p)) return nullptr;
+  switch (choose(p)) {
+    case Variant::kFused4:
+      return backward_fused<4>(p, stream);
+    case Variant::kFused8:
+      return backward_fused<8>(p, stream);
+    default:  // kChunks as well, should a caller not ask chunk_rows_gemm_4bit_backward first
+      return backward_any(p, stream);
+  }
 }
 
 }  // namespace qlora_ext::launch

@@ -26,10 +26,9 @@
 #pragma once
 
 #include "cuda/reduce_parts.cuh"
+#include "cuda/scale_pipeline.cuh"
 
 namespace qlora_ext {
-
-constexpr int kRun = 64;  // elements along k that one quad decodes and one scale covers
 
 // kTilesM mma tiles of 8 rows of x. A stage is always 16384 weights (8 KiB): few rows of x leave
 // room for long rows of W, many rows of x want more columns per block.
@@ -117,11 +116,8 @@ struct FusedTile {
   uint64_t policy;
 
   // Scales: this thread's (row, run) of a stage.
-  uint32_t scale_run, last_run;  // flat run index at the next fetch; the last one of this row
-  int code;
-  float absmax2;                 // of the third stage from here
-  float map_value, multiplier;   // of the second
-  float offset;
+  ScalePipeline<kNested> scale_pipeline;
+  uint32_t next_run, last_run;  // flat run index of the next fetch; the last one of this row
   float* scale_target;
 
   // Fragments: what this lane reads of a stage.
@@ -131,7 +127,7 @@ struct FusedTile {
   float acc[2][kTilesM][4];  // [16 rows n][8 rows m][mma register]
 
   __device__ __forceinline__ FusedTile(const FusedParams& params, FusedSmem<Arch, kTilesM>& smem)
-      : p(params), s(smem) {
+      : p(params), s(smem), scale_pipeline(params.scales, params.run_shift, params.scale_factor) {
     const int tid = threadIdx.x;
     n0 = static_cast<int64_t>(blockIdx.x) * Traits::kTileN;
     m0 = static_cast<int64_t>(blockIdx.y) * Traits::kTileM;
@@ -185,11 +181,9 @@ struct FusedTile {
   __device__ __forceinline__ void locate_scales(int tid) {
     const int stage_run = tid % Traits::kRuns, n = tid / Traits::kRuns;
     const uint32_t first = static_cast<uint32_t>((weight_row(n) * p.gemm.weight.K + k_begin) / kRun);
-    scale_run = first + stage_run;
+    next_run = first + stage_run;
     last_run = first + length / kRun - 1;
     scale_target = &s.scales[0][stage_run][n];
-    offset = kNested ? __ldg(p.scales.nested) : 0.0f;
-    code = 0;
   }
 
   // Entry b of the pair table: the two values of byte b, the high nibble's (lower k) first.
@@ -239,27 +233,13 @@ struct FusedTile {
     ptx::cp_async_commit();
   }
 
-  // Three steps in three iterations, so that none waits for the one before: load the code, look it
-  // up, multiply and add. Beyond the last run its scale is fetched again, and nobody uses it.
-  __device__ __forceinline__ void fetch_code() {
-    const uint32_t block = min(scale_run, last_run) >> p.run_shift;
-    scale_run += Traits::kRuns;
-    if constexpr (kNested) {
-      code = __ldg(p.scales.code + block);
-      absmax2 = __ldg(p.scales.nested + 1 + (block >> 8));
-    } else {
-      absmax2 = __ldg(p.scales.absmax + block);
-    }
-  }
-  __device__ __forceinline__ void look_up_code() {
-    if constexpr (kNested) map_value = __ldg(kDeviceDynamicMap + code);
-    multiplier = absmax2;
+  // Beyond the last run its scale is fetched again, and nobody uses it.
+  __device__ __forceinline__ void fetch_scale() {
+    scale_pipeline.fetch(min(next_run, last_run));
+    next_run += Traits::kRuns;
   }
   __device__ __forceinline__ void store_scale(int buffer) {
-    float scale = multiplier;
-    if constexpr (kNested) scale = __fadd_rn(__fmul_rn(map_value, multiplier), offset);
-    scale_target[buffer * (Traits::kRuns * Traits::kScalePitch)] =
-        __fmul_rn(scale, p.scale_factor);
+    scale_target[buffer * (Traits::kRuns * Traits::kScalePitch)] = scale_pipeline.value();
   }
 
   // The two values of byte `i` of `word`, ready for an mma fragment.
@@ -380,13 +360,13 @@ struct FusedTile {
   __device__ __forceinline__ void run_all() {
     constexpr int kAhead = Traits::kStages - 1;
     for (int stage = 0; stage < kAhead; ++stage) copy_stage(stage * Traits::kTileK, stage);
-    fetch_code();
+    fetch_scale();
     fill_table();
-    look_up_code();
+    scale_pipeline.look_up();
     store_scale(0);
-    fetch_code();
-    look_up_code();
-    fetch_code();
+    fetch_scale();
+    scale_pipeline.look_up();
+    fetch_scale();
     for (int k = 0; k < length;) {
 #pragma unroll
       for (int slot = 0; slot < Traits::kStages; ++slot) {  // slots are then immediate offsets
@@ -395,8 +375,8 @@ struct FusedTile {
         __syncthreads();  // this stage is there for all; the one before has been read by all
         copy_stage(k + kAhead * Traits::kTileK, (slot + kAhead) % Traits::kStages);
         store_scale((slot + 1) % 2);
-        look_up_code();
-        fetch_code();
+        scale_pipeline.look_up();
+        fetch_scale();
         if (k + run * kRun < length) multiply(slot, slot % 2);
         k += Traits::kTileK;
       }
