@@ -21,11 +21,11 @@ int64_t grain_of(const Gemm4bitParams& p, int64_t rows, int64_t columns) {
   return std::max<int64_t>(1, kGrainMacs / macs);
 }
 
-float bias_at(const Gemm4bitParams& p, int64_t n) {
-  float value = 0.0f;
-  if (p.bias == nullptr) return value;
-  kernels().to_float(element(p.bias, p.bias_dtype, n), p.bias_dtype, 1, &value);
-  return value;
+// The bias of columns [n, n + count), in fp32; zeros without one.
+void load_bias(const Gemm4bitParams& p, int64_t n, int64_t count, float* bias) {
+  std::fill_n(bias, count, 0.0f);
+  if (p.bias == nullptr) return;
+  kernels().to_float(element(p.bias, p.bias_dtype, n), p.bias_dtype, count, bias);
 }
 
 // ---- few rows of x ----
@@ -65,13 +65,14 @@ void few_rows_region(const Gemm4bitParams& p, const Region& region) {
       kernels().dot(p.weight, first, depth, x, x_stride, p.M, sums[i]);
     }
   }
-  for (int64_t i = 0; i < region.columns; ++i) {
-    const int64_t n = region.column + i;
-    add_bypass(p, n, sums[i]);
-    for (int64_t m = 0; m < p.M; ++m) {
-      const float value = sums[i][m] + bias_at(p, n);
-      kernels().from_float(&value, 1, p.dtype, element(p.y, p.dtype, m * p.weight.N + n));
-    }
+  float bias[kDotRegion];
+  load_bias(p, region.column, region.columns, bias);
+  for (int64_t i = 0; i < region.columns; ++i) add_bypass(p, region.column + i, sums[i]);
+  for (int64_t m = 0; m < p.M; ++m) {
+    float row[kDotRegion];
+    for (int64_t i = 0; i < region.columns; ++i) row[i] = sums[i][m] + bias[i];
+    void* y = element(p.y, p.dtype, m * p.weight.N + region.column);
+    kernels().from_float(row, region.columns, p.dtype, y);
   }
 }
 
@@ -91,10 +92,10 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
                            depth, panel);
   }, sums);
   void* y = element(p.y, p.dtype, row * p.weight.N);
-  store(region, sums, p.dtype, p.weight.N, y,
-        [&](int64_t, int64_t n, int64_t width, float* values) {
-    if (p.bias == nullptr) return;
-    for (int64_t c = 0; c < width; ++c) values[c] += bias_at(p, n + c);
+  float bias[kRegionTiles * kPanelWidth];
+  load_bias(p, region.column, region.columns, bias);
+  store(region, sums, p.dtype, p.weight.N, y, [&](int64_t, float* values) {
+    for (int64_t c = 0; c < region.columns; ++c) values[c] += bias[c];
   });
 }
 

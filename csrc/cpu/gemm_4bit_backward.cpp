@@ -26,7 +26,7 @@ void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left
                         panel);
   }, sums);
   store(region, sums, p.dtype, K, element(p.dX, p.dtype, row * K),
-        [](int64_t, int64_t, int64_t, float*) {});
+        [](int64_t, float*) {});
 }
 
 }  // namespace

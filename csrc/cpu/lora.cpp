@@ -53,8 +53,8 @@ void shrink(const Left& left, const Right& right, int64_t M, int64_t R, float sc
     clear(region, sums);
     add_product(left, region, right, sums);
     store(region, sums, DType::kFloat32, R, out,
-          [&](int64_t, int64_t, int64_t width, float* values) {
-      scale_by(scaling, width, values);
+          [&](int64_t, float* values) {
+      scale_by(scaling, region.columns, values);
     });
   });
 }
@@ -83,8 +83,8 @@ void shrink_input_gradient(const LoraShrinkBackwardParams& p) {
     Accumulators sums;
     clear(region, sums);
     add_product(dS, region, lora_A, sums);
-    store(region, sums, p.dtype, p.K, p.dx, [&](int64_t, int64_t, int64_t width, float* values) {
-      scale_by(p.scaling, width, values);
+    store(region, sums, p.dtype, p.K, p.dx, [&](int64_t, float* values) {
+      scale_by(p.scaling, region.columns, values);
     });
   });
 }
@@ -122,8 +122,8 @@ const char* launch::lora_shrink_backward(const LoraShrinkBackwardParams& p, void
   factor_gradient(p.dS, p.R, Rows{p.x, p.dtype, p.x_stride}, p.M, p.R, p.K,
                   [&](const Region& region, Accumulators& sums) {
     store(region, sums, p.lora_dtype, p.K, p.dA,
-          [&](int64_t, int64_t, int64_t width, float* values) {
-      scale_by(p.scaling, width, values);
+          [&](int64_t, float* values) {
+      scale_by(p.scaling, region.columns, values);
     });
   });
   return nullptr;

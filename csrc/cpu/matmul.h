@@ -18,6 +18,7 @@ namespace qlora_ext::cpu {
 
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
 constexpr int64_t kMaxConvertedRows = 64;    // rows a task converts to fp32 itself: 64 KB of stack
+constexpr int64_t kMaxRegionColumns = 256;
 constexpr int64_t kMaxWorkspace = int64_t{16} << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -86,18 +87,15 @@ void add_product(const Left& left, const Region& region, const Fill& fill, Accum
   alignas(64) float panel[kDepth * kPanelWidth];
   alignas(64) float converted[kMaxConvertedRows * kDepth];
   const Kernels& simd = kernels();
+  const bool converts = left.dtype != DType::kFloat32;
+  const int64_t row_stride = converts ? kDepth : left.row_stride;
   for (int64_t d = 0; d < left.depth; d += kDepth) {
     const int64_t depth = std::min(kDepth, left.depth - d);
     const int64_t offset = region.row * left.row_stride + d / kDepth * left.block_stride;
-    const float* x = static_cast<const float*>(left.data) + offset;
-    int64_t row_stride = left.row_stride;
-    if (left.dtype != DType::kFloat32) {
-      for (int64_t m = 0; m < region.rows; ++m) {
-        const void* row = element(left.data, left.dtype, offset + m * left.row_stride);
-        simd.to_float(row, left.dtype, depth, converted + m * kDepth);
-      }
-      x = converted;
-      row_stride = kDepth;
+    const float* x = converts ? converted : static_cast<const float*>(left.data) + offset;
+    for (int64_t m = 0; converts && m < region.rows; ++m) {
+      const void* row = element(left.data, left.dtype, offset + m * left.row_stride);
+      simd.to_float(row, left.dtype, depth, converted + m * kDepth);
     }
     for (int64_t tile = 0; tile < region.tiles(); ++tile) {
       fill(region.column + tile * kPanelWidth, region.tile_width(tile), d, depth, panel);
@@ -112,20 +110,19 @@ inline void clear(const Region& region, Accumulators& sums) {
   std::fill_n(sums.values, region.tiles() * region.rows * kPanelWidth, 0.0f);
 }
 
-// Rounds a region into out [*, out_stride]. finish(row, column, width, values) may change the
-// fp32 values of one row of a tile before they are rounded.
+// Rounds a region into out [*, out_stride]. finish(row, values) may change one row's fp32 values,
+// region.columns of them, before they are rounded.
 template <class Finish>
 void store(const Region& region, Accumulators& sums, DType dtype, int64_t out_stride, void* out,
            const Finish& finish) {
-  for (int64_t tile = 0; tile < region.tiles(); ++tile) {
-    const int64_t width = region.tile_width(tile);
-    const int64_t column = region.column + tile * kPanelWidth;
-    for (int64_t m = 0; m < region.rows; ++m) {
-      float* values = sums.row(region, tile, m);
-      finish(region.row + m, column, width, values);
-      const int64_t at = (region.row + m) * out_stride + column;
-      kernels().from_float(values, width, dtype, element(out, dtype, at));
+  float values[kMaxRegionColumns];
+  for (int64_t m = 0; m < region.rows; ++m) {
+    for (int64_t tile = 0; tile < region.tiles(); ++tile) {
+      std::copy_n(sums.row(region, tile, m), kPanelWidth, values + tile * kPanelWidth);
     }
+    finish(region.row + m, values);
+    const int64_t at = (region.row + m) * out_stride + region.column;
+    kernels().from_float(values, region.columns, dtype, element(out, dtype, at));
   }
 }
 

@@ -21,10 +21,10 @@ void merge_region(const MergeLora4bitParams& p, const Region& region) {
     kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width, depth,
                         panel);
   }, sums);
-  store(region, sums, p.dtype, K, p.out, [&](int64_t n, int64_t k, int64_t width, float* values) {
-    float weight[kPanelWidth];
-    kernels().decode(p.weight, n * K + k, width, DType::kFloat32, weight);
-    for (int64_t c = 0; c < width; ++c) values[c] = weight[c] + p.scaling * values[c];
+  store(region, sums, p.dtype, K, p.out, [&](int64_t n, float* values) {
+    float weight[kRegionColumns];
+    kernels().decode(p.weight, n * K + region.column, region.columns, DType::kFloat32, weight);
+    for (int64_t c = 0; c < region.columns; ++c) values[c] = weight[c] + p.scaling * values[c];
   });
 }
 
