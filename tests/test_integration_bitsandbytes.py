@@ -188,6 +188,12 @@ def test_what_their_format_cannot_hold_is_refused(llama, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(llama)
     with pytest.raises(ValueError, match="not quantized by qlora_ext"):
         qlora_ext.save_pretrained(dense, tmp_path, format="bitsandbytes")
+    import peft
+
+    tuned = load()
+    peft.get_peft_model(tuned, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters of PEFT"):
+        qlora_ext.save_pretrained(tuned, tmp_path, format="bitsandbytes")
     with pytest.raises(ValueError, match="is quantized by None"):
         qlora_ext.from_pretrained(llama)
 

@@ -414,6 +414,11 @@ def save_pretrained(
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QLoraExtHfQuantizer):
         raise ValueError(f"save_pretrained: {type(model).__name__} is not quantized by qlora_ext")
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise ValueError(
+            "save_pretrained: the model has adapters of PEFT; save those with the PEFT model's own "
+            "save_pretrained, and here what its unload() returns"
+        )
     if format == "qlora_ext":
         model.save_pretrained(path, **kwargs)
         return
