@@ -251,6 +251,30 @@ def test_whole_model_on_meta():
     assert memory_report(model).bits_per_weight > 4.1
 
 
+def test_whole_model_compiles_as_one_graph_for_any_length():
+    from torch._dynamo.utils import counters
+
+    model = quantize(tiny.make("llama", num_hidden_layers=1))
+    add_lora(model, LoraConfig(mlp=True, head=True, lora_dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    weight = model.model.layers[0].mlp.up_proj.lora_A
+    for length in (5, 8, 13):
+        ids = tiny.inputs(model, length=length)["input_ids"]
+        results = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            logits = forward(input_ids=ids, use_cache=False).logits
+            logits.square().sum().backward()
+            results.append((logits.detach(), weight.grad.clone()))
+        torch.testing.assert_close(results[1], results[0])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 # Bad arguments ------------------------------------------------------------------------------------
 
 
