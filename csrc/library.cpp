@@ -42,7 +42,7 @@ std::vector<float> dynamic_map() {
 }
 
 std::string cpu_path() {
-  if (const char* error = qlora_ext::cpu::cpu_path_error()) qlora_ext::fail("QLORA_EXT_CPU", error);
+  if (const char* error = qlora_ext::cpu::cpu_path_error()) throw std::runtime_error(error);
   return qlora_ext::cpu::cpu_path();
 }
 
@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, m) {
         "(16 effective values by code, 15 ascending decision thresholds)");
   m.def("dynamic_map", &dynamic_map, "The 256 values of the signed dynamic map for 8-bit scales");
   m.def("cpu_path", &cpu_path,
-        "The instruction set that the CPU kernels run on: 'avx2' or 'portable'");
+        "The instruction set that the CPU kernels run on: 'avx512', 'avx2' or 'portable'");
   m.attr("torch_target_version") = "2.11";
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_archs") = QLORA_EXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA half; "" without

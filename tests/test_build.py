@@ -1,0 +1,150 @@
+"""setup.py's decisions, asked without building: what it says, and which toolkit it takes."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_ext
+
+SETUP = Path(__file__).parent.parent / "setup.py"
+CPU_TORCH = torch.version.cuda is None
+
+
+@pytest.fixture
+def setup_module(monkeypatch):
+    """Runs setup.py with setuptools' setup() replaced; returns its globals."""
+    pytest.importorskip("setuptools")
+
+    def run(torch_cuda=None, path="", **environment):
+        called = {}
+        monkeypatch.setattr("setuptools.setup", lambda **kwargs: called.update(kwargs))
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setenv("PATH", path)
+        for key in ("USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        return runpy.run_path(str(SETUP)), called
+
+    return run
+
+
+def fake_nvcc(folder: Path, top: Path) -> str:
+    """A folder with a wrapper script for an nvcc that lies elsewhere, as some machines have."""
+    top.mkdir()
+    script = folder / "nvcc"
+    script.write_text(f'#!/bin/sh\necho "#$ TOP={top}/bin/.." >&2\n')
+    script.chmod(0o755)
+    (top / "bin").mkdir()
+    return f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin"
+
+
+def test_no_nvcc_or_a_cpu_torch_builds_the_cpu_backend_and_says_so(setup_module, tmp_path, capsys):
+    _, called = setup_module(torch_cuda=None)
+    assert [e.name for e in called["ext_modules"]] == ["qlora_ext._C"]
+    assert "needs a CUDA build of torch" in capsys.readouterr().out
+    _, called = setup_module(torch_cuda="13.0", path=str(tmp_path))
+    assert len(called["ext_modules"]) == 1
+    assert "needs nvcc on the PATH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "torch_cuda, sentence",
+    [
+        (None, "USE_CUDA=1 needs a CUDA build of torch"),
+        ("12.6", "USE_CUDA=1 needs CUDA 12.8 or newer"),
+        ("13.0", "USE_CUDA=1 needs nvcc on the PATH"),
+    ],
+)
+def test_use_cuda_in_vain_is_one_sentence(setup_module, tmp_path, torch_cuda, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        setup_module(torch_cuda=torch_cuda, path=str(tmp_path), USE_CUDA="1")
+    assert sentence in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_rocm_is_refused_by_a_sentence(setup_module, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(SystemExit, match="USE_CUDA=1 needs CUDA on linux-x86_64"):
+        setup_module(torch_cuda=None, USE_CUDA="1")
+
+
+def test_use_cuda_is_0_or_1(setup_module):
+    with pytest.raises(SystemExit, match="USE_CUDA is 'yes', want 0 or 1"):
+        setup_module(USE_CUDA="yes")
+
+
+def test_the_toolkit_is_the_one_nvcc_itself_uses(setup_module, tmp_path):
+    """nvcc on the PATH may be a script in a folder that is no toolkit."""
+    (tmp_path / "bin").mkdir()
+    path = fake_nvcc(tmp_path / "bin", tmp_path / "toolkit")
+    module, _ = setup_module(torch_cuda=None, path=path)
+    assert module["TOOLKIT"] == str(tmp_path / "toolkit")
+
+
+def test_without_torch_it_says_what_to_run():
+    code = f"import sys, runpy; sys.modules['torch'] = None; runpy.run_path({str(SETUP)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SETUP.parent)
+    assert done.returncode == 1
+    assert "pip install --no-build-isolation ." in done.stderr and "Traceback" not in done.stderr
+
+
+def test_setup_is_short():
+    assert len(SETUP.read_text().splitlines()) <= 110
+
+
+# What was built -----------------------------------------------------------------------------
+
+
+def test_build_info():
+    info = qlora_ext.build_info()
+    assert info["torch"] == torch.__version__ and info["torch_target"] == "2.11"
+    assert info["cpu_path"] in ("portable", "avx2", "avx512")
+    assert info["cuda_live"] == (info["cuda_built"] and not CPU_TORCH and info["cuda_why_not"] is None)
+    assert info["cuda_live"] or info["cuda_why_not"]
+
+
+def run_module(**environment):
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_ext"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parent,
+    )
+
+
+def test_python_m_prints_it():
+    done = run_module(QLORA_EXT_CPU="portable")
+    assert done.returncode == 0, done.stderr
+    assert "cpu_path  portable" in done.stdout
+
+
+def test_an_unknown_cpu_path_is_a_sentence():
+    done = run_module(QLORA_EXT_CPU="sse9")
+    assert done.returncode != 0 and "QLORA_EXT_CPU" in done.stderr and "sse9" in done.stderr
+    code = "import torch, qlora_ext; qlora_ext.quantize_4bit(torch.zeros(4))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "QLORA_EXT_CPU": "sse9"},
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode != 0 and "sse9" in done.stderr and "want" in done.stderr
+
+
+def test_importing_it_does_not_load_the_ecosystem():
+    code = "import sys, qlora_ext; print(sorted({'transformers', 'peft', 'trl', 'accelerate', 'bitsandbytes'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_torch_header_in_device_files():
+    cuda = SETUP.parent / "csrc" / "cuda"
+    files = [*cuda.glob("*.cu"), *cuda.glob("*.cuh")]
+    assert files
+    for file in files:
+        for line in file.read_text().splitlines():
+            assert not (line.startswith("#include") and ("torch" in line or "ATen" in line or "c10" in line)), (file, line)
