@@ -1,6 +1,7 @@
 """PEFT's own code on packed layers: train, merge, unmerge, save, reload, and what is refused."""
 
 import copy
+import pickle
 import warnings
 from unittest import mock
 
@@ -426,9 +427,66 @@ def test_weighted_adapters(folders):
     assert count_calls("lora_gemm_4bit", model.eval()) == 4
 
 
+# Copying, compiling, optimizers ---------------------------------------------------------------
+
+
+def test_deepcopy_and_pickle(folders, tmp_path):
+    model = adapted(folders)
+    model.merge_adapter()
+    for again in [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]:
+        assert torch.equal(logits(again), logits(model))
+        again.unmerge_adapter()
+        assert isinstance(lora_layers(again)[0].base_layer, Linear4bit)
+    model.unmerge_adapter()
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_layer_compiles_in_one_graph(folders):
+    layer = lora_layers(adapted(folders))[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    got, want = compiled(x), layer(x)
+    torch.testing.assert_close(got, want)
+    inputs = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
+def test_bitsandbytes_optimizers(folders, name):
+    optim = pytest.importorskip("bitsandbytes").optim
+    model = adapted(folders).train()
+    try:
+        optimizer = getattr(optim, name)(
+            (p for p in model.parameters() if p.requires_grad), lr=1e-2
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"bitsandbytes has no {name} here: {error}")
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_config_is_json_for_loggers(folders):
+    # TensorBoard's and other callbacks write the config's JSON.
+    assert '"quant_method": "qlora_ext"' in adapted(folders).config.to_json_string()
+
+
 # Other tuners --------------------------------------------------------------------------------
 
 SUPPORTED = {
+    "ADALORA": lambda: peft.AdaLoraConfig(
+        target_r=2, init_r=4, total_step=10, target_modules=ATTENTION
+    ),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=ATTENTION),
     "MISS": lambda: peft.MissConfig(r=4, target_modules=ATTENTION),
     "OFT": lambda: peft.OFTConfig(oft_block_size=8, target_modules=ATTENTION),
@@ -448,9 +506,6 @@ REFUSED = {
     ),
     "C3A": lambda: peft.C3AConfig(block_size=8, target_modules=ATTENTION),
     "RANDLORA": lambda: peft.RandLoraConfig(r=4, target_modules=ATTENTION),
-    "ADALORA": lambda: peft.AdaLoraConfig(
-        target_r=2, init_r=4, total_step=10, target_modules=ATTENTION
-    ),
 }
 
 
@@ -488,6 +543,23 @@ def test_no_tuner_of_peft_slips_through(folders):
     for tuner in plugin._subclasses(BaseTuner):
         if "_create_and_replace" in vars(tuner):
             assert hasattr(vars(tuner)["_create_and_replace"], "__wrapped__"), tuner
+
+
+def test_adalora_allocates_ranks(folders):
+    config = peft.AdaLoraConfig(
+        target_r=2, init_r=4, tinit=1, tfinal=1, deltaT=1, total_step=6, target_modules=ATTENTION
+    )
+    model = randomize(peft.get_peft_model(base_model(folders), config)).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for step in range(5):
+        loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 def test_target_parameters_on_a_packed_weight(folders):

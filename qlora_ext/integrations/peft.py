@@ -3,7 +3,7 @@
 PEFT has no registry that outlives one config, so a few of its functions are wrapped, once, by
 `attach()`. What is wrapped is the table at its foot, and nothing else of PEFT is touched:
 
-    LoraModel._create_new_module    a packed layer gets `LoraLinear4bit`
+    {Lora,AdaLora}Model._create_new_module   a packed layer gets `LoraLinear4bit` or AdaLoRA's
     resolve_quantization_backend    BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
     dequantize_module_weight        DoRA's norms
     <tuner>._create_and_replace     any other tuner is refused with a sentence
@@ -31,6 +31,7 @@ import peft
 import torch
 import transformers
 from peft.tuners import lora
+from peft.tuners.adalora import AdaLoraModel, SVDLinear
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import other as peft_other
@@ -43,7 +44,7 @@ from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
 
 # Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
-_SUPPORTED = {"LORA", "XLORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+_SUPPORTED = {"ADALORA", "LORA", "XLORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
 
 _merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False)
 
@@ -102,6 +103,16 @@ def _restore(layer: BaseTunerLayer) -> None:
     aside = holder.__dict__.pop("_qlora_ext_packed", None)
     if aside:
         holder.base_layer = aside[0].to(holder.base_layer.weight.device)
+
+
+def _check_finite(layer: str, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
+    """ValueError for a merged weight with NaN or Inf, where one was to be looked for."""
+    # Sums beyond float16's range are infinities; no merge may write those.
+    if (safe_merge or weight.dtype == torch.float16) and not torch.isfinite(weight).all():
+        raise ValueError(
+            f"merge: {layer}: its weight with adapters {names} is not finite in {weight.dtype}; "
+            "an adapter is broken, or the dtype too narrow"
+        )
 
 
 # LoRA ----------------------------------------------------------------------------------------
@@ -206,12 +217,7 @@ class LoraLinear4bit(PeftLoraLinear):
             self._set_merged(weight.detach().to(dtype), [name], safe_merge)
 
     def _set_merged(self, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
-        # Sums beyond float16's range are infinities here; no merge may write those.
-        if (safe_merge or weight.dtype == torch.float16) and not torch.isfinite(weight).all():
-            raise ValueError(
-                f"merge: {self._name}: its weight with adapters {names} is not finite in "
-                f"{weight.dtype}; an adapter is broken, or the dtype too narrow"
-            )
+        _check_finite(self._name, weight, names, safe_merge)
         bias_change = [
             self.lora_B[name].bias.detach() * self.scaling[name]
             for name in names
@@ -258,8 +264,28 @@ class LoraLinear4bit(PeftLoraLinear):
             super().olora_init(adapter_name)
 
 
+class AdaLoraLinear4bit(SVDLinear):
+    """PEFT's AdaLoRA layer on a `Linear4bit`: its forward as it is, merging as in LoRA."""
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name
+        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As `LoraLinear4bit.merge`."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                weight = dequantize(self.get_base_layer()).detach().float()
+                weight = (weight + self.get_delta_weight(name)).detach()
+                _check_finite(self._name, weight.to(_packed_base(self).dtype), [name], safe_merge)
+                _swap_in(self, weight.to(_packed_base(self).dtype))
+                self.merged_adapters.append(name)
+
+    unmerge = LoraLinear4bit.unmerge
+
+
 def _create_lora_module(original):
-    """Wraps `LoraModel._create_new_module`."""
+    """Wraps `_create_new_module` of LoraModel and AdaLoraModel."""
 
     @functools.wraps(original)
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
@@ -274,6 +300,9 @@ def _create_lora_module(original):
         if lora_config.fan_in_fan_out:
             # A GPT-2 layer is a Conv1D, [in, out]; packed it is an ordinary [out, in] layer.
             lora_config.fan_in_fan_out = False
+        if lora_config.peft_type == peft.PeftType.ADALORA:
+            kwargs.pop("device_map", None)
+            return AdaLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
         return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
 
     return _create_new_module
@@ -481,8 +510,8 @@ def attach() -> None:
     """
     if isinstance(vars(lora.LoraModel).get("_qlora_ext_attached"), bool):
         return
-    create = lora.LoraModel._create_new_module
-    lora.LoraModel._create_new_module = staticmethod(_create_lora_module(create))
+    for tuner in (lora.LoraModel, AdaLoraModel):
+        tuner._create_new_module = staticmethod(_create_lora_module(tuner._create_new_module))
     for tuner in _subclasses(BaseTuner):
         if "_create_and_replace" in vars(tuner):
             tuner._create_and_replace = _refuse_packed(tuner._create_and_replace)
