@@ -417,6 +417,41 @@ def test_olora_changes_the_base_it_starts_from(folders):
     assert 0 < difference < 0.5 * logits(base_model(folders)).std()
 
 
+@pytest.mark.parametrize("through", ["ours", "peft"])
+def test_loftq_starts_nearer_to_the_unquantized_model(folders, through):
+    from transformers import AutoModelForCausalLM
+
+    want = logits(AutoModelForCausalLM.from_pretrained(folders[0]))
+    model = peft.get_peft_model(
+        base_model(folders), lora_config(r=16, target_modules="all-linear", lora_alpha=8)
+    )
+    before = (logits(model) - want).std()
+    bytes_before = packed_state(model)
+    start = {
+        "ours": plugin.replace_lora_weights_loftq,
+        "peft": peft.replace_lora_weights_loftq,
+    }[through]
+    start(model, str(folders[0]))
+    assert (logits(model) - want).std() < 0.8 * before
+    after = packed_state(model)
+    assert all(torch.equal(after[name], bytes_before[name]) for name in after)
+
+
+def test_loftq_needs_the_unquantized_weights(folders):
+    model = adapted(folders)
+    with pytest.raises(ValueError, match="must be the unquantized model"):
+        plugin.replace_lora_weights_loftq(model, folders[1])
+    with pytest.raises(ValueError, match="no packed layer with LoRA named 'other'"):
+        plugin.replace_lora_weights_loftq(model, folders[0], adapter_name="other")
+
+
+def test_loftq_callback_takes_a_layer_back(folders):
+    model = adapted(folders)
+    before = logits(model)
+    plugin.replace_lora_weights_loftq(model, folders[0], callback=lambda model, name: False)
+    assert torch.equal(logits(model), before)
+
+
 def test_weighted_adapters(folders):
     model = adapted(folders)
     model.add_adapter("second", lora_config())
@@ -560,6 +595,12 @@ def test_adalora_allocates_ranks(folders):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_two_kinds_of_tuner_on_one_layer_are_refused(folders):
+    model = peft.PeftMixedModel(base_model(folders), lora_config(), "default")
+    with pytest.raises(ValueError, match="OFT on a 4-bit layer that has LORA already"):
+        model.add_adapter("second", SUPPORTED["OFT"]())
 
 
 def test_target_parameters_on_a_packed_weight(folders):

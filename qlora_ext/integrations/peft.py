@@ -10,6 +10,7 @@ PEFT has no registry that outlives one config, so a few of its functions are wra
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
+    replace_lora_weights_loftq               LoftQ's start, against our quantizer
 
 While adapters are merged, a dense layer stands in for the packed one, which is kept as it was:
 unmerging puts the same bytes back.
@@ -24,6 +25,7 @@ import contextvars
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ import peft
 import torch
 import transformers
 from peft.tuners import lora
-from peft.tuners.adalora import AdaLoraModel, SVDLinear
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, SVDLinear
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import loftq_utils, quantization_utils
 from peft.utils import other as peft_other
-from peft.utils import quantization_utils
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
@@ -44,7 +47,7 @@ from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
 
 # Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
-_SUPPORTED = {"ADALORA", "LORA", "XLORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+_SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
 
 _merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False)
 
@@ -361,6 +364,15 @@ def _dequantize_module(original):
     return dequantize_module_weight
 
 
+def _tuner(layer: BaseTunerLayer) -> str:
+    """The name of the method that a tuner layer belongs to."""
+    if isinstance(layer, AdaLoraLayer):
+        return "ADALORA"
+    if isinstance(layer, LoraLayer):
+        return "LORA"
+    return type(layer).__module__.split(".")[2].upper()  # peft.tuners.oft.layer
+
+
 def _refuse_packed(original):
     """Wraps a tuner's `_create_and_replace`: such a tuner would train on a packed weight and then
     fail to merge, or add to its bytes."""
@@ -369,11 +381,18 @@ def _refuse_packed(original):
     def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
-        if isinstance(base, Linear4bit) and method not in _SUPPORTED:
-            raise ValueError(
-                f"PEFT's {method} cannot train a 4-bit layer of qlora_ext; use one of "
-                f"{', '.join(sorted(_SUPPORTED))}, or load the model unquantized"
-            )
+        if isinstance(base, Linear4bit):
+            if method not in _SUPPORTED:
+                raise ValueError(
+                    f"PEFT's {method} cannot train a 4-bit layer of qlora_ext; use one of "
+                    f"{', '.join(sorted(_SUPPORTED))}, or load the model unquantized"
+                )
+            if isinstance(target, BaseTunerLayer) and _tuner(target) != method:
+                # Merging two kinds into one weight depends on an order that neither knows.
+                raise ValueError(
+                    f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
+                    "of one kind only"
+                )
         return original(self, config, adapter_name, target, *args, **kwargs)
 
     return _create_and_replace
@@ -456,6 +475,79 @@ def _prepare(original):
     return prepare
 
 
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: torch.nn.Module,
+    model_path: str | Path | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[torch.nn.Module, str], bool] | None = None,
+) -> None:
+    """Starts LoRA from what quantizing took away: B A nearest to W - dequantize(W4), by SVD.
+
+    The packed weights stay as they are, so the adapter fits any copy of the 4-bit model. Source:
+    LoftQ (arXiv 2310.08659), one step of its iteration, as PEFT does for bitsandbytes.
+
+    Args:
+        peft_model: a `PeftModel` with LoRA on packed layers.
+        model_path: folder or file with the unquantized weights in safetensors; None takes the
+            folder that the base was loaded from.
+        adapter_name: the adapter to write.
+        callback: called with (peft_model, layer name) after each layer; returning False takes that
+            layer's change back.
+
+    Raises:
+        ValueError: no LoRA on a packed layer, or the file holds something else than its weight.
+        FileNotFoundError: no safetensors file there.
+    """
+    prefix = "base_model.model."
+    layers = {
+        name.removeprefix(prefix): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLinear4bit) and adapter_name in module.lora_A
+    }
+    if not layers:
+        raise ValueError(
+            f"replace_lora_weights_loftq: no packed layer with LoRA named {adapter_name!r}"
+        )
+    model_path = model_path or peft_model.get_base_model().config._name_or_path
+    loader = loftq_utils._SafetensorLoader(peft_model, str(model_path))
+    for name, layer in layers.items():
+        packed = _packed_base(layer)
+        weight = loader.get_tensor(f"{name}.weight")
+        weight = weight.T if packed.from_conv1d else weight
+        if tuple(weight.shape) != (packed.out_features, packed.in_features):
+            raise ValueError(
+                f"replace_lora_weights_loftq: {name}.weight in {model_path} has shape "
+                f"{tuple(weight.shape)}, want {(packed.out_features, packed.in_features)}: it must "
+                "be the unquantized model"
+            )
+        lost = weight.to(packed.weight.device, torch.float32) - dequantize(packed)
+        # The seed of the random projection: the same start in every run.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            r = layer.r[adapter_name]
+            U, S, V = torch.svd_lowrank(lost, q=min(2 * r + 8, *lost.shape), niter=4)
+        root = (S[:r] / abs(layer.scaling[adapter_name])).sqrt()
+        lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        before = lora_A.clone(), lora_B.clone()
+        lora_A.copy_((V[:, :r] * root).T)
+        lora_B.copy_(U[:, :r] * root)
+        if callback is not None and not callback(peft_model, name):
+            lora_A.copy_(before[0])
+            lora_B.copy_(before[1])
+
+
+def _loftq(original):
+    """Wraps `replace_lora_weights_loftq`."""
+
+    @functools.wraps(original)
+    def replace(peft_model, *args, **kwargs):
+        ours = any(isinstance(module, LoraLinear4bit) for module in peft_model.modules())
+        return (replace_lora_weights_loftq if ours else original)(peft_model, *args, **kwargs)
+
+    return replace
+
+
 def load_adapters(path: str | Path, base: Any = None, is_trainable: bool = False, **kwargs: Any):
     """A saved adapter on its 4-bit base, in one call, for a fresh process.
 
@@ -526,6 +618,7 @@ def attach() -> None:
             )
     _replace_everywhere(quantization_utils.resolve_quantization_backend, _resolve_backend)
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
+    _replace_everywhere(loftq_utils.replace_lora_weights_loftq, _loftq)
     _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
     lora.LoraModel._qlora_ext_attached = True
 
