@@ -183,6 +183,37 @@ struct Embedding4bitParams {
   DType dtype;
 };
 
+// y = x W^T + bias with a dense W, accumulated in fp32 and rounded once to dtype. The CPU backend
+// alone has it, for bf16 and fp16 layers that stay unquantized: torch's matmul is slow there.
+struct LinearParams {
+  const void* x;       // [M, K], dtype, rows x_stride apart
+  const void* weight;  // [N, K], weight_dtype, contiguous
+  const void* bias;    // [N], bias_dtype; or null
+  void* y;             // [M, N], dtype, contiguous
+  int64_t M;
+  int64_t N;
+  int64_t K;
+  int64_t x_stride;
+  DType dtype;
+  DType weight_dtype;
+  DType bias_dtype;
+  void* workspace;
+};
+
+// dX = dY W with a dense W.
+struct LinearBackwardParams {
+  const void* dY;      // [M, N], dtype, rows dY_stride apart
+  const void* weight;  // [N, K], weight_dtype, contiguous
+  void* dX;            // [M, K], dtype, contiguous
+  int64_t M;
+  int64_t N;
+  int64_t K;
+  int64_t dY_stride;
+  DType dtype;
+  DType weight_dtype;
+  void* workspace;
+};
+
 // Each backend defines these. A launcher returns null, or a sentence that says what went wrong
 // (CUDA: the failed call and its error). `stream` is a cudaStream_t, null on the CPU.
 // A workspace_ function returns the bytes of scratch its launcher needs, 0 for none.
@@ -199,6 +230,9 @@ const char* lora_expand_backward(const LoraExpandBackwardParams&, void* stream);
 const char* merge_lora_4bit(const MergeLora4bitParams&, void* stream);
 const char* embedding_4bit(const Embedding4bitParams&, void* stream);
 
+const char* linear(const LinearParams&, void* stream);                   // CPU only
+const char* linear_backward(const LinearBackwardParams&, void* stream);  // CPU only
+
 int64_t workspace_quantize_4bit(const Quantize4bitParams&);
 int64_t workspace_quantize_absmax(const QuantizeAbsmaxParams&);
 int64_t workspace_gemm_4bit(const Gemm4bitParams&);
@@ -206,6 +240,8 @@ int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams&);
 int64_t workspace_lora_shrink(const LoraShrinkParams&);
 int64_t workspace_lora_shrink_backward(const LoraShrinkBackwardParams&);
 int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams&);
+int64_t workspace_linear(const LinearParams&);
+int64_t workspace_linear_backward(const LinearBackwardParams&);
 
 // Rows of W to decode at a time into a dense chunk that torch's matmul (cuBLAS) then multiplies,
 // or 0: the fused kernel is used. Named heuristics on (M, N, K, dtype, SM count, architecture).

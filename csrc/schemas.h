@@ -44,6 +44,9 @@ constexpr const char* kSchemas[] = {
     // dequantize(W) + scaling B A in fp32, rounded once.
     "merge_lora_4bit(" QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
     "embedding_4bit(Tensor indices, " QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
+    // CPU only: y = x W^T + bias and dX = dY W with a dense W [N, K], for layers left unquantized.
+    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear_backward(Tensor dY, Tensor weight) -> Tensor",
 };
 
 }  // namespace qlora_ext

@@ -348,3 +348,63 @@ def _(indices, packed, absmax, nested, mean, shape, blocksize, quant_type, codeb
 def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
     """Rows of the weight: indices [...] int64 or int32 -> [..., K] in `dtype`."""
     return _ops.embedding_4bit.default(indices, *w4, dtype)
+
+
+# linear -------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora_ext::linear")
+def _(x, weight, bias=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("qlora_ext::linear_backward")
+def _(dY, weight):
+    return dY.new_empty((*dY.shape[:-1], weight.shape[1]))
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + bias with a dense W, which is frozen as a rule: its own gradient is torch's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        need_dW = weight.requires_grad
+        ctx.save_for_backward(weight, x if need_dW else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with _below_autograd():
+            return _ops.linear.default(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dY):
+        weight, x = ctx.saved_tensors
+        dX = dW = dbias = None
+        if ctx.needs_input_grad[0]:
+            dX = _ops.linear_backward.default(dY, weight)
+        if ctx.needs_input_grad[1]:
+            dW = (dY.flatten(0, -2).float().T @ x.flatten(0, -2).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = _bias_gradient(dY, ctx.bias_dtype)
+        return dX, dW, dbias
+
+
+def _linear_eager(x, weight, bias=None):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)
+    with _below_autograd():
+        return _ops.linear.default(x, weight, bias)
+
+
+_lib.impl("linear", _linear_eager, "Autograd")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias with a dense weight [N, K] on the CPU, accumulated in fp32 and rounded once.
+
+    x [..., K] and weight each fp32, bf16 or fp16; y has x's dtype. Where a CPU lacks bf16
+    instructions, torch's own bf16 and fp16 products run at a fraction of its fp32 speed.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.linear.default(x, weight, bias)
+    return _linear_eager(x, weight, bias)

@@ -58,13 +58,16 @@ def sample_calls():
         (OPS.lora_gemm_4bit_backward.default, (dY, x0, S.detach(), *w4, a, b, 2.0, False)),
         (OPS.merge_lora_4bit.default, (*w4, a, b, 2.0, torch.float16)),
         (OPS.embedding_4bit.default, (torch.tensor([[0, 47], [3, 3]]), *w4, torch.float32)),
+        (OPS.linear.default, (x, weight, bias)),
+        (OPS.linear.default, (x0.bfloat16(), weight.bfloat16())),
+        (OPS.linear_backward.default, (dY, weight)),
     ]
 
 
-@pytest.mark.parametrize("index", range(22))
+@pytest.mark.parametrize("index", range(25))
 def test_opcheck(index):
     calls = sample_calls()
-    assert len(calls) == 22
+    assert len(calls) == 25
     op, args = calls[index]
     torch.library.opcheck(op, args)
 

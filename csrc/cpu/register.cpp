@@ -2,6 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../host/common.h"
+#include "host/linear.h"
 
 namespace qlora_ext::host {
 
@@ -15,4 +16,8 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
 
 }  // namespace qlora_ext::host
 
-STABLE_TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) { qlora_ext::host::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(qlora_ext, CPU, m) {
+  qlora_ext::host::register_ops(m);
+  m.impl("linear", TORCH_BOX(&qlora_ext::host::linear));
+  m.impl("linear_backward", TORCH_BOX(&qlora_ext::host::linear_backward));
+}

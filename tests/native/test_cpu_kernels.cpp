@@ -506,6 +506,41 @@ void test_lora(int64_t K, int64_t N, const Shape& s) {
   }
 }
 
+void test_linear(int64_t K, int64_t N, const Shape& s) {
+  const int64_t x_stride = K + 1, dY_stride = N + 2;
+  const auto span = [&](int64_t stride, int64_t width) {
+    return s.M == 0 ? 0 : (s.M - 1) * stride + width;
+  };
+  const Buffer x = random_buffer(s.dtype, span(x_stride, K));
+  const Buffer dY = random_buffer(s.dtype, span(dY_stride, N));
+  const Buffer W = random_buffer(s.lora_dtype, N * K);
+  const Buffer bias = random_buffer(s.dtype, N);
+  Buffer y(s.dtype, s.M * N), dX(s.dtype, s.M * K);
+  LinearParams p{x.bytes.data(), W.bytes.data(), s.bias ? bias.bytes.data() : nullptr,
+                 y.bytes.data(), s.M, N, K, x_stride, s.dtype, s.lora_dtype, s.dtype, nullptr};
+  std::vector<float> workspace(launch::workspace_linear(p) / 4);
+  p.workspace = workspace.data();
+  check_threads("linear", {&y}, [&] { launch::linear(p, nullptr); });
+  LinearBackwardParams b{dY.bytes.data(), W.bytes.data(), dX.bytes.data(), s.M, N, K, dY_stride,
+                         s.dtype, s.lora_dtype, nullptr};
+  std::vector<float> workspace2(launch::workspace_linear_backward(b) / 4);
+  b.workspace = workspace2.data();
+  check_threads("linear_backward", {&dX}, [&] { launch::linear_backward(b, nullptr); });
+  for (int64_t m = 0; m < s.M; ++m) {
+    for (int64_t n = 0; n < N; ++n) {
+      Sum sum;
+      for (int64_t k = 0; k < K; ++k) sum.add(x.get(m * x_stride + k), W.get(n * K + k));
+      if (s.bias) sum.add(1.0, bias.get(n));
+      check_sum("linear", y, m * N + n, sum);
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      Sum sum;
+      for (int64_t n = 0; n < N; ++n) sum.add(dY.get(m * dY_stride + n), W.get(n * K + k));
+      check_sum("linear_backward", dX, m * K + k, sum);
+    }
+  }
+}
+
 // ---- half precision ----
 
 void test_half() {
@@ -589,6 +624,12 @@ void test_weights() {
 }
 
 void test_adapters() {
+  for (DType dtype : kDTypes) {
+    for (int64_t M : {0, 1, 5, 49}) {
+      test_linear(67, 33, {M, 0, dtype, kDTypes[M % 3], M != 1});
+      test_linear(520, 258, {M, 0, dtype, dtype, M == 1});
+    }
+  }
   for (DType dtype : kDTypes) {
     for (int64_t M : {0, 1, 5, 47, 49, 300}) {
       for (int64_t R : {1, 8, 19, 65}) {

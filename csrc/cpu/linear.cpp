@@ -1,0 +1,86 @@
+// y = x W^T + bias and dX = dY W with a dense W in fp32, bf16 or fp16: fp32 accumulation, one
+// rounding, for the layers of a model that stay unquantized.
+//
+// torch multiplies bf16 and fp16 at a fraction of its fp32 speed on a CPU without instructions for
+// them (kernels.md: the head's backward took 26 s of a 79 s training step). Here W is converted a
+// panel at a time, as gemm_4bit decodes its own.
+#include "matmul.h"
+
+namespace qlora_ext {
+namespace cpu {
+namespace {
+
+constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
+constexpr int64_t kRegionTiles = 2;    // 32 columns of the result a task
+
+// out [M, columns] = left * right + bias; fill delivers panels of the right operand.
+template <class Fill>
+void multiply(const Left& left, int64_t M, int64_t columns, const Fill& fill, const float* bias,
+              DType dtype, void* out, void* workspace) {
+  const int64_t chunk = chunk_rows(M, left.depth, kRegionTiles);
+  const int64_t width = kRegionTiles * kPanelWidth;
+  for (int64_t row = 0; row < M; row += chunk) {
+    const int64_t rows = std::min(chunk, M - row);
+    const Left packed = pack(left, row, rows, static_cast<float*>(workspace));
+    const int64_t macs = rows * width * std::max<int64_t>(1, left.depth);
+    for_each_region(rows, columns, rows, width, std::max<int64_t>(1, kGrainMacs / macs),
+                    [&](const Region& region) {
+      Accumulators sums;
+      clear(region, sums);
+      add_product(packed, region, fill, sums);
+      store(region, sums, dtype, columns, element(out, dtype, row * columns),
+            [&](int64_t, float* values) {
+        if (bias == nullptr) return;
+        for (int64_t c = 0; c < region.columns; ++c) values[c] += bias[region.column + c];
+      });
+    });
+  }
+}
+
+int64_t workspace_of(int64_t M, int64_t depth) {
+  return packed_bytes(chunk_rows(M, depth, kRegionTiles), depth);
+}
+
+}  // namespace
+}  // namespace cpu
+
+const char* launch::linear(const LinearParams& p, void*) {
+  using namespace cpu;
+  if (const char* error = cpu_path_error()) return error;
+  if (p.M == 0 || p.N == 0) return nullptr;
+  // The bias in fp32, behind the packed rows.
+  float* bias = nullptr;
+  if (p.bias != nullptr) {
+    bias = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + workspace_of(p.M, p.K));
+    kernels().to_float(p.bias, p.bias_dtype, p.N, bias);
+  }
+  multiply(rows_of(p.x, p.dtype, p.x_stride, p.K), p.M, p.N,
+           [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
+    kernels().pack_columns(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
+                           width, depth, panel);
+  }, bias, p.dtype, p.y, p.workspace);
+  return nullptr;
+}
+
+const char* launch::linear_backward(const LinearBackwardParams& p, void*) {
+  using namespace cpu;
+  if (const char* error = cpu_path_error()) return error;
+  if (p.M == 0 || p.K == 0) return nullptr;
+  multiply(rows_of(p.dY, p.dtype, p.dY_stride, p.N), p.M, p.K,
+           [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
+    kernels().pack_rows(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K, width,
+                        depth, panel);
+  }, nullptr, p.dtype, p.dX, p.workspace);
+  return nullptr;
+}
+
+int64_t launch::workspace_linear(const LinearParams& p) {
+  const int64_t bias_bytes = p.bias != nullptr ? p.N * static_cast<int64_t>(sizeof(float)) : 0;
+  return cpu::workspace_of(p.M, p.K) + bias_bytes;
+}
+
+int64_t launch::workspace_linear_backward(const LinearBackwardParams& p) {
+  return cpu::workspace_of(p.M, p.N);
+}
+
+}  // namespace qlora_ext
