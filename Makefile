@@ -66,7 +66,7 @@ help:
 finetune: $(STATE)/built $(STATE)/train $(STATE)/demo
 	$(PY) examples/finetune.py --timings $(STATE) $(ARGS)
 
-test: $(STATE)/built $(STATE)/train $(STATE)/test
+test: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	cd tests && '$(PY_ABS)' -m pytest -m 'not slow' $(ARGS)
 
 test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -208,9 +209,8 @@ def load_base(args, report):
     was saved in. What stays unquantized keeps this type, and held-out losses are computed in it."""
     name = args.model
     if name is None:
-        start = time.perf_counter()
-        name = smollm2.folder(args.cache)
-        report.seconds["convert"] = time.perf_counter() - start
+        with report.timed("convert"):  # next to nothing where it was converted before
+            name = smollm2.folder(args.cache)
     with report.timed("load"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -540,6 +540,10 @@ class Report:
         if args.timings:
             for file in sorted(args.timings.glob("seconds-*")):
                 self.seconds[file.name.removeprefix("seconds-")] = float(file.read_text())
+        for total in ("install", "merge"):
+            self.seconds[total] = sum(
+                seconds for name, seconds in self.seconds.items() if re.match(f"{total}[-_]", name)
+            )
         content = {
             "held_out_loss": losses,
             "loss_differences": {
@@ -674,6 +678,6 @@ if __name__ == "__main__":
         main()
     except OSError as e:
         raise SystemExit(
-            f"{type(e).__name__}: {e}. Checkpoints written so far are kept; the same command goes "
-            "on from the last one."
+            f"{type(e).__name__}: {e}\nCheckpoints are written whole or not at all: the same command "
+            "goes on from the last one, if there is one."
         ) from e
