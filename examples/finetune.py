@@ -678,6 +678,6 @@ if __name__ == "__main__":
         main()
     except OSError as e:
         raise SystemExit(
-            f"{type(e).__name__}: {e}\nCheckpoints are written whole or not at all: the same command "
-            "goes on from the last one, if there is one."
+            f"{type(e).__name__}: {e}\nCheckpoints are written whole or not at all: the same "
+            "command goes on from the last one, if there is one."
         ) from e
