@@ -139,20 +139,26 @@ class LoraLinear4bit(PeftLoraLinear):
         return {key: value for key, value in super().lora_variants.items() if key in supported}
 
     def _fused_adapters(self) -> list[str] | None:
-        """The active adapters if the fused op computes them, else None."""
-        base = self.base_layer
-        if self.disable_adapters or self.merged or not isinstance(base, Linear4bit):
+        """The active adapters if the fused op computes them, else None.
+
+        Reads nn.Module's dicts: through __getattr__ this would cost more than a small product.
+        """
+        modules = self._modules
+        base = modules["base_layer"]
+        if self._disable_adapters or self.merged_adapters or not isinstance(base, Linear4bit):
             return None
         # A hook on a submodule (offloading, sharding, a user's) is only run if that is called.
-        if base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        if base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__:
             return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+        active = self._active_adapter
+        names = [name for name in ([active] if type(active) is str else active) if name in lora_A]
         for name in names:
             if name in self.lora_variant or self.lora_bias[name]:
                 return None
-            for adapter in (self.lora_A[name], self.lora_B[name]):
-                if adapter._forward_hooks or adapter._forward_pre_hooks:
-                    return None
+            A, B = lora_A[name], lora_B[name]
+            if A._forward_hooks or A._forward_pre_hooks or B._forward_hooks or B._forward_pre_hooks:
+                return None
         # With one x A^T for several adapters there is one dropout mask.
         if len(names) != 1 and any(self._dropout(name) for name in names):
             return None
@@ -160,8 +166,10 @@ class LoraLinear4bit(PeftLoraLinear):
 
     def _dropout(self, name: str) -> float:
         """The probability with which the adapter's input is dropped now."""
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, torch.nn.Dropout) and self.training else 0.0
+        if not self.training:
+            return 0.0
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return dropout.p if isinstance(dropout, torch.nn.Dropout) else 0.0
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = None
@@ -170,21 +178,23 @@ class LoraLinear4bit(PeftLoraLinear):
         if names is None:
             return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling = self._stacked(names)
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        bias = base._parameters["bias"]
         x = base._input(x)
         dropout = self._dropout(names[0])
         if dropout == 0.0:
-            return ops.lora_gemm_4bit(x, base._w4(), lora_A, lora_B, scaling, base.bias)
+            return ops.lora_gemm_4bit(x, base._w4(), lora_A, lora_B, scaling, bias)
         S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
-        return ops.gemm_4bit(x, base._w4(), base.bias, S, lora_B)
+        return ops.gemm_4bit(x, base._w4(), bias, S, lora_B)
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Several adapters as one: A [sum of r, in], B [out, sum of r], scaling."""
+        A, B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
         if len(names) == 1:
             (name,) = names
-            return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        lora_A = torch.cat([self.lora_A[name].weight for name in names])
-        lora_B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+            return A[name].weight, B[name].weight, self.scaling[name]
+        lora_A = torch.cat([A[name].weight for name in names])
+        lora_B = torch.cat([B[name].weight * self.scaling[name] for name in names], dim=1)
         return lora_A, lora_B, 1.0
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

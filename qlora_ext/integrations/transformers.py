@@ -31,6 +31,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
 from ..models import replace_module
 from ..nn import Embedding4bit, Linear4bit, is_plain_linear
@@ -279,12 +280,15 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
             elif type(module) is torch.nn.Embedding and is_stored(name):
                 layer = Embedding4bit.from_embedding(module, self.quant_config)
+            elif is_fused_experts(module) and _holds_experts(stored, name):
+                layer = Experts4bit.from_experts(module, self.quant_config)
             else:
                 continue
             layer.requires_grad_(False)
             # transformers initialises what it finds missing with normal_, which bytes do not have;
             # what is missing here is refused below.
-            layer._is_hf_initialized = True
+            for part in layer.modules():
+                part._is_hf_initialized = True
             model.set_submodule(name, layer)
             packed += 1
         if packed == 0:
@@ -293,7 +297,22 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 f"(kept as they are: {sorted(kept)})"
             )
 
+    def _pack_experts(self, model) -> None:
+        """Packs the fused experts of a checkpoint that was not packed, one layer after another.
+
+        transformers assembles them from several tensors of a checkpoint, so they are packed when
+        the model is complete: until then they are in memory as they were stored.
+        """
+        kept = self.quantization_config.modules_to_not_convert
+        for name, module in list(model.named_modules()):
+            if not is_fused_experts(module) or not should_convert_module(name, kept):
+                continue
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            self._pack_experts(model)
         layers = {
             name: module
             for name, module in model.named_modules()
@@ -512,8 +531,16 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
 
     The model is an ordinary one afterwards: saving it writes no quantization config.
     """
+    done = set()  # experts become one dense module with the layer that holds them
     for module in list(model.modules()):
-        if isinstance(module, (Linear4bit, Embedding4bit)):
+        if module in done:
+            continue
+        if isinstance(module, Experts4bit):
+            done.update(module.modules())
+            first = module.packed[0].up
+            dtype = getattr(first, "dtype", first.weight.dtype)
+            replace_module(model, module, dense_layer(module, dtype).requires_grad_(False))
+        elif isinstance(module, (Linear4bit, Embedding4bit)):
             replace_module(model, module, dense_layer(module, module.dtype).requires_grad_(False))
         elif getattr(module, "from_conv1d", False):
             replace_module(model, module, as_it_was(module))
@@ -533,9 +560,16 @@ def _packed_layers(checkpoint_files) -> set[str]:
     return names
 
 
+def _holds_experts(stored: set[str], name: str) -> bool:
+    """Whether packed experts are among the `stored` layers under the end of `name`: a checkpoint
+    may spell what is before it in another way (Mixtral's `block_sparse_moe.experts`)."""
+    first = f"{name.rpartition('.')[2]}.packed.0.up"
+    return any(key == first or key.endswith(f".{first}") for key in stored)
+
+
 def _warn_of_dense(model, packed: int, kept: list[str]) -> None:
     """Warns of matrices that are neither packed (`packed` weights are), nor kept on purpose, nor
-    embeddings: the fused experts of a mixture, say."""
+    embeddings: a router, say."""
     embeddings = {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
     }
