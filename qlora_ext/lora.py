@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .experts import Experts4bit
 from .models import linear_names, num_parameters, output_embeddings, replace_module
 from .nn import Linear4bit, LoraLinear, LoraLinear4bit, _Lora, check_lora_rank, is_conv1d
 from .nn import linear_shape as _linear_shape
@@ -236,6 +237,7 @@ def _target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     chosen: set[str] = set()
     switches = config.switches
     family = _family(model) if set(switches) - {"head"} else None
+    experts = {name for name, m in model.named_modules() if isinstance(m, Experts4bit)}
     attention = [switch for switch in switches if switch in _ATTENTION]
     for switch in switches:
         if switch == "head":
@@ -253,6 +255,8 @@ def _target_names(model: nn.Module, config: LoraConfig) -> list[str]:
                 )
             endings = (family.fused,)
         found = {name for name in linears if any(_ends_with(name, end) for end in endings)}
+        if switch == "mlp":
+            found |= {name for name in linears if name.rsplit(".", 3)[0] in experts}
         if not found:
             raise ValueError(
                 f"add_lora: {switch}=True matches no layer (looked for {list(endings)}); "

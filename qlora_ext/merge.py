@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .experts import Experts4bit, dense_experts
 from .models import progress, replace_module
 from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, _Lora, _Packed4bit
 from .quantized_tensor import QuantizedTensor, dequantize_4bit
@@ -49,7 +50,7 @@ def merge_and_unload(
     if dtype == torch.float16:
         _check_float16(model)
     head = _tied_head(model)
-    names = [name for name, m in model.named_modules() if isinstance(m, (_Packed4bit, _Lora))]
+    names = _layers_to_replace(model)
     for name in progress(names, "merge", progress_bar):
         old = model.get_submodule(name)
         replace_module(model, old, dense_layer(old, dtype))
@@ -80,6 +81,17 @@ def _check_adapters(model: nn.Module) -> None:
     )
 
 
+def _layers_to_replace(model: nn.Module) -> list[str]:
+    """Names of the modules to make dense; experts go as the layer that holds them."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (_Packed4bit, _Lora, Experts4bit)):
+            inside = names and name.startswith(f"{names[-1]}.")
+            if not inside:
+                names.append(name)
+    return names
+
+
 # Layers -------------------------------------------------------------------------------------------
 
 
@@ -92,11 +104,15 @@ def _merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         # The op wants A and B of one dtype; fp32 holds either exactly.
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
         return ops.merge_lora_4bit(module.quantized.op_args(), A, B, module.scaling, dtype)
+    if not isinstance(module, _Packed4bit):
+        return module.weight.detach().to(dtype)
     return dequantize_4bit(module.quantized, dtype)
 
 
 def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The plain layer that computes what module did."""
+    if isinstance(module, Experts4bit):
+        return dense_experts(module, lambda layer: _merged_weight(layer, dtype))
     weight = _merged_weight(module, dtype)
     if isinstance(module, Embedding4bit):
         N, K = weight.shape

@@ -13,7 +13,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .nn import Embedding4bit, Linear4bit, _Lora, _Packed4bit, is_conv1d, is_plain_linear
+from .experts import Experts4bit, is_fused_experts
+from .nn import (
+    FLOAT_DTYPES,
+    Embedding4bit,
+    Linear4bit,
+    _Lora,
+    _Packed4bit,
+    is_conv1d,
+    is_plain_linear,
+)
 from .quantized_tensor import QuantConfig
 
 __all__ = [
@@ -284,11 +293,11 @@ class _Plan:
 
     def _consider(self, name: str, module: nn.Module) -> None:
         reason = self._reason(name, module)
+        packed = ()
         if reason is None:
             self.names.append(name)
-            rest = [p for key, p in module._parameters.items() if key != "weight"]
-        else:
-            rest = list(module._parameters.values())
+            packed = _weight_names(module)
+        rest = [p for key, p in module._parameters.items() if key not in packed]
         # A tied parameter is reported once, where it first occurs.
         rest = [p for p in rest if p is not None and self.owners[id(p)][0] == name]
         if rest:
@@ -305,25 +314,29 @@ class _Plan:
     def _reason(self, name: str, module: nn.Module) -> str | None:
         """Why module is not packed, or None if it is to be."""
         is_table = isinstance(module, nn.Embedding)
-        if not is_plain_linear(module) and not is_table:
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            return "its weight is parametrized"
+        if not is_plain_linear(module) and not is_table and not is_fused_experts(module):
             return self._reason_not_linear(module)
         if id(module) in self.head:
             return "output head"
-        others = [other for other in self.owners[id(module.weight)] if other != name]
-        if others:
-            return f"tied to {others[0]}"
+        weights = {key: module._parameters[key] for key in _weight_names(module)}
+        for weight in weights.values():
+            others = [other for other in self.owners[id(weight)] if other != name]
+            if others:
+                return f"tied to {others[0]}"
         if pattern := matches(name, self.keep):
             return f"modules_to_not_convert={pattern!r}"
-        if pattern := matches(f"{name}.weight", self.protected):
-            return f"kept in fp32 by {type(self.model).__name__} ({pattern!r})"
+        for key in weights:
+            if pattern := matches(f"{name}.{key}", self.protected):
+                return f"kept in fp32 by {type(self.model).__name__} ({pattern!r})"
         if is_table and not self.embeddings:
             return "embedding (quantize_embeddings=True packs it)"
         if is_table and (type(module) is not nn.Embedding or module.max_norm is not None):
             return "embedding with a forward of its own"
-        if torch.nn.utils.parametrize.is_parametrized(module):
-            return "its weight is parametrized"
-        if not module.weight.is_floating_point() or module.weight.element_size() not in (2, 4):
-            return f"its weight is {module.weight.dtype}"
+        for weight in weights.values():
+            if weight.dtype not in FLOAT_DTYPES:
+                return f"its weight is {weight.dtype}"
         return None
 
     def _reason_not_linear(self, module: nn.Module) -> str:
@@ -331,10 +344,17 @@ class _Plan:
             return "a subclass of nn.Linear with a forward of its own"
         dims = [p.ndim for p in module._parameters.values() if p is not None]
         if dims and max(dims) >= 3 and not isinstance(module, nn.modules.conv._ConvNd):
-            return "fused experts: stacked weights, not an nn.Linear"
+            return "stacked weights in a layout of its own, not an nn.Linear"
         if dims and max(dims) >= 2:
             return "not an nn.Linear"
         return "norms and biases"
+
+
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of module that quantizing packs."""
+    if is_fused_experts(module):
+        return tuple(key for key, p in module._parameters.items() if p is not None and p.ndim == 3)
+    return ("weight",)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -385,7 +405,8 @@ def quantize_model(
     the result. Left alone, with a reason each in `model.quantization_report`: the output head and
     task heads, tied weights, what the model class protects in fp32, `modules_to_not_convert`,
     embeddings, and everything that is not a linear layer. A warning names what that leaves
-    unquantized beyond the usual (experts stacked in one parameter, say).
+    unquantized beyond the usual (a router, say). Experts that transformers stacks in one parameter
+    are packed one by one, as Experts4bit.
 
     Args:
         model: any nn.Module with nn.Linear or transformers' Conv1D layers; one that is wholly on
@@ -431,14 +452,22 @@ def quantize_model(
         try:
             if isinstance(old, nn.Embedding):
                 new = Embedding4bit.from_embedding(old, config)
+            elif is_fused_experts(old):
+                new = Experts4bit.from_experts(old, config)
             else:
                 new = Linear4bit.from_linear(old, config)
         except RuntimeError as error:
             raise RuntimeError(f"quantize_model: {name}: {error}") from error
-        nbytes = sum(
-            p.nbytes for key, p in new._parameters.items() if p is not None and key != "bias"
+        layers = [m for m in new.modules() if isinstance(m, _Packed4bit)]
+        packed.append(
+            LayerReport(
+                name=name,
+                kind=type(old).__name__,
+                numel=sum(_numel(layer) for layer in layers),
+                nbytes=sum(layer.quantized.nbytes for layer in layers),
+                reason=None,
+            )
         )
-        packed.append(LayerReport(name, type(old).__name__, _numel(new), nbytes, None))
         replace_module(model, old, new)
         del old, new
     model.quantization_report = QuantizationReport((*packed, *plan.skipped))
@@ -459,11 +488,11 @@ _EXPECTED = ("output head", "tied to", "embedding", "norms and biases", "bias", 
 def _tell(report: QuantizationReport) -> None:
     logger.info("%s", report)
     unexpected = [part for part in report.unquantized if not part.reason.startswith(_EXPECTED)]
-    if not unexpected:
+    share = sum(part.numel for part in unexpected) / max(report.numel, 1)
+    if share < 0.01:  # routers and the like; the report has them
         return
     patterns = {re.sub(r"\b\d+\b", "*", part.name): part.reason for part in unexpected}
     named = "; ".join(f"{name} ({reason})" for name, reason in list(patterns.items())[:8])
-    share = sum(part.numel for part in unexpected) / max(report.numel, 1)
     warnings.warn(
         f"quantize_model: {share:.1%} of the weights stay unquantized in layers one might expect "
         f"to be packed: {named}. model.quantization_report has the rest",

@@ -235,7 +235,7 @@ def test_conv1d_is_packed_and_comes_back(tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(model))
 
 
-def test_unpacked_experts_are_reported(tmp_path):
+def test_fused_experts_are_packed_and_the_router_is_reported(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -243,8 +243,9 @@ def test_unpacked_experts_are_reported(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"stay unpacked.*experts"):
-        load(tmp_path, quantization_config=qlora_ext.QLoraExtConfig())
+    with pytest.warns(UserWarning, match=r"stay unpacked, in 1 tensors: .*mlp\.gate\.weight"):
+        model = load(tmp_path, quantization_config=qlora_ext.QLoraExtConfig())
+    assert type(model.model.layers[0].mlp.experts).__name__ == "Experts4bit"
 
 
 # Saving and reloading ------------------------------------------------------------------------

@@ -174,8 +174,11 @@ def test_unknown_architecture_and_unmatched_switch_list_the_layers():
     with pytest.raises(ValueError, match=rf"head=True, and Custom has no output.*{layers}"):
         add_lora(Custom(), LoraConfig(query=False, value=False, head=True))
     add_lora(Custom(), LoraConfig(target_modules=["wq"]))
+    model = tiny.make("llama")
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
     with pytest.raises(ValueError, match=r"mlp=True matches no layer .*self_attn\.o_proj"):
-        add_lora(quantized("mixtral"), LoraConfig(mlp=True))
+        add_lora(model, LoraConfig(mlp=True))
 
 
 @pytest.mark.parametrize(

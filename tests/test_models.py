@@ -125,12 +125,22 @@ def test_protected_layers_stay_and_are_reported():
     assert isinstance(model.encoder.block[0].layer[1].DenseReluDense.wi, Linear4bit)
 
 
-def test_fused_experts_are_reported_with_their_share():
-    model = tiny.make("mixtral")
-    with pytest.warns(UserWarning, match=r"[67]\d\.\d% .*mlp\.experts \(fused experts"):
+def test_stacked_weights_of_an_unknown_layout_are_reported_with_their_share():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 64, 64))
+
+    model = toy(stack=Stack())
+    with pytest.warns(UserWarning, match=r"5\d\.\d% .*stack \(stacked weights"):
         quantize(model)
+    assert "stack (Stack, 16,384)" in str(model.quantization_report)
+
+
+def test_routers_are_in_the_report():
+    model = quantize(tiny.make("mixtral"))
     text = str(model.quantization_report)
-    assert "mlp.experts x2" in text and "mlp.gate x2" in text and "lm_head" in text
+    assert "mlp.gate x2" in text and "lm_head" in text and "experts" not in text
 
 
 def test_modules_to_not_convert():
