@@ -25,10 +25,13 @@ struct DequantizeSmem {
 };
 
 __device__ __forceinline__ void fill_dequantize_smem(DequantizeSmem& s, const PackedWeight& w) {
-  for (int i = threadIdx.x; i < 16 * 32; i += kDequantizeThreads) {
-    s.values[i / 32][i % 32] = w.values[i / 32];
+  static_assert(kDequantizeThreads == 256, "a thread fills one entry of the map");
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int entry = threadIdx.x + i * kDequantizeThreads;
+    s.values[entry / 32][entry % 32] = w.values[entry / 32];
   }
-  for (int i = threadIdx.x; i < 256; i += kDequantizeThreads) s.map[i] = kDeviceDynamicMap[i];
+  s.map[threadIdx.x] = kDeviceDynamicMap[threadIdx.x];
   __syncthreads();
 }
 

@@ -163,11 +163,15 @@ struct BackwardTile {
   __device__ __forceinline__ void fill_table() {
     const float* values = p.gemm.weight.values;
     if constexpr (Traits::kCompact) {  // [code][lane]
-      for (int i = threadIdx.x; i < 16 * 32; i += Traits::kThreads) {
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const int i = step * Traits::kThreads + threadIdx.x;
         *reinterpret_cast<float*>(s.table + i * 4) = values[i / 32];
       }
     } else {  // entry b: the values of byte b, the high nibble's (lower k) first, for each lane
-      for (int i = threadIdx.x; i < 256 * 16; i += Traits::kThreads) {
+#pragma unroll 4
+      for (int step = 0; step < 16; ++step) {
+        const int i = step * Traits::kThreads + threadIdx.x;
         const float high = values[i / 16 >> 4], low = values[i / 16 & 15];
         *reinterpret_cast<float4*>(s.table + i * 16) = make_float4(high, low, high, low);
       }

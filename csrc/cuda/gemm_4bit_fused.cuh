@@ -190,7 +190,9 @@ struct FusedTile {
   // Rows of x that do not exist are zero in every stage.
   __device__ __forceinline__ void fill_table() {
     constexpr int kLanes = Traits::kCompact ? 4 : 8;  // that write one entry
-    for (int i = threadIdx.x; i < 256 * kLanes; i += Traits::kThreads) {
+#pragma unroll
+    for (int step = 0; step < kLanes; ++step) {
+      const int i = step * Traits::kThreads + threadIdx.x;
       const int entry = i / kLanes;
       const uint32_t pair =
           pack_pair<T>(p.gemm.weight.values[entry >> 4] * p.table_factor,
@@ -201,7 +203,9 @@ struct FusedTile {
     constexpr int kRowUnits = Traits::kXRowBytes / 16;
     const int64_t left = p.gemm.M - m0;
     const int rows = left < Traits::kTileM ? static_cast<int>(left) : Traits::kTileM;
+#pragma unroll 1
     for (int stage = 0; stage < Traits::kStages; ++stage) {
+#pragma unroll 1
       for (int i = rows * kRowUnits + threadIdx.x; i < Traits::kTileM * kRowUnits;
            i += Traits::kThreads) {
         *reinterpret_cast<uint4*>(s.x[stage] + i * 16) = make_uint4(0, 0, 0, 0);

@@ -172,7 +172,7 @@ __device__ __forceinline__ float normalize(float x, float mean, const Reciprocal
 }
 
 template <class T, Normalization kNorm, bool kVector>
-__global__ void __launch_bounds__(kQuantizeThreads)
+__global__ void __launch_bounds__(kQuantizeThreads, 1)
     quantize_4bit_blocks(Quantize4bitParams p, CodeOrder order, int shift) {
   QuantizeSmem& s = ptx::shared_memory<QuantizeSmem>();
   fill_thresholds(s, p.codebook);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 }
 
 template <class T, Normalization kNorm, bool kVector>
-__global__ void __launch_bounds__(kQuantizeThreads)
+__global__ void __launch_bounds__(kQuantizeThreads, 1)
     quantize_4bit_tensor(Quantize4bitParams p, CodeOrder order) {
   QuantizeSmem& s = ptx::shared_memory<QuantizeSmem>();
   fill_thresholds(s, p.codebook);

@@ -1,0 +1,326 @@
+"""What each CUDA kernel became: registers, spills, shared memory, occupancy, and the SASS of its
+main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
+
+    python bench/kernel_report.py                     # compiles csrc/cuda/*.cu, prints the table
+    python bench/kernel_report.py --write             # and replaces it in docs/kernel_report.md
+    python bench/kernel_report.py --arch 8.0 --only gemm_4bit
+
+The main loop is the shortest run of SASS from a branch's target up to that branch that holds the
+most tensor-core instructions (in a kernel without any, the longest). "SASS per weight" counts every instruction in it (loads of x, scales,
+addressing and barriers included) over the weights that one thread decodes in one turn of it. A
+branch that skips a part of the loop counts as taken through: the figure is an upper bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "kernel_report"
+PAGE = ROOT / "docs" / "kernel_report.md"
+ARCHS = ("8.0", "9.0a")
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=--warn-on-spills,--warning-as-error"]
+
+# What SASS does not say: threads per block, the shared-memory struct, and the weights that a thread
+# decodes in one turn of the main loop. {0}, {1}, ... are the kernel's template arguments; both may
+# be C++ expressions over csrc/cuda's own constants.
+FUSED, BACKWARD = "FusedTraits<{0}, {2}>", "BackwardTraits<{0}, {2}>"
+KERNELS = {
+    "dequantize_4bit_vector": ("kDequantizeThreads", "sizeof(DequantizeSmem)", "kChunk"),
+    "dequantize_4bit_any": ("256", "0", None),
+    "embedding_4bit_rows": ("kDequantizeThreads", "sizeof(DequantizeSmem)", "kChunk"),
+    "embedding_4bit_any": ("256", "0", None),
+    "quantize_4bit_blocks": ("kQuantizeThreads", "sizeof(QuantizeSmem)", None),
+    "quantize_4bit_tensor": ("kQuantizeThreads", "sizeof(QuantizeSmem)", None),
+    "quantize_4bit_partial_max": ("kMaxThreads", "sizeof(MaxSmem)", None),
+    "quantize_4bit_finish_max": ("kMaxThreads", "sizeof(MaxSmem)", None),
+    "quantize_4bit_finish_mean": ("32", "0", None),
+    "quantize_4bit_finish_scale": ("32", "0", None),
+    "quantize_4bit_unit_scale": ("32", "0", None),
+    "tree_sum_level": ("kTreeThreads", "0", None),
+    "tree_sum_finish": ("kTreeThreads", "0", None),
+    "quantize_absmax_groups": ("kAbsmaxThreads", "sizeof(QuantizeAbsmaxSmem)", None),
+    "dequantize_absmax_codes": ("kAbsmaxThreads", "0", None),
+    "gemm_4bit_fused": (f"{FUSED}::kThreads", "sizeof(FusedSmem<{0}, {2}>)", f"64 * {FUSED}::kStages"),
+    "gemm_4bit_any": ("kTileThreads", "sizeof(TileSmem)", None),
+    "gemm_4bit_backward_fused": (f"{BACKWARD}::kThreads", "sizeof(BackwardSmem<{0}, {2}>)", "64"),
+    "gemm_4bit_backward_any": ("kTileThreads", "sizeof(TileSmem)", None),
+    "reduce_parts": ("256", "0", None),
+    "lora_tile": ("kTileThreads", "sizeof(TileSmem)", None),
+    "merge_lora_4bit_tile": ("kTileThreads", "sizeof(TileSmem)", None),
+}
+
+# Registers, threads, shared bytes (of which 1024 are taken for each block), blocks of one SM.
+SM_LIMITS = {"8.0": (65536, 2048, 167936, 32), "9.0a": (65536, 2048, 233472, 32)}
+
+
+# ---------------------------------------------------------------- tools
+
+
+def find_tool(name):
+    """cuobjdump or nvdisasm: on the PATH, in the toolkit, or in the triton wheel; None if nowhere."""
+    found = shutil.which(name) or shutil.which(name, path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    if found:
+        return found
+    spec = importlib.util.find_spec("triton")
+    for place in spec.submodule_search_locations if spec else ():
+        tool = Path(place) / "backends" / "nvidia" / "bin" / name
+        if tool.is_file():
+            return str(tool)
+    return None
+
+
+def missing_tools():
+    """A sentence that says what this script lacks here, or None."""
+    if shutil.which("nvcc") is None:
+        return "kernel_report: nvcc is not on the PATH"
+    if find_tool("cuobjdump") is None or find_tool("nvdisasm") is None:
+        return "kernel_report: cuobjdump and nvdisasm are neither on the PATH nor in an installed triton wheel"
+    return None
+
+
+def run(*command):
+    env = dict(os.environ)
+    env["PATH"] = os.pathsep.join([str(Path(find_tool("nvdisasm") or ".").parent), env.get("PATH", "")])
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def compile_cubin(source, arch):
+    """csrc/cuda/<source>.cu for one architecture, cached by the text of csrc."""
+    digest = hashlib.sha256(" ".join([*FLAGS, arch]).encode())
+    for path in sorted([*CUDA.iterdir(), *(ROOT / "csrc").glob("*.h")]):
+        if path.suffix in (".cuh", ".h") or path.stem == source:
+            digest.update(path.read_bytes())
+    cubin = BUILD / f"{source}-{arch}-{digest.hexdigest()[:16]}.cubin"
+    if not cubin.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        for old in BUILD.glob(f"{source}-{arch}-*.cubin"):
+            old.unlink()
+        sm = arch.replace(".", "")
+        partial = cubin.with_suffix(f".{os.getpid()}")
+        run("nvcc", *FLAGS, "-I", ROOT / "csrc", "-gencode", f"arch=compute_{sm},code=sm_{sm}", "-cubin",
+            CUDA / f"{source}.cu", "-o", partial)
+        partial.rename(cubin)
+    return cubin
+
+
+# ---------------------------------------------------------------- one kernel
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One kernel instantiation in one binary. code: (address, instruction) pairs of its SASS."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int  # bytes per thread: spills and indexed arrays
+    code: list
+    threads: int = 0
+    shared: int = 0
+    weights: int | None = None
+
+    @property
+    def base(self):
+        return self.name.split("<")[0]
+
+    @property
+    def arguments(self):
+        inside = self.name.partition("<")[2].rpartition(">")[0]
+        return [a.strip() for a in inside.split(",")] if inside else []
+
+    @property
+    def is_empty(self):
+        """A variant for another architecture: its body is one EXIT."""
+        return len([i for _, i in self.code if opcode(i) not in ("NOP", "BRA")]) <= 3
+
+    @property
+    def blocks_per_sm(self):
+        registers, threads, shared, blocks = SM_LIMITS[self.arch]
+        warps = -(-self.threads // 32)
+        per_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = registers // per_warp // warps
+        return min(by_registers, threads // self.threads, shared // (self.shared + 1024), blocks)
+
+    @property
+    def occupancy(self):
+        return self.blocks_per_sm * self.threads / SM_LIMITS[self.arch][1]
+
+    def main_loop(self):
+        """Instructions of the loop with the most MMA (of those, the shortest); without MMA, of the
+        longest loop of a kernel whose weights are known; else an empty list."""
+        loops = []
+        for address, text in self.code:
+            target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)\s*$", text)
+            if target and int(target[1], 16) < address:
+                loops.append([i for a, i in self.code if int(target[1], 16) <= a <= address])
+        with_mma = [loop for loop in loops if count(loop, "HMMA", "HGMMA")]
+        if with_mma:
+            return max(with_mma, key=lambda loop: (count(loop, "HMMA", "HGMMA"), -len(loop)))
+        return max(loops, key=len, default=[]) if self.weights else []
+
+    @property
+    def sass_per_weight(self):
+        loop = self.main_loop()
+        return len(loop) / self.weights if loop and self.weights else None
+
+    def widths(self, *opcodes):
+        """Bits of each access by these opcodes: Counter, e.g. {128: 4}."""
+        found = Counter()
+        for _, text in self.code:
+            if opcode(text) in opcodes:
+                parts = modifiers(text)
+                wide = [int(m) for m in parts if m in ("64", "128")]
+                small = [{"U8": 8, "S8": 8, "U16": 16, "S16": 16}[m] for m in parts if m in ("U8", "S8", "U16", "S16")]
+                found[(wide or small or [32])[0]] += 1
+        return found
+
+
+def opcode(text):
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+
+
+def modifiers(text):
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[1:]
+
+
+def count(code, *opcodes):
+    return sum(opcode(i) in opcodes for i in code)
+
+
+
+
+def clean_name(demangled):
+    """`void qlora_ext::k<(qlora_ext::Normalization)0, true>(Params)` -> `k<0, true>`."""
+    name = re.sub(r"^void ", "", demangled).replace("qlora_ext::", "")
+    name = re.sub(r"\((?:Normalization|bool|int)\)", "", name)
+    return name.partition("(")[0].replace("<void>", "")
+
+
+def disassemble(cubin, arch):
+    usage, code, name = {}, {}, None
+    for line in run(find_tool("cuobjdump"), "-res-usage", cubin).splitlines():
+        if m := re.search(r"Function (\S+):", line):
+            name = m[1]
+        elif m := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            usage[name] = int(m[1]), int(m[2])
+    for line in run(find_tool("cuobjdump"), "-sass", cubin).splitlines():
+        if m := re.search(r"Function : (\S+)", line):
+            name = m[1]
+            code[name] = []
+        elif m := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
+            code[name].append((int(m[1], 16), m[2]))
+    mangled = [n for n in code if n in usage]
+    plain = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    names = [clean_name(n) for n in plain.splitlines()]
+    return [Kernel(n, arch, *usage[m], code[m]) for m, n in zip(mangled, names, strict=True)]
+
+
+def cpp_expressions(kernels):
+    """Fills threads, shared and weights in: a host program over the kernels' own headers prints them."""
+    lines = []
+    for k in kernels:
+        threads, shared, weights = (e.format(*k.arguments) if e else "-1" for e in KERNELS[k.base])
+        lines.append(f'  std::printf("%ld %ld %ld\\n", long({threads}), long({shared}), long({weights}));')
+    text = "\n".join(
+        ["#include <cstdio>", *(f'#include "cuda/{p.name}"' for p in sorted(CUDA.glob("*.cuh"))),
+         "using namespace qlora_ext;", "int main() {", *lines, "}"]
+    )
+    digest = hashlib.sha256(text.encode())
+    for path in sorted([*CUDA.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]):
+        digest.update(path.read_bytes())
+    program = BUILD / f"sizes-{digest.hexdigest()[:16]}"
+    if not program.exists():
+        source = BUILD / "sizes.cu"
+        source.write_text(text)
+        for old in BUILD.glob("sizes-*"):
+            old.unlink()
+        run("nvcc", "-std=c++20", "--expt-relaxed-constexpr", "-I", ROOT / "csrc", "-gencode",
+            "arch=compute_80,code=sm_80", "-o", program, source)
+    for k, line in zip(kernels, run(program).splitlines(), strict=True):
+        k.threads, k.shared, weights = map(int, line.split())
+        k.weights = weights if weights > 0 else None
+
+
+def report(archs=ARCHS, sources=None):
+    """All kernels of the given files (default: all of csrc/cuda/*.cu), empty variants left out."""
+    sources = sorted(sources or (p.stem for p in CUDA.glob("*.cu")))
+    jobs = [(source, arch) for source in sources for arch in archs]
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        cubins = list(pool.map(lambda job: compile_cubin(*job), jobs))
+    seen, kernels = set(), []
+    for (_, arch), cubin in zip(jobs, cubins, strict=True):
+        for k in disassemble(cubin, arch):
+            if not k.is_empty and (k.name, arch) not in seen:
+                seen.add((k.name, arch))
+                kernels.append(k)
+    unknown = sorted({k.base for k in kernels} - set(KERNELS))
+    if unknown:
+        raise RuntimeError(f"kernel_report: no entry in KERNELS for {', '.join(unknown)}")
+    cpp_expressions(kernels)
+    return kernels
+
+
+# ---------------------------------------------------------------- the table
+
+
+def row(k):
+    def widths(*opcodes):
+        return " ".join(f"{n}x{bits}" for bits, n in sorted(k.widths(*opcodes).items(), reverse=True)) or "-"
+
+    loop = k.main_loop()
+    per_weight = f"{k.sass_per_weight:.2f}" if k.sass_per_weight else "-"
+    mma = count([i for _, i in k.code], "HMMA", "HGMMA")
+    return [f"`{k.name}`", k.arch, k.registers, k.stack, k.shared, f"{k.blocks_per_sm} ({k.occupancy:.0%})",
+            len(loop) or "-", per_weight, mma or "-", widths("LDG", "LDGSTS"), widths("STG")]
+
+
+HEADER = ["kernel", "arch", "registers", "stack B", "shared B", "blocks/SM (occupancy)", "SASS in main loop",
+          "per weight", "MMA", "global loads, bits", "global stores, bits"]
+
+
+def markdown(kernels):
+    order = {name: i for i, name in enumerate(KERNELS)}
+    rows = [row(k) for k in sorted(kernels, key=lambda k: (order[k.base], k.name, k.arch))]
+    lines = ["| " + " | ".join(map(str, r)) + " |" for r in [HEADER, ["---"] * len(HEADER), *rows]]
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of table -->"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="default: 8.0 and 9.0a")
+    parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
+    parser.add_argument("--write", action="store_true", help="replace the table in docs/kernel_report.md")
+    arguments = parser.parse_args()
+    if sentence := missing_tools():
+        sys.exit(sentence)
+    table = markdown(report(tuple(arguments.arch or ARCHS), arguments.only))
+    if not arguments.write:
+        print(table)
+        return
+    text = PAGE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
