@@ -15,43 +15,47 @@ from glob import glob
 from setuptools import setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-INSTALL = "pip install --no-build-isolation ."
-DEFAULT_ARCHS = "8.0;9.0a"  # Ampere and Ada (8.9 runs 8.0 binaries), Hopper; newer ones through `make archs`
+# Ampere (its binaries run on Ada too) and Hopper; `make archs` compiles the others.
+DEFAULT_ARCHS = "8.0;9.0a"
 
 try:
     import torch
 except ImportError:
     sys.exit(
-        "qlora_ext builds against your torch and finds none here: install torch >= 2.11 first, then run\n"
-        f"    {INSTALL}\n(build isolation hides an installed torch, so the flag matters)"
+        "qlora_ext builds against your torch and finds none: install torch >= 2.11, then run\n"
+        "    pip install --no-build-isolation .\n"
+        "(pip's build isolation hides an installed torch, so the flag matters)"
     )
 
 
 def toolkit_root():
-    """The CUDA toolkit that nvcc itself uses, or None. nvcc on the PATH may be a wrapper script, so
-    its own dry run is asked for TOP instead of taking the folder it lies in."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    """The CUDA toolkit that nvcc itself uses, or None. nvcc on the PATH may be a wrapper script,
+    so its own dry run is asked for TOP instead of taking the folder it lies in."""
+    in_home = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=in_home)
     if nvcc is None:
         return None
-    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = re.search(r"TOP=(.+)", dry_run.stderr)
+    dry_run = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    top = re.search(r"TOP=(.+)", subprocess.run(dry_run, capture_output=True, text=True).stderr)
     return os.path.realpath(top.group(1).strip()) if top else None
 
 
 def wants_cuda(toolkit):
-    """True if the CUDA backend is to be built; ends with one sentence if it was asked for in vain."""
-    asked = os.environ.get("USE_CUDA", "").strip()
+    """Whether to build the CUDA backend; ends with one sentence if it was asked for in vain."""
+    asked = os.environ.get("USE_CUDA", "")
     if asked not in ("", "0", "1"):
-        sys.exit(f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1 (or unset: built if nvcc and a CUDA torch are there)")
+        sys.exit(
+            f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1, or unset to build what can be built"
+        )
+    version = torch.version.cuda
     if asked == "0":
-        print("qlora_ext: building the CPU backend only (USE_CUDA=0)")
-        return False
-    if sys.platform != "linux" or torch.version.hip:
+        missing = "USE_CUDA to be 1 or unset"
+    elif sys.platform != "linux" or torch.version.hip:
         missing = "CUDA on linux-x86_64 (ROCm and other systems are not supported)"
-    elif torch.version.cuda is None:
+    elif version is None:
         missing = f"a CUDA build of torch (torch {torch.__version__} is a CPU build)"
-    elif tuple(map(int, torch.version.cuda.split("."))) < (12, 8):
-        missing = f"CUDA 12.8 or newer (torch {torch.__version__} was built for {torch.version.cuda})"
+    elif tuple(map(int, version.split("."))) < (12, 8):
+        missing = f"CUDA 12.8 or newer (torch {torch.__version__} was built for {version})"
     elif toolkit is None:
         missing = "nvcc on the PATH"
     else:
@@ -63,30 +67,29 @@ def wants_cuda(toolkit):
 
 
 def sources(*folders):
-    """Every C++ and CUDA file of the given csrc folders: the one list, which CMakeLists.txt globs alike."""
-    found = [p for f in folders for ext in ("cpp", "cu") for p in glob(f"csrc/{f}/**/*.{ext}", root_dir=ROOT, recursive=True)]
-    return sorted(found)
+    """Every C++ and CUDA file of these csrc folders: the one list; CMakeLists.txt globs alike."""
+    patterns = [f"csrc/{folder}/**/*.{ext}" for folder in folders for ext in ("cpp", "cu")]
+    return sorted(p for pattern in patterns for p in glob(pattern, root_dir=ROOT, recursive=True))
 
 
 def extensions():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, as of 2.11
-    archs = os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA else ""
-    cxx += [f'-DQLORA_EXT_CUDA_ARCHS="{archs}"']
     include = [os.path.join(ROOT, "csrc")]
-    built = [
-        CppExtension("qlora_ext._C", ["csrc/library.cpp", *sources("host", "cpu")], include_dirs=include,
-                     extra_compile_args={"cxx": cxx})
-    ]
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA else ""
+    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+    cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, as of 2.11
+    cxx += [f'-DQLORA_EXT_CUDA_ARCHS="{archs}"']
+    nvcc = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+    nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
+    flags = {"cxx": cxx, "nvcc": nvcc}
+    cpu = ["csrc/library.cpp", *sources("host", "cpu")]
+    built = [CppExtension("qlora_ext._C", cpu, include_dirs=include, extra_compile_args=flags)]
     if CUDA:
-        nvcc = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-        nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
-        built.append(
-            CUDAExtension("qlora_ext._C_cuda", sources("host", "cuda"), include_dirs=include,
-                          extra_compile_args={"cxx": cxx, "nvcc": nvcc})
-        )
+        cuda = sources("host", "cuda")
+        built += [
+            CUDAExtension("qlora_ext._C_cuda", cuda, include_dirs=include, extra_compile_args=flags)
+        ]
     return built
 
 

@@ -34,7 +34,9 @@ def build_info() -> dict[str, object]:
     live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
     why_not = None
     if not _CUDA_LIBRARIES:
-        why_not = "the CUDA backend was not built (no nvcc or a CPU torch at build time, or USE_CUDA=0)"
+        why_not = (
+            "the CUDA backend was not built (no nvcc or a CPU torch at build time, or USE_CUDA=0)"
+        )
     elif torch.version.cuda is None:
         why_not = f"torch {torch.__version__} is a CPU build"
     elif _cuda_error is not None:

@@ -42,7 +42,7 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
 
 def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without its Python wrapper, which takes 3 us of a tiny layer's 15 to look for
-    functorch's tensors. Where functorch is at work (vmap, torch.func.grad) the wrapper is called."""
+    functorch's tensors. Where functorch works (vmap, torch.func.grad) the wrapper is called."""
     direct = super(torch.autograd.Function, function).apply
 
     def apply(*args):
@@ -110,12 +110,37 @@ def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Te
 
 
 @torch.library.register_fake("qlora_ext::gemm_4bit")
-def _(x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, bias=None, lora_S=None, lora_B=None):
+def _(
+    x,
+    packed,
+    absmax,
+    nested,
+    mean,
+    shape,
+    blocksize,
+    quant_type,
+    codebook,
+    bias=None,
+    lora_S=None,
+    lora_B=None,
+):
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 @torch.library.register_fake("qlora_ext::gemm_4bit_backward")
-def _(dY, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_dS=None, lora_A=None):
+def _(
+    dY,
+    packed,
+    absmax,
+    nested,
+    mean,
+    shape,
+    blocksize,
+    quant_type,
+    codebook,
+    lora_dS=None,
+    lora_A=None,
+):
     return dY.new_empty((*dY.shape[:-1], shape[1]))
 
 
@@ -192,9 +217,9 @@ def _(x, lora_A, scaling):
 
 @torch.library.register_fake("qlora_ext::lora_shrink_backward")
 def _(dS, x, lora_A, scaling, need_dx):
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0), torch.empty_like(
-        lora_A, memory_format=torch.contiguous_format
-    )
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(
+        0
+    ), torch.empty_like(lora_A, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("qlora_ext::lora_expand_backward")
@@ -242,7 +267,21 @@ def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
 
 
 @torch.library.register_fake("qlora_ext::lora_gemm_4bit")
-def _(x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_A, lora_B, scaling, bias=None):
+def _(
+    x,
+    packed,
+    absmax,
+    nested,
+    mean,
+    shape,
+    blocksize,
+    quant_type,
+    codebook,
+    lora_A,
+    lora_B,
+    scaling,
+    bias=None,
+):
     return (
         x.new_empty((*x.shape[:-1], shape[0])),
         x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32),
@@ -251,7 +290,21 @@ def _(x, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, l
 
 @torch.library.register_fake("qlora_ext::lora_gemm_4bit_backward")
 def _(
-    dY, x, lora_S, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_A, lora_B, scaling, need_dx
+    dY,
+    x,
+    lora_S,
+    packed,
+    absmax,
+    nested,
+    mean,
+    shape,
+    blocksize,
+    quant_type,
+    codebook,
+    lora_A,
+    lora_B,
+    scaling,
+    need_dx,
 ):
     dX = dY.new_empty((*dY.shape[:-1], shape[1])) if need_dx else dY.new_empty(0)
     return (
@@ -327,11 +380,26 @@ def lora_gemm_4bit(
 
 
 @torch.library.register_fake("qlora_ext::merge_lora_4bit")
-def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, lora_A, lora_B, scaling, dtype):
+def _(
+    packed,
+    absmax,
+    nested,
+    mean,
+    shape,
+    blocksize,
+    quant_type,
+    codebook,
+    lora_A,
+    lora_B,
+    scaling,
+    dtype,
+):
     return packed.new_empty(shape, dtype=dtype)
 
 
-def merge_lora_4bit(w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def merge_lora_4bit(
+    w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
     """dequantize(W) + scaling B A in fp32, rounded once to `dtype`: a dense [N, K]."""
     with torch.no_grad():
         return _ops.merge_lora_4bit.default(*w4, lora_A.detach(), lora_B.detach(), scaling, dtype)

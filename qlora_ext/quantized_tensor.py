@@ -53,11 +53,14 @@ class QuantConfig:
     def __post_init__(self):
         def check(ok: bool, argument: str, want: str):
             if not ok:
-                raise ValueError(f"QuantConfig: {argument} is {getattr(self, argument)!r}, want {want}")
+                raise ValueError(
+                    f"QuantConfig: {argument} is {getattr(self, argument)!r}, want {want}"
+                )
 
         check(self.quant_type in QUANT_TYPES, "quant_type", f"one of {QUANT_TYPES}")
         check(
-            self.blocksize is None or (type(self.blocksize) is int and self.blocksize in BLOCKSIZES),
+            self.blocksize is None
+            or (type(self.blocksize) is int and self.blocksize in BLOCKSIZES),
             "blocksize",
             f"one of {BLOCKSIZES}, or None for one scale per tensor",
         )
@@ -72,7 +75,9 @@ class QuantConfig:
         )
         # The compiled half has the last word on values (16 of them, finite, constants in range).
         try:
-            _C.resolve_codebook(self.quant_type, self.codebook, self.companding, float(self.companding_k))
+            _C.resolve_codebook(
+                self.quant_type, self.codebook, self.companding, float(self.companding_k)
+            )
         except RuntimeError as error:
             raise ValueError(str(error).replace("quantize_4bit", "QuantConfig", 1)) from None
         check(0 < self.std_factor <= 1e6, "std_factor", "a factor in (0, 1e6]")
@@ -93,7 +98,9 @@ class QuantConfig:
         """The 16 effective values of a custom codebook (fp32, by code), else None."""
         if self.stored_quant_type != "custom":
             return None
-        values, _ = _C.resolve_codebook(self.quant_type, self.codebook, self.companding, float(self.companding_k))
+        values, _ = _C.resolve_codebook(
+            self.quant_type, self.codebook, self.companding, float(self.companding_k)
+        )
         return tuple(values)
 
 
@@ -144,7 +151,9 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes stored: codes and every statistic."""
-        return sum(t.nbytes for t in (self.packed, self.absmax, self.nested, self.mean) if t is not None)
+        return sum(
+            t.nbytes for t in (self.packed, self.absmax, self.nested, self.mean) if t is not None
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -161,7 +170,9 @@ class QuantizedTensor:
         torch.Tensor.to's arguments. The stored bytes never change."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype not in _DTYPES.values():
-            raise TypeError(f"QuantizedTensor.to: dtype is {dtype}, want float32, float16 or bfloat16")
+            raise TypeError(
+                f"QuantizedTensor.to: dtype is {dtype}, want float32, float16 or bfloat16"
+            )
 
         def move(t):
             return t if t is None or device is None else t.to(device, non_blocking=non_blocking)
@@ -177,8 +188,9 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         return (
-            f"QuantizedTensor(shape={list(self.shape)}, dtype={self.dtype}, quant_type={self.quant_type!r}, "
-            f"blocksize={self.blocksize or None}, {self.bits_per_weight:.3f} bits per weight, device={self.device})"
+            f"QuantizedTensor(shape={list(self.shape)}, dtype={self.dtype}, "
+            f"quant_type={self.quant_type!r}, blocksize={self.blocksize or None}, "
+            f"{self.bits_per_weight:.3f} bits per weight, device={self.device})"
         )
 
     # bitsandbytes' keys ---------------------------------------------------------------------
@@ -224,8 +236,8 @@ class QuantizedTensor:
     @classmethod
     def from_state_dict(cls, d: Mapping[str, Tensor], prefix: str = "weight") -> "QuantizedTensor":
         """Reads what `state_dict` or bitsandbytes wrote, any quant_storage. Nothing is trusted: a
-        missing key, a wrong size, an unknown type or a hostile description is a ValueError (KeyError
-        for a missing key) that names it."""
+        wrong size, an unknown type or a hostile description is a ValueError, a missing key a
+        KeyError, and each names what it is about."""
         return _StateReader(d, prefix).read()
 
 
@@ -240,7 +252,10 @@ class _StateReader:
     def tensor(self, suffix: str) -> Tensor:
         key = self.prefix + suffix
         if key not in self.d:
-            raise KeyError(f"QuantizedTensor.from_state_dict: {key!r} is missing; with this prefix there are {self.near()}")
+            raise KeyError(
+                f"QuantizedTensor.from_state_dict: {key!r} is missing; with this prefix there are "
+                f"{self.near()}"
+            )
         return self.d[key]
 
     def near(self) -> list[str]:
@@ -252,7 +267,10 @@ class _StateReader:
         quant_type, codebook = self.read_codebook(meta)
         packed = self.tensor("").contiguous().reshape(-1).view(torch.uint8)
         if packed.numel() != (numel + 1) // 2:
-            raise self.fail(f"packed has {packed.numel()} bytes, want {(numel + 1) // 2} for shape {list(shape)}")
+            raise self.fail(
+                f"packed has {packed.numel()} bytes, want {(numel + 1) // 2} "
+                f"for shape {list(shape)}"
+            )
         num_blocks = -(-numel // blocksize)
         absmax, nested = self.read_scales(meta, num_blocks)
         mean = None
@@ -260,7 +278,9 @@ class _StateReader:
             mean = self.floats(".mean", num_blocks)
         dtype = _DTYPES.get(str(meta.get("dtype")))
         if dtype is None:
-            raise self.fail(f"dtype is {str(meta.get('dtype'))[:40]!r}, want one of {sorted(_DTYPES)}")
+            raise self.fail(
+                f"dtype is {str(meta.get('dtype'))[:40]!r}, want one of {sorted(_DTYPES)}"
+            )
         return QuantizedTensor(
             _view_matrix(packed, shape),
             absmax,
@@ -277,7 +297,8 @@ class _StateReader:
         keys = [k for k in self.d if k.startswith(f"{self.prefix}.quant_state.")]
         if len(keys) != 1:
             raise KeyError(
-                f"QuantizedTensor.from_state_dict: want one key {self.prefix + '.quant_state.bitsandbytes__*'!r}, "
+                "QuantizedTensor.from_state_dict: want one key "
+                f"{self.prefix + '.quant_state.bitsandbytes__*'!r}, "
                 f"got {keys}; with this prefix there are {self.near()}"
             )
         raw = self.d[keys[0]]
@@ -291,12 +312,19 @@ class _StateReader:
 
     def read_sizes(self, meta) -> tuple[torch.Size, int, int]:
         shape = meta.get("shape")
-        if not isinstance(shape, list) or len(shape) > 8 or not all(type(s) is int and 0 <= s < 2**48 for s in shape):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > 8
+            or not all(type(s) is int and 0 <= s < 2**48 for s in shape)
+        ):
             raise self.fail(f"shape is {str(shape)[:80]}, want at most 8 sizes of 0 or more")
         numel = math.prod(shape)
         blocksize = meta.get("blocksize")
         if type(blocksize) is not int or (blocksize not in BLOCKSIZES and blocksize != numel):
-            raise self.fail(f"blocksize is {str(blocksize)[:40]}, want one of {BLOCKSIZES}, or {numel} (per tensor)")
+            raise self.fail(
+                f"blocksize is {str(blocksize)[:40]}, want one of {BLOCKSIZES}, "
+                f"or {numel} (per tensor)"
+            )
         return torch.Size(shape), numel, max(blocksize, 1)
 
     def read_codebook(self, meta) -> tuple[str, tuple[float, ...] | None]:
@@ -305,12 +333,16 @@ class _StateReader:
             raise self.fail(f"quant_type is {str(quant_type)[:40]!r}, want one of {QUANT_TYPES}")
         table = self.tensor(".quant_map")
         if table.shape != (16,) or table.dtype != torch.float32 or not table.isfinite().all():
-            raise self.fail(f"quant_map is {table.dtype} {list(table.shape)}, want 16 finite float32 values")
+            raise self.fail(
+                f"quant_map is {table.dtype} {list(table.shape)}, want 16 finite float32 values"
+            )
         values = tuple(table.tolist())
         if quant_type == "custom":
             return quant_type, values
         if values != tuple(_C.codebooks()[quant_type]):
-            raise self.fail(f"quant_map differs from the {quant_type} table, whose codes these are said to be")
+            raise self.fail(
+                f"quant_map differs from the {quant_type} table, whose codes these are said to be"
+            )
         return quant_type, None
 
     def read_scales(self, meta, num_blocks: int) -> tuple[Tensor, Tensor | None]:
@@ -318,23 +350,32 @@ class _StateReader:
             return self.floats(".absmax", num_blocks), None
         absmax = self.tensor(".absmax")
         if absmax.dtype != torch.uint8 or absmax.numel() != num_blocks:
-            raise self.fail(f"absmax is {absmax.dtype} {list(absmax.shape)}, want {num_blocks} uint8 codes")
+            raise self.fail(
+                f"absmax is {absmax.dtype} {list(absmax.shape)}, want {num_blocks} uint8 codes"
+            )
         offset = meta["nested_offset"]
         if type(offset) not in (int, float) or not math.isfinite(offset):
             raise self.fail(f"nested_offset is {str(offset)[:40]}, want a finite number")
         if meta.get("nested_blocksize") != _NESTED_BLOCKSIZE:
-            raise self.fail(f"nested_blocksize is {str(meta.get('nested_blocksize'))[:40]}, want {_NESTED_BLOCKSIZE}")
+            raise self.fail(
+                f"nested_blocksize is {str(meta.get('nested_blocksize'))[:40]}, "
+                f"want {_NESTED_BLOCKSIZE}"
+            )
         table = self.tensor(".nested_quant_map")
         if table.shape != (256,) or table.tolist() != _C.dynamic_map():
             raise self.fail("nested_quant_map differs from the signed dynamic map")
-        absmax2 = self.floats(".nested_absmax", -(-num_blocks // _NESTED_BLOCKSIZE)).view(torch.float32)
+        absmax2 = self.floats(".nested_absmax", -(-num_blocks // _NESTED_BLOCKSIZE)).view(
+            torch.float32
+        )
         first = torch.tensor([offset], dtype=torch.float32, device=absmax2.device)
         return absmax.reshape(-1), torch.cat([first, absmax2]).view(torch.uint8)
 
     def floats(self, suffix: str, count: int) -> Tensor:
         values = self.tensor(suffix)
         if values.dtype != torch.float32 or values.numel() != count:
-            raise self.fail(f"{suffix[1:]} is {values.dtype} {list(values.shape)}, want {count} float32 values")
+            raise self.fail(
+                f"{suffix[1:]} is {values.dtype} {list(values.shape)}, want {count} float32 values"
+            )
         return values.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -377,9 +418,13 @@ def _check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"quantize_4bit: weight is a {type(weight).__name__}, want a torch.Tensor")
     if weight.dtype not in _DTYPES.values():
-        raise TypeError(f"quantize_4bit: weight has dtype {weight.dtype}, want float32, float16 or bfloat16")
+        raise TypeError(
+            f"quantize_4bit: weight has dtype {weight.dtype}, want float32, float16 or bfloat16"
+        )
     if weight.device.type == "meta":
-        raise ValueError("quantize_4bit: weight is on the meta device and has no values, want cpu or cuda")
+        raise ValueError(
+            "quantize_4bit: weight is on the meta device and has no values, want cpu or cuda"
+        )
     if weight.layout != torch.strided:
         raise TypeError(f"quantize_4bit: weight has layout {weight.layout}, want torch.strided")
 
@@ -409,7 +454,14 @@ def quantize_4bit(
     return quantize_with(
         weight,
         QuantConfig(
-            quant_type, blocksize, double_quant, normalization, codebook, companding, companding_k, std_factor
+            quant_type,
+            blocksize,
+            double_quant,
+            normalization,
+            codebook,
+            companding,
+            companding_k,
+            std_factor,
         ),
     )
 
@@ -445,7 +497,9 @@ def quantize_with(weight: Tensor, config: QuantConfig) -> QuantizedTensor:
     )
 
 
-def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+def dequantize_4bit(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """The dense tensor: codebook[code] * scale (+ mean), computed in fp32 and rounded once.
 
     dtype: float32, float16 or bfloat16; None takes out's, else q.dtype. out: a contiguous tensor
@@ -460,7 +514,11 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, *, out
 def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on, as torch's own linear would take it."""
     # Asked without a device first: cheaper, and "meta" is not one that autocast knows.
-    if torch._C._is_any_autocast_enabled() and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if (
+        torch._C._is_any_autocast_enabled()
+        and x.device.type != "meta"
+        and torch.is_autocast_enabled(x.device.type)
+    ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -501,7 +559,11 @@ def lora_linear_4bit(
 
 
 def merge_lora_4bit(
-    q: QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype = torch.float16
+    q: QuantizedTensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """dequantize(W) + scaling B A, summed in fp32 and rounded once to `dtype`: a dense [N, K].
 

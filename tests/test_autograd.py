@@ -3,7 +3,15 @@ Python and the same for CUDA."""
 
 import pytest
 import torch
-from cases import CONFIGS, DTYPES, Tolerance, assert_close, assert_same_bytes, make_weight, random_weight
+from cases import (
+    CONFIGS,
+    DTYPES,
+    Tolerance,
+    assert_close,
+    assert_same_bytes,
+    make_weight,
+    random_weight,
+)
 from torch.utils.checkpoint import checkpoint
 
 import qlora_ext
@@ -37,7 +45,10 @@ def sample_calls():
     code, nested = OPS.quantize_absmax(absmax)
     return [
         (OPS.quantize_4bit.default, (weight, 64, "nf4", None, "absmax", 3.0, "none", 1.0)),
-        (OPS.quantize_4bit.default, (weight.half(), 0, "fp4", None, "standard", 3.0, "logarithmic", 2.0)),
+        (
+            OPS.quantize_4bit.default,
+            (weight.half(), 0, "fp4", None, "standard", 3.0, "logarithmic", 2.0),
+        ),
         (OPS.quantize_absmax.default, (absmax,)),
         (OPS.dequantize_absmax.default, (code, nested)),
         (OPS.dequantize_4bit.default, (*w4, torch.bfloat16)),
@@ -104,19 +115,27 @@ def test_lora_gradients(dtype, route):
     dS = 2.0 * dY.float() @ B.detach()
     assert_close(x.grad, dY @ W + (dS @ A.detach()).to(dtype), want[0], "dX")
     assert_close(A.grad, dS.T @ x.detach().float(), want[1], "dA", Tolerance(4.0, 1e-5))
-    assert_close(B.grad, dY.float().T @ (2.0 * x.detach().float() @ A.detach().T), want[2], "dB", Tolerance(4.0, 1e-5))
+    assert_close(
+        B.grad,
+        dY.float().T @ (2.0 * x.detach().float() @ A.detach().T),
+        want[2],
+        "dB",
+        Tolerance(4.0, 1e-5),
+    )
     assert_close(bias.grad, dY.sum(0), n[0].sum(0), "dbias")
 
 
 def test_composed_ops_have_the_fused_ops_gradients():
-    """lora_shrink + gemm_4bit, the route of dropout and of shared inputs, agrees with the one node."""
+    """lora_shrink + gemm_4bit, the route of dropout and shared inputs, agrees with the one node."""
     _, q, x, A, B, bias = lora_inputs()
     fused = ops.lora_gemm_4bit(x, q.op_args(), A, B, 2.0, bias)
     composed = ops.gemm_4bit(x, q.op_args(), bias, ops.lora_shrink(x, A, 2.0), B)
     assert_same_bytes(composed, fused, "y")
     dY = torch.randn_like(fused)
     for got, want in zip(
-        torch.autograd.grad(composed, (x, A, B, bias), dY), torch.autograd.grad(fused, (x, A, B, bias), dY), strict=True
+        torch.autograd.grad(composed, (x, A, B, bias), dY),
+        torch.autograd.grad(fused, (x, A, B, bias), dY),
+        strict=True,
     ):
         torch.testing.assert_close(got, want)
 
@@ -145,7 +164,11 @@ def test_dropout_is_on_the_bypass_alone():
     torch.testing.assert_close(got, plain + 2.0 * (dropped @ A.T) @ B.T)
     dY = torch.randn_like(got)
     reference = plain + 2.0 * (dropped @ A.T) @ B.T
-    for a, b in zip(torch.autograd.grad(got, (x, A, B), dY), torch.autograd.grad(reference, (x, A, B), dY), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, (x, A, B), dY),
+        torch.autograd.grad(reference, (x, A, B), dY),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -207,10 +230,23 @@ def test_any_number_of_threads_gives_the_same_bits():
 
     def run():
         made = qlora_ext.quantize_4bit(weight)
-        y, S = OPS.lora_gemm_4bit(x.detach(), *q.op_args(), A.detach(), B.detach(), 2.0, bias.detach())
-        grads = OPS.lora_gemm_4bit_backward(dY, x.detach(), S, *q.op_args(), A.detach(), B.detach(), 2.0, True)
+        y, S = OPS.lora_gemm_4bit(
+            x.detach(), *q.op_args(), A.detach(), B.detach(), 2.0, bias.detach()
+        )
+        grads = OPS.lora_gemm_4bit_backward(
+            dY, x.detach(), S, *q.op_args(), A.detach(), B.detach(), 2.0, True
+        )
         dense = [qlora_ext.dequantize_4bit(q), qlora_ext.merge_lora_4bit(q, A, B, 2.0)]
-        return [made.packed, made.absmax, made.nested, y, S, *grads, *dense, qlora_ext.linear_4bit(x1, q)]
+        return [
+            made.packed,
+            made.absmax,
+            made.nested,
+            y,
+            S,
+            *grads,
+            *dense,
+            qlora_ext.linear_4bit(x1, q),
+        ]
 
     threads = torch.get_num_threads()
     try:
@@ -236,7 +272,9 @@ class Block(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.randn(48).to(dtype))
 
     def forward(self, x):
-        y = qlora_ext.lora_linear_4bit(torch.nn.functional.gelu(x), self.q, self.A, self.B, 2.0, self.bias)
+        y = qlora_ext.lora_linear_4bit(
+            torch.nn.functional.gelu(x), self.q, self.A, self.B, 2.0, self.bias
+        )
         return torch.tanh(y)
 
 
@@ -252,7 +290,12 @@ def test_compile_fullgraph(dtype):
         want = torch.autograd.grad(block(x), (x, *block.parameters()), dY)
         got = torch.autograd.grad(compiled(x), (x, *block.parameters()), dY)
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=2e-2 if dtype is torch.bfloat16 else 1e-5)
+            torch.testing.assert_close(
+                g,
+                w,
+                rtol=2e-2 if dtype is torch.bfloat16 else 1e-5,
+                atol=2e-2 if dtype is torch.bfloat16 else 1e-5,
+            )
         if before is not None:
             assert frames["unique_graphs"] == before
         before = frames["unique_graphs"]
@@ -270,7 +313,9 @@ def test_compiled_backward_is_the_fused_one():
 
     from torch._dynamo.backends.common import aot_autograd
 
-    compiled = torch.compile(block, fullgraph=True, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend))
+    compiled = torch.compile(
+        block, fullgraph=True, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend)
+    )
     compiled(torch.randn(5, 64, requires_grad=True)).sum().backward()
     targets = [str(n.target) for g in graphs for n in g.graph.nodes]
     assert targets.count("qlora_ext.lora_gemm_4bit.default") == 1
@@ -280,7 +325,9 @@ def test_compiled_backward_is_the_fused_one():
 def test_export():
     block = Block().eval()
     x = torch.randn(5, 64)
-    exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("M", min=2, max=512)},))
+    exported = torch.export.export(
+        block, (x,), dynamic_shapes=({0: torch.export.Dim("M", min=2, max=512)},)
+    )
     y = torch.randn(17, 64)
     torch.testing.assert_close(exported.module()(y), block(y))
 

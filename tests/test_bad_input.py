@@ -17,13 +17,25 @@ from qlora_ext import QuantConfig, QuantizedTensor, ops
     "weight, error, message",
     [
         ([1.0], TypeError, "weight is a list, want a torch.Tensor"),
-        (torch.zeros(4, dtype=torch.int32), TypeError, "weight has dtype torch.int32, want float32"),
+        (
+            torch.zeros(4, dtype=torch.int32),
+            TypeError,
+            "weight has dtype torch.int32, want float32",
+        ),
         (torch.zeros(4, dtype=torch.complex64), TypeError, "weight has dtype torch.complex64"),
-        (torch.zeros(4, dtype=torch.float8_e4m3fn), TypeError, "weight has dtype torch.float8_e4m3fn"),
+        (
+            torch.zeros(4, dtype=torch.float8_e4m3fn),
+            TypeError,
+            "weight has dtype torch.float8_e4m3fn",
+        ),
         (torch.zeros(4, dtype=torch.float64), TypeError, "weight has dtype torch.float64"),
         (torch.zeros(4, device="meta"), ValueError, "weight is on the meta device"),
         (torch.eye(4).to_sparse(), TypeError, "weight has layout torch.sparse_coo"),
-        (torch.tensor([0.0, float("nan")]), RuntimeError, r"weight has a NaN or an infinity at index \[1\]"),
+        (
+            torch.tensor([0.0, float("nan")]),
+            RuntimeError,
+            r"weight has a NaN or an infinity at index \[1\]",
+        ),
     ],
     ids=lambda v: str(v)[:24],
 )
@@ -43,11 +55,17 @@ def test_quantize_refuses(weight, error, message):
         ({"normalization": "l2"}, "normalization is 'l2', want one of"),
         ({"companding": "mu-law"}, "companding is 'mu-law', want one of"),
         ({"companding": "logarithmic", "companding_k": 0.0}, "companding_k is 0, want a constant"),
-        ({"companding": "exponential", "companding_k": float("nan")}, "companding_k is nan, want a constant"),
+        (
+            {"companding": "exponential", "companding_k": float("nan")},
+            "companding_k is nan, want a constant",
+        ),
         ({"codebook": [0.0] * 16}, "codebook is .* want 16 values with quant_type 'custom'"),
         ({"quant_type": "custom"}, "codebook is None, want 16 values"),
         ({"quant_type": "custom", "codebook": [0.0] * 15}, "codebook has 15 values, want 16"),
-        ({"quant_type": "custom", "codebook": [float("inf")] * 16}, "codebook value 0 is inf, want a finite"),
+        (
+            {"quant_type": "custom", "codebook": [float("inf")] * 16},
+            "codebook value 0 is inf, want a finite",
+        ),
         ({"std_factor": 0.0}, "std_factor is 0.0, want a factor"),
     ],
     ids=str,
@@ -79,17 +97,30 @@ def test_scalars_and_empty_tensors():
 def bad_call(**changes):
     q = make_weight((48, 64), CONFIGS["nf4"])[1]
     call = {
-        "x": torch.randn(5, 64), "q": q, "A": torch.randn(4, 64), "B": torch.randn(48, 4), "bias": torch.randn(48), **changes,
+        "x": torch.randn(5, 64),
+        "q": q,
+        "A": torch.randn(4, 64),
+        "B": torch.randn(48, 4),
+        "bias": torch.randn(48),
+        **changes,
     }
-    return ops.lora_gemm_4bit(call["x"], call["q"].op_args(), call["A"], call["B"], 1.0, call["bias"])
+    return ops.lora_gemm_4bit(
+        call["x"], call["q"].op_args(), call["A"], call["B"], 1.0, call["bias"]
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"x": torch.randn(5, 63)}, r"x has shape \[5, 63\], want \[..., 64\] for a weight of \[48, 64\]"),
+        (
+            {"x": torch.randn(5, 63)},
+            r"x has shape \[5, 63\], want \[..., 64\] for a weight of \[48, 64\]",
+        ),
         ({"x": torch.tensor(1.0)}, "x is a scalar, want at least one dimension"),
-        ({"x": torch.zeros(5, 64, dtype=torch.int64)}, "x has dtype int64, want float32, float16 or bfloat16"),
+        (
+            {"x": torch.zeros(5, 64, dtype=torch.int64)},
+            "x has dtype int64, want float32, float16 or bfloat16",
+        ),
         ({"x": torch.zeros(5, 64, dtype=torch.float64)}, "x has dtype float64"),
         ({"A": torch.randn(4, 63)}, r"lora_A has shape \[4, 63\], want \[4, 64\]"),
         ({"A": torch.randn(64)}, r"lora_A has shape \[64\], want \[r, 64\]"),
@@ -115,19 +146,58 @@ def test_weights_that_do_not_fit_their_description():
         return torch.ops.qlora_ext.gemm_4bit(x, *args)
 
     for args, message in [
-        ((packed.reshape(-1)[:-1], absmax, nested, mean, shape, blocksize, quant_type, codebook), "packed has 1535 bytes, want 1536"),
-        ((packed.float(), absmax, nested, mean, shape, blocksize, quant_type, codebook), "packed has dtype float32, want uint8"),
-        ((packed, absmax[:-1], nested, mean, shape, blocksize, quant_type, codebook), "absmax has 47 bytes, want 48"),
-        ((packed, absmax, None, mean, shape, blocksize, quant_type, codebook), "absmax has 48 bytes, want 192"),
-        ((packed, absmax, nested[:-4], mean, shape, blocksize, quant_type, codebook), "nested has 4 bytes, want 8"),
-        ((packed, absmax, nested, absmax, shape, blocksize, quant_type, codebook), "mean has 48 bytes, want 192"),
-        ((packed, absmax, nested, mean, [48, 64, 1], blocksize, quant_type, codebook), r"shape is \[48, 64, 1\], want \[N, K\]"),
-        ((packed, absmax, nested, mean, [-48, -64], blocksize, quant_type, codebook), "want sizes of 0 or more"),
-        ((packed, absmax, nested, mean, [2**40, 2**40], blocksize, quant_type, codebook), "want fewer than 2"),
-        ((packed, absmax, nested, mean, shape, 65, quant_type, codebook), "blocksize is 65, want a power of two"),
-        ((packed, absmax, nested, mean, shape, blocksize, "nf5", codebook), "quant_type is 'nf5', want 'nf4'"),
-        ((packed, absmax, nested, mean, shape, blocksize, "custom", None), "codebook has 0 values, want 16"),
-        ((packed, absmax, nested, mean, shape, blocksize, "nf4", [0.0] * 16), "codebook was given with quant_type 'nf4'"),
+        (
+            (packed.reshape(-1)[:-1], absmax, nested, mean, shape, blocksize, quant_type, codebook),
+            "packed has 1535 bytes, want 1536",
+        ),
+        (
+            (packed.float(), absmax, nested, mean, shape, blocksize, quant_type, codebook),
+            "packed has dtype float32, want uint8",
+        ),
+        (
+            (packed, absmax[:-1], nested, mean, shape, blocksize, quant_type, codebook),
+            "absmax has 47 bytes, want 48",
+        ),
+        (
+            (packed, absmax, None, mean, shape, blocksize, quant_type, codebook),
+            "absmax has 48 bytes, want 192",
+        ),
+        (
+            (packed, absmax, nested[:-4], mean, shape, blocksize, quant_type, codebook),
+            "nested has 4 bytes, want 8",
+        ),
+        (
+            (packed, absmax, nested, absmax, shape, blocksize, quant_type, codebook),
+            "mean has 48 bytes, want 192",
+        ),
+        (
+            (packed, absmax, nested, mean, [48, 64, 1], blocksize, quant_type, codebook),
+            r"shape is \[48, 64, 1\], want \[N, K\]",
+        ),
+        (
+            (packed, absmax, nested, mean, [-48, -64], blocksize, quant_type, codebook),
+            "want sizes of 0 or more",
+        ),
+        (
+            (packed, absmax, nested, mean, [2**40, 2**40], blocksize, quant_type, codebook),
+            "want fewer than 2",
+        ),
+        (
+            (packed, absmax, nested, mean, shape, 65, quant_type, codebook),
+            "blocksize is 65, want a power of two",
+        ),
+        (
+            (packed, absmax, nested, mean, shape, blocksize, "nf5", codebook),
+            "quant_type is 'nf5', want 'nf4'",
+        ),
+        (
+            (packed, absmax, nested, mean, shape, blocksize, "custom", None),
+            "codebook has 0 values, want 16",
+        ),
+        (
+            (packed, absmax, nested, mean, shape, blocksize, "nf4", [0.0] * 16),
+            "codebook was given with quant_type 'nf4'",
+        ),
     ]:
         with pytest.raises(RuntimeError, match="gemm_4bit: .*" + message):
             call(*args)
@@ -135,23 +205,30 @@ def test_weights_that_do_not_fit_their_description():
 
 def test_out_and_dtype():
     q = make_weight((48, 64), CONFIGS["nf4"])[1]
-    with pytest.raises(RuntimeError, match=r"dequantize_4bit: out has shape \[64, 48\], want \[48, 64\]"):
+    with pytest.raises(
+        RuntimeError, match=r"dequantize_4bit: out has shape \[64, 48\], want \[48, 64\]"
+    ):
         qlora_ext.dequantize_4bit(q, out=torch.empty(64, 48))
     with pytest.raises(RuntimeError, match="dequantize_4bit: out is not contiguous"):
         qlora_ext.dequantize_4bit(q, out=torch.empty(64, 48).T)
     with pytest.raises(RuntimeError, match="dequantize_4bit: out has dtype int32"):
         qlora_ext.dequantize_4bit(q, out=torch.empty(48, 64, dtype=torch.int32))
-    with pytest.raises(ValueError, match="dequantize_4bit: dtype is torch.float16, want out's torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"dequantize_4bit: dtype is torch.float16, want out's torch.float32"
+    ):
         qlora_ext.dequantize_4bit(q, torch.float16, out=torch.empty(48, 64))
     with pytest.raises(RuntimeError, match="dtype: the output has dtype float64"):
         qlora_ext.dequantize_4bit(q, torch.float64)
-    with pytest.raises(TypeError, match="to: dtype is torch.float64"):
+    with pytest.raises(TypeError, match=r"to: dtype is torch.float64"):
         q.to(torch.float64)
 
 
 def test_embedding_indices():
     q = make_weight((48, 64), CONFIGS["nf4"])[1]
-    with pytest.raises(RuntimeError, match=r"embedding_4bit: indices has 48 at flat position 1, want values in \[0, 48\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"embedding_4bit: indices has 48 at flat position 1, want values in \[0, 48\)",
+    ):
         ops.embedding_4bit(torch.tensor([0, 48, -1]), q.op_args(), torch.float32)
     with pytest.raises(RuntimeError, match="embedding_4bit: indices has -1 at flat position 0"):
         ops.embedding_4bit(torch.tensor([-1]), q.op_args(), torch.float32)
@@ -185,7 +262,17 @@ def changed(key, value):
     return d
 
 
-@pytest.mark.parametrize("key", ["w", "w.absmax", "w.quant_map", "w.nested_absmax", "w.nested_quant_map", "w.quant_state.bitsandbytes__nf4"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "w",
+        "w.absmax",
+        "w.quant_map",
+        "w.nested_absmax",
+        "w.nested_quant_map",
+        "w.quant_state.bitsandbytes__nf4",
+    ],
+)
 def test_missing_key(key):
     d = entries()
     del d[key]
@@ -203,9 +290,27 @@ def test_missing_key(key):
         (changed("w.quant_map", lambda t: t.flip(0)), "quant_map differs from the nf4 table"),
         (changed("w.nested_quant_map", lambda t: t[:-1]), "nested_quant_map differs"),
         (changed("w.quant_state.bitsandbytes__nf4", lambda t: t[:-1]), "is not JSON"),
-        (changed("w.quant_state.bitsandbytes__nf4", lambda t: torch.full((9,), 255, dtype=torch.uint8)), "is not JSON"),
-        (changed("w.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(b"[" * 100000), dtype=torch.uint8)), "is not JSON"),
-        (changed("w.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(b"[]"), dtype=torch.uint8)), "holds a list"),
+        (
+            changed(
+                "w.quant_state.bitsandbytes__nf4",
+                lambda t: torch.full((9,), 255, dtype=torch.uint8),
+            ),
+            "is not JSON",
+        ),
+        (
+            changed(
+                "w.quant_state.bitsandbytes__nf4",
+                lambda t: torch.tensor(list(b"[" * 100000), dtype=torch.uint8),
+            ),
+            "is not JSON",
+        ),
+        (
+            changed(
+                "w.quant_state.bitsandbytes__nf4",
+                lambda t: torch.tensor(list(b"[]"), dtype=torch.uint8),
+            ),
+            "holds a list",
+        ),
         (with_meta(shape=[-48, -64]), "shape is .* want at most 8 sizes of 0 or more"),
         (with_meta(shape=[2**62, 2**62]), "shape is .* want at most 8 sizes"),
         (with_meta(shape=[48, 65]), "packed has 1536 bytes, want 1560"),

@@ -13,7 +13,9 @@ F = pytest.importorskip("bitsandbytes.functional")
 
 
 def bnb_quantize(weight, quant_type, blocksize, nested):
-    return F.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
+    return F.quantize_4bit(
+        weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
+    )
 
 
 def bnb_entries(packed, state, prefix):
@@ -43,7 +45,10 @@ def test_fp4_bytes_off_ties_and_away_from_zero(dtype):
     book = qlora_ext._C.resolve_codebook("fp4", None, "none", 1.0)[1]
     thresholds = torch.tensor([t for t in book if t != float("inf")])
     clear = ((v.abs()[:, None] - thresholds).abs().amin(1) > 1e-6) & (v.abs() > thresholds[0])
-    codes = [torch.stack([p.reshape(-1) >> 4, p.reshape(-1) & 15], 1).reshape(-1) for p in (q.packed, packed)]
+    codes = [
+        torch.stack([p.reshape(-1) >> 4, p.reshape(-1) & 15], 1).reshape(-1)
+        for p in (q.packed, packed)
+    ]
     assert clear.float().mean() > 0.9
     assert_same_bytes(codes[0][clear], codes[1][clear], "codes")
 
@@ -54,12 +59,18 @@ def test_fp4_bytes_off_ties_and_away_from_zero(dtype):
 def test_reads_its_checkpoints_bit_for_bit(dtype, quant_type, nested):
     for shape, blocksize in [((96, 576), 64), ((64, 4096), 256), ((33, 65), 64)]:
         packed, state = bnb_quantize(random_weight(shape, dtype), quant_type, blocksize, nested)
-        q = QuantizedTensor.from_state_dict(bnb_entries(packed, state, "layer.weight"), "layer.weight")
+        q = QuantizedTensor.from_state_dict(
+            bnb_entries(packed, state, "layer.weight"), "layer.weight"
+        )
         assert q.shape == shape and q.dtype == dtype and q.blocksize == blocksize
-        assert_same_bytes(qlora_ext.dequantize_4bit(q), F.dequantize_4bit(packed, state), "dequantized")
+        assert_same_bytes(
+            qlora_ext.dequantize_4bit(q), F.dequantize_4bit(packed, state), "dequantized"
+        )
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "storage", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_reads_any_quant_storage(storage):
     weight = random_weight((64, 128))
     packed, state = F.quantize_4bit(weight, quant_type="nf4", quant_storage=storage)
@@ -74,10 +85,13 @@ def test_it_reads_ours(quant_type, nested):
     q = qlora_ext.quantize_4bit(weight, quant_type=quant_type, double_quant=nested)
     entries = q.state_dict("w")
     state = F.QuantState.from_dict(
-        {k.removeprefix("w."): v for k, v in entries.items() if k != "w"}, device=torch.device("cpu")
+        {k.removeprefix("w."): v for k, v in entries.items() if k != "w"},
+        device=torch.device("cpu"),
     )
     assert entries["w"].shape == (96 * 576 // 2, 1)
-    assert_same_bytes(F.dequantize_4bit(entries["w"], state), qlora_ext.dequantize_4bit(q), "dequantized")
+    assert_same_bytes(
+        F.dequantize_4bit(entries["w"], state), qlora_ext.dequantize_4bit(q), "dequantized"
+    )
 
 
 def test_keys_are_the_same():

@@ -88,7 +88,9 @@ def test_the_toolkit_is_the_one_nvcc_itself_uses(setup_module, tmp_path):
 
 def test_without_torch_it_says_what_to_run():
     code = f"import sys, runpy; sys.modules['torch'] = None; runpy.run_path({str(SETUP)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SETUP.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=SETUP.parent
+    )
     assert done.returncode == 1
     assert "pip install --no-build-isolation ." in done.stderr and "Traceback" not in done.stderr
 
@@ -104,7 +106,9 @@ def test_build_info():
     info = qlora_ext.build_info()
     assert info["torch"] == torch.__version__ and info["torch_target"] == "2.11"
     assert info["cpu_path"] in ("portable", "avx2", "avx512")
-    assert info["cuda_live"] == (info["cuda_built"] and not CPU_TORCH and info["cuda_why_not"] is None)
+    assert info["cuda_live"] == (
+        info["cuda_built"] and not CPU_TORCH and info["cuda_why_not"] is None
+    )
     assert info["cuda_live"] or info["cuda_why_not"]
 
 
@@ -129,15 +133,21 @@ def test_an_unknown_cpu_path_is_a_sentence():
     assert done.returncode != 0 and "QLORA_EXT_CPU" in done.stderr and "sse9" in done.stderr
     code = "import torch, qlora_ext; qlora_ext.quantize_4bit(torch.zeros(4))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "QLORA_EXT_CPU": "sse9"},
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "QLORA_EXT_CPU": "sse9"},
         cwd=Path(__file__).parent,
     )
     assert done.returncode != 0 and "sse9" in done.stderr and "want" in done.stderr
 
 
 def test_importing_it_does_not_load_the_ecosystem():
-    code = "import sys, qlora_ext; print(sorted({'transformers', 'peft', 'trl', 'accelerate', 'bitsandbytes'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    heavy = {"transformers", "peft", "trl", "accelerate", "bitsandbytes"}
+    code = f"import sys, qlora_ext; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -147,4 +157,6 @@ def test_no_torch_header_in_device_files():
     assert files
     for file in files:
         for line in file.read_text().splitlines():
-            assert not (line.startswith("#include") and ("torch" in line or "ATen" in line or "c10" in line)), (file, line)
+            assert not (
+                line.startswith("#include") and ("torch" in line or "ATen" in line or "c10" in line)
+            ), (file, line)

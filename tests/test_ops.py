@@ -75,14 +75,18 @@ def test_quantize_names_the_first_bad_weight(backend, dtype, bad):
     weight[30, 7] = bad
     weight[39, 99] = float("nan")
     for name in ("nf4", "nf4-per-tensor", "standard", "none"):
-        with pytest.raises(RuntimeError, match=r"quantize_4bit: weight has a NaN or an infinity at index \[30, 7\]"):
+        with pytest.raises(
+            RuntimeError, match=r"quantize_4bit: weight has a NaN or an infinity at index \[30, 7\]"
+        ):
             quantize(backend, weight, CONFIGS[name])
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 255, 256, 257, 1000, 70000])
 def test_quantize_absmax_is_exact_nearest(backend, num_blocks):
     absmax = np.abs(np.random.default_rng(num_blocks).normal(size=num_blocks)).astype(np.float32)
-    code, nested = backend.ops.quantize_absmax(torch.from_numpy(absmax).view(torch.uint8).to(backend.device))
+    code, nested = backend.ops.quantize_absmax(
+        torch.from_numpy(absmax).view(torch.uint8).to(backend.device)
+    )
     want_code, want_nested = R.quantize_absmax(absmax)
     assert_same_bytes(nested, want_nested, "nested")
     assert_same_bytes(code, want_code, "code")
@@ -157,14 +161,22 @@ def test_lora_gemm(backend, shape, dtype, lora_dtype):
     unfused = x @ W.T + bias + (scaling * (x.float() @ A.float().T) @ B.float().T).to(dtype)
     assert_close(y, unfused, want, "y", tolerance)
     assert S.dtype == torch.float32
-    assert_close(S, scaling * (x.float() @ A.float().T), scaling * np64(x) @ np64(A).T, "S", Tolerance(atol=1e-5))
+    assert_close(
+        S,
+        scaling * (x.float() @ A.float().T),
+        scaling * np64(x) @ np64(A).T,
+        "S",
+        Tolerance(atol=1e-5),
+    )
     # The same through precomputed S, as layers that share an input do; S a column slice.
     wide = torch.cat([torch.full_like(S, torch.nan), S], dim=1)[:, r:]
     assert_same_bytes(backend.ops.gemm_4bit(x, *q.op_args(), bias, wide, B), y, "y from S")
 
     dY = as_input(torch.randn(shape[0], shape[1]), dtype, backend)
     dX, dA, dB = backend.ops.lora_gemm_4bit_backward(dY, x, S, *q.op_args(), A, B, scaling, True)
-    want_dX, want_dA, want_dB = R.lora_linear_4bit_backward(np64(dY), np64(x), array, np64(A), np64(B), scaling)
+    want_dX, want_dA, want_dB = R.lora_linear_4bit_backward(
+        np64(dY), np64(x), array, np64(A), np64(B), scaling
+    )
     dS = scaling * dY.float() @ B.float()
     assert dA.dtype == dB.dtype == lora_dtype
     assert_close(dX, dY @ W + (dS @ A.float()).to(dtype), want_dX, "dX", tolerance)
@@ -182,7 +194,9 @@ def test_lora_ranks(backend, r):
         assert_close(y, unfused, want, "y", LORA_TOLERANCE[backend.name])
         dY = as_input(torch.randn(19, 72), dtype, backend)
         dX, dA, dB = backend.ops.lora_gemm_4bit_backward(dY, x, S, *q.op_args(), A, B, 0.5, True)
-        want_dX, want_dA, want_dB = R.lora_linear_4bit_backward(np64(dY), np64(x), array, np64(A), np64(B), 0.5)
+        want_dX, want_dA, want_dB = R.lora_linear_4bit_backward(
+            np64(dY), np64(x), array, np64(A), np64(B), 0.5
+        )
         dS = 0.5 * dY.float() @ B
         assert_close(dX, dY @ W + (dS @ A).to(dtype), want_dX, "dX", LORA_TOLERANCE[backend.name])
         assert_close(dA, dS.T @ x.float(), want_dA, "dA", Tolerance(4.0, 1e-5))
@@ -192,11 +206,16 @@ def test_lora_ranks(backend, r):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lora_shrink_backward(backend, dtype):
     for M, K, r in [(1, 64, 8), (9, 65, 3), (70, 200, 16), (0, 32, 4)]:
-        x, A = as_input(torch.randn(M, K), dtype, backend), as_input(torch.randn(r, K), torch.float32, backend)
+        x, A = (
+            as_input(torch.randn(M, K), dtype, backend),
+            as_input(torch.randn(r, K), torch.float32, backend),
+        )
         dS = as_input(torch.randn(M, r), torch.float32, backend)
         dx, dA = backend.ops.lora_shrink_backward(dS, x, A, 0.5, True)
         assert_close(dx, (0.5 * dS @ A).to(dtype), 0.5 * np64(dS) @ np64(A), "dx")
-        assert_close(dA, 0.5 * dS.T @ x.float(), 0.5 * np64(dS).T @ np64(x), "dA", Tolerance(4.0, 1e-5))
+        assert_close(
+            dA, 0.5 * dS.T @ x.float(), 0.5 * np64(dS).T @ np64(x), "dA", Tolerance(4.0, 1e-5)
+        )
         none, dA2 = backend.ops.lora_shrink_backward(dS, x, A, 0.5, False)
         assert none.numel() == 0
         assert_same_bytes(dA2, dA, "dA without dx")
@@ -206,13 +225,25 @@ def test_strided_inputs(backend):
     """Rows apart, transposes and leading dimensions give what a contiguous copy gives."""
     _, q, _, A, B, _, _ = gemm_inputs((1, 48, 64), torch.float32, backend)
     wide = torch.randn(10, 200, device=backend.device)
-    for x in (wide[:, 3:67], wide.T[:64, :5].T, wide[:, :128:2], torch.randn(2, 3, 4, 64, device=backend.device)):
+    for x in (
+        wide[:, 3:67],
+        wide.T[:64, :5].T,
+        wide[:, :128:2],
+        torch.randn(2, 3, 4, 64, device=backend.device),
+    ):
         assert_same_bytes(
-            backend.ops.gemm_4bit(x, *q.op_args()), backend.ops.gemm_4bit(x.contiguous(), *q.op_args()), "y"
+            backend.ops.gemm_4bit(x, *q.op_args()),
+            backend.ops.gemm_4bit(x.contiguous(), *q.op_args()),
+            "y",
         )
         y, S = backend.ops.lora_gemm_4bit(x, *q.op_args(), A, B, 1.0)
         assert y.shape == (*x.shape[:-1], 48) and S.shape == (*x.shape[:-1], 8)
-        dY = torch.randn(2, *y.shape, device=backend.device)[0].transpose(0, -2).contiguous().transpose(0, -2)
+        dY = (
+            torch.randn(2, *y.shape, device=backend.device)[0]
+            .transpose(0, -2)
+            .contiguous()
+            .transpose(0, -2)
+        )
         assert_same_bytes(
             backend.ops.gemm_4bit_backward(dY, *q.op_args()),
             backend.ops.gemm_4bit_backward(dY.contiguous(), *q.op_args()),
@@ -220,7 +251,10 @@ def test_strided_inputs(backend):
         )
     weight = torch.randn(96, 64, device=backend.device)
     for view in (weight.T, weight[::2], weight[:, 1::3]):
-        a, b = quantize(backend, view, CONFIGS["nf4"]), quantize(backend, view.contiguous(), CONFIGS["nf4"])
+        a, b = (
+            quantize(backend, view, CONFIGS["nf4"]),
+            quantize(backend, view.contiguous(), CONFIGS["nf4"]),
+        )
         for got, want in zip(a[:3], b[:3], strict=True):
             assert_same_bytes(got, want, "quantized view")
 
@@ -236,7 +270,9 @@ def test_unaligned_statistics(backend):
     shifted = (*(shift(t) for t in args[:3]), *args[3:])
     assert_same_bytes(backend.ops.gemm_4bit(x, *shifted), backend.ops.gemm_4bit(x, *args), "y")
     assert_same_bytes(
-        backend.ops.dequantize_4bit(*shifted, torch.float16), backend.ops.dequantize_4bit(*args, torch.float16), "W"
+        backend.ops.dequantize_4bit(*shifted, torch.float16),
+        backend.ops.dequantize_4bit(*args, torch.float16),
+        "W",
     )
 
 
@@ -258,7 +294,11 @@ def test_embedding_bits(backend, dtype):
     for shape in [(50, 64), (33, 65), (7, 40)]:
         array, q = make_weight(shape, CONFIGS["nf4"], backend.device)
         table = torch.from_numpy(R.dequantize_4bit(array, DTYPE_NAMES[dtype])).to(dtype)
-        for indices in (torch.randint(0, shape[0], (3, 5)), torch.tensor(2), torch.zeros(0, dtype=torch.int32)):
+        for indices in (
+            torch.randint(0, shape[0], (3, 5)),
+            torch.tensor(2),
+            torch.zeros(0, dtype=torch.int32),
+        ):
             got = backend.ops.embedding_4bit(indices.to(backend.device), *q.op_args(), dtype)
             assert got.shape == (*indices.shape, shape[1])
             assert_same_bytes(got, table[indices.long()], "rows")
@@ -274,7 +314,11 @@ def test_same_bits_from_run_to_run(backend):
 
         def run(x=x, q=q, A=A, B=B, bias=bias, dY=dY):
             y, S = backend.ops.lora_gemm_4bit(x, *q.op_args(), A, B, 2.0, bias)
-            return y, S, *backend.ops.lora_gemm_4bit_backward(dY, x, S, *q.op_args(), A, B, 2.0, True)
+            return (
+                y,
+                S,
+                *backend.ops.lora_gemm_4bit_backward(dY, x, S, *q.op_args(), A, B, 2.0, True),
+            )
 
         for got, want in zip(run(), run(), strict=True):
             assert_same_bytes(got, want, f"{shape}")

@@ -50,7 +50,9 @@ def test_quantize_is_the_reference(weight, config):
         assert_same_bytes(q.nested, want.nested, "nested")
     if want.mean is not None:
         assert_same_bytes(q.mean, want.mean, "mean")
-    assert_same_bytes(qlora_ext.dequantize_4bit(q, torch.float32), R.dequantize_4bit(want), "dequantized")
+    assert_same_bytes(
+        qlora_ext.dequantize_4bit(q, torch.float32), R.dequantize_4bit(want), "dequantized"
+    )
     assert q.nbytes <= weight.numel() * 1.0 + 64 + 12 * (weight.numel() // 32 + 1)
 
 
@@ -68,7 +70,13 @@ def test_every_code_is_the_nearest(weight, blocksize):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 70), st.integers(0, 200), st.sampled_from([32, 64, None]), st.integers(0, 2**31))
+@given(
+    st.integers(0, 40),
+    st.integers(0, 70),
+    st.integers(0, 200),
+    st.sampled_from([32, 64, None]),
+    st.integers(0, 2**31),
+)
 def test_linear_is_dequantize_then_matmul(M, N, K, blocksize, seed):
     torch.manual_seed(seed)
     q = qlora_ext.quantize_4bit(torch.randn(N, K), blocksize=blocksize)
@@ -86,7 +94,11 @@ def test_relative_rmse_on_a_normal_weight():
     weight = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1))
     for quant_type, want in [("nf4", 0.0920), ("fp4", 0.1219)]:
         q = qlora_ext.quantize_4bit(weight, quant_type=quant_type, double_quant=False)
-        rmse = ((qlora_ext.dequantize_4bit(q) - weight).square().mean() / weight.square().mean()).sqrt().item()
+        rmse = (
+            ((qlora_ext.dequantize_4bit(q) - weight).square().mean() / weight.square().mean())
+            .sqrt()
+            .item()
+        )
         assert abs(rmse - want) < 3e-4, (quant_type, rmse)
 
 
@@ -96,6 +108,8 @@ def test_bits_per_weight():
 
 
 def test_worked_example():
-    q = qlora_ext.quantize_4bit(torch.tensor([[0.8, -0.6], [0.1, -0.9]]), quant_type="linear", normalization="none")
+    q = qlora_ext.quantize_4bit(
+        torch.tensor([[0.8, -0.6], [0.1, -0.9]]), quant_type="linear", normalization="none"
+    )
     assert q.packed.tolist() == [[14 << 4 | 3], [8 << 4 | 1]]
     assert torch.equal(qlora_ext.dequantize_4bit(q), torch.tensor([[0.87, -0.60], [0.07, -0.87]]))

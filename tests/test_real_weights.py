@@ -1,4 +1,4 @@
-"""A real model's weights, not only random ones: SmolLM2-135M's, from the demonstration's package."""
+"""A real model's weights, not only random ones: SmolLM2-135M's, from the demo's package."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,12 @@ import qlora_ext
 from qlora_ext import reference as R
 
 gguf = pytest.importorskip("gguf")
-NAMES = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.15.ffn_down.weight", "blk.29.ffn_gate.weight")
+NAMES = (
+    "blk.0.attn_q.weight",
+    "blk.0.attn_k.weight",
+    "blk.15.ffn_down.weight",
+    "blk.29.ffn_gate.weight",
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,9 @@ def weights() -> dict[str, torch.Tensor]:
     path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
     return {
-        name: torch.from_numpy(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).copy())
+        name: torch.from_numpy(
+            gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).copy()
+        )
         for name in NAMES
     }
 
@@ -36,7 +43,9 @@ def test_bytes_are_the_references(weights, name):
         assert_same_bytes(q.absmax, want.absmax, f"{key} absmax")
         if want.nested is not None:
             assert_same_bytes(q.nested, want.nested, f"{key} nested")
-        assert_same_bytes(qlora_ext.dequantize_4bit(q), R.dequantize_4bit(want), f"{key} dequantized")
+        assert_same_bytes(
+            qlora_ext.dequantize_4bit(q), R.dequantize_4bit(want), f"{key} dequantized"
+        )
 
 
 def test_error_is_what_nf4_promises(weights):
@@ -56,4 +65,6 @@ def test_products_match_the_dequantized_weight(weights):
         dense = qlora_ext.dequantize_4bit(q)
         for M in (1, 5, 40):
             x = torch.randn(M, weight.shape[1])
-            torch.testing.assert_close(qlora_ext.linear_4bit(x, q), x @ dense.T, rtol=1e-4, atol=1e-4, msg=key)
+            torch.testing.assert_close(
+                qlora_ext.linear_4bit(x, q), x @ dense.T, rtol=1e-4, atol=1e-4, msg=key
+            )
