@@ -25,7 +25,7 @@ class DeviceScope {
 
  private:
   void* stream_ = nullptr;  // the caller's current cudaStream_t; null on the CPU
-  void* guard_ = nullptr;
+  [[maybe_unused]] void* guard_ = nullptr;
 };
 
 // out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined beside DeviceScope.
