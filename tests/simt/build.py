@@ -5,8 +5,8 @@ emulated machine (machine.cpp), registered as torch.ops.qlora_ext_simt.* for CPU
     simt.dequantize_4bit(...)  # an op
     simt.kernels()             # and a control
 
-Sanitizers: build the library with library("address") or library("thread") and run Python under
-sanitizer_environment(...); SIMT_SANITIZE=address makes load_simt() load that one.
+Sanitizers: run Python with sanitizer_environment("address" or "thread") added to its environment;
+load_simt() then loads that library (SIMT_LIBRARY) as it is.
 
 Objects are cached under build/simt (SIMT_BUILD_DIR overrides), each with the hashes of the files
 it was made of. `python tests/simt/build.py [plain|address|thread ...]` builds ahead of time.
@@ -33,13 +33,35 @@ CXX = os.environ.get("CXX", "g++")
 
 # No contraction: nvcc's is not seen here, and bit-exact code must not depend on it. No strict
 # aliasing: nvcc has none. Unknown pragmas: `#pragma unroll`.
-FLAGS = ["-std=c++20", "-fPIC", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
-FLAGS += ["-fno-gnu-unique", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-OPTIMIZE = {None: ["-O2"], "address": ["-O1", "-fno-omit-frame-pointer"], "thread": ["-O1", "-fno-omit-frame-pointer"]}
+FLAGS = [
+    "-std=c++20",
+    "-fPIC",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+]
+FLAGS += [
+    "-fno-gnu-unique",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+]
+OPTIMIZE = {
+    None: ["-O2"],
+    "address": ["-O1", "-fno-omit-frame-pointer"],
+    "thread": ["-O1", "-fno-omit-frame-pointer"],
+}
 SANITIZE = {
     None: [],
     # Overflow of a null pointer's offset is how kernels skip absent operands, and harmless.
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize=pointer-overflow,vptr", "-fno-sanitize-recover=all"],
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=pointer-overflow,vptr",
+        "-fno-sanitize-recover=all",
+    ],
     "thread": ["-fsanitize=thread"],
 }
 WHEELS = ("nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
@@ -57,19 +79,27 @@ def _toolkit_include():
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return []
-    text = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    text = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
     top = re.search(r"TOP=(.+)", text)
     if top is None:
         return []
     root = Path(top.group(1).strip()).resolve()
-    return [d for d in (root / "targets" / "x86_64-linux" / "include", root / "include") if (d / "cuda_bf16.h").is_file()][:1]
+    return [
+        d
+        for d in (root / "targets" / "x86_64-linux" / "include", root / "include")
+        if (d / "cuda_bf16.h").is_file()
+    ][:1]
 
 
 def _wheel_include(site):
     """Headers that the three wheels put under site/nvidia."""
     found = []
     for name in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
-        hits = sorted(Path(site).glob(f"nvidia/*/include/{name}")) + sorted(Path(site).glob(f"nvidia/*/include/cccl/{name}"))
+        hits = sorted(Path(site).glob(f"nvidia/*/include/{name}")) + sorted(
+            Path(site).glob(f"nvidia/*/include/cccl/{name}")
+        )
         if not hits:
             return []
         found.append(hits[-1].parents[name.count("/")])
@@ -78,7 +108,7 @@ def _wheel_include(site):
 
 @functools.cache
 def cuda_include():
-    """Directories of CUDA headers: the toolkit's, an installed wheel's, or wheels fetched into BUILD."""
+    """Directories of CUDA headers: the toolkit's, an installed wheel's, or fetched wheels'."""
     if os.environ.get("SIMT_CUDA_HEADERS", "") != "wheels":
         if dirs := _toolkit_include():
             return dirs
@@ -87,11 +117,26 @@ def cuda_include():
                 return dirs
     fetched = BUILD / "cuda-headers"
     if not (dirs := _wheel_include(fetched)):
-        print(f"simt: no CUDA toolkit: fetching {', '.join(WHEELS)} for their headers", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(fetched), *WHEELS]
+        print(
+            f"simt: no CUDA toolkit: fetching {', '.join(WHEELS)} for their headers",
+            file=sys.stderr,
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(fetched),
+            *WHEELS,
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         if not (dirs := _wheel_include(fetched)):
-            raise BuildError(f"simt: no CUDA headers: no nvcc here, and pip could not fetch {WHEELS}:\n{result.stderr}")
+            raise BuildError(
+                f"simt: no CUDA headers: no nvcc here, and pip got no {WHEELS}:\n{result.stderr}"
+            )
     return dirs
 
 
@@ -109,7 +154,9 @@ def _hash(path):
 @functools.cache
 def _compiler():
     version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
-    target = subprocess.run([CXX, "-march=native", "-Q", "--help=target"], capture_output=True, text=True).stdout
+    target = subprocess.run(
+        [CXX, "-march=native", "-Q", "--help=target"], capture_output=True, text=True
+    ).stdout
     return version + target
 
 
@@ -131,7 +178,21 @@ def _compile(source, flags, stem=""):
         if all(_hash(path) == digest for path, digest in made_of.items()):
             return target
     depfile = target.with_suffix(".d")
-    _run([CXX, *flags, "-MMD", "-MF", str(depfile), "-x", "c++", "-c", str(source), "-o", str(target)])
+    _run(
+        [
+            CXX,
+            *flags,
+            "-MMD",
+            "-MF",
+            str(depfile),
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
+    )
     words = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     paths = [str((ROOT / word).resolve()) for word in words]
     record.write_text(json.dumps({path: _hash(path) for path in paths}, indent=1))
@@ -148,7 +209,9 @@ def _locked():
 
 
 def _compile_all(jobs):
-    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(
+        int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    ) as pool:
         return [str(done) for done in pool.map(lambda job: _compile(*job), jobs)]
 
 
@@ -166,7 +229,9 @@ def _flags(sanitize, *, machine=False):
 
 
 def _link(objects, target, extra, sanitize):
-    stamp = hashlib.sha256(json.dumps([[o, _hash(o)] for o in objects] + [extra]).encode()).hexdigest()
+    stamp = hashlib.sha256(
+        json.dumps([[o, _hash(o)] for o in objects] + [extra]).encode()
+    ).hexdigest()
     record = target.with_suffix(target.suffix + ".stamp")
     if not (target.is_file() and record.is_file() and record.read_text() == stamp):
         # A new file each time: a library that is loaded may not change under its process.
@@ -182,8 +247,14 @@ def library(sanitize=None):
     import torch
 
     torch_root = Path(torch.__file__).parent
-    torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DSIMT_TORCH_{torch.__version__.split('+')[0].replace('.', '_')}"]
-    for directory in (torch_root / "include", torch_root / "include" / "torch" / "csrc" / "api" / "include"):
+    torch_flags = [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-DSIMT_TORCH_{torch.__version__.split('+')[0].replace('.', '_')}",
+    ]
+    for directory in (
+        torch_root / "include",
+        torch_root / "include" / "torch" / "csrc" / "api" / "include",
+    ):
         torch_flags += ["-isystem", str(directory)]
     kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     hosts = [*sorted((ROOT / "csrc" / "host").rglob("*.cpp")), SIMT / "register.cpp"]
@@ -193,14 +264,29 @@ def library(sanitize=None):
         # Host code is tested by the CPU backend; it is not instrumented here.
         jobs += [(source, _flags(None) + torch_flags) for source in hosts]
         objects = _compile_all(jobs)
-        extra = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        return _link(objects, BUILD / f"libqlora_ext_simt{'-' + sanitize if sanitize else ''}.so", extra, sanitize)
+        extra = [
+            "-shared",
+            "-Wl,-Bsymbolic",
+            f"-L{torch_root / 'lib'}",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
+        return _link(
+            objects,
+            BUILD / f"libqlora_ext_simt{'-' + sanitize if sanitize else ''}.so",
+            extra,
+            sanitize,
+        )
 
 
 def harness(name, sanitize=None, *, shared=False):
-    """Builds tests/simt/<name>.cu with the machine, without torch: a program, or a ctypes library."""
+    """Builds tests/simt/<name>.cu with the machine, no torch: a program, or a ctypes library."""
     with _locked():
-        jobs = [(SIMT / "machine.cpp", _flags(sanitize, machine=True)), (SIMT / f"{name}.cu", _flags(sanitize))]
+        jobs = [
+            (SIMT / "machine.cpp", _flags(sanitize, machine=True)),
+            (SIMT / f"{name}.cu", _flags(sanitize)),
+        ]
         target = BUILD / f"{name}{'-' + sanitize if sanitize else ''}{'.so' if shared else ''}"
         extra = ["-shared", "-Wl,-Bsymbolic"] if shared else []
         return _link(_compile_all(jobs), target, extra, sanitize)
@@ -210,18 +296,26 @@ def harness(name, sanitize=None, *, shared=False):
 
 
 def sanitizer_environment(sanitize):
-    """What a Python process needs in its environment to load the sanitized library."""
+    """Builds the sanitized library; what a Python process needs in its environment to load it.
+    Run it as `setarch -R python ...`: the sanitizers place their shadow memory by hand."""
     runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
-    path = subprocess.run([CXX, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True).stdout.strip()
-    preload = os.path.realpath(path)
+    path = subprocess.run(
+        [CXX, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    options = {
+        "address": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
+        # Python and torch are not instrumented: only what the kernels do counts.
+        "thread": "halt_on_error=1:history_size=4:ignore_noninstrumented_modules=1"
+        ":report_mutex_bugs=0:report_thread_leaks=0",
+    }
     return {
-        "LD_PRELOAD": preload,
-        "SIMT_SANITIZE": sanitize,
+        "LD_PRELOAD": os.path.realpath(path),
+        "SIMT_LIBRARY": str(library(sanitize)),
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",
-        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:history_size=4:report_bugs=1:suppressions={SIMT / 'tsan.supp'}",
+        "ASAN_OPTIONS": options["address"],
+        "TSAN_OPTIONS": options["thread"],
     }
 
 
@@ -276,7 +370,7 @@ class Simt:
 
     @contextlib.contextmanager
     def last_blocks(self, count):
-        """Only the last `count` blocks of every grid run: huge tensors, of which little is touched."""
+        """Only the last `count` blocks of every grid run: of a huge tensor little is touched."""
         self._machine.simt_set_last_blocks(count)
         try:
             yield
@@ -303,10 +397,10 @@ class Simt:
 
 @functools.cache
 def load_simt():
-    """Builds what changed, loads it once, and returns its controls; ops are torch.ops.qlora_ext_simt.*"""
+    """Builds what changed and loads it, once; returns the ops and their controls."""
     import torch
 
-    path = library(os.environ.get("SIMT_SANITIZE") or None)
+    path = os.environ.get("SIMT_LIBRARY") or library()
     torch.ops.load_library(str(path))
     return Simt(path)
 

@@ -27,16 +27,28 @@ PLANTED = {
     "beyond_shared_member": ("address", r"index 256 out of bounds"),
     "beyond_global": ("address", r"heap-buffer-overflow"),
     "copy_beyond_global": ("address", r"heap-buffer-overflow"),
-    "copy_beyond_shared": ("sentence", r"thread \(1,0,0\): cp_async_16: 16 bytes at byte 2064 are outside shared memory of 2064"),
+    "copy_beyond_shared": (
+        "sentence",
+        r"thread \(1,0,0\): cp_async_16: 16 bytes at byte 2064 are outside shared memory of 2064",
+    ),
     "ldmatrix_misaligned": ("sentence", r"ldmatrix: byte 8 of shared memory is misaligned"),
     "uninitialized_shared": ("initcheck", ""),
     "output_not_written": ("initcheck", ""),
     "copy_not_waited": ("initcheck", ""),
     "bulk_copy_not_waited": ("initcheck", ""),
-    "barrier_in_branch": ("sentence", r"block \(0,0,0\): deadlock: threads \(0,0,0\)..\(15,0,0\) wait in __syncthreads"),
-    "barrier_in_both_branches": ("sentence", r"block \(0,0,0\), thread \(16,0,0\): divergent barrier"),
+    "barrier_in_branch": (
+        "sentence",
+        r"block \(0,0,0\): deadlock: threads \(0,0,0\)..\(15,0,0\) wait in __syncthreads",
+    ),
+    "barrier_in_both_branches": (
+        "sentence",
+        r"block \(0,0,0\), thread \(16,0,0\): divergent barrier",
+    ),
     "returned_before_barrier": ("sentence", r"thread \(7,0,0\) returned"),
-    "lanes_missing_from_shuffle": ("sentence", r"deadlock: threads \(0,0,0\)..\(15,0,0\) wait in __shfl_xor_sync"),
+    "lanes_missing_from_shuffle": (
+        "sentence",
+        r"deadlock: threads \(0,0,0\)..\(15,0,0\) wait in __shfl_xor_sync",
+    ),
     "shuffle_from_outside": ("sentence", r"reads lane 20, which is not in mask 0000ffff"),
     "named_barriers_cross": ("sentence", r"deadlock: .* wait in barrier_sync"),
     "too_few_bytes": ("sentence", r"deadlock: .* wait in mbarrier_wait"),
@@ -49,14 +61,22 @@ def run(planted, sanitize=None, pattern=PATTERNS[0]):
     # ThreadSanitizer of this compiler's age cannot start under the address layouts of new kernels.
     fixed = ["setarch", "-R"] if sanitize == "thread" else []
     command = [*fixed, str(build.harness("planted", sanitize)), planted]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **options, **pattern})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **options, **pattern},
+    )
 
 
 def test_every_planted_bug_has_a_verdict():
     assert sorted(run("list").stdout.split()) == sorted(PLANTED)
 
 
-@pytest.mark.parametrize("sanitize", [None, "address", "thread"], ids=["plain", "address", "thread"])
+@pytest.mark.parametrize(
+    "sanitize", [None, "address", "thread"], ids=["plain", "address", "thread"]
+)
 def test_clean_twins_pass(sanitize):
     outputs = []
     for pattern in PATTERNS:
@@ -77,7 +97,9 @@ def test_planted_bug_is_found(planted):
     else:
         result = run(planted, None if tool == "sentence" else tool)
         assert result.returncode not in (0, 2), f"not found:\n{result.stdout}"
-        assert re.search(says, result.stdout if tool == "sentence" else result.stderr), result.stdout + result.stderr
+        assert re.search(says, result.stdout if tool == "sentence" else result.stderr), (
+            result.stdout + result.stderr
+        )
 
 
 def test_second_barrier_shows_without_a_sanitizer_too():

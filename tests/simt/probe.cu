@@ -1,0 +1,161 @@
+// Single instructions on values that a test supplies (test_simt_instructions.py, by ctypes).
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+
+namespace qlora_ext {
+
+struct MmaIo {
+  const uint32_t* a;  // [32, 4], registers by lane; m16n8k8 uses [32, :2]
+  const uint32_t* b;  // [32, 2]; m16n8k8 uses [32, :1]
+  float* d;           // [32, 4], in and out
+};
+
+enum class Shape { kM16N8K16F16, kM16N8K16Bf16, kM16N8K8F16, kSm75K16 };
+
+template <Shape shape>
+__global__ void probe_mma(MmaIo io) {
+  const unsigned lane = threadIdx.x;
+  uint32_t a[4], b[2];
+  float d[4];
+  for (int i = 0; i < 4; ++i) a[i] = io.a[4 * lane + i];
+  for (int i = 0; i < 2; ++i) b[i] = io.b[2 * lane + i];
+  for (int i = 0; i < 4; ++i) d[i] = io.d[4 * lane + i];
+  if constexpr (shape == Shape::kM16N8K16F16) ptx::mma_m16n8k16<__half>(d, a, b);
+  if constexpr (shape == Shape::kM16N8K16Bf16) ptx::mma_m16n8k16<__nv_bfloat16>(d, a, b);
+  if constexpr (shape == Shape::kM16N8K8F16) ptx::mma_m16n8k8_f16(d, a[0], a[1], b[0]);
+  if constexpr (shape == Shape::kSm75K16) ptx::mma_k16<Sm75, __half>(d, a, b);
+  for (int i = 0; i < 4; ++i) io.d[4 * lane + i] = d[i];
+}
+
+struct LdmatrixIo {
+  const uint16_t* elements;  // [2048]
+  const uint32_t* rows;      // [32]: the byte offset that each lane gives
+  uint32_t* d;               // [32, 4]
+};
+struct LdmatrixSmem {
+  alignas(16) uint16_t elements[2048];
+};
+
+template <int count, bool trans>
+__global__ void probe_ldmatrix(LdmatrixIo io) {
+  LdmatrixSmem& smem = ptx::shared_memory<LdmatrixSmem>();
+  const unsigned lane = threadIdx.x;
+  for (unsigned i = lane; i < 2048; i += 32) smem.elements[i] = io.elements[i];
+  __syncwarp();
+  uint32_t d[count];
+  const uint32_t row = ptx::shared_address(smem.elements) + io.rows[lane];
+  if constexpr (count == 1 && !trans) ptx::ldmatrix_x1(d, row);
+  if constexpr (count == 2 && !trans) ptx::ldmatrix_x2(d, row);
+  if constexpr (count == 4 && !trans) ptx::ldmatrix_x4(d, row);
+  if constexpr (count == 1 && trans) ptx::ldmatrix_x1_trans(d, row);
+  if constexpr (count == 2 && trans) ptx::ldmatrix_x2_trans(d, row);
+  if constexpr (count == 4 && trans) ptx::ldmatrix_x4_trans(d, row);
+  for (int i = 0; i < count; ++i) io.d[4 * lane + i] = d[i];
+}
+
+struct ShuffleIo {
+  const uint32_t* in;  // [32]
+  uint32_t* out;       // [32]
+  int kind;            // 0 idx, 1 up, 2 down, 3 xor
+  int argument;
+  int width;
+};
+__global__ void probe_shuffle(ShuffleIo io) {
+  const uint32_t v = io.in[threadIdx.x];
+  uint32_t r = 0;
+  if (io.kind == 0) r = __shfl_sync(0xffffffffu, v, io.argument, io.width);
+  if (io.kind == 1) r = __shfl_up_sync(0xffffffffu, v, io.argument, io.width);
+  if (io.kind == 2) r = __shfl_down_sync(0xffffffffu, v, io.argument, io.width);
+  if (io.kind == 3) r = __shfl_xor_sync(0xffffffffu, v, io.argument, io.width);
+  io.out[threadIdx.x] = r;
+}
+
+struct VoteIo {
+  const uint32_t* in;  // [32]
+  uint32_t* out;       // [8, 32]
+};
+__global__ void probe_vote(VoteIo io) {
+  const unsigned lane = threadIdx.x;
+  const uint32_t v = io.in[lane];
+  const uint32_t mask = lane < 8 ? 0x000000ffu : 0xffffff00u;
+  io.out[lane] = __ballot_sync(mask, v & 1);
+  io.out[32 + lane] = __any_sync(mask, v & 2);
+  io.out[64 + lane] = __all_sync(mask, v & 4);
+  io.out[96 + lane] = __reduce_add_sync(mask, v);
+  io.out[128 + lane] = __reduce_max_sync(mask, static_cast<int>(v));
+  io.out[160 + lane] = __reduce_min_sync(mask, v);
+  io.out[192 + lane] = __reduce_xor_sync(mask, v);
+  io.out[224 + lane] = __reduce_or_sync(mask, v);
+}
+
+struct BitsIo {
+  const uint32_t* in;  // [n, 3]
+  uint32_t* out;       // [n, 12]
+  int n;
+};
+__global__ void probe_bits(BitsIo io) {
+  for (int i = threadIdx.x; i < io.n; i += 32) {
+    const uint32_t a = io.in[3 * i], b = io.in[3 * i + 1], c = io.in[3 * i + 2];
+    uint32_t* out = io.out + 12 * i;
+    out[0] = ptx::prmt(a, b, c);
+    out[1] = __byte_perm(a, b, c);
+    out[2] = ptx::lop3<0xea>(a, b, c);  // (a & b) | c
+    out[3] = ptx::lop3<0x96>(a, b, c);  // a ^ b ^ c
+    out[4] = ptx::lop3<0xd8>(a, b, c);  // c ? b : a
+    out[5] = __funnelshift_l(a, b, c);
+    out[6] = __funnelshift_r(a, b, c);
+    out[7] = __brev(a);
+    out[8] = static_cast<uint32_t>(__clz(static_cast<int>(a)));
+    out[9] = static_cast<uint32_t>(__popc(a));
+    out[10] = static_cast<uint32_t>(
+        __dp4a(static_cast<int>(a), static_cast<int>(b), static_cast<int>(c)));
+    out[11] = __umulhi(a, b);
+  }
+}
+
+struct HalfIo {
+  const uint16_t* in;  // [n, 3]
+  uint16_t* f16;       // [n]: fma
+  uint16_t* bf16;      // [n]
+  int n;
+};
+__global__ void probe_half_fma(HalfIo io) {
+  for (int i = threadIdx.x; i < io.n; i += 32) {
+    const uint16_t* v = io.in + 3 * i;
+    io.f16[i] = __half_as_ushort(
+        __hfma(__ushort_as_half(v[0]), __ushort_as_half(v[1]), __ushort_as_half(v[2])));
+    io.bf16[i] = __bfloat16_as_ushort(__hfma(
+        __ushort_as_bfloat16(v[0]), __ushort_as_bfloat16(v[1]), __ushort_as_bfloat16(v[2])));
+  }
+}
+
+}  // namespace qlora_ext
+
+using namespace qlora_ext;
+#define PROBE extern "C" __attribute__((visibility("default"))) const char*
+
+PROBE probe_mma_run(int shape, MmaIo* io) {
+  if (shape == 0) return launch_kernel<probe_mma<Shape::kM16N8K16F16>>(1, 32, 0, nullptr, *io);
+  if (shape == 1) return launch_kernel<probe_mma<Shape::kM16N8K16Bf16>>(1, 32, 0, nullptr, *io);
+  if (shape == 2) return launch_kernel<probe_mma<Shape::kM16N8K8F16>>(1, 32, 0, nullptr, *io);
+  return launch_kernel<probe_mma<Shape::kSm75K16>>(1, 32, 0, nullptr, *io);
+}
+template <int count>
+const char* run_ldmatrix(int trans, const LdmatrixIo& io) {
+  constexpr size_t bytes = sizeof(LdmatrixSmem);
+  if (trans) return launch_kernel<probe_ldmatrix<count, true>>(1, 32, bytes, nullptr, io);
+  return launch_kernel<probe_ldmatrix<count, false>>(1, 32, bytes, nullptr, io);
+}
+PROBE probe_ldmatrix_run(int count, int trans, LdmatrixIo* io) {
+  if (count == 1) return run_ldmatrix<1>(trans, *io);
+  if (count == 2) return run_ldmatrix<2>(trans, *io);
+  return run_ldmatrix<4>(trans, *io);
+}
+PROBE probe_shuffle_run(ShuffleIo* io) {
+  return launch_kernel<probe_shuffle>(1, 32, 0, nullptr, *io);
+}
+PROBE probe_vote_run(VoteIo* io) { return launch_kernel<probe_vote>(1, 32, 0, nullptr, *io); }
+PROBE probe_bits_run(BitsIo* io) { return launch_kernel<probe_bits>(1, 32, 0, nullptr, *io); }
+PROBE probe_half_fma_run(HalfIo* io) {
+  return launch_kernel<probe_half_fma>(1, 32, 0, nullptr, *io);
+}

@@ -1,0 +1,277 @@
+"""The emulated instructions against independent statements of what they do: fragment layouts as the
+PTX ISA document's formulas and as CuTe's (thread, value) layouts, the rest as Python models."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from simt import build
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def probe():
+    library = ctypes.CDLL(str(build.harness("probe", shared=True)))
+
+    def call(name, *arguments):
+        run = getattr(library, name)
+        run.restype = ctypes.c_char_p
+        error = run(*arguments)
+        assert error is None, error
+
+    return call
+
+
+def pack(*values):
+    """A params struct of arrays (as pointers) and ints, by reference."""
+    fields, kept = [], []
+    for i, value in enumerate(values):
+        array = isinstance(value, np.ndarray)
+        fields.append((f"f{i}", ctypes.c_void_p if array else ctypes.c_int))
+        kept.append(value.ctypes.data if array else value)
+    return ctypes.byref(type("Params", (ctypes.Structure,), {"_fields_": fields})(*kept))
+
+
+# ---------------------------------------------------------------- fragment layouts, written twice
+
+
+def isa_a16(lane, i):
+    """PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": A, element a_i."""
+    group, thread = lane >> 2, lane % 4
+    row = group if (0 <= i < 2) or (4 <= i < 6) else group + 8
+    col = thread * 2 + (i & 1) if i < 4 else thread * 2 + (i & 1) + 8
+    return row, col
+
+
+def isa_b16(lane, i):
+    group, thread = lane >> 2, lane % 4
+    return (thread * 2 + (i & 1) if i < 2 else thread * 2 + (i & 1) + 8), group
+
+
+def isa_c(lane, i):
+    """C and D of m16n8k16 and m16n8k8."""
+    group, thread = lane >> 2, lane % 4
+    return (group if i < 2 else group + 8), thread * 2 + (i & 1)
+
+
+def isa_a8(lane, i):
+    """PTX ISA, "Matrix Fragments for mma.m16n8k8": A of .f16."""
+    group, thread = lane >> 2, lane % 4
+    return (group if i < 2 else group + 8), thread * 2 + (i & 1)
+
+
+def isa_b8(lane, i):
+    group, thread = lane >> 2, lane % 4
+    return thread * 2 + i, group
+
+
+def cute(thread_strides, value_shape, value_strides, rows):
+    """A CuTe layout of thread shape (4, 8): (lane, value) -> (row, column), of `rows` rows."""
+
+    def at(lane, value):
+        offset = (lane % 4) * thread_strides[0] + (lane // 4) * thread_strides[1]
+        for extent, stride in zip(value_shape, value_strides, strict=True):
+            offset += (value % extent) * stride
+            value //= extent
+        return offset % rows, offset // rows
+
+    return at
+
+
+# mma_traits_sm80.hpp: ALayout (m, k), BLayout (n, k), CLayout (m, n), all column-major.
+CUTE_A16 = cute((32, 1), (2, 2, 2), (16, 8, 128), 16)
+CUTE_B16 = cute((16, 1), (2, 2), (8, 64), 8)
+CUTE_C = cute((32, 1), (2, 2), (16, 8), 16)  # SM80_16x8_Row, also A of 16x8x8
+CUTE_B8 = cute((16, 1), (2,), (8,), 8)  # SM80_8x8_Row
+
+
+def test_the_two_tables_agree():
+    for lane in range(32):
+        assert [isa_a16(lane, i) for i in range(8)] == [CUTE_A16(lane, i) for i in range(8)]
+        assert [isa_b16(lane, i)[::-1] for i in range(4)] == [CUTE_B16(lane, i) for i in range(4)]
+        assert [isa_c(lane, i) for i in range(4)] == [CUTE_C(lane, i) for i in range(4)]
+        assert [isa_a8(lane, i) for i in range(4)] == [CUTE_C(lane, i) for i in range(4)]
+        assert [isa_b8(lane, i)[::-1] for i in range(2)] == [CUTE_B8(lane, i) for i in range(2)]
+
+
+def to_bits(values, bf16):
+    if bf16:
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float16).view(np.uint16)
+
+
+def fragments(matrix, layout, count, bf16, registers):
+    """[32, registers] words: elements 2r and 2r + 1 of a lane in the halves of register r."""
+    bits = to_bits(matrix, bf16)
+    words = np.zeros((32, registers), np.uint32)
+    for lane in range(32):
+        for i in range(count):
+            words[lane, i // 2] |= np.uint32(bits[layout(lane, i)]) << (16 * (i % 2))
+    return words
+
+
+@pytest.mark.parametrize("shape", ["m16n8k16-f16", "m16n8k16-bf16", "m16n8k8-f16", "sm75-k16"])
+def test_mma_fragments(probe, shape):
+    k = 8 if shape == "m16n8k8-f16" else 16
+    bf16 = shape.endswith("bf16")
+    # Small integers: every sum is exact, so a swapped element cannot hide in a tolerance.
+    A, B = RNG.integers(-9, 10, (16, k)).astype(float), RNG.integers(-9, 10, (k, 8)).astype(float)
+    C = RNG.integers(-99, 100, (16, 8)).astype(np.float32)
+    a_layout, b_layout = (isa_a8, isa_b8) if k == 8 else (isa_a16, isa_b16)
+    a = fragments(A, a_layout, k // 2, bf16, 4)
+    b = fragments(B, b_layout, k // 4, bf16, 2)
+    d = np.array([[C[isa_c(lane, i)] for i in range(4)] for lane in range(32)], np.float32)
+    probe(
+        "probe_mma_run",
+        ["m16n8k16-f16", "m16n8k16-bf16", "m16n8k8-f16", "sm75-k16"].index(shape),
+        pack(a, b, d),
+    )
+    want = A @ B + C
+    got = np.zeros((16, 8))
+    for lane in range(32):
+        for i in range(4):
+            got[isa_c(lane, i)] = d[lane, i]
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("shape", ["m16n8k16-f16", "m16n8k8-f16"])
+def test_mma_places_single_elements(probe, shape):
+    """One nonzero element of A and of B at a time: which rows and columns meet."""
+    k = 8 if shape == "m16n8k8-f16" else 16
+    a_layout, b_layout = (isa_a8, isa_b8) if k == 8 else (isa_a16, isa_b16)
+    for m, kk, n in [(0, 0, 0), (3, 5, 7), (8, 1, 2), (15, k - 1, 7), (9, k - 2, 5), (7, 4, 1)]:
+        A, B = np.zeros((16, k)), np.zeros((k, 8))
+        A[m, kk], B[kk, n] = 2, 3
+        d = np.zeros((32, 4), np.float32)
+        a, b = fragments(A, a_layout, k // 2, False, 4), fragments(B, b_layout, k // 4, False, 2)
+        probe("probe_mma_run", 0 if k == 16 else 2, pack(a, b, d))
+        hits = [
+            (isa_c(lane, i), d[lane, i]) for lane in range(32) for i in range(4) if d[lane, i] != 0
+        ]
+        assert hits == [((m, n), 6.0)]
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ldmatrix(probe, count, trans):
+    """PTX ISA, ldmatrix: threads 8i..8i+7 give the rows of matrix i; thread t receives of row t / 4
+    the elements 2 * (t % 4) and the next, of the transposed matrix with .trans."""
+    elements = RNG.permutation(2048).astype(np.uint16)
+    rows = (RNG.permutation(256)[:32] * 16).astype(np.uint32)
+    d = np.zeros((32, 4), np.uint32)
+    probe("probe_ldmatrix_run", count, trans, pack(elements, rows, d))
+    for i in range(count):
+        matrix = np.stack([elements[rows[8 * i + r] // 2 :][:8] for r in range(8)])
+        matrix = matrix.T if trans else matrix
+        for lane in range(32):
+            low, high = matrix[lane // 4, 2 * (lane % 4)], matrix[lane // 4, 2 * (lane % 4) + 1]
+            assert d[lane, i] == int(low) | (int(high) << 16)
+
+
+# ---------------------------------------------------------------- lanes
+
+
+def shfl(kind, lane, b, width):
+    """PTX ISA, shfl.sync: the source lane."""
+    clamp = 0 if kind == "up" else 0x1F
+    segment = (32 - width) & 0x1F
+    max_lane = (lane & segment) | (clamp & ~segment & 0x1F)
+    min_lane = lane & segment
+    if kind == "up":
+        j, valid = lane - b, lane - b >= max_lane
+    elif kind == "down":
+        j, valid = lane + b, lane + b <= max_lane
+    elif kind == "xor":
+        j, valid = lane ^ b, (lane ^ b) <= max_lane
+    else:
+        j = min_lane | (b & ~segment & 0x1F)
+        valid = j <= max_lane
+    return j if valid else lane
+
+
+@pytest.mark.parametrize("width", [32, 16, 8, 4, 2, 1])
+@pytest.mark.parametrize("kind", ["idx", "up", "down", "xor"])
+def test_shuffles(probe, kind, width):
+    values = RNG.integers(0, 2**32, 32, dtype=np.uint32)
+    for b in (0, 1, 2, 3, 5, 8, 16, 31):
+        out = np.zeros(32, np.uint32)
+        probe(
+            "probe_shuffle_run",
+            pack(values, out, ["idx", "up", "down", "xor"].index(kind), b, width),
+        )
+        assert out.tolist() == [values[shfl(kind, lane, b, width)] for lane in range(32)]
+
+
+def test_votes_and_reductions(probe):
+    values = RNG.integers(0, 2**32, 32, dtype=np.uint32)
+    out = np.zeros((8, 32), np.uint32)
+    probe("probe_vote_run", pack(values, out))
+    for lanes in (range(8), range(8, 32)):
+        v = values[list(lanes)]
+        ballot = sum(1 << lane for lane in lanes if values[lane] & 1)
+        want = [
+            ballot,
+            int(any(v & 2)),
+            int(all(v & 4)),
+            int(v.sum(dtype=np.uint32)),
+            int(v.view(np.int32).max()) & 0xFFFFFFFF,
+        ]
+        want += [int(v.min()), int(np.bitwise_xor.reduce(v)), int(np.bitwise_or.reduce(v))]
+        for lane in lanes:
+            assert out[:, lane].tolist() == want
+
+
+# ---------------------------------------------------------------- bits and arithmetic
+
+
+def test_bits(probe):
+    n = 500
+    words = RNG.integers(0, 2**32, (n, 3), dtype=np.uint32)
+    words[:20, 0] = 0
+    out = np.zeros((n, 12), np.uint32)
+    probe("probe_bits_run", pack(words, out, n))
+    for (a, b, c), got in zip(words.tolist(), out.tolist(), strict=True):
+        octets = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+        picked = [(c >> 4 * i) & 15 for i in range(4)]
+        perm = int.from_bytes(bytes(octets[p & 7] for p in picked), "little")
+        signed = bytes(
+            (0xFF if octets[p & 7] & 0x80 else 0) if p & 8 else octets[p & 7] for p in picked
+        )
+
+        def s8(x):
+            return [v - 256 if v > 127 else v for v in x.to_bytes(4, "little")]
+
+        both = (b << 32) | a
+        dp4a = (sum(x * y for x, y in zip(s8(a), s8(b), strict=True)) + c) & 0xFFFFFFFF
+        want = [
+            int.from_bytes(signed, "little"),
+            perm,
+            (a & b) | c,
+            a ^ b ^ c,
+            (a & ~c | b & c) & 0xFFFFFFFF,
+        ]
+        want += [
+            ((both << (c & 31)) >> 32) & 0xFFFFFFFF,
+            (both >> (c & 31)) & 0xFFFFFFFF,
+            int(f"{a:032b}"[::-1], 2),
+        ]
+        want += [32 - a.bit_length(), a.bit_count(), dp4a, (a * b) >> 32]
+        assert got == want
+
+
+def test_half_fma_rounds_once(probe):
+    n = 4000
+    bits = RNG.integers(0, 2**16, (n, 3), dtype=np.uint16)
+    f16, bf16 = np.zeros(n, np.uint16), np.zeros(n, np.uint16)
+    probe("probe_half_fma_run", pack(bits, f16, bf16, n))
+    with np.errstate(all="ignore"):
+        x = bits.view(np.float16).astype(
+            np.longdouble
+        )  # 64 bits: products and sums of these are exact
+        want = (x[:, 0] * x[:, 1] + x[:, 2]).astype(np.float16)
+    got = f16.view(np.float16)
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[finite], want[finite])
+    assert not np.isfinite(got[~finite]).any()
