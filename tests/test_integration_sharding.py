@@ -1,0 +1,119 @@
+"""PEFT on packed layers under accelerate's FSDP2, two gloo processes on the CPU against one."""
+
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+
+def test_two_processes_train_as_one():
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                # Torch names the interface by the host's name, which need not resolve.
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = [worker.communicate(timeout=180)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output)
+
+
+# What each process runs ----------------------------------------------------------------------
+
+
+def train(efficient: bool) -> None:
+    """One step's loss and gradients, sharded by what `Accelerator.prepare` calls for FSDP2.
+
+    The Accelerator itself offers FSDP on accelerators only, so that function is called directly.
+    """
+    import copy
+
+    import peft
+    import tiny_models as tiny
+    import torch
+    import torch.distributed as dist
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    import qlora_ext
+
+    torch.manual_seed(0)
+    model = qlora_ext.quantize_model(tiny.make("llama"), progress_bar=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    one = copy.deepcopy(model)
+    ids = tiny.inputs(one)["input_ids"]  # one row for each process
+    one_loss = one(input_ids=ids, labels=ids).loss
+    one_loss.backward()
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=efficient,
+    )
+    accelerator = types.SimpleNamespace(
+        state=types.SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=None,
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        is_main_process=dist.get_rank() == 0,
+        parallelism_config=None,
+    )
+    model = fsdp2_prepare_model(accelerator, model)
+    row = ids[dist.get_rank()][None]
+    loss = model(input_ids=row, labels=row).loss
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / 2, one_loss.detach(), rtol=1e-5, atol=1e-5)
+
+    gradients = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+    assert len(gradients) == 28
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            error = (parameter.grad.full_tensor() - gradients[name]).abs().max()
+            assert error <= 1e-5 * largest, (name, error)
+    before = one.state_dict()
+    for name, tensor in model.state_dict().items():
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        assert tensor.dtype != torch.uint8 or torch.equal(full, before[name]), name
+
+
+if __name__ == "__main__":
+    import torch.distributed
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.distributed.init_process_group("gloo")
+    for each in (False,):
+        train(each)
+    torch.distributed.destroy_process_group()
