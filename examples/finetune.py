@@ -40,7 +40,7 @@ import qlora_ext
 DEMO = dict(
     learning_rate=2e-3,
     batch_size=4,
-    micro_batch_size=4,
+    micro_batch_size=2,
     weight_decay=0.01,
     warmup=10,
     steps=60,
@@ -136,14 +136,7 @@ def main() -> None:
     with report.timed("quantize"):
         config = qlora_ext.QuantConfig(quant_type=args.quant_type, blocksize=args.blocksize)
         model = qlora_ext.quantize_model(model, config)
-    memory = qlora_ext.memory_report(model)
-    report.memory = {
-        "bytes_by_part": memory.parts,
-        "total_bytes": memory.total,
-        "bits_per_packed_weight": memory.bits_per_weight,
-        "share_of_weights_packed": model.quantization_report.quantized_share,
-    }
-    say(f"{model.quantization_report}\n{memory}")
+    say(f"{model.quantization_report}")
 
     if resumed is None:
         with report.timed("evaluate_4bit"):
@@ -153,7 +146,9 @@ def main() -> None:
 
     model = qlora_ext.add_lora(model, lora_config(args))
     qlora_ext.print_trainable_parameters(model)
-    train(model, train_pairs, args, report, resumed)
+    report.take_memory(model)
+    with report.timed("train_and_checkpoints"):
+        train(model, train_pairs, args, report, resumed)
 
     with report.timed("evaluate_trained"):
         report.losses["trained"] = evaluate(model, held_out, args)
@@ -506,6 +501,18 @@ class Report:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+        self.memory.setdefault("peak_rss_bytes_after", {})[name] = peak_memory()["peak_rss_bytes"]
+
+    def take_memory(self, model) -> None:
+        memory = qlora_ext.memory_report(model)
+        self.memory |= {
+            "bytes_by_part": memory.parts,
+            "total_bytes": memory.total,
+            "bits_per_packed_weight": memory.bits_per_weight,
+            "share_of_weights_packed": model.quantization_report.quantized_share,
+        }
+        say(str(memory))
 
     def step_done(self, loss: float, tokens: int, seconds: float) -> None:
         self.history.append({"loss": loss, "tokens": tokens, "seconds": seconds})
