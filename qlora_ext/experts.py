@@ -7,12 +7,10 @@ biases, gated). Every class so described runs here; what has another shape is le
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
-from .nn import Linear4bit
+from .nn import Linear4bit, _share
 
 __all__ = ["Experts4bit"]
 
@@ -80,9 +78,7 @@ class Experts4bit(nn.Module):
             for e in range(len(experts.down_proj))
         )
         template = type(experts).__new__(type(experts))
-        for key, value in experts.__dict__.items():
-            container = isinstance(value, (dict, set))
-            template.__dict__[key] = copy.copy(value) if container else value
+        _share(experts, template)
         for name in names:
             template._parameters.pop(name, None)
             template._parameters.pop(f"{name}_bias", None)

@@ -10,7 +10,7 @@ from torch import nn
 from . import ops
 from .experts import Experts4bit, dense_experts
 from .models import progress, replace_module
-from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, _Lora, _Packed4bit
+from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, PanelLinear, _Lora, _Packed4bit
 from .quantized_tensor import QuantizedTensor, dequantize_4bit
 
 __all__ = ["merge_and_unload"]
@@ -85,7 +85,7 @@ def _layers_to_replace(model: nn.Module) -> list[str]:
     """Names of the modules to make dense; experts go as the layer that holds them."""
     names: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, (_Packed4bit, _Lora, Experts4bit)):
+        if isinstance(module, (_Packed4bit, _Lora, Experts4bit, PanelLinear)):
             inside = names and name.startswith(f"{names[-1]}.")
             if not inside:
                 names.append(name)
@@ -113,6 +113,11 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The plain layer that computes what module did."""
     if isinstance(module, Experts4bit):
         return dense_experts(module, lambda layer: _merged_weight(layer, dtype))
+    if type(module) is PanelLinear:
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        # The very parameters: they may be tied, and are cast with the rest of the model.
+        linear.weight, linear.bias = module.weight, module.bias
+        return linear.train(module.training)
     weight = _merged_weight(module, dtype)
     if isinstance(module, Embedding4bit):
         N, K = weight.shape

@@ -18,10 +18,12 @@ from .nn import (
     FLOAT_DTYPES,
     Embedding4bit,
     Linear4bit,
+    PanelLinear,
     _Lora,
     _Packed4bit,
     is_conv1d,
     is_plain_linear,
+    panels_pay,
 )
 from .quantized_tensor import QuantConfig
 
@@ -397,6 +399,7 @@ def quantize_model(
     *,
     modules_to_not_convert: Iterable[str] | None = None,
     quantize_embeddings: bool = False,
+    dense_panels: bool | None = None,
     progress_bar: bool = True,
 ) -> nn.Module:
     """Packs a model's linear layers in 4 bits, in place, one layer after another.
@@ -414,6 +417,8 @@ def quantize_model(
         config: a QuantConfig; None is NF4 with blocks of 64, double-quantized.
         modules_to_not_convert: names, or dotted parts of names, of layers to leave alone.
         quantize_embeddings: pack untied nn.Embedding tables too.
+        dense_panels: make the nn.Linear layers that stay dense PanelLinear, which compute in fp32
+            panels; None does so where the CPU has no instructions for their dtype.
         progress_bar: show a tqdm bar.
 
     Returns:
@@ -473,7 +478,20 @@ def quantize_model(
     model.quantization_report = QuantizationReport((*packed, *plan.skipped))
     _tell(model.quantization_report)
     _tell_transformers(model, config)
+    use_dense_panels(model, dense_panels)
     return model
+
+
+def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
+    """Makes a model's plain nn.Linear layers PanelLinear, in place.
+
+    Args:
+        panels: True for all of them, False for none, None where torch's own product with the weight
+            is slow on this machine. Parameters, ties and the state dict stay what they are.
+    """
+    for layer in [m for m in model.modules() if type(m) is nn.Linear]:
+        if panels_pay(layer.weight) if panels is None else panels:
+            replace_module(model, layer, PanelLinear.from_linear(layer))
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ from torch import nn
 from . import _C, ops
 from .quantized_tensor import QuantConfig, QuantizedTensor, quantize_with
 
-__all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit"]
+__all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -391,6 +391,66 @@ def _check_source(name: str, linear: nn.Module) -> None:
         )
 
 
+# Unquantized layers -------------------------------------------------------------------------------
+
+
+def panels_pay(weight: torch.Tensor) -> bool:
+    """Whether torch's own product with this dense weight is slow on this machine: bf16 or fp16 on a
+    CPU without the instructions for it. (One core, 1536 x 576 and 8192 x 576, 192 rows: forward 5x
+    slower than through fp32 panels, backward 40x; with avx512_bf16, bf16 is 2x faster. 2026-11.)"""
+    if weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.bfloat16:
+        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return weight.dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported()
+
+
+def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
+    """x W^T + b through fp32 panels where that is faster than torch's own product."""
+    low = weight.dtype in (torch.bfloat16, torch.float16) and x.dtype is weight.dtype
+    # A backward to come decides for the panels: it gains most.
+    many = x.numel() >= 4 * weight.shape[1] or (x.requires_grad and torch.is_grad_enabled())
+    if low and many and x.device.type == "cpu":
+        return ops.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class PanelLinear(nn.Linear):
+    """An unquantized nn.Linear (a language model's head) that is fast in bf16 and fp16 on any CPU.
+
+    Its products, forward and backward, decode panels of the weight to fp32 where torch's own would
+    run without instructions for the dtype. Parameters and state dict are nn.Linear's own, so a tied
+    weight stays tied. x: [..., in_features] -> [..., out_features] in x's dtype.
+    """
+
+    panels = True
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear):
+        """The same layer, sharing its parameters. TypeError for anything but a plain nn.Linear."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"{cls.__name__}: linear is a {type(linear).__name__}, want a plain nn.Linear"
+            )
+        self = cls.__new__(cls)
+        _share(linear, self)
+        self.panels = True  # on the instance, for an adapter to take over
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features], float -> [..., out_features]."""
+        return _panel_product(x, self.weight, self.bias)
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Gives target source's attributes and its very parameters, buffers and hooks."""
+    for key, value in source.__dict__.items():
+        if key not in ("forward", "_hf_hook", "_old_forward"):
+            # Containers of parameters and hooks are copied, what they hold is shared.
+            container = isinstance(value, (dict, set))
+            target.__dict__[key] = copy.copy(value) if container else value
+
+
 # LoRA ---------------------------------------------------------------------------------------------
 
 
@@ -434,14 +494,6 @@ class _Lora(nn.Module):
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
-
-    def _adopt(self, base: nn.Module) -> None:
-        """Takes over base's attributes and its very parameters and buffers."""
-        for key, value in base.__dict__.items():
-            if key not in ("forward", "_hf_hook", "_old_forward"):
-                # Containers of parameters and hooks are copied, what they hold is shared.
-                container = isinstance(value, (dict, set))
-                self.__dict__[key] = copy.copy(value) if container else value
 
     def _lora_repr(self) -> str:
         return f", r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
@@ -513,7 +565,7 @@ class LoraLinear4bit(_Lora, Linear4bit):
                 f"({linear._describe()}), want None"
             )
         self = cls.__new__(cls)
-        self._adopt(linear)
+        _share(linear, self)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)
         return self
 
@@ -540,6 +592,8 @@ class LoraLinear(_Lora, nn.Linear):
     LoraLinear4bit; x: [..., in_features] -> [..., out_features].
     """
 
+    panels = False  # whether it was made from a PanelLinear
+
     @classmethod
     def from_linear(
         cls,
@@ -558,13 +612,14 @@ class LoraLinear(_Lora, nn.Linear):
                 "dense weight and no adapter"
             )
         self = cls.__new__(cls)
-        self._adopt(linear)
+        _share(linear, self)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features]."""
-        y = F.linear(x, self.weight, self.bias)
+        product = _panel_product if self.panels else F.linear
+        y = product(x, self.weight, self.bias)
         dropped = F.dropout(x, self.lora_dropout, self.training)
         S = F.linear(dropped.to(self.lora_A.dtype), self.lora_A)
         return y + (F.linear(S, self.lora_B) * self.scaling).to(y.dtype)

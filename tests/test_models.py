@@ -12,10 +12,11 @@ from qlora_ext import (
     QuantConfig,
     add_lora,
     memory_report,
+    merge_and_unload,
     num_parameters,
     quantize_model,
 )
-from qlora_ext.nn import Embedding4bit, Linear4bit
+from qlora_ext.nn import Embedding4bit, Linear4bit, PanelLinear
 
 transformers = pytest.importorskip("transformers")
 
@@ -198,6 +199,26 @@ def test_report_accounts_for_every_weight():
     assert "embedding" in str(report)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_layers_through_panels(tied, tmp_path):
+    model = tiny.make("llama", torch.bfloat16, tie_word_embeddings=tied)
+    quantize(model, dense_panels=True)
+    assert type(model.lm_head) is PanelLinear
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    want = tiny.logits(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype="auto")
+    torch.testing.assert_close(tiny.logits(again), want, rtol=2e-2, atol=2e-2)
+    before = model.lm_head.weight.clone()
+    first, last = tiny.train(add_lora(model), rate=3e-2)
+    assert last < first and torch.equal(model.lm_head.weight, before)
+    merge_and_unload(model, torch.bfloat16, progress_bar=False)
+    assert type(model.lm_head) is nn.Linear
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    plain = quantize(tiny.make("llama", torch.bfloat16), dense_panels=False)
+    assert type(plain.lm_head) is nn.Linear
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 
@@ -324,3 +345,15 @@ def test_non_finite_weight_names_its_layer():
     model["down"].weight.data[1, 2] = torch.inf
     with pytest.raises(RuntimeError, match=r"quantize_model: down: .*\[1, 2\]"):
         quantize(model)
+
+
+def test_loading_takes_dense_panels_where_they_pay(tmp_path, monkeypatch):
+    import qlora_ext
+
+    tiny.make("llama", torch.float16).save_pretrained(tmp_path)
+    monkeypatch.setattr("qlora_ext.models.panels_pay", lambda weight: True)
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float16, quantization_config=qlora_ext.QLoraExtConfig()
+    )
+    assert type(model.lm_head) is PanelLinear
+    assert type(model.dequantize().lm_head) is nn.Linear

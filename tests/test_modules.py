@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_ext import QuantConfig
 from qlora_ext import reference as R
-from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit
+from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit, PanelLinear
 
 CONFIGS = {
     "default": QuantConfig(),
@@ -556,3 +556,42 @@ def test_exports():
     exported = torch.export.export(layer, (seeded(4, 64),))
     x = seeded(4, 64, seed=2)
     torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+# Unquantized layers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_panel_linear_is_nn_linear(dtype, rows):
+    dense = dense_layer(16, 64, dtype=dtype)
+    layer = PanelLinear.from_linear(dense)
+    assert layer.weight is dense.weight and layer.bias is dense.bias
+    assert layer.state_dict().keys() == dense.state_dict().keys()
+    dY = seeded(rows, 16, seed=2, dtype=dtype)
+    gradients = []
+    for module in (layer, dense):
+        x = seeded(rows, 64, dtype=dtype).requires_grad_()
+        module.zero_grad()
+        y = module(x)
+        assert y.dtype == dtype
+        y.backward(dY)
+        gradients.append((y.detach(), x.grad, module.weight.grad, module.bias.grad))
+    eps = 4 * torch.finfo(dtype).eps
+    for got, want in zip(*gradients):
+        torch.testing.assert_close(got, want, rtol=eps, atol=eps * float(want.abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), dense(x), rtol=eps, atol=eps)
+
+
+def test_panel_linear_under_autocast_and_with_an_adapter():
+    layer = PanelLinear.from_linear(dense_layer(16, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(seeded(5, 64)).dtype == torch.bfloat16
+    low = PanelLinear.from_linear(dense_layer(16, 64, dtype=torch.bfloat16))
+    adapted_head = LoraLinear.from_linear(low, r=2)
+    assert adapted_head.panels and adapted_head.weight is low.weight
+    x = seeded(5, 64, dtype=torch.bfloat16).requires_grad_()
+    assert torch.equal(adapted_head(x), low(x))
+    with pytest.raises(TypeError, match="linear is a PanelLinear, want a plain"):
+        PanelLinear.from_linear(low)

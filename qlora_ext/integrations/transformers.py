@@ -33,8 +33,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
-from ..models import replace_module
-from ..nn import Embedding4bit, Linear4bit, is_plain_linear
+from ..models import replace_module, use_dense_panels
+from ..nn import Embedding4bit, Linear4bit, PanelLinear, is_plain_linear
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit
 
 QUANT_METHOD = "qlora_ext"
@@ -257,6 +257,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model, dtype=None, checkpoint_files=None, **kwargs
     ):
+        self._check_distribution(getattr(model.config, "distributed_config", None))
         # As the checkpoint spells them: names can differ from the model's by a prefix.
         stored = _packed_layers(checkpoint_files) if self.pre_quantized else set()
 
@@ -295,6 +296,25 @@ class QLoraExtHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"QLoraExtConfig: found no linear layer to pack in {type(model).__name__} "
                 f"(kept as they are: {sorted(kept)})"
+            )
+
+    def _check_distribution(self, config) -> None:
+        """ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
+        if config is None:
+            return
+        sizes = {
+            name: getattr(config, name, None) or 1 for name in ("tp_size", "ep_size", "pp_size")
+        }
+        cut = [name for name, size in sizes.items() if size > 1]
+        if cut:
+            raise ValueError(
+                f"QLoraExtConfig: distributed_config with {', '.join(cut)} > 1 is not supported on "
+                "4-bit layers; shard the loaded model with FSDP2"
+            )
+        if not self.pre_quantized:
+            raise ValueError(
+                "QLoraExtConfig: distributed_config reads pieces of a weight, and packing needs the "
+                "whole; pack and save the model once without it"
             )
 
     def _pack_experts(self, model) -> None:
@@ -350,6 +370,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             packed = sum(layer.quantized.numel() for layer in layers.values())
             _warn_of_dense(model, packed, self.quantization_config.modules_to_not_convert)
+        use_dense_panels(model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -458,12 +479,12 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
         or config.normalization != "absmax"
         or config.companding != "none"
         or config.blocksize is None
-        or any(isinstance(module, Embedding4bit) for module in model.modules())
+        or any(isinstance(module, (Embedding4bit, Experts4bit)) for module in model.modules())
     )
     if unknown_there:
         raise ValueError(
-            "save_pretrained: bitsandbytes has only nf4 and fp4 linear layers with one scale per "
-            f"block; the model has {config.to_quant_config()}"
+            "save_pretrained: bitsandbytes has only nf4 and fp4, linear layers, one scale per block; "
+            f"the model has {config.to_quant_config()}"
         )
     return {
         "quant_method": "bitsandbytes",
@@ -540,6 +561,8 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
             first = module.packed[0].up
             dtype = getattr(first, "dtype", first.weight.dtype)
             replace_module(model, module, dense_layer(module, dtype).requires_grad_(False))
+        elif type(module) is PanelLinear:
+            replace_module(model, module, dense_layer(module, module.weight.dtype))
         elif isinstance(module, (Linear4bit, Embedding4bit)):
             replace_module(model, module, dense_layer(module, module.dtype).requires_grad_(False))
         elif getattr(module, "from_conv1d", False):
