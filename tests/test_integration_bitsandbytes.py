@@ -181,7 +181,7 @@ def test_what_their_format_cannot_hold_is_refused(llama, tmp_path):
         )
 
     for settings in [{"quant_type": "linear"}, {"blocksize": None}]:
-        with pytest.raises(ValueError, match="bitsandbytes has only nf4 and fp4"):
+        with pytest.raises(ValueError, match="bitsandbytes has only nf4 and fp4, linear layers"):
             qlora_ext.save_pretrained(load(**settings), tmp_path, format="bitsandbytes")
     with pytest.raises(ValueError, match="format got 'gguf'"):
         qlora_ext.save_pretrained(load(), tmp_path, format="gguf")

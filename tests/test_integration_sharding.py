@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-def test_two_processes_train_as_one():
+def test_two_processes_train_as_one(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
     with socket.socket() as free:
@@ -18,7 +18,7 @@ def test_two_processes_train_as_one():
         port = free.getsockname()[1]
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, str(tmp_path)],
             env={
                 **os.environ,
                 "RANK": str(rank),
@@ -109,6 +109,29 @@ def train(efficient: bool) -> None:
         assert tensor.dtype != torch.uint8 or torch.equal(full, before[name]), name
 
 
+def refuse(path) -> None:
+    """Tensor parallelism says so at load, of a model to pack and of a packed one."""
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    import qlora_ext
+
+    dense, packed = f"{path}/dense", f"{path}/packed"
+    if dist.get_rank() == 0:
+        import tiny_models as tiny
+
+        tiny.make("llama").save_pretrained(dense)
+        qlora_ext.quantize_model(tiny.make("llama"), progress_bar=False).save_pretrained(packed)
+    dist.barrier()
+    config = qlora_ext.QLoraExtConfig()
+    for folder, settings in [(dense, {"quantization_config": config}), (packed, {})]:
+        with pytest.raises(ValueError, match="tp_size > 1 is not supported"):
+            AutoModelForCausalLM.from_pretrained(
+                folder, distributed_config=DistributedConfig(tp_size=2), **settings
+            )
+
+
 if __name__ == "__main__":
     import torch.distributed
 
@@ -116,4 +139,5 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     for each in (False,):
         train(each)
+    refuse(sys.argv[1])
     torch.distributed.destroy_process_group()

@@ -313,8 +313,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             raise ValueError(
-                "QLoraExtConfig: distributed_config reads pieces of a weight, and packing needs the "
-                "whole; pack and save the model once without it"
+                "QLoraExtConfig: distributed_config reads pieces of a weight, and packing needs "
+                "the whole; pack and save the model once without it"
             )
 
     def _pack_experts(self, model) -> None:
@@ -483,8 +483,8 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
     )
     if unknown_there:
         raise ValueError(
-            "save_pretrained: bitsandbytes has only nf4 and fp4, linear layers, one scale per block; "
-            f"the model has {config.to_quant_config()}"
+            "save_pretrained: bitsandbytes has only nf4 and fp4, linear layers, one scale per "
+            f"block; the model has {config.to_quant_config()}"
         )
     return {
         "quant_method": "bitsandbytes",
