@@ -1,0 +1,66 @@
+"""`qlora-ext quantize`: an unquantized checkpoint in, a 4-bit one out."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from ..experts import Experts4bit
+from ..models import quantize_model
+from ..nn import Embedding4bit, Linear4bit
+from ..quantized_tensor import QuantConfig
+from .checkpoint import Checkpoint, stored_method
+from .errors import CliError
+from .stream import Job
+
+
+def pack_like(result: nn.Module, config: QuantConfig):
+    """The transform that packs a module where `result`, on meta, has a packed one."""
+
+    def transform(name: str, module: nn.Module) -> nn.Module:
+        target = result.get_submodule(name)
+        for kind, make in (
+            (Experts4bit, Experts4bit.from_experts),
+            (Embedding4bit, Embedding4bit.from_embedding),
+            (Linear4bit, Linear4bit.from_linear),
+        ):
+            if isinstance(target, kind):
+                return make(module, config)
+        return module
+
+    return transform
+
+
+def quantized_result(
+    model: nn.Module, config: QuantConfig, keep: list[str], embeddings: bool
+) -> nn.Module:
+    """What quantize_model makes of a model on meta: the plan."""
+    with warnings.catch_warnings():
+        # quantize_model's warning of what stays dense: the command prints the report instead.
+        warnings.simplefilter("ignore")
+        try:
+            return quantize_model(
+                model,
+                config,
+                modules_to_not_convert=keep or None,
+                quantize_embeddings=embeddings,
+                progress_bar=False,
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CliError(str(error)) from None
+
+
+def plan(
+    folder: Path, config: QuantConfig, keep: list[str], embeddings: bool, max_shard_bytes: int
+) -> Job:
+    """The work of quantizing a checkpoint; nothing is written yet."""
+    checkpoint = Checkpoint(folder)
+    if checkpoint.quantizer is not None:
+        raise CliError(
+            f"{folder} is quantized already, by {stored_method(checkpoint.config)}, want an "
+            "unquantized checkpoint"
+        )
+    result = quantized_result(checkpoint.same_model(), config, keep, embeddings)
+    return Job(checkpoint, result, pack_like(result, config), max_shard_bytes=max_shard_bytes)

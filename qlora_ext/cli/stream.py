@@ -1,0 +1,243 @@
+"""From one checkpoint to another, a module at a time: what `quantize` and `merge` have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..build_info import build_info
+from ..experts import Experts4bit
+from ..nn import Embedding4bit, Linear4bit
+from .checkpoint import Checkpoint, Unit
+from .errors import CliError, count, some
+from .shards import Entry, Output, Shard, ShardWriter, plan_shards, write_index
+
+PACKED = (Linear4bit, Embedding4bit, Experts4bit)
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    """Outermost packed modules: experts go as the layer that holds them."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PACKED) and not (names and name.startswith(f"{names[-1]}.")):
+            names.append(name)
+    return set(names)
+
+
+@dataclasses.dataclass
+class Piece:
+    """A unit of the input, and what it becomes."""
+
+    unit: Unit
+    kept: dict[str, str]  # name in the unit's state -> name in the result's state
+    entries: list[Entry]  # of the files
+
+
+class Job:
+    """Everything that is known before the first weight is read: pieces, files, sizes.
+
+    Args:
+        checkpoint: the input.
+        result: a model on meta with the structure, names, shapes and dtypes of what is to be
+            written; its config is written too.
+        transform: makes a module of the result of (name, module of the input with its values).
+        wholes: modules that transform takes with everything inside them, besides packed ones.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        result: nn.Module,
+        transform: Callable[[str, nn.Module], nn.Module],
+        *,
+        max_shard_bytes: int,
+        wholes: set[str] = frozenset(),
+    ):
+        self.checkpoint, self.result, self.transform = checkpoint, result, transform
+        result._weight_conversions = checkpoint.used_conversions
+        self.wholes = {*wholes, *packed_names(result), *packed_names(checkpoint.model)}
+        everything = result.state_dict()
+        state = {
+            name: tensor
+            for name, tensor in everything.items()
+            if name not in (result._keys_to_ignore_on_save or ())
+        }
+        try:
+            state = remove_tied_weights_from_state_dict(state, result)
+        except RuntimeError as error:
+            raise CliError(f"{checkpoint.folder}: {str(error).splitlines()[0]}") from None
+        self.pieces = self._pieces(everything, state)
+        self._check_names(state)
+        entries = [piece.entries for piece in self.pieces]
+        self.shards, self.where = plan_shards(entries, max_shard_bytes)
+
+    def _pieces(self, everything: dict, state: dict) -> list[Piece]:
+        # A tied parameter is read under one name and may be written under another.
+        ids = defaultdict(list)
+        for name in everything:
+            ids[id(self.result.get_parameter_or_buffer(name))].append(name)
+        written = {}
+        for names in ids.values():
+            kept = [name for name in names if name in state]
+            for name in names:
+                if kept:
+                    written[name] = name if name in state else kept[0]
+        pieces = []
+        for unit in self.checkpoint.units(self.wholes):
+            names = [n for module in unit.modules for n in self._names(module, everything)]
+            kept = {name: written[name] for name in names if name in written}
+            part = revert_weight_conversion(
+                self.result, {other: everything[name] for name, other in kept.items()}
+            )
+            entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in part.items()]
+            pieces.append(Piece(unit, kept, entries))
+        return pieces
+
+    def _names(self, module: str, everything: dict) -> list[str]:
+        prefix = f"{module}." if module else ""
+        if module in self.wholes:
+            return [name for name in everything if name.startswith(prefix)]
+        own = (
+            name
+            for name in everything
+            if name.startswith(prefix) and "." not in name[len(prefix) :]
+        )
+        # Of a tied pair only the one that is read.
+        return [name for name in own if name in self.checkpoint.sources]
+
+    def _check_names(self, state: dict) -> None:
+        """The pieces together must be what save_pretrained would write."""
+        whole = revert_weight_conversion(self.result, state)
+        want = {name: (t.dtype, tuple(t.shape)) for name, t in whole.items()}
+        got = {e.name: (e.dtype, e.shape) for piece in self.pieces for e in piece.entries}
+        if got != want:
+            odd = {name for name in {*got, *want} if got.get(name) != want.get(name)}
+            raise CliError(
+                f"transformers stores {some(odd)} of {type(self.result).__name__} in a way that "
+                "takes several modules at once: load it whole, with qlora_ext.quantize_model or "
+                "merge_and_unload, and save that"
+            )
+
+    # running
+
+    def run(self, output: Output, run: dict, progress) -> None:
+        """Writes the checkpoint; what a stopped run has finished is used.
+
+        Args:
+            run: what an interrupted run must have in common with this one, for its shards to be
+                used; JSON values by name.
+            progress: `Bar` below, or the like.
+        """
+        run = {
+            **run,
+            "input": self.checkpoint.fingerprint(),
+            "versions": [build_info()["version"], transformers.__version__, torch.__version__],
+        }
+        try:
+            todo = output.open(self.shards, run)
+            if len(todo) < len(self.shards):
+                done = len(self.shards) - len(todo)
+                progress.say(f"going on: {done} of {len(self.shards)} shards are finished already")
+            for number, shard in enumerate(self.shards):
+                pieces = [p for p, where in zip(self.pieces, self.where, strict=True)
+                          if where == number]  # fmt: skip
+                progress.shard(number + 1, len(self.shards))
+                if shard in todo:
+                    self._write(output.folder, shard, pieces, progress)
+                else:
+                    progress.advance(sum(self._bytes(piece) for piece in pieces))
+            self._write_rest(output.folder)
+            output.complete()
+        except KeyboardInterrupt:
+            raise CliError(f"interrupted: {output.kept(self.shards)}") from None
+        except OSError as error:
+            raise CliError(
+                f"{output.folder} cannot be written ({error.strerror or error}): "
+                f"{output.kept(self.shards)}"
+            ) from None
+        finally:
+            output.close()
+
+    def _bytes(self, piece: Piece) -> int:
+        return sum(self.checkpoint.files.nbytes(key) for key in piece.unit.sources)
+
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes that are read."""
+        return sum(self._bytes(piece) for piece in self.pieces)
+
+    @property
+    def nbytes_out(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def _write(self, folder: Path, shard: Shard, pieces: list[Piece], progress) -> None:
+        with contextlib.closing(ShardWriter(folder, shard)) as writer:
+            for piece in pieces:
+                for name, tensor in self._convert(piece).items():
+                    writer.write(name, tensor)
+                progress.advance(self._bytes(piece))
+            writer.finish()
+
+    @torch.no_grad()
+    def _convert(self, piece: Piece) -> dict[str, torch.Tensor]:
+        state = {}
+        with self.checkpoint.loaded(piece.unit) as modules:
+            for name, module in modules.items():
+                prefix = f"{name}." if name else ""
+                try:
+                    if isinstance(module, (Linear4bit, Embedding4bit)):
+                        damage = module._check_state(module.state_dict(prefix=prefix), prefix)
+                        if damage:
+                            raise CliError(f"{self.checkpoint.folder}: {damage[0]}")
+                    new = self.transform(name, module)
+                except (RuntimeError, MemoryError, OverflowError) as error:
+                    raise CliError(f"{name}: {str(error).splitlines()[0]}") from None
+                tensors = new.state_dict(prefix=prefix) if name in self.wholes else _own(new, prefix)
+                for key, tensor in tensors.items():
+                    if key in piece.kept:
+                        state[piece.kept[key]] = tensor.detach()
+                del new, tensors
+            return revert_weight_conversion(self.result, state)
+
+    def _write_rest(self, folder: Path) -> None:
+        """What save_pretrained writes beside the weights, and the other files of the input."""
+        for path in self.checkpoint.extra_files():
+            shutil.copyfile(path, folder / path.name)
+        config = self.result.config
+        config.dtype = str(self.result.dtype).removeprefix("torch.")
+        config.architectures = [type(self.result).__name__]
+        config.save_pretrained(folder)
+        if self.result.can_generate() and not (folder / "generation_config.json").exists():
+            self.result.generation_config.save_pretrained(folder)
+        write_index(folder, self.shards, self.result.num_parameters())
+
+    def notes(self) -> list[str]:
+        """What the user should know that is no error."""
+        unexpected = self.checkpoint.unexpected
+        if not unexpected:
+            return []
+        return [
+            f"{count(len(unexpected), 'tensor')} of the input left out, which "
+            f"{type(self.result).__name__} does not have: {some(unexpected)}"
+        ]
+
+
+def _own(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """A module's own parameters and saved buffers."""
+    tensors = {**module._parameters, **module._buffers}
+    return {
+        prefix + key: tensor
+        for key, tensor in tensors.items()
+        if tensor is not None and key not in module._non_persistent_buffers_set
+    }
