@@ -8,7 +8,7 @@ torch.compile need nothing of ours:
                      of fp32 scales [4 * num_blocks]
     weight_nested    uint8, frozen, double_quant only: bytes of the fp32 offset and absmax2
     weight_mean      uint8, frozen, normalization "standard" only: bytes of fp32 means
-    weight_codebook  uint8 [64], buffer: the bytes of the codebook's 16 fp32 values; checked against
+    weight_codebook  uint8 [64], frozen: the bytes of the codebook's 16 fp32 values; checked against
                      the config whenever a state dict is loaded
 
 Statistics are bytes, so `.to(dtype)` cannot round them. What the bytes mean (block size, quant
@@ -94,7 +94,7 @@ class _Packed4bit(nn.Module):
         self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
         self._nested = config.double_quant and config.normalization != "none"
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
-        for key in ("weight", "weight_absmax", "weight_nested", "weight_mean"):
+        for key in ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook"):
             self.register_parameter(key, None)
 
     def _sizes(self) -> dict[str, tuple[int, ...]]:
@@ -117,21 +117,17 @@ class _Packed4bit(nn.Module):
 
     def _set_empty(self, device) -> None:
         """Allocates the packed tensors on device without filling them."""
-        for key, size in self._sizes().items():
+        for key, size in {**self._sizes(), "weight_codebook": (64,)}.items():
             setattr(self, key, _frozen(torch.empty(size, dtype=torch.uint8, device=device)))
-        if torch.device(device).type == "meta":
-            self.register_buffer(
-                "weight_codebook", torch.empty(64, dtype=torch.uint8, device="meta")
-            )
-        else:
-            self.register_buffer("weight_codebook", self._codebook_bytes(device))
+        if not self.weight_codebook.is_meta:
+            self.weight_codebook.copy_(self._codebook_bytes(device))
 
     def _set_quantized(self, q: QuantizedTensor) -> None:
         parts = {"weight": q.packed, "weight_absmax": q.absmax}
         parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
         for key, size in self._sizes().items():
             setattr(self, key, _frozen(parts[key].reshape(size)))
-        self.register_buffer("weight_codebook", self._codebook_bytes(q.packed.device))
+        self.weight_codebook = _frozen(self._codebook_bytes(q.packed.device))
 
     def _quantize(self, weight: torch.Tensor) -> None:
         self._set_quantized(quantize_with(weight, self.config))
@@ -162,6 +158,13 @@ class _Packed4bit(nn.Module):
             p["weight_nested"],
             p["weight_mean"],
             *self._format,
+        )
+
+    def _replicate_for_data_parallel(self):
+        # A replica's tensors are plain attributes, made anew in every forward pass.
+        raise RuntimeError(
+            f"{type(self).__name__}: nn.DataParallel is not supported; start one process per GPU "
+            "(torchrun, accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
 
     def reset_parameters(self) -> None:

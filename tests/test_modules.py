@@ -141,10 +141,12 @@ def test_gradient_reaches_x_and_bias_but_not_the_bytes():
 def test_packed_tensors_are_frozen_bytes():
     layer = Linear4bit.from_linear(dense_layer(16, 64))
     parameters = dict(layer.named_parameters())
-    assert set(parameters) == {"weight", "weight_absmax", "weight_nested", "bias"}
+    statistics = {"weight_absmax", "weight_nested", "weight_codebook"}
+    assert set(parameters) == {"weight", "bias"} | statistics
     assert parameters["weight"].shape == (16, 32)
     assert not any(p.requires_grad for n, p in parameters.items() if n != "bias")
-    assert set(layer.state_dict()) == {*parameters, "weight_codebook"}
+    # accelerate's FSDP2 plug-in wants every entry of a state dict to be a parameter.
+    assert set(layer.state_dict()) == set(parameters)
     assert isinstance(layer, nn.Linear)
     assert "nf4" in repr(layer)
 
@@ -334,6 +336,11 @@ def test_bad_sources_are_refused():
     broken.weight.data[3, 5] = math.nan
     with pytest.raises(RuntimeError, match=r"NaN.*\[3, 5\]"):
         Linear4bit.from_linear(broken)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel is not supported; .*torchrun"):
+        Linear4bit(64, 16)._replicate_for_data_parallel()
 
 
 def test_bad_inputs_are_refused():
