@@ -31,6 +31,7 @@ import smollm2
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -482,7 +483,8 @@ def find_checkpoint(args, report) -> dict | None:
             "it, --fresh to start over, or another --output"
         )
     report.resume(state, path)
-    say(f"Going on from step {state['step']} of {state['steps']} ({path}; --fresh starts over)")
+    where = f"step {state['step']} of {state['steps']}"
+    say(f"Going on from {where} in {report.precision['chosen']} ({path}; --fresh starts over)")
     return state
 
 
@@ -530,7 +532,7 @@ class Report:
             "settings": settings(self.args),
             "report": {
                 name: getattr(self, name)
-                for name in ("losses", "seconds", "answers", "history", "resumed_at")
+                for name in ("losses", "seconds", "answers", "history", "precision", "resumed_at")
             },
         }
 
@@ -683,7 +685,7 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise SystemExit(
             f"{type(e).__name__}: {e}\nCheckpoints are written whole or not at all: the same "
             "command goes on from the last one, if there is one."
