@@ -31,7 +31,12 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "kernel_report"
 PAGE = ROOT / "docs" / "kernel_report.md"
 ARCHS = ("8.0", "9.0a")
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=--warn-on-spills,--warning-as-error"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xptxas=--warn-on-spills,--warning-as-error",
+]
 
 # What SASS does not say: threads per block, the shared-memory struct, and the weights that a thread
 # decodes in one turn of the main loop. {0}, {1}, ... are the kernel's template arguments; both may
@@ -53,7 +58,11 @@ KERNELS = {
     "tree_sum_finish": ("kTreeThreads", "0", None),
     "quantize_absmax_groups": ("kAbsmaxThreads", "sizeof(QuantizeAbsmaxSmem)", None),
     "dequantize_absmax_codes": ("kAbsmaxThreads", "0", None),
-    "gemm_4bit_fused": (f"{FUSED}::kThreads", "sizeof(FusedSmem<{0}, {2}>)", f"64 * {FUSED}::kStages"),
+    "gemm_4bit_fused": (
+        f"{FUSED}::kThreads",
+        "sizeof(FusedSmem<{0}, {2}>)",
+        f"64 * {FUSED}::kStages",
+    ),
     "gemm_4bit_any": ("kTileThreads", "sizeof(TileSmem)", None),
     "gemm_4bit_backward_fused": (f"{BACKWARD}::kThreads", "sizeof(BackwardSmem<{0}, {2}>)", "64"),
     "gemm_4bit_backward_any": ("kTileThreads", "sizeof(TileSmem)", None),
@@ -71,7 +80,9 @@ SM_LIMITS = {"8.0": (65536, 2048, 167936, 32), "9.0a": (65536, 2048, 233472, 32)
 
 def find_tool(name):
     """cuobjdump or nvdisasm: on the PATH, in the toolkit, or in the triton wheel; None if nowhere."""
-    found = shutil.which(name) or shutil.which(name, path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    found = shutil.which(name) or shutil.which(
+        name, path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+    )
     if found:
         return found
     spec = importlib.util.find_spec("triton")
@@ -93,7 +104,9 @@ def missing_tools():
 
 def run(*command):
     env = dict(os.environ)
-    env["PATH"] = os.pathsep.join([str(Path(find_tool("nvdisasm") or ".").parent), env.get("PATH", "")])
+    env["PATH"] = os.pathsep.join(
+        [str(Path(find_tool("nvdisasm") or ".").parent), env.get("PATH", "")]
+    )
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
@@ -113,8 +126,18 @@ def compile_cubin(source, arch):
             old.unlink()
         sm = arch.replace(".", "")
         partial = cubin.with_suffix(f".{os.getpid()}")
-        run("nvcc", *FLAGS, "-I", ROOT / "csrc", "-gencode", f"arch=compute_{sm},code=sm_{sm}", "-cubin",
-            CUDA / f"{source}.cu", "-o", partial)
+        run(
+            "nvcc",
+            *FLAGS,
+            "-I",
+            ROOT / "csrc",
+            "-gencode",
+            f"arch=compute_{sm},code=sm_{sm}",
+            "-cubin",
+            CUDA / f"{source}.cu",
+            "-o",
+            partial,
+        )
         partial.rename(cubin)
     return cubin
 
@@ -186,7 +209,11 @@ class Kernel:
             if opcode(text) in opcodes:
                 parts = modifiers(text)
                 wide = [int(m) for m in parts if m in ("64", "128")]
-                small = [{"U8": 8, "S8": 8, "U16": 16, "S16": 16}[m] for m in parts if m in ("U8", "S8", "U16", "S16")]
+                small = [
+                    {"U8": 8, "S8": 8, "U16": 16, "S16": 16}[m]
+                    for m in parts
+                    if m in ("U8", "S8", "U16", "S16")
+                ]
                 found[(wide or small or [32])[0]] += 1
         return found
 
@@ -201,8 +228,6 @@ def modifiers(text):
 
 def count(code, *opcodes):
     return sum(opcode(i) in opcodes for i in code)
-
-
 
 
 def clean_name(demangled):
@@ -226,7 +251,9 @@ def disassemble(cubin, arch):
         elif m := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
             code[name].append((int(m[1], 16), m[2]))
     mangled = [n for n in code if n in usage]
-    plain = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    ).stdout
     names = [clean_name(n) for n in plain.splitlines()]
     return [Kernel(n, arch, *usage[m], code[m]) for m, n in zip(mangled, names, strict=True)]
 
@@ -236,10 +263,18 @@ def cpp_expressions(kernels):
     lines = []
     for k in kernels:
         threads, shared, weights = (e.format(*k.arguments) if e else "-1" for e in KERNELS[k.base])
-        lines.append(f'  std::printf("%ld %ld %ld\\n", long({threads}), long({shared}), long({weights}));')
+        lines.append(
+            f'  std::printf("%ld %ld %ld\\n", long({threads}), long({shared}), long({weights}));'
+        )
     text = "\n".join(
-        ["#include <cstdio>", *(f'#include "cuda/{p.name}"' for p in sorted(CUDA.glob("*.cuh"))),
-         "using namespace qlora_ext;", "int main() {", *lines, "}"]
+        [
+            "#include <cstdio>",
+            *(f'#include "cuda/{p.name}"' for p in sorted(CUDA.glob("*.cuh"))),
+            "using namespace qlora_ext;",
+            "int main() {",
+            *lines,
+            "}",
+        ]
     )
     digest = hashlib.sha256(text.encode())
     for path in sorted([*CUDA.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]):
@@ -250,8 +285,18 @@ def cpp_expressions(kernels):
         source.write_text(text)
         for old in BUILD.glob("sizes-*"):
             old.unlink()
-        run("nvcc", "-std=c++20", "--expt-relaxed-constexpr", "-I", ROOT / "csrc", "-gencode",
-            "arch=compute_80,code=sm_80", "-o", program, source)
+        run(
+            "nvcc",
+            "-std=c++20",
+            "--expt-relaxed-constexpr",
+            "-I",
+            ROOT / "csrc",
+            "-gencode",
+            "arch=compute_80,code=sm_80",
+            "-o",
+            program,
+            source,
+        )
     for k, line in zip(kernels, run(program).splitlines(), strict=True):
         k.threads, k.shared, weights = map(int, line.split())
         k.weights = weights if weights > 0 else None
@@ -281,17 +326,42 @@ def report(archs=ARCHS, sources=None):
 
 def row(k):
     def widths(*opcodes):
-        return " ".join(f"{n}x{bits}" for bits, n in sorted(k.widths(*opcodes).items(), reverse=True)) or "-"
+        return (
+            " ".join(f"{n}x{bits}" for bits, n in sorted(k.widths(*opcodes).items(), reverse=True))
+            or "-"
+        )
 
     loop = k.main_loop()
     per_weight = f"{k.sass_per_weight:.2f}" if k.sass_per_weight else "-"
     mma = count([i for _, i in k.code], "HMMA", "HGMMA")
-    return [f"`{k.name}`", k.arch, k.registers, k.stack, k.shared, f"{k.blocks_per_sm} ({k.occupancy:.0%})",
-            len(loop) or "-", per_weight, mma or "-", widths("LDG", "LDGSTS"), widths("STG")]
+    return [
+        f"`{k.name}`",
+        k.arch,
+        k.registers,
+        k.stack,
+        k.shared,
+        f"{k.blocks_per_sm} ({k.occupancy:.0%})",
+        len(loop) or "-",
+        per_weight,
+        mma or "-",
+        widths("LDG", "LDGSTS"),
+        widths("STG"),
+    ]
 
 
-HEADER = ["kernel", "arch", "registers", "stack B", "shared B", "blocks/SM (occupancy)", "SASS in main loop",
-          "per weight", "MMA", "global loads, bits", "global stores, bits"]
+HEADER = [
+    "kernel",
+    "arch",
+    "registers",
+    "stack B",
+    "shared B",
+    "blocks/SM (occupancy)",
+    "SASS in main loop",
+    "per weight",
+    "MMA",
+    "global loads, bits",
+    "global stores, bits",
+]
 
 
 def markdown(kernels):
@@ -308,7 +378,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: 8.0 and 9.0a")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
-    parser.add_argument("--write", action="store_true", help="replace the table in docs/kernel_report.md")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the table in docs/kernel_report.md"
+    )
     arguments = parser.parse_args()
     if sentence := missing_tools():
         sys.exit(sentence)

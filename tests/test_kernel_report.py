@@ -13,7 +13,9 @@ SOURCES = ("dequantize_4bit", "gemm_4bit", "gemm_4bit_backward", "quantize_absma
 
 
 def load_report():
-    spec = importlib.util.spec_from_file_location("kernel_report", ROOT / "bench" / "kernel_report.py")
+    spec = importlib.util.spec_from_file_location(
+        "kernel_report", ROOT / "bench" / "kernel_report.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["kernel_report"] = module
     spec.loader.exec_module(module)
@@ -42,7 +44,9 @@ def opcodes(code):
 
 def test_every_kernel_is_in_the_report():
     written = "".join(p.read_text() for p in CUDA.glob("*.cuh"))
-    names = set(re.findall(r"__global__ void\s*(?:__launch_bounds__\([^\n]*\)\s*)?(\w+)\s*\(", written))
+    names = set(
+        re.findall(r"__global__ void\s*(?:__launch_bounds__\([^\n]*\)\s*)?(\w+)\s*\(", written)
+    )
     assert names == set(report.KERNELS)
 
 

@@ -1,0 +1,208 @@
+"""What only the CUDA kernels have: variants by architecture and M, splits of the contraction,
+misaligned operands, rows that must not touch each other, indices beyond 2^31. Run on the emulator
+for several architectures and SM counts, and on a GPU where there is one."""
+
+import contextlib
+
+import pytest
+import torch
+from cases import (
+    CALIBRATED,
+    CONFIGS,
+    assert_close,
+    assert_same_bytes,
+    make_weight,
+    random_weight,
+    to_tensor,
+)
+from conftest import _load
+
+from qlora_ext import QuantConfig
+from qlora_ext import reference as R
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (architecture, SMs): 4 SMs give no splits, 64 many; sm_86 has little shared memory; sm_75 no bf16.
+DEVICES = [(90, 4), (80, 64), (86, 16), (75, 64)]
+
+
+@pytest.fixture(scope="module", params=["simt", "cuda"])
+def kernels(request):
+    """The shared backend fixture without the CPU."""
+    return _load(request.param)
+
+
+def on(kernels, device):
+    if kernels.name == "simt":
+        return kernels.ops.device(*device)
+    return contextlib.nullcontext()
+
+
+def launched(kernels, name):
+    """Launches of kernels of this name since the last reset, by instantiation; emulator only."""
+    return {k: n for k, n in kernels.ops.kernels().items() if n and k.split("<")[0] == name}
+
+
+def products(kernels, device, M, N, K, dtype, config, rank=5, bias=True):
+    """Forward and backward of one shape against fp64, both calibrated against torch's own."""
+    array, q = make_weight((N, K), config, kernels.device)
+    W = torch.from_numpy(R.dequantize_4bit(array)).double()
+    x, dY = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+    b = torch.randn(N).to(dtype) if bias else None
+    S, dS = torch.randn(M, rank) * 0.3, torch.randn(M, rank) * 0.3
+    A, B = torch.randn(rank, K) * 0.1, torch.randn(N, rank) * 0.1
+    to = lambda t: None if t is None else t.to(kernels.device)  # noqa: E731
+    with on(kernels, device):
+        y = kernels.ops.gemm_4bit(to(x), *q.op_args(), to(b), to(S), to(B))
+        dX = kernels.ops.gemm_4bit_backward(to(dY), *q.op_args(), to(dS), to(A))
+    W_low = W.to(dtype)
+    torch_y = x @ W_low.T + S.to(dtype) @ B.to(dtype).T
+    torch_dX = dY @ W_low + dS.to(dtype) @ A.to(dtype)
+    want_y = x.double() @ W.T + S.double() @ B.double().T
+    want_dX = dY.double() @ W + dS.double() @ A.double()
+    if bias:
+        torch_y, want_y = torch_y + b, want_y + b.double()
+    assert_close(y, torch_y, want_y, "y", CALIBRATED)
+    assert_close(dX, torch_dX, want_dX, "dX", CALIBRATED)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 17, 32, 33, 64, 65])
+def test_both_sides_of_every_boundary(kernels, device, dtype, M):
+    products(kernels, device, M, 136, 320, dtype, CONFIGS["nf4"])
+
+
+@pytest.mark.parametrize("N", [1, 8, 31, 33, 64, 65, 127, 200])
+@pytest.mark.parametrize("K", [64, 192, 576])
+def test_tails(kernels, N, K):
+    products(kernels, (90, 64), 5, N, K, BF16, CONFIGS["nf4"], rank=3)
+
+
+@pytest.mark.parametrize("config", ["nf4-plain-scales", "nf4-4096", "nf4-per-tensor", "fp4"])
+@pytest.mark.parametrize("M", [3, 40])
+def test_scales(kernels, config, M):
+    products(kernels, (80, 16), M, 72, 640, FP16, CONFIGS[config])
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 130])
+def test_ranks(kernels, rank):
+    products(kernels, (90, 4), 20, 72, 256, BF16, CONFIGS["nf4"], rank)
+
+
+def test_a_large_codebook_fits_fp16(kernels):
+    """Values far beyond fp16's range: the table is scaled by a power of two."""
+    levels = [1e6 * (i - 7.5) for i in range(16)]
+    config = QuantConfig("custom", codebook=levels, normalization="none")
+    array = R.quantize_4bit(
+        (torch.randn(32, 64) * 3e6).numpy(),
+        0,
+        R.make_codebook("custom", levels),
+        False,
+        "none",
+    )
+    q = to_tensor(array, config, kernels.device)
+    x = torch.randn(4, 64) * 1e-5
+    y = kernels.ops.gemm_4bit(x.half().to(kernels.device), *q.op_args())
+    want = x.half().double() @ torch.from_numpy(R.dequantize_4bit(array)).double().T
+    assert ((y.cpu().double() - want).norm() / want.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_misaligned_operands_take_another_kernel(kernels, dtype):
+    array, q = make_weight((40, 128), CONFIGS["nf4"], kernels.device)
+    wide = torch.randn(6, 131, device=kernels.device).to(dtype)
+    x = wide[:, 1:129]  # rows 131 apart, 2 or 4 bytes off
+    y = kernels.ops.gemm_4bit(x, *q.op_args())
+    want = x.double().cpu() @ torch.from_numpy(R.dequantize_4bit(array)).double().T
+    torch_y = x.cpu() @ torch.from_numpy(R.dequantize_4bit(array)).to(dtype).T
+    assert_close(y, torch_y, want, "y", CALIBRATED)
+
+
+@pytest.mark.parametrize("M", [7, 20, 60])
+def test_rows_do_not_touch_each_other(kernels, M):
+    """A NaN in one row of x or dY reaches that row of the result and no other."""
+    _, q = make_weight((72, 192), CONFIGS["nf4"], kernels.device)
+    for op, width in ((kernels.ops.gemm_4bit, 192), (kernels.ops.gemm_4bit_backward, 72)):
+        x = torch.randn(M, width, device=kernels.device).to(BF16)
+        clean = op(x, *q.op_args())
+        x[M // 2, 5] = float("nan")
+        dirty = op(x, *q.op_args())
+        assert dirty[M // 2].isnan().all()
+        others = [m for m in range(M) if m != M // 2]
+        assert_same_bytes(dirty[others], clean[others], "other rows")
+
+
+@pytest.mark.parametrize("device", [(90, 64), (86, 64)], ids=str)
+def test_splits_are_the_same_from_run_to_run(kernels, device):
+    _, q = make_weight((64, 4096), CONFIGS["nf4"], kernels.device)
+    x = torch.randn(3, 4096, device=kernels.device).to(BF16)
+    dY = torch.randn(3, 64, device=kernels.device).to(BF16)
+    with on(kernels, device):
+        if kernels.name == "simt":
+            kernels.ops.reset_launches()
+        first = kernels.ops.gemm_4bit(x, *q.op_args())
+        if kernels.name == "simt":
+            assert launched(kernels, "reduce_parts")  # K was split
+            for byte in (0x11, 0xEE):
+                with kernels.ops.poison(byte, reverse=True):
+                    assert_same_bytes(kernels.ops.gemm_4bit(x, *q.op_args()), first, "y")
+        again = kernels.ops.gemm_4bit(x, *q.op_args())
+        dX = [kernels.ops.gemm_4bit_backward(dY, *q.op_args()) for _ in range(2)]
+    assert_same_bytes(again, first, "y")
+    assert_same_bytes(dX[0], dX[1], "dX")
+
+
+def test_large_m_goes_through_chunks(kernels):
+    """fp32 and 65 rows: more than one FFMA tile, so W is decoded in 16 MiB chunks for cuBLAS."""
+    N, K = 2100, 2048
+    weight = random_weight((N, K)).to(kernels.device)
+    packed, absmax, _ = kernels.ops.quantize_4bit(
+        weight, 64, "nf4", None, "absmax", 3.0, "none", 1.0
+    )
+    absmax, nested = kernels.ops.quantize_absmax(absmax)
+    w4 = (packed, absmax, nested, None, [N, K], 64, "nf4", None)
+    W = kernels.ops.dequantize_4bit(*w4, FP32)
+    x = torch.randn(65, K, device=kernels.device)
+    if kernels.name == "simt":
+        kernels.ops.reset_launches()
+    y = kernels.ops.gemm_4bit(x, *w4)
+    if kernels.name == "simt":
+        assert sum(launched(kernels, "dequantize_4bit_vector").values()) == 2
+    assert_close(y, x @ W.T, x.double().cpu() @ W.double().cpu().T, "y", CALIBRATED)
+
+
+def test_more_than_2_31_elements(kernels):
+    """The last blocks of a weight beyond 2^31 elements, over reserved, untouched memory."""
+    if kernels.name != "simt":
+        pytest.skip("needs the emulator's last_blocks: 7 GB of real memory otherwise")
+    K = 4096
+    N = 2**31 // K + 8
+    array, small = make_weight((8, K), QuantConfig(double_quant=False))
+    packed = torch.empty(N * K // 2, dtype=torch.uint8)
+    absmax = torch.empty(N * K // 64 * 4, dtype=torch.uint8)
+    packed[-small.packed.numel() :] = small.packed.reshape(-1)
+    absmax[-small.absmax.numel() :] = small.absmax.reshape(-1)
+    w4 = (packed, absmax, None, None, [N, K], 64, "nf4", None)
+    want = torch.from_numpy(R.dequantize_4bit(array))
+    out = torch.empty(N, K, dtype=BF16)
+    with kernels.ops.last_blocks(2):
+        kernels.ops.dequantize_4bit.out(*w4, out=out)
+        assert_same_bytes(out[-2:], want[-2:].to(BF16), "dequantize_4bit")
+        x = torch.randn(1, K).to(BF16)
+        y = kernels.ops.gemm_4bit(x, *w4)
+        assert_close(y[:, -8:], x @ want.to(BF16).T, x.double() @ want.double().T, "y", CALIBRATED)
+        rows = torch.tensor([N - 1, N - 3])
+        got = kernels.ops.embedding_4bit(rows, *w4, FP32)
+        assert_same_bytes(got, want[[7, 5]], "embedding_4bit")
+    del out
+    weight = torch.empty(N, K, dtype=FP16)
+    weight[-8:] = (random_weight((8, K)) * 4).to(FP16)
+    with kernels.ops.last_blocks(2):
+        got, scales, _ = kernels.ops.quantize_4bit(
+            weight, 64, "nf4", None, "absmax", 3.0, "none", 1.0
+        )
+    again, again_scales, _ = kernels.ops.quantize_4bit(
+        weight[-2:].clone(), 64, "nf4", None, "absmax", 3.0, "none", 1.0
+    )
+    assert_same_bytes(got[-K:], again, "quantize_4bit")
+    assert_same_bytes(scales[-again_scales.numel() :], again_scales, "absmax")
