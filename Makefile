@@ -158,7 +158,7 @@ build/native/test_cpu_kernels: $(NATIVE) $(wildcard csrc/*.h csrc/cpu/*.h csrc/c
 	  -fsanitize=address,undefined -fno-sanitize-recover=undefined $(NATIVE) -pthread -o $@
 
 native: build/native/test_cpu_kernels
-	@for path in portable avx2 avx512; do \
+	@for path in portable avx2 avx512 avx512_bf16; do \
 	  QLORA_EXT_CPU=$$path $< > build/native/$$path.txt; status=$$?; tail -1 build/native/$$path.txt; \
 	  if [ $$status -ne 0 ] && [ $$status -ne 77 ]; then cat build/native/$$path.txt; exit 1; fi; \
 	done

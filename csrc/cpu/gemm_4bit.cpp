@@ -83,9 +83,14 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
                       const Region& region, int64_t row) {
   Accumulators sums;
   clear(region, sums);
-  add_product(x, region, [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
+  const auto decode = [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
     kernels().decode_columns(p.weight, n, k, width, depth, panel);
-  }, sums);
+  };
+  if (multiplies_bf16(x)) {
+    add_product_bf16(x, region, decode, sums);
+  } else {
+    add_product(x, region, decode, sums);
+  }
   add_product(lora_S, region, [&](int64_t n, int64_t width, int64_t r, int64_t depth,
                                   float* panel) {
     kernels().pack_columns(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, p.R, width,
@@ -99,15 +104,20 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
   });
 }
 
+Left all_rows(const Gemm4bitParams& p) { return rows_of(p.x, p.dtype, p.x_stride, p.weight.K); }
+
+bool packs(const Gemm4bitParams& p) {
+  return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p));
+}
+
 void many_rows(const Gemm4bitParams& p) {
   const int64_t K = p.weight.K;
   const int64_t N = p.weight.N;
-  const bool packed = p.M > kUnpackedRows;
   const int64_t chunk = chunk_rows(p.M, K, kRegionTiles);
   for (int64_t row = 0; row < p.M; row += chunk) {
     const int64_t rows = std::min(chunk, p.M - row);
-    const Left all_x = rows_of(p.x, p.dtype, p.x_stride, K);
-    const Left x = packed ? pack(all_x, row, rows, static_cast<float*>(p.workspace)) : all_x;
+    const Left x = packs(p) ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
+                            : all_rows(p).from(row);
     const Left lora_S = rows_of(p.lora_S + (p.R > 0 ? row * p.S_stride : 0), DType::kFloat32,
                                 p.S_stride, p.R);
     const int64_t columns = kRegionTiles * kPanelWidth;
@@ -134,7 +144,7 @@ const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
 }
 
 int64_t launch::workspace_gemm_4bit(const Gemm4bitParams& p) {
-  if (p.M <= cpu::kUnpackedRows) return 0;
+  if (!cpu::packs(p)) return 0;
   return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.K, cpu::kRegionTiles), p.weight.K);
 }
 

@@ -12,15 +12,28 @@ constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
 constexpr int64_t kRegionTiles = 2;    // 32 columns of W a task: a quarter of a cache line of codes
 constexpr int64_t kUnpackedRows = 16;  // up to here dY is used where it lies: no workspace
 
+Left all_rows(const Gemm4bitBackwardParams& p) {
+  return rows_of(p.dY, p.dtype, p.dY_stride, p.weight.N);
+}
+
+bool packs(const Gemm4bitBackwardParams& p) {
+  return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p));
+}
+
 // `dY` and `dS` hold the chunk's rows from `row` on; region rows count from the chunk's start.
 void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left& dS,
                      const Region& region, int64_t row) {
   const int64_t K = p.weight.K;
   Accumulators sums;
   clear(region, sums);
-  add_product(dY, region, [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
+  const auto decode = [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
     kernels().decode_rows(p.weight, n, k, width, depth, panel);
-  }, sums);
+  };
+  if (multiplies_bf16(dY)) {
+    add_product_bf16(dY, region, decode, sums);
+  } else {
+    add_product(dY, region, decode, sums);
+  }
   add_product(dS, region, [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
     kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width, depth,
                         panel);
@@ -38,12 +51,11 @@ const char* launch::gemm_4bit_backward(const Gemm4bitBackwardParams& p, void*) {
   if (p.M == 0) return nullptr;
   const int64_t N = p.weight.N;
   const int64_t K = p.weight.K;
-  const bool packed = p.M > kUnpackedRows;
   const int64_t chunk = chunk_rows(p.M, N, kRegionTiles);
   for (int64_t row = 0; row < p.M; row += chunk) {
     const int64_t rows = std::min(chunk, p.M - row);
-    const Left all_dY = rows_of(p.dY, p.dtype, p.dY_stride, N);
-    const Left dY = packed ? pack(all_dY, row, rows, static_cast<float*>(p.workspace)) : all_dY;
+    const Left dY = packs(p) ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
+                             : all_rows(p).from(row);
     const Left dS = rows_of(p.lora_dS + row * p.R, DType::kFloat32, p.R, p.R);
     const int64_t columns = kRegionTiles * kPanelWidth;
     const int64_t macs = rows * columns * std::max<int64_t>(1, N);
@@ -54,7 +66,7 @@ const char* launch::gemm_4bit_backward(const Gemm4bitBackwardParams& p, void*) {
 }
 
 int64_t launch::workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
-  if (p.M <= cpu::kUnpackedRows) return 0;
+  if (!cpu::packs(p)) return 0;
   return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.N, cpu::kRegionTiles), p.weight.N);
 }
 

@@ -32,6 +32,13 @@ struct Left {
   int64_t depth_stride;  // other than 1 only for fp32
   int64_t block_stride;
   int64_t depth;
+
+  // The rows from `row` on.
+  Left from(int64_t row) const {
+    Left rest = *this;
+    rest.data = element(data, dtype, row * row_stride);
+    return rest;
+  }
 };
 
 inline Left rows_of(const void* data, DType dtype, int64_t row_stride, int64_t depth) {
@@ -101,6 +108,32 @@ void add_product(const Left& left, const Region& region, const Fill& fill, Accum
       fill(region.column + tile * kPanelWidth, region.tile_width(tile), d, depth, panel);
       simd.multiply(x, row_stride, left.depth_stride, region.rows, panel, depth,
                     sums.row(region, tile, 0));
+    }
+  }
+}
+
+// Whether `left` can be multiplied in bf16 here. Only for right operands that may be rounded to
+// bf16, as W is and LoRA's fp32 factors are not.
+inline bool multiplies_bf16(const Left& left) {
+  return left.dtype == DType::kBFloat16 && kernels().multiply_bf16 != nullptr &&
+         left.depth % 2 == 0;
+}
+
+// add_product with the right operand rounded to bf16 and left, bf16, used where it lies.
+template <class Fill>
+void add_product_bf16(const Left& left, const Region& region, const Fill& fill,
+                      Accumulators& sums) {
+  alignas(64) float panel[kDepth * kPanelWidth];
+  alignas(64) uint16_t pairs[kDepth * kPanelWidth];
+  const Kernels& simd = kernels();
+  const uint16_t* x = static_cast<const uint16_t*>(left.data) + region.row * left.row_stride;
+  for (int64_t d = 0; d < left.depth; d += kDepth) {
+    const int64_t depth = std::min(kDepth, left.depth - d);
+    for (int64_t tile = 0; tile < region.tiles(); ++tile) {
+      fill(region.column + tile * kPanelWidth, region.tile_width(tile), d, depth, panel);
+      simd.pair_bf16(panel, depth, pairs);
+      simd.multiply_bf16(x + d, left.row_stride, region.rows, pairs, depth,
+                         sums.row(region, tile, 0));
     }
   }
 }

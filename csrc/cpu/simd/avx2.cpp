@@ -31,6 +31,14 @@ namespace {
 
 constexpr int64_t kLanes = 8;
 
+// How far ahead of the codes in use to fetch: the hardware's own prefetcher stops at every page.
+constexpr int64_t kPrefetch = 1024;    // bytes along a row
+constexpr int64_t kPrefetchRows = 16;  // rows down a column
+
+void prefetch(const uint8_t* packed) {
+  _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
+}
+
 // ---- fp16 and bf16 ----
 
 __m256 load_fp32(const float* src) { return _mm256_loadu_ps(src); }
@@ -576,6 +584,7 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
   for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth) {
     const int64_t first = (row + d) * weight.K + k;
     if (regular) {
+      prefetch(weight.packed + (first + kPrefetchRows * weight.K) / 2);
       decode_16(weight, table, first, panel);
       continue;
     }
@@ -585,9 +594,6 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
 }
 
 // ---- products ----
-
-// Bytes ahead of the codes in use: the hardware's own prefetcher stops at every page.
-constexpr int64_t kPrefetch = 1024;
 
 float sum_lanes(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -614,7 +620,7 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
     if (i < end && ((first + i) & 1) != 0) add_one(i++);
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
       const uint8_t* packed = weight.packed + ((first + i) >> 1);
-      _mm_prefetch(reinterpret_cast<const char*>(packed + kPrefetch), _MM_HINT_T0);
+      prefetch(packed + kPrefetch);
       const __m256 w0 = look_up(table, codes_of(packed));
       const __m256 w1 = look_up(table, codes_of(packed + 4));
 #pragma GCC unroll 8
@@ -691,7 +697,7 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 const Kernels kAvx2Kernels = {
     "avx2",   to_float,       from_float,  max_abs, encode,    encode_scales,
     decode,   decode_columns, decode_rows, dot,     pack_rows, pack_columns,
-    multiply,
+    multiply, nullptr,        nullptr,
 };
 
 }  // namespace qlora_ext::cpu

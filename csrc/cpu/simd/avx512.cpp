@@ -36,6 +36,14 @@ namespace {
 constexpr int64_t kLanes = 16;
 static_assert(kLanes == kPanelWidth, "a panel's row is one vector");
 
+// How far ahead of the codes in use to fetch: the hardware's own prefetcher stops at every page.
+constexpr int64_t kPrefetch = 1024;    // bytes along a row
+constexpr int64_t kPrefetchRows = 16;  // rows down a column
+
+void prefetch(const uint8_t* packed) {
+  _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
+}
+
 // ---- codes and values ----
 
 // Sixteen codes from eight bytes, in order, each in the low bits of its lane; the bits above are
@@ -226,6 +234,7 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
   const __m512 table = _mm512_loadu_ps(weight.values);
   int64_t first = row * weight.K + k;
   for (int64_t d = 0; d < depth; ++d, first += weight.K, panel += kPanelWidth) {
+    prefetch(weight.packed + (first + kPrefetchRows * weight.K) / 2);
     const int64_t block = block_of(weight, first);
     const __m512 scale = _mm512_set1_ps(block_scale(weight, block));
     __m512 value = _mm512_mul_ps(look_up(table, codes_of(weight.packed + first / 2)), scale);
@@ -237,9 +246,6 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
 }
 
 // ---- products ----
-
-// Bytes ahead of the codes in use: the hardware's own prefetcher stops at every page.
-constexpr int64_t kPrefetch = 1024;
 
 template <int kRows>
 void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
@@ -258,7 +264,7 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
     if (i < end && ((first + i) & 1) != 0) add_one(i++);
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
       const uint8_t* packed = weight.packed + ((first + i) >> 1);
-      _mm_prefetch(reinterpret_cast<const char*>(packed + kPrefetch), _MM_HINT_T0);
+      prefetch(packed + kPrefetch);
       const __m512 w0 = look_up(table, codes_of(packed));
       const __m512 w1 = look_up(table, codes_of(packed + 8));
 #pragma GCC unroll 8

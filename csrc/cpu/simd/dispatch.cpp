@@ -27,11 +27,14 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 Choice choose() {
   const Path paths[] = {  // best first
 #if defined(__x86_64__)
+      {avx512_bf16_kernels(), has_avx512_bf16(), "AVX512_BF16"},
       {avx512_kernels(), has_avx512(), "AVX-512 F, BW, VL and VBMI"},
       {kAvx2Kernels, has_avx2(), "AVX2 and FMA"},
 #endif

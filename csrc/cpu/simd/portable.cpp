@@ -198,7 +198,7 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 const Kernels kPortableKernels = {
     "portable", to_float,       from_float,  max_abs, encode,    encode_scales,
     decode,     decode_columns, decode_rows, dot,     pack_rows, pack_columns,
-    multiply,
+    multiply,   nullptr,        nullptr,
 };
 
 }  // namespace qlora_ext::cpu

@@ -61,18 +61,27 @@ struct Kernels {
   // acc[m][c] += sum over d of x[m * row_stride + d * depth_stride] * panel[d][c], in order of d.
   void (*multiply)(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
                    const float* panel, int64_t depth, float* acc);
+
+  // The same product in bf16, for CPUs with instructions for it; null elsewhere.
+  // pairs[d / 2][c] = (panel[d][c], panel[d + 1][c]), rounded to bf16, for an even depth.
+  void (*pair_bf16)(const float* panel, int64_t depth, uint16_t* pairs);
+  // acc[m][c] += sum over d of x[m * row_stride + d] * panel[d][c], in order of pairs of d.
+  void (*multiply_bf16)(const uint16_t* x, int64_t row_stride, int64_t rows,
+                        const uint16_t* pairs, int64_t depth, float* acc);
 };
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
-Kernels avx512_kernels();  // kAvx2Kernels with the decoders and the products replaced
+Kernels avx512_kernels();       // kAvx2Kernels with the decoders and the products replaced
+Kernels avx512_bf16_kernels();  // avx512_kernels() with products of bf16 added
 #endif
 
-// The live table: QLORA_EXT_CPU=portable|avx2|avx512 forces one, else the best this CPU runs.
+// The live table: QLORA_EXT_CPU=portable|avx2|avx512|avx512_bf16 forces one, else the best that
+// this CPU runs.
 const Kernels& kernels();
 
-// Name of the live table ("portable", "avx2", "avx512"), or null after an error.
+// Name of the live table, or null after an error.
 const char* cpu_path();
 
 // Null, or the sentence that says why QLORA_EXT_CPU cannot be honoured; every launcher returns it.
