@@ -1,0 +1,246 @@
+"""Small calls of every op that together launch every kernel instantiation that dispatch can reach.
+
+test_simt_kernels.py runs them under two poison patterns, compares them with the CPU backend, and
+turns kernels off one by one; `python sweep.py [NAME ...]` runs them bare, which is what the
+sanitizers watch.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`run(ops)` returns tensors; `exact`: the CPU backend gives the same bytes."""
+
+    name: str
+    run: Callable
+    exact: bool = False
+    arch: int = 80
+    sm_count: int = 4
+    large: bool = False  # too slow under a sanitizer
+
+    def __str__(self):
+        return self.name
+
+
+def _seeded(name):
+    return torch.Generator().manual_seed(sum(map(ord, name)))
+
+
+def _randn(generator, *shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def _unaligned(tensor):
+    """The same values, contiguous, one element past an aligned address."""
+    buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    view = buffer[1:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def _weight(generator, shape, *, blocksize=64, quant_type="nf4", normalization="absmax", nested):
+    """W4 arguments from the CPU backend."""
+    cpu = torch.ops.qlora_ext
+    w = _randn(generator, *shape, scale=0.05)
+    packed, absmax, mean = cpu.quantize_4bit(
+        w, blocksize, quant_type, None, normalization, 3.0, "none", 1.0
+    )
+    code, scales = cpu.quantize_absmax(absmax) if nested else (absmax, None)
+    mean = mean if normalization == "standard" else None
+    return packed, code, scales, mean, list(shape), blocksize, quant_type, None
+
+
+def _quantize(name, dtype, normalization, blocksize, shape, aligned, quant_type="nf4"):
+    def run(ops):
+        w = _randn(_seeded(name), *shape, dtype=dtype)
+        w = w if aligned else _unaligned(w)
+        args = (w, blocksize, quant_type, None, normalization, 3.0, "none", 1.0)
+        packed, absmax, mean = ops.quantize_4bit(*args)
+        return (packed, absmax, mean) if normalization == "standard" else (packed, absmax)
+
+    return Case(name, run, exact=True)
+
+
+def _dequantize(name, dtype, shape, aligned, **weight):
+    def run(ops):
+        w4 = _weight(_seeded(name), shape, **weight)
+        if aligned:
+            return (ops.dequantize_4bit(*w4, dtype),)
+        out = _unaligned(torch.empty(shape, dtype=dtype))
+        ops.dequantize_4bit.out(*w4, out=out)
+        return (out,)
+
+    return Case(name, run, exact=True)
+
+
+def _embedding(name, dtype, shape, **weight):
+    def run(ops):
+        w4 = _weight(_seeded(name), shape, **weight)
+        indices = torch.tensor([3, 0, shape[0] - 1, 3])
+        return (ops.embedding_4bit(indices, *w4, dtype),)
+
+    return Case(name, run, exact=True)
+
+
+def _gemm(name, dtype, M, N, K, *, nested, lora=0, bias=False, **case):
+    def run(ops):
+        g = _seeded(name)
+        w4 = _weight(g, (N, K), nested=nested)
+        x = _randn(g, M, K, dtype=dtype)
+        b = _randn(g, N, dtype=dtype) if bias else None
+        if not lora:
+            return (ops.gemm_4bit(x, *w4, b),)
+        S, B = _randn(g, M, lora), _randn(g, N, lora, scale=0.1)
+        return (ops.gemm_4bit(x, *w4, b, S, B),)
+
+    return Case(name, run, **case)
+
+
+def _backward(name, dtype, M, N, K, *, nested, lora=0, **case):
+    def run(ops):
+        g = _seeded(name)
+        w4 = _weight(g, (N, K), nested=nested)
+        dY = _randn(g, M, N, dtype=dtype)
+        if not lora:
+            return (ops.gemm_4bit_backward(dY, *w4),)
+        dS, A = _randn(g, M, lora), _randn(g, lora, K, scale=0.1)
+        return (ops.gemm_4bit_backward(dY, *w4, dS, A),)
+
+    return Case(name, run, **case)
+
+
+def _scales(name, num_blocks, *, large=False):
+    def run(ops):
+        absmax = (_randn(_seeded(name), num_blocks).abs() + 0.1).view(torch.uint8)
+        code, nested = ops.quantize_absmax(absmax)
+        return code, nested, ops.dequantize_absmax(code, nested)
+
+    return Case(name, run, exact=True, large=large)
+
+
+def _lora(name, dtype, lora_dtype, M, N, K, r, **case):
+    def run(ops):
+        g = _seeded(name)
+        x, dY = _randn(g, M, K, dtype=dtype), _randn(g, M, N, dtype=dtype)
+        A, B = _randn(g, r, K, dtype=lora_dtype, scale=0.1), _randn(g, N, r, dtype=lora_dtype)
+        S = _randn(g, M, r)
+        results = [ops.lora_shrink(x, A, 0.5)]
+        results += ops.lora_shrink_backward(S, x, A, 0.5, True)
+        results += ops.lora_expand_backward(dY, S, B)
+        return tuple(results)
+
+    return Case(name, run, **case)
+
+
+def _merge(name, dtype, N, K, r, **weight):
+    def run(ops):
+        g = _seeded(name)
+        w4 = _weight(g, (N, K), **weight)
+        A, B = _randn(g, r, K, scale=0.1), _randn(g, N, r, scale=0.1)
+        return (ops.merge_lora_4bit(*w4, A, B, 2.0, dtype),)
+
+    return Case(name, run)
+
+
+def _cases():
+    for d, dtype in DTYPES.items():
+        for aligned in (True, False):
+            a = "" if aligned else "-unaligned"
+            for normalization in ("absmax", "standard"):
+                yield _quantize(
+                    f"quantize-{d}-{normalization}-64{a}",
+                    dtype,
+                    normalization,
+                    64,
+                    (33, 66),
+                    aligned,
+                )
+                yield _quantize(
+                    f"quantize-{d}-{normalization}-tensor{a}",
+                    dtype,
+                    normalization,
+                    0,
+                    (7, 41),
+                    aligned,
+                )
+            yield _quantize(
+                f"quantize-{d}-none{a}", dtype, "none", 0, (7, 41), aligned, quant_type="linear"
+            )
+        yield _quantize(f"quantize-{d}-fp4-4096", dtype, "absmax", 4096, (3, 2049), True, "fp4")
+        yield _quantize(f"quantize-{d}-standard-levels", dtype, "standard", 0, (129, 128), True)
+        yield _dequantize(f"dequantize-{d}", dtype, (33, 65), True, nested=True)
+        yield _dequantize(
+            f"dequantize-{d}-plain-32", dtype, (40, 96), True, nested=False, blocksize=32
+        )
+        yield _dequantize(
+            f"dequantize-{d}-mean", dtype, (9, 72), True, nested=True, normalization="standard"
+        )
+        yield _dequantize(f"dequantize-{d}-unaligned", dtype, (9, 70), False, nested=True)
+        yield _embedding(f"embedding-{d}", dtype, (9, 96), nested=True)
+        yield _embedding(
+            f"embedding-{d}-mean", dtype, (9, 64), nested=True, normalization="standard"
+        )
+        yield _embedding(f"embedding-{d}-odd", dtype, (9, 41), nested=False)
+        yield _merge(f"merge-{d}", dtype, 40, 72, 3, nested=True)
+        yield _lora(f"lora-{d}", dtype, torch.float32, 9, 24, 72, 4)
+        yield _lora(f"lora-{d}-split", dtype, dtype, 3, 40, 600, 16, sm_count=132)
+        yield _gemm(f"gemm-{d}-odd", dtype, 5, 33, 65, nested=True, lora=3, bias=True)
+        yield _backward(f"backward-{d}-odd", dtype, 5, 33, 65, nested=True, lora=3)
+    for n in (1, 300, 20_000):
+        yield _scales(f"scales-{n}", n)
+    yield _scales("scales-4300000", 4_300_000, large=True)
+
+    variants = [("fp16", 75), ("fp16", 80), ("bf16", 80), ("bf16", 86)]
+    for d, arch in variants:
+        dtype = DTYPES[d]
+        for nested in (True, False):
+            s = f"{d}-sm{arch}{'' if nested else '-plain'}"
+            for M in (1, 13, 24, 40):
+                yield _gemm(
+                    f"gemm-{s}-M{M}", dtype, M, 72, 256, nested=nested, lora=5, bias=True, arch=arch
+                )
+                yield _backward(
+                    f"backward-{s}-M{M}", dtype, M, 72, 192, nested=nested, lora=5, arch=arch
+                )
+        yield _gemm(
+            f"gemm-{d}-sm{arch}-split", dtype, 3, 40, 2048, nested=True, arch=arch, sm_count=132
+        )
+        yield _backward(
+            f"backward-{d}-sm{arch}-split", dtype, 3, 640, 64, nested=True, arch=arch, sm_count=132
+        )
+        yield _gemm(
+            f"gemm-{d}-sm{arch}-chunks", dtype, 300, 72, 128, nested=True, bias=True, arch=arch
+        )
+        yield _backward(
+            f"backward-{d}-sm{arch}-chunks", dtype, 300, 72, 128, nested=True, arch=arch
+        )
+
+
+CASES = tuple(_cases())
+
+
+def run_case(simt, case):
+    with simt.device(case.arch, case.sm_count):
+        return case.run(simt)
+
+
+if __name__ == "__main__":
+    import qlora_ext  # noqa: F401  (the CPU ops, which make the weights)
+    from simt.build import load_simt
+
+    machine = load_simt()
+    for sweep_case in CASES:
+        if not sweep_case.large and sweep_case.name in (sys.argv[1:] or [sweep_case.name]):
+            print(sweep_case.name, flush=True)  # the last line names what a sanitizer stopped
+            run_case(machine, sweep_case)

@@ -1,0 +1,58 @@
+"""What keeps one kernel source fit for nvcc and the emulator, checked by reading the files."""
+
+import re
+
+import pytest
+
+from simt import build
+
+CUDA = build.ROOT / "csrc" / "cuda"
+TWINS = build.SIMT / "include" / "cuda"
+DEVICE_FILES = sorted(p for p in CUDA.rglob("*") if p.suffix in (".cu", ".cuh"))
+KERNEL_FILES = [p for p in DEVICE_FILES if p.name not in ("ptx.cuh", "launch.cuh")]
+
+
+def code(path):
+    """A file without its comments and strings."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+    return re.sub(r'(?<!include )"(\\.|[^"\\\n])*"', '""', text)
+
+
+def declared(path, pattern):
+    return set(re.findall(pattern, code(path)))
+
+
+def test_every_ptx_function_has_a_twin():
+    device = declared(CUDA / "ptx.cuh", r"__device__ __forceinline__ [\w& ]+?\b(\w+)\(")
+    twins = declared(TWINS / "ptx.cuh", r"\b(\w+)\(")
+    assert device - {"copy_now"} <= twins  # copy_now is what cp.async is on sm_75
+    assert len(device) > 30
+
+
+def test_the_two_launch_headers_offer_the_same():
+    for name in ("launch_kernel", "device_info", "DeviceInfo", "Launcher"):
+        assert name in code(CUDA / "launch.cuh") and name in code(TWINS / "launch.cuh")
+    fields = r"(?:int|int64_t) (\w+) = \d+;"
+    assert declared(CUDA / "launch.cuh", fields) == declared(TWINS / "launch.cuh", fields)
+
+
+FORBIDDEN = {
+    r"\basm\b": "inline PTX belongs in ptx.cuh",
+    r"__CUDA_ARCH__|__CUDACC__|__NVCC__": "architecture guards belong in ptx.cuh",
+    r"\b__shared__\b": "shared memory comes from ptx::shared_memory<Smem>()",
+    r"<<<": "kernels are launched by launch_kernel<kernel>(...)",
+    r"#include\s*<cuda": "CUDA's headers are included by ptx.cuh and launch.cuh",
+    r'#include\s*"(ptx|launch)\.cuh"': 'write "cuda/ptx.cuh": the emulator shadows that path',
+    r"\batomicAdd\s*\(\s*(float|double)": "sums by float atomics depend on the order of blocks",
+}
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_kernels_keep_the_rules(path):
+    for pattern, rule in FORBIDDEN.items():
+        assert not re.search(pattern, code(path)), f"{path.name}: {rule}"
+
+
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+def test_no_torch_in_device_files(path):
+    assert not re.search(r"#include[^\n]*(torch|ATen|c10|pybind11|host/)", path.read_text())
