@@ -357,3 +357,14 @@ def test_loading_takes_dense_panels_where_they_pay(tmp_path, monkeypatch):
     )
     assert type(model.lm_head) is PanelLinear
     assert type(model.dequantize().lm_head) is nn.Linear
+
+
+def test_saving_a_model_with_adapters_writes_its_base_and_says_so(tmp_path):
+    model = quantize(tiny.make("llama"))
+    want = tiny.logits(model)
+    add_lora(model)
+    with pytest.warns(UserWarning, match=r"without the adapters of add_lora; .*save_adapter"):
+        model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert torch.equal(tiny.logits(again), want)

@@ -34,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
 from ..models import replace_module, use_dense_panels
-from ..nn import Embedding4bit, Linear4bit, PanelLinear, is_plain_linear
+from ..nn import Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit
 
 QUANT_METHOD = "qlora_ext"
@@ -252,7 +252,20 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         if self.saves_as == "bitsandbytes":
             return _bitsandbytes_state_dict(model), {}
-        return None, {}
+        adapters = {
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, _Lora)
+            for key in ("lora_A", "lora_B")
+        }
+        if not adapters:
+            return None, {}
+        warnings.warn(
+            "save_pretrained: writing the quantized base without the adapters of add_lora; "
+            "qlora_ext.save_adapter(model, path) writes those",
+            stacklevel=3,
+        )
+        return {key: t for key, t in model.state_dict().items() if key not in adapters}, {}
 
     def _process_model_before_weight_loading(
         self, model, dtype=None, checkpoint_files=None, **kwargs
