@@ -295,13 +295,39 @@ def harness(name, sanitize=None, *, shared=False):
 # ---------------------------------------------------------------- running
 
 
+def _runtime(sanitize):
+    """The sanitizer's runtime library, or None."""
+    name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
+    command = [CXX, f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return os.path.realpath(path) if os.path.isabs(path) else None
+
+
+@functools.cache
+def fixed_addresses():
+    """What goes before a command that ThreadSanitizer watches: it places its shadow memory by
+    hand, and that of older compilers cannot where a new kernel randomizes more address bits."""
+    prefix = ["setarch", "-R"]
+    try:
+        works = subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    except OSError:
+        works = False
+    return prefix if works else []  # a container may forbid it
+
+
+@functools.cache
+def why_not(sanitize):
+    """Why this machine cannot run a sanitizer, or None."""
+    if _runtime(sanitize) is None:
+        return f"{CXX} has no {sanitize} sanitizer"
+    command = [*fixed_addresses(), sys.executable, "-c", "import ctypes"]
+    environment = {**os.environ, "LD_PRELOAD": _runtime(sanitize), "ASAN_OPTIONS": "detect_leaks=0"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return result.stderr.strip() or "it does not start" if result.returncode != 0 else None
+
+
 def sanitizer_environment(sanitize):
-    """Builds the sanitized library; what a Python process needs in its environment to load it.
-    Run it as `setarch -R python ...`: the sanitizers place their shadow memory by hand."""
-    runtime = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
-    path = subprocess.run(
-        [CXX, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """Builds the sanitized library; what a Python process needs in its environment to load it."""
     options = {
         "address": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
         # Python and torch are not instrumented: only what the kernels do counts.
@@ -309,7 +335,7 @@ def sanitizer_environment(sanitize):
         ":report_mutex_bugs=0:report_thread_leaks=0",
     }
     return {
-        "LD_PRELOAD": os.path.realpath(path),
+        "LD_PRELOAD": _runtime(sanitize),
         "SIMT_LIBRARY": str(library(sanitize)),
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",

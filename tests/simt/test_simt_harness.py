@@ -58,8 +58,9 @@ PLANTED = {
 
 def run(planted, sanitize=None, pattern=PATTERNS[0]):
     options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    # ThreadSanitizer of this compiler's age cannot start under the address layouts of new kernels.
-    fixed = ["setarch", "-R"] if sanitize == "thread" else []
+    if sanitize and (reason := build.why_not(sanitize)):
+        pytest.skip(reason)
+    fixed = build.fixed_addresses() if sanitize == "thread" else []
     command = [*fixed, str(build.harness("planted", sanitize)), planted]
     return subprocess.run(
         command,
