@@ -55,24 +55,30 @@ __m256 load_bf16(const uint16_t* src) {
 
 void store_fp32(float* dst, __m256 v) { _mm256_storeu_ps(dst, v); }
 
-void store_8_halves(uint16_t* dst, __m128i v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), v);
+void store_16_halves(uint16_t* dst, __m256i v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), v);
 }
 
-void store_fp16(uint16_t* dst, __m256 v) {
-  store_8_halves(dst, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-// Round to nearest even; a NaN becomes 0x7fc0, as in bf16_from_float.
-void store_bf16(uint16_t* dst, __m256 v) {
+// The upper halves of 8 fp32 values rounded to nearest even, one to a 32-bit lane; a NaN becomes
+// 0x7fc0, as in bf16_from_float.
+__m256i round_bf16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i halves = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-  const __m256i packed = _mm256_packus_epi32(halves, halves);
-  store_8_halves(dst, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x88)));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+}
+
+// 16 fp32 values -> 16 values of 16 bits, in order.
+__m256i to_bf16(__m256 low, __m256 high) {
+  const __m256i halves = _mm256_packus_epi32(round_bf16(low), round_bf16(high));
+  return _mm256_permute4x64_epi64(halves, 0xd8);  // the pack works within 128-bit halves
+}
+
+__m256i to_fp16(__m256 low, __m256 high) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return _mm256_set_m128i(_mm256_cvtps_ph(high, kNearest), _mm256_cvtps_ph(low, kNearest));
 }
 
 void to_float(const void* src, DType dtype, int64_t n, float* dst) {
@@ -101,11 +107,15 @@ void from_float(const float* src, int64_t n, DType dtype, void* dst) {
       if (n > 0) std::memcpy(dst, src, n * sizeof(float));
       return;
     case DType::kFloat16:
-      for (; i + kLanes <= n; i += kLanes) store_fp16(half + i, load_fp32(src + i));
+      for (; i + 16 <= n; i += 16) {
+        store_16_halves(half + i, to_fp16(load_fp32(src + i), load_fp32(src + i + kLanes)));
+      }
       for (; i < n; ++i) half[i] = fp16_from_float(src[i]);
       return;
     case DType::kBFloat16:
-      for (; i + kLanes <= n; i += kLanes) store_bf16(half + i, load_fp32(src + i));
+      for (; i + 16 <= n; i += 16) {
+        store_16_halves(half + i, to_bf16(load_fp32(src + i), load_fp32(src + i + kLanes)));
+      }
       for (; i < n; ++i) half[i] = bf16_from_float(src[i]);
       return;
   }
@@ -323,20 +333,17 @@ void decode_fp32(const PackedWeight& weight, int64_t first, int64_t n, float* ou
 
 // A block's 16 values, rounded to 16 bits, as tables of their low and their high bytes.
 struct HalfTable {
-  uint16_t values[16];
+  __m256i values;
   __m256i low;
   __m256i high;
 
-  HalfTable(const Table& table, DType dtype) {
-    alignas(32) float scaled[16];
-    _mm256_store_ps(scaled, table.low);
-    _mm256_store_ps(scaled + 8, table.high);
-    from_float(scaled, 16, dtype, values);
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    const __m256i low_bytes = _mm256_and_si256(pairs, _mm256_set1_epi16(0x00ff));
-    const __m256i high_bytes = _mm256_srli_epi16(pairs, 8);
-    low = _mm256_permute4x64_epi64(_mm256_packus_epi16(low_bytes, low_bytes), 0x88);
-    high = _mm256_permute4x64_epi64(_mm256_packus_epi16(high_bytes, high_bytes), 0x88);
+  HalfTable(const Table& table, DType dtype)
+      : values(dtype == DType::kBFloat16 ? to_bf16(table.low, table.high)
+                                         : to_fp16(table.low, table.high)) {
+    const __m256i low_bytes = _mm256_and_si256(values, _mm256_set1_epi16(0x00ff));
+    const __m256i packed = _mm256_packus_epi16(low_bytes, _mm256_srli_epi16(values, 8));
+    low = _mm256_permute4x64_epi64(packed, 0x88);
+    high = _mm256_permute4x64_epi64(packed, 0xdd);
   }
 };
 
@@ -362,7 +369,9 @@ void decode_halves(const PackedWeight& weight, int64_t first, int64_t n, DType d
   for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
     const HalfTable table(scaled_table(weight, block), dtype);
     const auto decode_one = [&](int64_t at) {
-      out[at] = table.values[code_at(weight.packed, first + at)];
+      alignas(32) uint16_t values[16];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(values), table.values);
+      out[at] = values[code_at(weight.packed, first + at)];
     };
     for (; i < end && ((first + i) & 1) != 0; ++i) decode_one(i);
     for (; i + 32 <= end; i += 32) {
