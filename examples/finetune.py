@@ -241,8 +241,8 @@ def load_pairs(args, tokenizer, report):
     held_out.sort(key=lambda example: len(example[0]))
     return instructions.Batches(train_examples, args.micro_batch_size, args.seed,
                                 tokenizer.pad_token_id), [
-        instructions.collate(held_out[i : i + 8], tokenizer.pad_token_id)
-        for i in range(0, len(held_out), 8)
+        instructions.collate(held_out[i : i + 4], tokenizer.pad_token_id)
+        for i in range(0, len(held_out), 4)
     ]  # fmt: skip
 
 

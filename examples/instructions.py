@@ -189,10 +189,13 @@ class Batches:
 
 
 def collate(examples, pad_id: int) -> dict:
-    """Right-padded int64 tensors `input_ids`, `attention_mask`, `labels`, each [batch, longest]."""
+    """Right-padded int64 tensors `input_ids`, `attention_mask`, `labels`, each [batch, longest].
+
+    `longest` is a multiple of 16: few lengths, so that freed activations fit the next batch.
+    """
     import torch
 
-    longest = max(len(ids) for ids, _ in examples)
+    longest = -(-max(len(ids) for ids, _ in examples) // 16) * 16
     ids = torch.full((len(examples), longest), pad_id)
     mask = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels = torch.full((len(examples), longest), IGNORED_LABEL)
