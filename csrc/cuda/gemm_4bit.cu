@@ -47,24 +47,30 @@ Variant choose(const Gemm4bitParams& p) {
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
+// Stages that a split has at least: below that the prologue outweighs what parallelism brings.
+constexpr int64_t kLeastStages = 4;
+
 // Splits of K that fill the device when there are few tiles. A block that has a whole SM can keep
 // its memory busy, so from 0.6 tiles per SM on there is no split and no second launch.
-template <class Traits>
+// The launch and its workspace both ask here, so it must not depend on the architecture's variant:
+// Sm75 has the tiles of Sm80.
+template <int kTilesM>
 int64_t fused_splits(const Gemm4bitParams& p, int64_t* k_per_split) {
+  using Traits = FusedTraits<Sm80, kTilesM>;
   const int64_t tiles = ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM);
   const int64_t stages = ceil_div(p.weight.K, Traits::kTileK);
   const int64_t sm_count = device_info().sm_count;
   int64_t splits = 1;
-  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, Traits::kStages, sm_count, 1);
+  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, kLeastStages, sm_count, 1);
   const int64_t stages_per_split = ceil_div(stages, splits);
   *k_per_split = stages_per_split * Traits::kTileK;
   return ceil_div(stages, stages_per_split);
 }
 
-template <class Arch, int kTilesM>
+template <int kTilesM>
 int64_t workspace_fused(const Gemm4bitParams& p) {
   int64_t k_per_split = 0;
-  const int64_t splits = fused_splits<FusedTraits<Arch, kTilesM>>(p, &k_per_split);
+  const int64_t splits = fused_splits<kTilesM>(p, &k_per_split);
   return splits > 1 ? splits * p.M * p.weight.N * 4 : 0;
 }
 
@@ -78,7 +84,7 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
   fused.table_factor = table_factor(p.weight.values);
   fused.scale_factor = 1 / fused.table_factor;
   fused.parts = static_cast<float*>(p.workspace);
-  const int64_t splits = fused_splits<Traits>(p, &fused.k_per_split);
+  const int64_t splits = fused_splits<kTilesM>(p, &fused.k_per_split);
   const dim3 grid(grid_blocks(ceil_div(p.weight.N, Traits::kTileN)),
                   static_cast<unsigned>(ceil_div(p.M, Traits::kTileM)),
                   static_cast<unsigned>(splits));
@@ -127,13 +133,13 @@ int64_t workspace_gemm_4bit(const Gemm4bitParams& p) {
   if (is_empty(p)) return 0;
   switch (choose(p)) {
     case Variant::kFused1:
-      return workspace_fused<Sm80, 1>(p);  // Sm75 has the same tiles and, here, needs no more
+      return workspace_fused<1>(p);
     case Variant::kFused2:
-      return workspace_fused<Sm80, 2>(p);
+      return workspace_fused<2>(p);
     case Variant::kFused4:
-      return workspace_fused<Sm80, 4>(p);
+      return workspace_fused<4>(p);
     case Variant::kFused8:
-      return workspace_fused<Sm80, 8>(p);
+      return workspace_fused<8>(p);
     default:
       return any_product_workspace(p.M, p.weight.N, p.weight.K);
   }

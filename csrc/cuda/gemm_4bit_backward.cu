@@ -40,6 +40,9 @@ Variant choose(const Gemm4bitBackwardParams& p) {
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
+// Stages that a split has at least, as in the forward.
+constexpr int64_t kLeastStages = 4;
+
 // Splits of N that fill the device: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
 template <int kTilesM>
 int64_t fused_splits(const Gemm4bitBackwardParams& p, int64_t* n_per_split) {
@@ -48,7 +51,7 @@ int64_t fused_splits(const Gemm4bitBackwardParams& p, int64_t* n_per_split) {
   const int64_t stages = ceil_div(p.weight.N, Traits::kStageN);
   const int64_t sm_count = device_info().sm_count;
   int64_t splits = 1;
-  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, 4, sm_count, 1);
+  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, kLeastStages, sm_count, 1);
   const int64_t stages_per_split = ceil_div(stages, splits);
   *n_per_split = stages_per_split * Traits::kStageN;
   return ceil_div(stages, stages_per_split);
