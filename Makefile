@@ -54,7 +54,7 @@ help:
 	@echo 'make test-all   the longer suites too'
 	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
 	@echo 'make native     the CPU kernels without torch, under ASan and UBSan, on each path of this CPU'
-	@echo 'make cuda       compile the CUDA library for $(ARCHS) and import it; needs nvcc, no GPU'
+	@echo 'make cuda       compile the CUDA library for $(ARCHS), import it, read its SASS; needs nvcc, no GPU'
 	@echo 'make archs      compile it for $(OTHER_ARCHS)'
 	@echo 'make bench      the CPU benchmarks'
 	@echo 'make info       what was built, and which CPU path is live'
@@ -177,6 +177,7 @@ endef
 cuda: .venv-torch-$(TORCH_NEWER)/ready
 	rm -rf build/lib build/lib.* build/bdist.* build/cuda
 	$(call compile_cuda,$(ARCHS),cuda)
+	cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python -m pytest -q test_kernel_report.py
 
 archs: .venv-torch-$(TORCH_NEWER)/ready
 	rm -rf build/lib build/lib.* build/bdist.* build/archs
@@ -203,7 +204,7 @@ format: .venv-lint/ready
 	.venv-lint/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache $(STATE)/built
+	rm -rf build dist bench/results *.egg-info .pytest_cache .hypothesis .ruff_cache $(STATE)/built
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
