@@ -195,6 +195,9 @@ def _cases():
         yield _merge(f"merge-{d}", dtype, 40, 72, 3, nested=True)
         yield _lora(f"lora-{d}", dtype, torch.float32, 9, 24, 72, 4)
         yield _lora(f"lora-{d}-split", dtype, dtype, 3, 40, 600, 16, sm_count=132)
+        for r in (24, 48, 130):
+            yield _lora(f"lora-{d}-r{r}", dtype, torch.float32, 19, 40, 72, r)
+        yield _lora(f"lora-{d}-odd", dtype, torch.float32, 19, 41, 73, 7)
         yield _gemm(f"gemm-{d}-odd", dtype, 5, 33, 65, nested=True, lora=3, bias=True)
         yield _backward(f"backward-{d}-odd", dtype, 5, 33, 65, nested=True, lora=3)
     for n in (1, 300, 20_000):
@@ -214,7 +217,7 @@ def _cases():
                     f"backward-{s}-M{M}", dtype, M, 72, 192, nested=nested, lora=5, arch=arch
                 )
         yield _gemm(
-            f"gemm-{d}-sm{arch}-split", dtype, 3, 40, 2048, nested=True, arch=arch, sm_count=132
+            f"gemm-{d}-sm{arch}-split", dtype, 3, 40, 4608, nested=True, arch=arch, sm_count=132
         )
         yield _backward(
             f"backward-{d}-sm{arch}-split", dtype, 3, 640, 64, nested=True, arch=arch, sm_count=132
