@@ -9,6 +9,7 @@ put there, and which layers are packed is asked of the same model class.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -213,7 +214,7 @@ def build(config, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, in the classes and dtypes that from_pretrained makes."""
     cls = model_class(config)
     with ContextManagers(cls.get_init_context(dtype, False, False, None)):
-        model = cls(config)
+        model = cls(copy.deepcopy(config))
     if plan := model._get_dtype_plan(dtype):  # of parts that stay in fp32
         protected, pattern_of_group, _ = build_glob_alternation(list(plan))
         for name, parameter in model.named_parameters():

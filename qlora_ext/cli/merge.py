@@ -1,0 +1,273 @@
+"""`qlora-ext merge`: a checkpoint and a LoRA adapter in, a plain or a 4-bit checkpoint out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..experts import is_fused_experts
+from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
+from ..merge import dense_layer
+from ..models import quantize_model, replace_module
+from ..nn import is_conv1d, linear_shape
+from ..quantized_tensor import QuantConfig
+from .checkpoint import Checkpoint, fingerprint
+from .errors import CliError
+from .quantize import pack_like, quantized_result
+from .stream import PACKED, Job
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The adapter of one layer: W + scaling B A."""
+
+    lora_A: torch.Tensor  # [r, K]
+    lora_B: torch.Tensor  # [N, r]
+    lora_alpha: float
+    use_rslora: bool
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return LoraConfig(
+            r=self.r, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora
+        ).scaling
+
+    def added_to(self, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """weight + scaling B A in fp32; weight is [N, K], or [K, N] if transposed."""
+        delta = self.lora_B.float() @ self.lora_A.float()
+        return weight.float().add(delta.T if transposed else delta, alpha=self.scaling)
+
+
+def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
+    """Layer name -> its adapter.
+
+    Raises:
+        CliError: files that are missing or damaged; more than a plain LoRA adapter; layers or
+            shapes that the model does not have.
+    """
+    names = checkpoint.model
+    if checkpoint.quantizer is None:
+        # Experts' layers have names of their own only where they are packed.
+        try:
+            names = quantize_model(checkpoint.same_model(), progress_bar=False)
+        except ValueError:  # nothing to pack: the layers are what they are
+            names = checkpoint.model
+    try:
+        config = _read_config(folder)
+        pairs = _read_pairs(names, folder, config)
+    except NotImplementedError:  # values of a model on meta were asked for
+        raise CliError(
+            f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
+            "qlora_ext.load_adapter and merge_and_unload merge it"
+        ) from None
+    except (ValueError, OSError, TypeError) as error:
+        raise CliError(str(error).replace("load_adapter: ", "", 1)) from None
+    adapter = {}
+    for name, (lora_A, lora_B) in pairs.items():
+        N, K = linear_shape(names.get_submodule(name))
+        r = lora_A.shape[0] if lora_A.ndim == 2 else 0
+        if r < 1 or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
+            raise CliError(
+                f"{folder}: {name} has lora_A {list(lora_A.shape)} and lora_B "
+                f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight: the "
+                "adapter is another model's"
+            )
+        alpha = _per_layer(config, "alpha_pattern", name, config["lora_alpha"])
+        adapter[name] = Pair(lora_A, lora_B, alpha, bool(config.get("use_rslora", False)))
+    return adapter
+
+
+def adapted_layers(folder: Path) -> set[str]:
+    """Names of the layers an adapter file changes, as the file spells them."""
+    from .checkpoint import open_shard
+
+    path = folder / FILES[1]
+    if not path.is_file():
+        raise CliError(f"{path} is missing, want an adapter's folder, with {' and '.join(FILES)}")
+    return {
+        key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for key in open_shard(path).keys()
+        if ".lora_" in key
+    }
+
+
+# Modules ------------------------------------------------------------------------------------------
+
+
+def _pairs_inside(adapter: dict[str, Pair], name: str) -> dict[str, Pair]:
+    return {layer: pair for layer, pair in adapter.items() if layer.startswith(f"{name}.")}
+
+
+def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtype) -> nn.Module:
+    """A packed module with its adapters as a dense one, one rounding after the sum."""
+    layers = _pairs_inside(adapter, name)
+    if name in adapter:
+        layers[name] = adapter[name]
+    for layer, pair in layers.items():
+        base = module if layer == name else module.get_submodule(layer[len(name) + 1 :])
+        new = _with_adapter(
+            layer,
+            base,
+            r=pair.r,
+            lora_alpha=pair.lora_alpha,
+            lora_dropout=0.0,
+            use_rslora=pair.use_rslora,
+            lora_dtype=torch.float32,
+        )
+        new.lora_A.data.copy_(pair.lora_A)
+        new.lora_B.data.copy_(pair.lora_B)
+        if layer == name:
+            module = new
+        else:
+            replace_module(module, base, new)
+    return dense_layer(module, dtype)
+
+
+def _merge_dense(
+    name: str, module: nn.Module, adapter: dict, dtype: torch.dtype | None
+) -> nn.Module:
+    """A dense module whose weights have their adapters added in fp32 and are rounded once to dtype;
+    None leaves the sums in fp32 and all else as it is."""
+    merged = {}
+    if name in adapter:
+        merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
+    elif is_fused_experts(module) and (inside := _pairs_inside(adapter, name)):
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        for key, side in ((up, "up"), ("down_proj", "down")):
+            stack = module._parameters[key].to(dtype or torch.float32, copy=True)
+            for e in range(len(stack)):
+                pair = inside.pop(f"{name}.packed.{e}.{side}", None)
+                if pair is not None:
+                    dense = module._parameters[key][e]
+                    stack[e] = pair.added_to(dense, module.is_transposed)  # rounded here
+            merged[key] = stack
+        if inside:
+            raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
+
+    def cast(tensor):
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+    new = copy.copy(module)
+    new._parameters = {
+        key: None
+        if parameter is None
+        else nn.Parameter(cast(merged.get(key, parameter.detach())), requires_grad=False)
+        for key, parameter in module._parameters.items()
+    }
+    new._buffers = {
+        key: None if buffer is None else cast(buffer) for key, buffer in module._buffers.items()
+    }
+    return new
+
+
+def _check_finite(name: str, module: nn.Module, dtype: torch.dtype) -> None:
+    if dtype != torch.float16:
+        return
+    for key, parameter in module._parameters.items():
+        if parameter is not None and not parameter.isfinite().all():
+            raise CliError(
+                f"{name}.{key} holds a value that float16 cannot (more than 65504, or none at "
+                "all): merge with --dtype bfloat16 or float32"
+            )
+
+
+# Jobs ---------------------------------------------------------------------------------------------
+
+
+def plan(
+    base: Path,
+    adapter_folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    four_bit: QuantConfig | None,
+    keep: list[str],
+    embeddings: bool,
+    max_shard_bytes: int,
+) -> tuple[Job, dict[str, Pair]]:
+    """The work of merging; nothing is written yet.
+
+    Args:
+        dtype: of a dense result; None is the base's own if that is 16-bit, else float16.
+        four_bit: pack W + scaling B A with these settings; the base must be unquantized.
+        keep, embeddings: of a 4-bit result, as in quantize_model.
+    """
+    layers = adapted_layers(adapter_folder)
+    checkpoint = Checkpoint(base, untie=tuple(f"{layer}.weight" for layer in layers))
+    if four_bit is not None and checkpoint.quantizer is not None:
+        raise CliError(
+            f"{base} is in 4 bits, and --four-bit quantizes W + scaling B A from the unquantized "
+            "base: give that as BASE"
+        )
+    adapter = read_adapter(adapter_folder, checkpoint)
+    config = copy.deepcopy(checkpoint.config)
+    if checkpoint.copies:
+        if checkpoint.tied:
+            raise CliError(
+                f"{base} ties several weights and the adapter changes one of them: merge it with "
+                "qlora_ext.merge_and_unload"
+            )
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    if checkpoint.quantizer is not None:
+        for part in (config, config.get_text_config()):
+            for attribute in ("quantization_config", "_is_quantized"):
+                part.__dict__.pop(attribute, None)
+    job = _four_bit_job if four_bit is not None else _dense_job
+    settings = (four_bit, keep, embeddings) if four_bit is not None else (dtype,)
+    return job(checkpoint, config, adapter, max_shard_bytes, *settings), adapter
+
+
+def _dense_job(checkpoint, config, adapter, max_shard_bytes, dtype) -> Job:
+    half = checkpoint.dtype in (torch.float16, torch.bfloat16)
+    dtype = dtype or (checkpoint.dtype if half else torch.float16)
+    config.dtype = dtype
+    result = checkpoint.same_model(config)
+    for module in result.modules():
+        for p in module._parameters.values():
+            if p is not None and p.is_floating_point():
+                p.data = p.data.to(dtype)
+        for key, b in module._buffers.items():
+            if b is not None and b.is_floating_point() and key not in (
+                module._non_persistent_buffers_set
+            ):  # fmt: skip
+                module._buffers[key] = b.to(dtype)
+
+    def transform(name: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, PACKED):
+            new = _merge_packed(name, module, adapter, dtype)
+        else:
+            new = _merge_dense(name, module, adapter, dtype)
+        _check_finite(name, new, dtype)
+        return new
+
+    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
+
+
+def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, embeddings) -> Job:
+    result = quantized_result(checkpoint.same_model(config), settings, keep, embeddings)
+    pack = pack_like(result, settings)
+
+    def transform(name: str, module: nn.Module) -> nn.Module:
+        changed = name in adapter or _pairs_inside(adapter, name)
+        if changed and (is_fused_experts(module) or name in adapter):
+            packed = isinstance(result.get_submodule(name), PACKED)
+            # Packed from the fp32 sum: rounding it to 16 bits first would gain nothing.
+            dtype = None if packed else next(module.parameters()).dtype
+            module = _merge_dense(name, module, adapter, dtype)
+        return pack(name, module)
+
+    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
+
+
+def adapter_fingerprint(folder: Path) -> list:
+    return fingerprint([folder / name for name in FILES])
