@@ -89,6 +89,34 @@ def test_ranks(kernels, rank):
     products(kernels, (90, 4), 20, 72, 256, BF16, CONFIGS["nf4"], rank)
 
 
+@pytest.mark.parametrize("device", [(90, 4), (90, 132), (75, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("lora_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 128, 8), (130, 264, 520, 16), (17, 33, 65, 17), (70, 136, 192, 130)], ids=str
+)
+def test_lora_products_keep_fp32_adapters(kernels, device, dtype, lora_dtype, shape):
+    """On tensor cores an fp32 adapter is split into two halves: the error stays near fp32's."""
+    M, N, K, r = shape
+    x, dY = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+    A, B = (torch.randn(r, K) * 0.05).to(lora_dtype), (torch.randn(N, r) * 0.05).to(lora_dtype)
+    S, dS = torch.randn(M, r), torch.randn(M, r)
+    to = lambda t: t.to(kernels.device)  # noqa: E731
+    with on(kernels, device):
+        got = [
+            kernels.ops.lora_shrink(to(x), to(A), 2.0),
+            kernels.ops.lora_shrink_backward(to(dS), to(x), to(A), 2.0, False)[1],
+            *kernels.ops.lora_expand_backward(to(dY), to(S), to(B)),
+        ]
+    x, dY, A, B, S, dS = (t.double() for t in (x, dY, A, B, S, dS))
+    want = [2 * x @ A.T, 2 * dS.T @ x, dY @ B, dY.T @ S]
+    rounded = 2e-5 if lora_dtype == FP32 else 3e-3  # dA and dB have the adapter's dtype
+    for name, g, w, limit in zip(
+        ("S", "dA", "dS", "dB"), got, want, (2e-5, rounded, 2e-5, rounded), strict=True
+    ):
+        assert ((g.cpu().double() - w).norm() / w.norm()).item() <= limit, name
+
+
 def test_a_large_codebook_fits_fp16(kernels):
     """Values far beyond fp16's range: the table is scaled by a power of two."""
     levels = [1e6 * (i - 7.5) for i in range(16)]

@@ -1,4 +1,7 @@
 // The LoRA bypass's own products on CUDA: S = x A^T, and the gradients of A, B, S and x.
+#include <algorithm>
+
+#include "cuda/lora_mma.cuh"
 #include "cuda/lora_tile.cuh"
 
 namespace qlora_ext::launch {
@@ -9,74 +12,175 @@ namespace {
 // Not yet tuned on silicon.
 constexpr int64_t kLeastDepth = 128;
 
+// How a product out[rows, cols] over `depth` is cut.
 struct Plan {
+  bool mma;
   int64_t parts;
   int64_t depth_per_part;
   int64_t bytes;  // of workspace
 };
 
-Plan plan_product(int64_t rows, int64_t cols, int64_t depth) {
-  const int64_t tiles = ceil_div(rows, kTileSize) * ceil_div(cols, kTileSize);
+Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth, int64_t step) {
   const int64_t wanted = choose_parts(tiles, depth, kLeastDepth, device_info().sm_count);
-  const int64_t per_part = align_up(ceil_div(depth < 1 ? 1 : depth, wanted), kTileDepth);
-  const int64_t parts = depth < 1 ? 1 : ceil_div(depth, per_part);
-  return {parts, per_part, parts > 1 ? parts * rows * cols * 4 : 0};
+  const int64_t per_part = align_up(ceil_div(std::max<int64_t>(depth, 1), wanted), step);
+  const int64_t parts = ceil_div(std::max<int64_t>(depth, 1), per_part);
+  return {mma, parts, per_part, parts > 1 ? parts * numel * 4 : 0};
 }
 
-// out[rows, cols] = scale * A B^T.
-const char* product(const DenseOperand& a, const DenseOperand& b, int64_t depth, float scale,
-                    void* out, DType out_dtype, void* workspace, void* stream) {
-  if (a.rows <= 0 || b.rows <= 0) return nullptr;
-  const Plan plan = plan_product(a.rows, b.rows, depth);
-  const bool whole = plan.parts == 1;
-  const LoraProduct p{a, b, depth, plan.depth_per_part, scale, whole ? out : workspace, out_dtype};
-  QLORA_EXT_TRY(launch_kernel<lora_tile>(tile_grid(a.rows, b.rows, plan.parts), kTileThreads,
-                                         sizeof(TileSmem), stream, p));
-  if (whole) return nullptr;
-  return launch_reduce_parts({static_cast<const float*>(workspace), plan.parts, a.rows, b.rows,
-                              scale, nullptr, DType::kFloat32, out, out_dtype},
-                             stream);
+// Tensor cores take a bf16 x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
+bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
+  return dtype == DType::kBFloat16 && device_info().arch >= 80 && is_aligned(big, 16) &&
+         stride % 8 == 0 && cols % 8 == 0;
 }
 
-int64_t max_bytes(int64_t a, int64_t b) { return a > b ? a : b; }
+// mma tiles of 8 ranks in a block: 1, 2 or 4; more ranks take more blocks.
+int rank_tiles(int64_t ranks) { return ranks <= 8 ? 1 : ranks <= 16 ? 2 : 4; }
+
+// One product with a long operand big[M, cols] and a rank.
+struct Product {
+  DenseOperand big;    // by (row, column): x or dY
+  int64_t cols;        // of big
+  DenseOperand small;  // by (rank, depth)
+  bool over_rows;      // the contraction runs over big's rows: out is by column and rank
+  float scale;
+  void* out;
+  DType out_dtype;
+  bool rank_major;     // out is [rank, column]; else [row or column, rank]
+
+  int64_t length() const { return over_rows ? cols : big.rows; }
+  int64_t depth() const { return over_rows ? big.rows : cols; }
+};
+
+Plan plan_product(const Product& p) {
+  const int64_t ranks = p.small.rows, numel = p.length() * ranks;
+  if (mma_can_run(p.big.data, p.big.dtype, p.big.row_stride, p.cols)) {
+    const int64_t tiles = ceil_div(p.length(), kLoraTile) * ceil_div(ranks, 8 * rank_tiles(ranks));
+    return plan_parts(true, tiles, numel, p.depth(), kLoraStep);
+  }
+  const int64_t tiles = ceil_div(p.length(), kTileSize) * ceil_div(ranks, kTileSize);
+  return plan_parts(false, tiles, numel, p.depth(), kTileDepth);
+}
+
+template <int kRankTiles>
+const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void* stream) {
+  using T = __nv_bfloat16;
+  const unsigned ranks = grid_blocks(ceil_div(p.small.rows, 8 * kRankTiles));
+  const unsigned tiles = grid_blocks(ceil_div(p.length(), kLoraTile));
+  const unsigned z = static_cast<unsigned>(parts);
+  if (p.over_rows) {
+    return launch_kernel<lora_columns_mma<Sm80, T, kRankTiles>>(
+        dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraColumnsSmem<T, kRankTiles>), stream, mma);
+  }
+  return launch_kernel<lora_rows_mma<Sm80, T, kRankTiles>>(
+      dim3(ranks, tiles, z), kLoraThreads, sizeof(LoraRowsSmem<T, kRankTiles>), stream, mma);
+}
+
+const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream) {
+  const int64_t length = p.length(), ranks = p.small.rows;
+  const LoraMma mma{p.big.data,
+                    p.big.row_stride,
+                    p.big.rows,
+                    p.cols,
+                    p.small,
+                    plan.depth_per_part,
+                    p.scale,
+                    out,
+                    p.rank_major ? 1 : ranks,
+                    p.rank_major ? length : 1,
+                    length * ranks,
+                    p.out_dtype};
+  switch (rank_tiles(ranks)) {
+    case 1:
+      return launch_mma<1>(p, mma, plan.parts, stream);
+    case 2:
+      return launch_mma<2>(p, mma, plan.parts, stream);
+    default:
+      return launch_mma<4>(p, mma, plan.parts, stream);
+  }
+}
+
+// The FFMA tile's out[rows, cols] = scale * A B^T, whatever is long in it.
+const char* run_tile(const DenseOperand& a, const DenseOperand& b, int64_t depth, float scale,
+                     const Plan& plan, void* out, DType out_dtype, void* stream) {
+  const LoraProduct p{a, b, depth, plan.depth_per_part, scale, out, out_dtype};
+  return launch_kernel<lora_tile>(tile_grid(a.rows, b.rows, plan.parts), kTileThreads,
+                                  sizeof(TileSmem), stream, p);
+}
+
+// The long operand by (column, row), for a contraction over its rows.
+DenseOperand transposed(const Product& p) {
+  return {p.big.data, p.big.depth_stride, p.big.row_stride, p.cols, p.big.dtype};
+}
+
+const char* run(const Product& p, void* workspace, void* stream) {
+  const int64_t length = p.length(), ranks = p.small.rows;
+  if (length <= 0 || ranks <= 0) return nullptr;
+  const Plan plan = plan_product(p);
+  void* out = plan.parts == 1 ? p.out : workspace;
+  const DenseOperand big = p.over_rows ? transposed(p) : p.big;
+  const char* error = plan.mma ? run_mma(p, plan, out, stream)
+                      : p.rank_major
+                          ? run_tile(p.small, big, p.depth(), p.scale, plan, out, p.out_dtype, stream)
+                          : run_tile(big, p.small, p.depth(), p.scale, plan, out, p.out_dtype, stream);
+  if (error != nullptr || plan.parts == 1) return error;
+  return launch_reduce_parts(
+      {static_cast<const float*>(workspace), plan.parts, p.rank_major ? ranks : length,
+       p.rank_major ? length : ranks, p.scale, nullptr, DType::kFloat32, p.out, p.out_dtype},
+      stream);
+}
+
+// S[m, r] = scaling * sum over k of x[m, k] A[r, k]
+Product shrink(const LoraShrinkParams& p) {
+  return {{p.x, p.x_stride, 1, p.M, p.dtype}, p.K,  {p.lora_A, p.K, 1, p.R, p.lora_dtype},
+          false,                              p.scaling, p.S, DType::kFloat32, false};
+}
+
+// dA[r, k] = scaling * sum over m of dS[m, r] x[m, k]
+Product gradient_of_A(const LoraShrinkBackwardParams& p) {
+  return {{p.x, p.x_stride, 1, p.M, p.dtype}, p.K, {p.dS, 1, p.R, p.R, DType::kFloat32},
+          true,                               p.scaling, p.dA, p.lora_dtype, true};
+}
+
+// dS[m, r] = scaling * sum over n of dY[m, n] B[n, r]
+Product gradient_of_S(const LoraExpandBackwardParams& p) {
+  return {{p.dY, p.dY_stride, 1, p.M, p.dtype}, p.N, {p.lora_B, 1, p.R, p.R, p.lora_dtype},
+          false,                                p.scaling, p.dS, DType::kFloat32, false};
+}
+
+// dB[n, r] = sum over m of dY[m, n] S[m, r]
+Product gradient_of_B(const LoraExpandBackwardParams& p) {
+  return {{p.dY, p.dY_stride, 1, p.M, p.dtype}, p.N, {p.S, 1, p.S_stride, p.R, DType::kFloat32},
+          true,                                 1.0f, p.dB, p.lora_dtype, false};
+}
 
 }  // namespace
 
-int64_t workspace_lora_shrink(const LoraShrinkParams& p) {
-  return plan_product(p.M, p.R, p.K).bytes;
-}
+int64_t workspace_lora_shrink(const LoraShrinkParams& p) { return plan_product(shrink(p)).bytes; }
 
 const char* lora_shrink(const LoraShrinkParams& p, void* stream) {
-  return product({p.x, p.x_stride, 1, p.M, p.dtype}, {p.lora_A, p.K, 1, p.R, p.lora_dtype}, p.K,
-                 p.scaling, p.S, DType::kFloat32, p.workspace, stream);
+  return run(shrink(p), p.workspace, stream);
 }
 
 int64_t workspace_lora_shrink_backward(const LoraShrinkBackwardParams& p) {
-  const int64_t dA = plan_product(p.R, p.K, p.M).bytes;
-  return p.dx == nullptr ? dA : max_bytes(dA, plan_product(p.M, p.K, p.R).bytes);
+  return plan_product(gradient_of_A(p)).bytes;
 }
 
 const char* lora_shrink_backward(const LoraShrinkBackwardParams& p, void* stream) {
-  // dA[r, k] = scaling * sum over m of dS[m, r] x[m, k]
-  QLORA_EXT_TRY(product({p.dS, 1, p.R, p.R, DType::kFloat32}, {p.x, 1, p.x_stride, p.K, p.dtype},
-                        p.M, p.scaling, p.dA, p.lora_dtype, p.workspace, stream));
-  if (p.dx == nullptr) return nullptr;
-  // dx[m, k] = scaling * sum over r of dS[m, r] A[r, k]
-  return product({p.dS, p.R, 1, p.M, DType::kFloat32}, {p.lora_A, 1, p.K, p.K, p.lora_dtype}, p.R,
-                 p.scaling, p.dx, p.dtype, p.workspace, stream);
+  QLORA_EXT_TRY(run(gradient_of_A(p), p.workspace, stream));
+  if (p.dx == nullptr || p.M <= 0 || p.K <= 0) return nullptr;
+  // dx[m, k] = scaling * sum over r of dS[m, r] A[r, k]: the rank is the contraction, never split.
+  const Plan whole{false, 1, align_up(std::max<int64_t>(p.R, 1), kTileDepth), 0};
+  return run_tile({p.dS, p.R, 1, p.M, DType::kFloat32}, {p.lora_A, 1, p.K, p.K, p.lora_dtype}, p.R,
+                  p.scaling, whole, p.dx, p.dtype, stream);
 }
 
 int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams& p) {
-  return max_bytes(plan_product(p.M, p.R, p.N).bytes, plan_product(p.N, p.R, p.M).bytes);
+  return std::max(plan_product(gradient_of_S(p)).bytes, plan_product(gradient_of_B(p)).bytes);
 }
 
 const char* lora_expand_backward(const LoraExpandBackwardParams& p, void* stream) {
-  // dS[m, r] = scaling * sum over n of dY[m, n] B[n, r]
-  QLORA_EXT_TRY(product({p.dY, p.dY_stride, 1, p.M, p.dtype}, {p.lora_B, 1, p.R, p.R, p.lora_dtype},
-                        p.N, p.scaling, p.dS, DType::kFloat32, p.workspace, stream));
-  // dB[n, r] = sum over m of dY[m, n] S[m, r]
-  return product({p.dY, 1, p.dY_stride, p.N, p.dtype}, {p.S, 1, p.S_stride, p.R, DType::kFloat32},
-                 p.M, 1.0f, p.dB, p.lora_dtype, p.workspace, stream);
+  QLORA_EXT_TRY(run(gradient_of_S(p), p.workspace, stream));
+  return run(gradient_of_B(p), p.workspace, stream);
 }
 
 }  // namespace qlora_ext::launch

@@ -1,0 +1,308 @@
+// lora_rows_mma and lora_columns_mma: the LoRA products with one long operand (x or dY, bf16) and one
+// of a small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
+//
+//   rows     out[m, r] = scale * sum over d of big[m, d] small[r, d]    S = x A^T, dS = dY B
+//   columns  out[c, r] = scale * sum over m of big[m, c] small[r, m]    dA = dS^T x, dB = dY^T S
+//
+// Moves   the long operand once per 32 ranks; the small one once per 128 rows (or columns) of it.
+// Floor   the long operand's bytes over bandwidth: M = 2048, K = 4096 is 5.6 us on H100.
+// MMA     m16n8k16: 16 rows (columns) of the long operand by 8 ranks. fp32 accumulators.
+// Rounding none of consequence: the long operand is exact, the small one is split into hi + lo,
+//         both bf16 (two mma), which keeps 16 bits of it; fp32 adapters stay nearly fp32. Not for
+//         fp16, whose range a gradient's lo half would leave.
+// Layout  rows: no shared memory for the long operand: a lane loads 32 consecutive bytes of its two
+//         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the next
+//         64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
+// Order   parts of the contraction are added by reduce_parts in order. No float atomics.
+// Not yet run on silicon.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace qlora_ext {
+
+constexpr int kLoraThreads = 256;
+constexpr int kLoraTile = 128;  // rows, or columns, of the long operand per block: 16 for each warp
+constexpr int kLoraStep = 64;   // of the contraction per step
+
+struct LoraMma {
+  const void* big;  // bf16, rows big_stride apart, 16-byte aligned, big_stride a multiple of 8
+  int64_t big_stride;
+  int64_t big_rows;     // M
+  int64_t big_cols;     // K or N, a multiple of 8
+  DenseOperand small;   // by (rank, depth)
+  int64_t depth_per_part;  // a multiple of kLoraStep
+  float scale;
+  void* out;            // element (row or column i, rank r) at i * out_stride + r * rank_stride
+  int64_t out_stride;
+  int64_t rank_stride;
+  int64_t out_numel;    // with several parts out is fp32 [parts, out_numel]
+  DType out_dtype;
+};
+
+// The small operand's [ranks, 64] tile as hi and lo halves; rows padded by one 16-byte access.
+template <class T, int kRankTiles>
+struct SmallTile {
+  static constexpr int kRanks = 8 * kRankTiles;
+  static constexpr int kPitch = kLoraStep + 8;
+  T half[2][kRanks][kPitch];  // [hi, lo]
+};
+
+template <class T, int kRankTiles>
+struct LoraRowsSmem {
+  SmallTile<T, kRankTiles> small[2];
+};
+
+template <class T, int kRankTiles>
+struct LoraColumnsSmem {
+  static constexpr int kStages = 3;
+  SmallTile<T, kRankTiles> small[2];
+  T big[kStages][kLoraStep][kLoraTile];  // 16-byte units, unit ^ (row & 7)
+};
+
+// This thread's share of the small tiles, in registers between load and store: elements that lie a
+// fixed distance apart, neighbours in memory belonging to neighbouring threads.
+template <class T, int kRankTiles>
+struct SmallLoader {
+  static constexpr int kRanks = 8 * kRankTiles;
+  static constexpr int kCount = kRanks * kLoraStep / kLoraThreads;  // 2 to 8
+  const DenseOperand& small;
+  int rank, depth;            // of the first element in the tile
+  int rank_step, depth_step;  // to the next
+  int ranks;                  // that exist, from the tile's first
+  int64_t first, step;        // element offsets
+  float v[kCount];
+
+  __device__ __forceinline__ SmallLoader(const DenseOperand& operand, int64_t rank0, int64_t d0)
+      : small(operand) {
+    const int tid = threadIdx.x;
+    if (small.depth_is_contiguous()) {
+      rank = tid / kLoraStep, depth = tid % kLoraStep;
+      rank_step = kLoraThreads / kLoraStep, depth_step = 0;
+    } else {
+      rank = tid % kRanks, depth = tid / kRanks;
+      rank_step = 0, depth_step = kLoraThreads / kRanks;
+    }
+    ranks = static_cast<int>(min(small.rows - rank0, static_cast<int64_t>(kRanks)));
+    first = (rank0 + rank) * small.row_stride + (d0 + depth) * small.depth_stride;
+    step = rank_step * small.row_stride + depth_step * small.depth_stride;
+  }
+
+  // The next tile, of which `left` of the depth exist.
+  __device__ __forceinline__ void load(int64_t left) {
+    const int depths = static_cast<int>(min(left, static_cast<int64_t>(kLoraStep)));
+    const bool wide = small.dtype == DType::kFloat32;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      v[i] = 0.0f;
+      if (rank + i * rank_step >= ranks || depth + i * depth_step >= depths) continue;
+      const int64_t at = first + i * step;
+      if (wide) {
+        v[i] = static_cast<const float*>(small.data)[at];
+      } else {
+        const unsigned short bits = static_cast<const unsigned short*>(small.data)[at];
+        v[i] = small.dtype == DType::kFloat16
+                   ? __half2float(__ushort_as_half(bits))
+                   : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+      }
+    }
+    first += kLoraStep * small.depth_stride;
+  }
+
+  __device__ __forceinline__ void store(SmallTile<T, kRankTiles>& tile) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int r = rank + i * rank_step, d = depth + i * depth_step;
+      const T high = from_float<T>(v[i]);
+      tile.half[0][r][d] = high;
+      tile.half[1][r][d] = from_float<T>(__fsub_rn(v[i], to_float(high)));
+    }
+  }
+};
+
+// A 16-bit adapter has no lo half.
+__device__ __forceinline__ int halves_of(const DenseOperand& small) {
+  return small.dtype == DType::kFloat32 || small.dtype == DType::kFloat16 ? 2 : 1;
+}
+
+template <int kRankTiles>
+__device__ __forceinline__ void clear(float (&acc)[kRankTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kRankTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[tile][i] = 0.0f;
+  }
+}
+
+// acc[tile][i] is row 16 * warp + g (+ 8 for i >= 2), rank 8 * tile + 2t + i % 2.
+template <int kRankTiles>
+__device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[kRankTiles][4],
+                                           int64_t row0, int64_t rows, int64_t rank0) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int tile = 0; tile < kRankTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = row0 + warp * 16 + lane / 4 + i / 2 * 8;
+      const int64_t rank = rank0 + tile * 8 + lane % 4 * 2 + i % 2;
+      if (row >= rows || rank >= p.small.rows) continue;
+      const int64_t at = row * p.out_stride + rank * p.rank_stride;
+      if (gridDim.z > 1) {
+        static_cast<float*>(p.out)[blockIdx.z * p.out_numel + at] = acc[tile][i];
+      } else {
+        store_from_float(p.out, p.out_dtype, at, p.scale * acc[tile][i]);
+      }
+    }
+  }
+}
+
+// Blocks: x ranks, y 128 rows, z parts of the depth.
+template <class Arch, class T, int kRankTiles>
+__global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1)
+    lora_rows_mma(LoraMma p) {
+  if constexpr (!ptx::is_compiled<Arch>()) {
+    return;
+  } else {
+    auto& s = ptx::shared_memory<LoraRowsSmem<T, kRankTiles>>();
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int64_t rank0 = static_cast<int64_t>(blockIdx.x) * 8 * kRankTiles;
+    const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kLoraTile;
+    const int64_t begin = blockIdx.z * p.depth_per_part;
+    const int64_t end = min(begin + p.depth_per_part, p.big_cols);
+    const int halves = halves_of(p.small);
+    const T* rows[2];
+    bool valid[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = row0 + threadIdx.x / 32 * 16 + g + half * 8;
+      valid[half] = row < p.big_rows;
+      rows[half] = static_cast<const T*>(p.big) + (valid[half] ? row : 0) * p.big_stride + t * 16;
+    }
+    uint4 next[2][2];  // [row g, g + 8][16 bytes of the lane's 32]
+    const auto load_rows = [&](int64_t d0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          next[half][i] = make_uint4(0, 0, 0, 0);
+          if (valid[half] && d0 + t * 16 + i * 8 < end) {
+            next[half][i] =
+                ptx::load_streaming(reinterpret_cast<const uint4*>(rows[half] + d0 + i * 8));
+          }
+        }
+      }
+    };
+    float acc[kRankTiles][4];
+    clear(acc);
+    SmallLoader<T, kRankTiles> loader(p.small, rank0, begin);
+    loader.load(end - begin);
+    load_rows(begin);
+    loader.store(s.small[0]);
+    __syncthreads();
+    int buffer = 0;
+    for (int64_t d0 = begin; d0 < end; d0 += kLoraStep) {
+      const uint4 now[2][2] = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
+      load_rows(d0 + kLoraStep);
+      loader.load(end - d0 - kLoraStep);
+      const uint32_t a[4][4] = {{now[0][0].x, now[1][0].x, now[0][0].y, now[1][0].y},
+                                {now[0][0].z, now[1][0].z, now[0][0].w, now[1][0].w},
+                                {now[0][1].x, now[1][1].x, now[0][1].y, now[1][1].y},
+                                {now[0][1].z, now[1][1].z, now[0][1].w, now[1][1].w}};
+      for (int half = 0; half < halves; ++half) {
+#pragma unroll
+        for (int tile = 0; tile < kRankTiles; ++tile) {
+          const T* small = &s.small[buffer].half[half][tile * 8 + g][t * 16];
+          const uint4 low = reinterpret_cast<const uint4*>(small)[0];
+          const uint4 high = reinterpret_cast<const uint4*>(small)[1];
+          const uint32_t b[4][2] = {
+              {low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
+#pragma unroll
+          for (int step = 0; step < 4; ++step) ptx::mma_k16<Arch, T>(acc[tile], a[step], b[step]);
+        }
+      }
+      loader.store(s.small[buffer ^ 1]);  // read last before the barrier of the turn before
+      __syncthreads();
+      buffer ^= 1;
+    }
+    store_lora(p, acc, row0, p.big_rows, rank0);
+  }
+}
+
+// Blocks: x 128 columns, y ranks, z parts of the rows.
+template <class Arch, class T, int kRankTiles>
+__global__ void __launch_bounds__(kLoraThreads, 2)
+    lora_columns_mma(LoraMma p) {
+  if constexpr (!ptx::is_compiled<Arch>()) {
+    return;
+  } else {
+    using Smem = LoraColumnsSmem<T, kRankTiles>;
+    constexpr int kAhead = Smem::kStages - 1;
+    constexpr int kUnits = kLoraTile / 8;                            // 16-byte units of a row
+    constexpr int kCopyRows = kLoraThreads / kUnits;                 // rows of one copy by all
+    constexpr int kCopies = kLoraStep / kCopyRows;                   // copies per thread and stage
+    auto& s = ptx::shared_memory<Smem>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kLoraTile;
+    const int64_t rank0 = static_cast<int64_t>(blockIdx.y) * 8 * kRankTiles;
+    const int64_t begin = blockIdx.z * p.depth_per_part;
+    const int64_t end = min(begin + p.depth_per_part, p.big_rows);
+    const int halves = halves_of(p.small);
+
+    const int unit = threadIdx.x % kUnits, copy_row = threadIdx.x / kUnits;
+    const bool in_columns = col0 + unit * 8 < p.big_cols;
+    const uint32_t target = ptx::shared_address(s.big) + copy_row * (kLoraTile * 2) +
+                            (unit ^ (copy_row & 7)) * 16;  // kCopyRows is a multiple of 8
+    static_assert(kCopyRows % 8 == 0, "the swizzle is the same for each of a thread's rows");
+    const auto copy_stage = [&](int64_t m0, int slot) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int64_t m = m0 + copy_row + i * kCopyRows;
+        const bool valid = in_columns && m < end;
+        const T* source = static_cast<const T*>(p.big) + (valid ? m * p.big_stride + col0 + unit * 8 : 0);
+        ptx::cp_async_16_zfill(
+            target + (slot * kLoraStep + i * kCopyRows) * (kLoraTile * 2), source, valid ? 16 : 0);
+      }
+      ptx::cp_async_commit();
+    };
+    // ldmatrix: lane l gives row l % 8 of matrix l / 8; matrices 0, 1 are rows 0-7 by the warp's two
+    // units of columns, 2, 3 rows 8-15. Transposed, they are the fragment's registers 0 to 3.
+    const int read_row = lane % 8 + lane / 16 * 8;
+    const int read_unit = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
+    const uint32_t read = ptx::shared_address(s.big) + read_row * (kLoraTile * 2) + read_unit * 16;
+
+    float acc[kRankTiles][4];
+    clear(acc);
+    SmallLoader<T, kRankTiles> loader(p.small, rank0, begin);
+    for (int stage = 0; stage < kAhead; ++stage) copy_stage(begin + stage * kLoraStep, stage);
+    loader.load(end - begin);
+    loader.store(s.small[0]);
+    int slot = 0, buffer = 0;
+    for (int64_t m0 = begin; m0 < end; m0 += kLoraStep) {
+      ptx::cp_async_wait<kAhead - 1>();
+      __syncthreads();  // stage and small tile are there for all; the ones before have been read
+      copy_stage(m0 + kAhead * kLoraStep, slot == 0 ? kAhead : slot - 1);
+      loader.load(end - m0 - kLoraStep);
+#pragma unroll
+      for (int step = 0; step < kLoraStep / 16; ++step) {
+        uint32_t a[4];
+        ptx::ldmatrix_x4_trans(a, read + (slot * kLoraStep + step * 16) * (kLoraTile * 2));
+        for (int half = 0; half < halves; ++half) {
+#pragma unroll
+          for (int tile = 0; tile < kRankTiles; ++tile) {
+            const T* small = &s.small[buffer].half[half][tile * 8 + g][step * 16 + t * 2];
+            const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(small),
+                                   *reinterpret_cast<const uint32_t*>(small + 8)};
+            ptx::mma_k16<Arch, T>(acc[tile], a, b);
+          }
+        }
+      }
+      loader.store(s.small[buffer ^ 1]);
+      slot = slot == kAhead ? 0 : slot + 1;
+      buffer ^= 1;
+    }
+    ptx::cp_async_wait<0>();
+    store_lora(p, acc, col0, p.big_cols, rank0);
+  }
+}
+
+}  // namespace qlora_ext
