@@ -13,6 +13,7 @@ from .lora import (
     save_adapter,
 )
 from .merge import merge_and_unload
+from .merge_4bit import merge_into_4bit
 from .models import memory_report, num_parameters, quantize_model
 from .quantized_tensor import (
     QuantConfig,
@@ -37,8 +38,8 @@ __all__ = [
     "lora_linear_4bit",
     "memory_report",
     "merge_and_unload",
+    "merge_into_4bit",
     "merge_lora_4bit",
-    "nn",
     "num_parameters",
     "print_trainable_parameters",
     "quantize_4bit",

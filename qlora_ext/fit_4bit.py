@@ -1,0 +1,284 @@
+"""Packed weights nearest to a target in the norm that a layer's inputs define.
+
+With H = X^T X / n over a layer's inputs X [n, K], a packed weight Wq [N, K] in place of W changes
+the layer's output by tr((Wq - W) H (Wq - W)^T) per input. Rounding each weight on its own ignores
+H; `fit_4bit` lowers the sum by coordinate descent over what is stored: the 16 levels of each
+weight's code, and the scale of each block, which double quantization restricts to 256 values.
+
+Source: the objective is GPTQ's (arXiv 2210.17323), its descent by coordinates CDQuant's
+(arXiv 2406.17542).
+All tensors are kept transposed, [K, N]: a step changes one input column of every row at once, and
+that is then one contiguous vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .quantized_tensor import QuantizedTensor, _view_matrix
+
+__all__ = ["fit_4bit", "hessian_error"]
+
+_COLUMNS = 64  # columns between two updates of the whole gradient
+
+
+def hessian_error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
+    """tr((weight - target) H (weight - target)^T), in fp64; weight, target [N, K], H [K, K]."""
+    E = weight.double() - target.double()
+    return ((E @ hessian.double()) * E).sum().item()
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) * I in fp32; the identity where H is zero (no input was seen)."""
+    H = hessian.to(torch.float32, copy=True)
+    mean = H.diagonal().mean()
+    if not mean > 0:
+        return torch.eye(len(H), device=H.device)
+    H.diagonal().add_(damping * mean)
+    return H
+
+
+class _Scales:
+    """The block scales of one packed [N, K] weight: their values, and which they may have."""
+
+    def __init__(self, q: QuantizedTensor):
+        self.q = q
+        K = q.shape[1]
+        self.blocksize = q.blocksize or max(q.numel(), 1)
+        self.regular = K % self.blocksize == 0  # every block lies in one row
+        if q.nested is None:
+            self.codes = None
+            self.values = q.absmax.clone().view(torch.float32)
+            return
+        self.map = torch.tensor(_C.dynamic_map(), device=q.device)
+        self.cuts = (self.map[1:] + self.map[:-1]) / 2
+        self.codes = q.absmax.reshape(-1).long()
+        nested = q.nested.clone().view(torch.float32)
+        self.offset, self.absmax2 = nested[0], nested[1:]
+        self.values = self.decode(self.codes, torch.arange(len(self.codes), device=q.device))
+
+    def decode(self, codes: Tensor, blocks: Tensor) -> Tensor:
+        return self.map[codes] * self.absmax2[blocks >> 8] + self.offset
+
+    def move(self, blocks: Tensor, wanted: Tensor) -> None:
+        """values[blocks] = wanted, or the nearest that double quantization can store."""
+        if self.codes is None:
+            self.values[blocks] = wanted
+            return
+        z = (wanted - self.offset) / self.absmax2[blocks >> 8]
+        # Where absmax2 is zero every code means the offset.
+        self.codes[blocks] = torch.bucketize(z.nan_to_num(0.0), self.cuts)
+        self.values[blocks] = self.decode(self.codes[blocks], blocks)
+
+    def stored(self, packed: Tensor) -> QuantizedTensor:
+        """The weight with these scales and the given codes."""
+        if self.codes is None:
+            absmax = self.values.view(torch.uint8)
+        else:
+            absmax = self.codes.to(torch.uint8)
+        return dataclasses.replace(self.q, packed=packed, absmax=absmax)
+
+    def phases(self) -> list[tuple[Tensor, slice]]:
+        """Sets of blocks of which no two share a row, and the columns that they lie in."""
+        K = self.q.shape[1]
+        blocks = torch.arange(len(self.values), device=self.q.device)
+        if self.regular:
+            m, width = K // self.blocksize, self.blocksize
+            return [(blocks[t::m], slice(t * width, (t + 1) * width)) for t in range(m)]
+        # Starts m blocks apart are at least K + blocksize weights apart.
+        m = min(-(-K // self.blocksize) + 1, len(blocks))
+        return [(blocks[t::m], slice(0, K)) for t in range(m)]
+
+    def block_of(self, columns: slice) -> Tensor:
+        """The block of every weight in these columns, [columns, N]."""
+        N, K = self.q.shape
+        device = self.q.device
+        k = torch.arange(K, device=device)[columns, None]
+        return (torch.arange(N, device=device) * K + k) // self.blocksize
+
+    def rows(self, columns: slice) -> Tensor:
+        """The scale of every weight in these columns, [columns, N]."""
+        N, K = self.q.shape
+        if self.regular:
+            m, bs = K // self.blocksize, self.blocksize
+            k = torch.arange(K, device=self.q.device)[columns]
+            return self.values.view(N, m).T.index_select(0, k // bs)
+        return self.values[self.block_of(columns)]
+
+
+class _Part:
+    """One packed weight of a fit: its rows among those of all, and its scales."""
+
+    def __init__(self, q: QuantizedTensor, start: int):
+        self.q = q
+        self.rows = slice(start, start + q.shape[0])
+        self.scales = _Scales(q)
+        self.mean = None if q.mean is None else q.mean.clone().view(torch.float32)
+
+    def means(self, columns: slice) -> Tensor | None:
+        """The mean of every weight in these columns, [columns, rows]."""
+        return None if self.mean is None else self.mean[self.scales.block_of(columns)]
+
+
+class _Fit:
+    """Packed weights that share a layer input, side by side, on their way to their targets.
+
+    W: the decoded weights, fp32 [K, N]; G: the gradient H (W - target)^T, fp32 [K, N]; rank: the
+    place of each weight's level among the sorted levels, uint8 [K, N]. N counts all their rows.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedTensor], targets: Sequence[Tensor], H: Tensor):
+        self.H = H
+        self.parts = []
+        for q in weights:
+            self.parts.append(_Part(q, self.parts[-1].rows.stop if self.parts else 0))
+        device = H.device
+        levels = torch.tensor(weights[0].values, device=device)
+        self.levels, self.code_of_rank = levels.sort(stable=True)
+        self.cuts = (self.levels[1:] + self.levels[:-1]) / 2
+        rank_of_code = torch.empty_like(self.code_of_rank)
+        rank_of_code[self.code_of_rank] = torch.arange(16, device=device)
+        ranks = [rank_of_code[_unpack(q)].view(*q.shape).T for q in weights]
+        self.rank = torch.cat([rank.to(torch.uint8) for rank in ranks], 1)
+        K = len(H)
+        self.W = torch.cat([self.decode(part, slice(0, K)) for part in self.parts], 1)
+        self.G = H @ (self.W - torch.cat([target.float().T for target in targets], 1))
+
+    def decode(self, part: _Part, columns: slice) -> Tensor:
+        """What these columns of a weight are worth, as dequantize_4bit computes it."""
+        values = self.levels[self.rank[columns, part.rows].long()] * part.scales.rows(columns)
+        means = part.means(columns)
+        return values if means is None else values + means
+
+    def sweep_codes(self) -> None:
+        """Gives each weight the level that is best while all others stay, column after column."""
+        K = len(self.H)
+        step = 1 / self.H.diagonal()
+        for k0 in range(0, K, _COLUMNS):
+            columns = slice(k0, min(k0 + _COLUMNS, K))
+            S = torch.cat([part.scales.rows(columns) for part in self.parts], 1)
+            inverse = 1 / S
+            means = [part.means(columns) for part in self.parts]
+            mean = None if means[0] is None else torch.cat(means, 1)
+            G, W, H = self.G[columns], self.W[columns], self.H[columns, columns]
+            change = torch.empty_like(W)
+            for j in range(len(W)):
+                best = torch.addcmul(W[j], G[j], step[k0 + j], value=-1)
+                if mean is not None:
+                    best -= mean[j]
+                # A scale of zero makes this NaN or infinite: any level will do there.
+                rank = torch.bucketize(best.mul_(inverse[j]), self.cuts)
+                new = self.levels.index_select(0, rank).mul_(S[j])
+                if mean is not None:
+                    new += mean[j]
+                torch.sub(new, W[j], out=change[j])
+                W[j] = new
+                self.rank[k0 + j] = rank
+                G.addr_(H[:, j], change[j])
+            for rest in (slice(0, columns.start), slice(columns.stop, K)):
+                if rest.start < rest.stop:
+                    self.G[rest].addmm_(self.H[rest, columns], change)
+
+    def sweep_scales(self) -> None:
+        """Moves each block's scale to its best value while all else stays: -<D, G> / <D, H D>
+        further, where D are the block's levels."""
+        for part in self.parts:
+            for blocks, columns in part.scales.phases():
+                self._move_scales(part, blocks, columns)
+
+    def _move_scales(self, part: _Part, blocks: Tensor, columns: slice) -> None:
+        scales = part.scales
+        D = self.levels[self.rank[columns, part.rows].long()]
+        G = self.G[columns, part.rows]
+        if scales.regular:
+            slope = (D * G).sum(0)
+            bend = (D * (self.H[columns, columns] @ D)).sum(0)
+        else:
+            owner = scales.block_of(columns)
+            mine = torch.zeros(len(scales.values), dtype=torch.bool, device=D.device)
+            mine[blocks] = True
+            D = D * mine[owner]
+            sums = D.new_zeros(2, len(scales.values))
+            sums[0].index_add_(0, owner.reshape(-1), (D * G).reshape(-1))
+            sums[1].index_add_(0, owner.reshape(-1), (D * (self.H @ D)).reshape(-1))
+            slope, bend = sums[:, blocks]
+        now = scales.values[blocks]
+        # A block whose levels are all zero has no best scale.
+        scales.move(blocks, torch.where(bend > 0, now - slope / bend, now))
+        new = self.decode(part, columns)
+        self.G[:, part.rows].addmm_(self.H[:, columns], new - self.W[columns, part.rows])
+        self.W[columns, part.rows] = new
+
+    def packed(self) -> list[QuantizedTensor]:
+        """The weights as they are now."""
+        return [part.scales.stored(self._pack(part)) for part in self.parts]
+
+    def _pack(self, part: _Part) -> Tensor:
+        codes = self.code_of_rank[self.rank[:, part.rows].T.reshape(-1).long()].to(torch.uint8)
+        if codes.numel() % 2:
+            codes = torch.cat([codes, codes.new_zeros(1)])  # the spare nibble
+        return _view_matrix((codes[0::2] << 4) | codes[1::2], part.q.shape)
+
+
+def _unpack(q: QuantizedTensor) -> Tensor:
+    """The code of every weight, int64 [numel]."""
+    packed = q.packed.reshape(-1)
+    return torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: q.numel()].long()
+
+
+def fit_4bit(
+    weights: Sequence[QuantizedTensor],
+    targets: Sequence[Tensor],
+    hessian: Tensor,
+    *,
+    damping: float = 0.01,
+    sweeps: str = "sccsccs",
+    fit_scales: bool = True,
+) -> list[QuantizedTensor]:
+    """Moves codes and scales of packed weights to where the layers' outputs are nearest to those
+    of the targets. Every step lowers tr((Wq - W) H (Wq - W)^T) or leaves it (up to fp32 sums).
+
+    Args:
+        weights: matrices [N_i, K] of one codebook, where the descent starts. Layers that share an
+            input share H and go together, which is faster.
+        targets: dense [N_i, K], any float dtype.
+        hessian: X^T X / n, [K, K], symmetric, of the inputs X [n, K]; zeros count as the identity.
+        damping: that many times the mean of H's diagonal is added to the diagonal, which holds
+            weights near their target whose inputs the calibration text did not vary.
+        sweeps: the order of work: "c", a sweep over the codes; "s", one over the scales.
+        fit_scales: whether scales may move; False leaves out "s".
+
+    Returns:
+        New QuantizedTensors of the same format; offset and absmax2 of double-quantized scales stay.
+        Work and memory: O(N K^2) per sweep; three fp32 copies of the weights, two of H.
+
+    Raises:
+        ValueError: no weights, shapes that do not go together, different codebooks.
+    """
+    K = hessian.shape[-1]
+    if not weights or len(weights) != len(targets):
+        raise ValueError(
+            f"fit_4bit: weights has {len(weights)} entries and targets {len(targets)}, want as "
+            "many of both, at least one"
+        )
+    for q, target in zip(weights, targets, strict=True):
+        if tuple(q.shape) != tuple(target.shape) or q.shape[-1] != K or len(q.shape) != 2:
+            raise ValueError(
+                f"fit_4bit: weights has shape {list(q.shape)} and targets {list(target.shape)}, "
+                f"want [N, {K}] both (hessian is {list(hessian.shape)})"
+            )
+        if q.values != weights[0].values or (q.mean is None) != (weights[0].mean is None):
+            raise ValueError("fit_4bit: weights differ in codebook or normalization, want one")
+    with torch.no_grad():
+        fit = _Fit(weights, targets, damped(hessian, damping))
+        for sweep in sweeps:
+            if sweep == "c":
+                fit.sweep_codes()
+            elif fit_scales:
+                fit.sweep_scales()
+        return fit.packed()

@@ -1,0 +1,534 @@
+"""Merging adapters back into 4-bit weights, without losing what was learnt.
+
+An adapter moves a weight by far less than the distance of two 4-bit levels, so requantizing the sum
+gives nearly the old codes back, and the fine-tune is gone. Two routes keep it:
+
+    base         the unquantized model is at hand: quantize(W + s B A), whose rounding errors are
+                 as independent of the fine-tune as those of W were
+    calibration  only the 4-bit model and some text are: codes and scales descend from where they
+                 are to where the layer's outputs are nearest to the adapted ones (fit_4bit.py)
+
+docs/merging.md has what each keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .experts import Experts4bit, _up_name
+from .fit_4bit import fit_4bit
+from .merge import _tied_head, dense_layer, merge_and_unload
+from .models import progress, replace_module
+from .nn import FLOAT_DTYPES, Linear4bit, LoraLinear, LoraLinear4bit
+from .quantized_tensor import QuantizedTensor, merge_lora_4bit, quantize_with
+
+__all__ = ["merge_into_4bit"]
+
+# Measured on SmolLM2-135M (docs/merging.md).
+_LOSS = "keeps about 5% of a short fine-tune's gain"
+
+
+def merge_into_4bit(
+    model: nn.Module,
+    *,
+    base: nn.Module | Mapping[str, Tensor] | str | os.PathLike | None = None,
+    calibration: Iterable | None = None,
+    dtype: torch.dtype = torch.float16,
+    damping: float = 0.01,
+    hessian_bytes: int = 2**30,
+    progress_bar: bool = True,
+) -> nn.Module:
+    """Merges a model's adapters into its 4-bit weights, in place: Linear4bit layers at the end.
+
+    With `base`, each adapted layer becomes quantize(W + s B A). With `calibration`, each becomes
+    the packed weight whose outputs on the calibration text are nearest to the adapted layer's; with
+    both, nearest to those of W + s B A. With neither, a warning says what requantizing would lose,
+    and the model is merged into 16 bits instead, as merge_and_unload does.
+
+    Layers without adapter keep their bytes. An adapted dense layer (a head) stays dense and is
+    untied if it was tied. The format of each layer (block size, codebook, double quantization) is
+    kept, and the model saves and loads as a quantized one.
+
+    Args:
+        model: one that went through add_lora or load_adapter, or a PeftModel with LoRA on our
+            layers, whose active adapters are merged.
+        base: the unquantized model that was packed: a module, a state dict, or a folder (or file)
+            of safetensors, read layer by layer.
+        calibration: batches of text like that which the model is for; 5,000 tokens do. A batch is
+            an int64 tensor of token ids [batch, tokens], or the keyword arguments of the model's
+            forward (what a tokenizer returns); padding is left out by its attention_mask.
+        dtype: of the 16-bit model, where neither is given.
+        damping: see fit_4bit.
+        hessian_bytes: memory for the input statistics of layers at a time, [K, K] fp32 for each
+            input width K. Less memory takes more passes over the calibration text; each pass sees
+            the layers before it as they were merged.
+        progress_bar: show a tqdm bar.
+
+    Returns:
+        model; of a PeftModel, the model that it wrapped.
+
+    Raises:
+        TypeError: model is not a module, dtype is not a float dtype, or a batch is of another kind.
+        ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; an
+            empty calibration; a base that lacks a layer, has another shape, or is not what was
+            packed. KeyboardInterrupt or an error midway leaves the model as it was.
+    """
+    layers, peft_model = _adapted_layers(model)
+    if base is None and calibration is None:
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"merge_into_4bit: dtype is {dtype}, want torch.float16, torch.bfloat16 or "
+                "torch.float32"
+            )
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"merge_into_4bit: base and calibration are None, and requantizing without them {_LOSS}"
+            f"; merging into {name} instead. Give the unquantized model as base, or some text as "
+            "calibration",
+            stacklevel=2,
+        )
+        if peft_model:
+            return model.merge_and_unload().to(dtype)
+        return merge_and_unload(model, dtype, progress_bar=progress_bar)
+    source = None if base is None else _Base(base, model)
+    batches = None if calibration is None else _batches(calibration)
+    if source is not None:
+        for layer in layers:
+            source.check(layer)
+    swaps = []  # (new, old), to take back
+
+    def swap(layer: _Adapted, q: QuantizedTensor) -> None:
+        new = _with_weight(layer.packed, q)
+        replace_module(model, layer.module, new)
+        swaps.append((new, layer.module))
+
+    def start(layer: _Adapted) -> tuple[QuantizedTensor, Tensor]:
+        """Where the descent starts, and its target."""
+        if source is None:
+            return layer.packed.quantized, layer.target()
+        target = source.target(layer)
+        return quantize_with(target, layer.packed.config), target
+
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            if batches is None:
+                for layer in progress(layers, "merge", progress_bar):
+                    swap(layer, start(layer)[0])
+            else:
+                model.eval()
+                inputs = _Inputs(model, layers, batches, hessian_bytes)
+                for group, hessian in progress(inputs, "merge", progress_bar):
+                    pairs = [start(layer) for layer in group]
+                    fitted = fit_4bit(
+                        [q for q, _ in pairs],
+                        [target for _, target in pairs],
+                        hessian,
+                        damping=damping,
+                        fit_scales=group[0].packed.config.normalization != "none",
+                    )
+                    for layer, q in zip(group, fitted, strict=True):
+                        swap(layer, dataclasses.replace(q, dtype=layer.packed.dtype))
+            return _unload(model, peft_model, swaps)
+    except BaseException:
+        for new, old in reversed(swaps):
+            replace_module(model, new, old)
+        raise
+    finally:
+        model.train(was_training)
+
+
+# What is adapted ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Adapted:
+    """A packed layer with an adapter, ours or PEFT's."""
+
+    name: str
+    module: nn.Module  # what the model calls
+    packed: Linear4bit
+    lora: tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], scaling
+
+    def target(self) -> Tensor:
+        """dequantize(W) + s B A, fp32 [N, K]."""
+        A, B, scaling = self.lora
+        return merge_lora_4bit(self.packed.quantized, A, B, scaling, torch.float32)
+
+
+def _adapted_layers(model: nn.Module) -> tuple[list[_Adapted], bool]:
+    """The packed layers with adapters, and whether the model is PEFT's."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"merge_into_4bit: model is a {type(model).__name__}, want an nn.Module")
+    peft_model = any(type(m).__module__.startswith("peft.") for m in model.modules())
+    layers = _peft_layers(model) if peft_model else _own_layers(model)
+    if layers:
+        return layers, peft_model
+    modules = list(model.modules())
+    if any(isinstance(m, LoraLinear) for m in modules):
+        why = "its only adapters are on unquantized layers: merge_and_unload merges those"
+    elif any(isinstance(m, Linear4bit) for m in modules):
+        why = "it was merged already, or none were added"
+    else:
+        why = "it has no 4-bit layers either"
+    raise ValueError(
+        f"merge_into_4bit: model has no adapters on 4-bit layers ({why}), want one that add_lora, "
+        "load_adapter or PEFT gave adapters to"
+    )
+
+
+def _own_layers(model: nn.Module) -> list[_Adapted]:
+    return [
+        _Adapted(
+            name,
+            module,
+            module,
+            (module.lora_A.detach().float(), module.lora_B.detach().float(), module.scaling),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear4bit)
+    ]
+
+
+def _peft_layers(model: nn.Module) -> list[_Adapted]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .integrations.peft import LoraLinear4bit as PeftLora4bit
+
+    if not hasattr(model, "unload") or not hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"merge_into_4bit: model is a {type(model).__name__} with PEFT's layers inside, want "
+            "the PeftModel itself"
+        )
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module.merged:
+            raise ValueError(
+                f"merge_into_4bit: {name} has adapters merged ({module.merged_adapters}), want "
+                "them unmerged; model.unmerge_adapter() does it"
+            )
+        if not isinstance(module.get_base_layer(), Linear4bit):
+            continue
+        active = [a for a in module.active_adapters if a in getattr(module, "lora_A", {})]
+        plain = isinstance(module, PeftLora4bit) and not any(
+            a in module.lora_variant or module.lora_bias[a] for a in active
+        )
+        if not plain:
+            raise ValueError(
+                f"merge_into_4bit: {name} is PEFT's {type(module).__name__} with more than plain "
+                "LoRA, want plain LoRA; model.merge_and_unload() merges it into 16 bits"
+            )
+        if active:
+            A, B, scaling = module._stacked(active)
+            lora = (A.detach().float(), B.detach().float(), scaling)
+            layers.append(_Adapted(name, module, module.get_base_layer(), lora))
+    return layers
+
+
+def _with_weight(packed: Linear4bit, q: QuantizedTensor) -> Linear4bit:
+    """A Linear4bit as `packed` is, without adapter and with another weight; the bias is shared."""
+    new = Linear4bit.__new__(Linear4bit)
+    nn.Module.__init__(new)
+    new.in_features, new.out_features = packed.in_features, packed.out_features
+    new._init_packed(packed.out_features, packed.in_features, packed.config, packed.dtype)
+    new._set_quantized(q)
+    new.register_parameter("bias", packed._parameters["bias"])
+    new.from_conv1d = packed.from_conv1d
+    return new.train(packed.training)
+
+
+def _unload(model: nn.Module, peft_model: bool, swaps: list) -> nn.Module:
+    """What is left once the packed layers are merged: dense ones, and PEFT's wrapping."""
+    if peft_model:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in list(model.modules()):
+            dense = isinstance(module, BaseTunerLayer) and not isinstance(
+                module.get_base_layer(), Linear4bit
+            )
+            if dense:
+                module.merge(safe_merge=True)
+        return model.unload()
+    tied = _tied_head(model)
+    for module in [m for m in model.modules() if isinstance(m, LoraLinear)]:
+        new = dense_layer(module, module.weight.dtype)
+        if not new.weight.isfinite().all():
+            raise OverflowError(
+                f"merge_into_4bit: a merged dense layer is not finite in {module.weight.dtype}, "
+                "want a wider dtype: model.to(torch.bfloat16) first"
+            )
+        new.requires_grad_(False)
+        replace_module(model, module, new)
+        swaps.append((new, module))
+    if tied:
+        _forget_tie(model)
+    return model
+
+
+def _forget_tie(model: nn.Module) -> None:
+    """Tells transformers that the head has a weight of its own now."""
+    config = getattr(model, "config", None)
+    for settings in (config, config.get_text_config() if config is not None else None):
+        if settings is not None:
+            settings.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+
+
+# The unquantized model ----------------------------------------------------------------------------
+
+
+class _Base:
+    """Unquantized weights by name, from a module, a state dict or safetensors files."""
+
+    def __init__(self, base, model: nn.Module):
+        self.experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts4bit)}
+        if isinstance(base, nn.Module):
+            self.tensors = dict(base.named_parameters(remove_duplicate=False))
+        elif isinstance(base, Mapping):
+            self.tensors = base
+        elif isinstance(base, (str, os.PathLike)):
+            self.tensors = _Safetensors(Path(base))
+        else:
+            raise TypeError(
+                f"merge_into_4bit: base is a {type(base).__name__}, want the unquantized model, "
+                "its state dict, or a folder of safetensors"
+            )
+
+    def weight(self, layer: _Adapted) -> Tensor:
+        """The unquantized [N, K] weight under an adapted layer."""
+        name = layer.name.removeprefix("base_model.model.")
+        key, pick = f"{name}.weight", None
+        match = re.fullmatch(r"(.+)\.packed\.(\d+)\.(up|down)", name)
+        holder = layer.name[: -len(name)] + match[1] if match else None
+        if holder in self.experts:
+            experts = self.experts[holder].template
+            key = f"{match[1]}.{_up_name(experts) if match[3] == 'up' else 'down_proj'}"
+            pick = int(match[2])
+        if key not in self.tensors:
+            near = [k for k in self.tensors if k.endswith(name.rpartition(".")[2] + ".weight")]
+            raise ValueError(
+                f"merge_into_4bit: base has no {key}, want the unquantized model that was packed; "
+                f"it has {near[:3] or list(self.tensors)[:3]}"
+            )
+        weight = self.tensors[key]
+        flip = layer.packed.from_conv1d
+        if pick is not None:
+            weight, flip = weight[pick], experts.is_transposed
+        weight = weight.T if flip else weight
+        want = (layer.packed.out_features, layer.packed.in_features)
+        if tuple(weight.shape) != want:
+            raise ValueError(
+                f"merge_into_4bit: base has {key} of shape {list(weight.shape)}, want "
+                f"{list(want)}: it must be the unquantized model that was packed"
+            )
+        if weight.dtype not in FLOAT_DTYPES or weight.is_meta:
+            raise ValueError(
+                f"merge_into_4bit: base has {key} in {weight.dtype} on {weight.device}, want float "
+                "values: the model as it was before it was packed"
+            )
+        return weight.detach().to(layer.packed.weight.device, torch.float32)
+
+    def check(self, layer: _Adapted) -> None:
+        """ValueError unless the weight packs to nearly the codes that the layer has."""
+        again = quantize_with(self.weight(layer), layer.packed.config).packed.reshape(-1)
+        now = layer.packed.quantized.packed.reshape(-1)
+        same = (again >> 4 == now >> 4).float().mean() + (again & 15 == now & 15).float().mean()
+        # Stored in another dtype, a weight in a hundred changes its code.
+        if now.numel() and same / 2 < 0.9:
+            raise ValueError(
+                f"merge_into_4bit: base is not what was packed: {same / 2:.0%} of the codes of "
+                f"{layer.name} agree, want nearly all. An adapter that was initialised by changing "
+                "the packed weight (PiSSA, OLoRA) needs calibration instead"
+            )
+
+    def target(self, layer: _Adapted) -> Tensor:
+        """W + s B A, fp32 [N, K]."""
+        A, B, scaling = layer.lora
+        return self.weight(layer).addmm(B, A, alpha=scaling)
+
+
+class _Safetensors(Mapping):
+    """The tensors of a safetensors file, or of those in a folder, each read when asked for."""
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"merge_into_4bit: base is {path}, want safetensors files there")
+        self.files = [safe_open(file, framework="pt") for file in files]
+        self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.where[key].get_tensor(key)
+
+    def __iter__(self):
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+
+# What the layers see ------------------------------------------------------------------------------
+
+
+def _batches(calibration: Iterable) -> list:
+    """The calibration batches, as a list, since they are read more than once."""
+    if isinstance(calibration, (str, bytes, Tensor, Mapping)):
+        raise TypeError(
+            f"merge_into_4bit: calibration is a {type(calibration).__name__}, want a list of "
+            "batches: token ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
+        )
+    batches = list(calibration)
+    if not batches:
+        raise ValueError(
+            "merge_into_4bit: calibration is empty, want batches of text; 5,000 tokens do"
+        )
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, (Tensor, Mapping)):
+            raise TypeError(
+                f"merge_into_4bit: calibration[{number}] is a {type(batch).__name__}, want token "
+                "ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
+            )
+    return batches
+
+
+class _Enough(Exception):
+    """Stops a forward pass behind the last layer that it was made for."""
+
+
+class _Inputs:
+    """Iterates over (layers that share an input, H = X^T X / n of that input), in the order of the
+    forward pass. As many H as fit in hessian_bytes are gathered in one pass over the batches."""
+
+    def __init__(self, model: nn.Module, layers: list[_Adapted], batches: list, hessian_bytes: int):
+        self.model, self.batches = model, batches
+        self.hessian_bytes = hessian_bytes
+        self.groups = self._order(layers)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self):
+        rest = self.groups
+        while rest:
+            count, nbytes = 0, 0
+            while count < len(rest):
+                nbytes += 4 * rest[count][0].packed.in_features ** 2
+                if count and nbytes > self.hessian_bytes:
+                    break
+                count += 1
+            hessians = self._gather(rest[:count])
+            for group in rest[:count]:
+                yield group, hessians.pop(id(group[0].module))
+            rest = rest[count:]
+
+    def _order(self, layers: list[_Adapted]) -> list[list[_Adapted]]:
+        """The layers as the first batch meets them; neighbours that are given the same tensor make
+        one group."""
+        calls: list[tuple[_Adapted, bool]] = []
+        before = None
+
+        def note(layer: _Adapted, x: Tensor) -> None:
+            nonlocal before
+            calls.append((layer, x is before))
+            before = x
+
+        hooks = [
+            layer.module.register_forward_pre_hook(
+                lambda module, args, layer=layer: note(layer, args[0])
+            )
+            for layer in layers
+        ]
+        self._forward(self.batches[0], hooks)
+        counts = {id(layer): 0 for layer in layers}
+        for layer, _ in calls:
+            counts[id(layer)] += 1
+        # Where a layer runs twice, or not for every input (an expert), no pass may end early.
+        self.can_stop = all(count == 1 for count in counts.values())
+        if not self.can_stop:
+            seen = dict.fromkeys(id(layer) for layer, _ in calls)
+            by_id = {id(layer): layer for layer in layers}
+            return [[by_id[i]] for i in (*seen, *(set(by_id) - set(seen)))]
+        groups: list[list[_Adapted]] = []
+        for layer, same_input in calls:
+            if same_input and self._alike(groups[-1][0], layer):
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        return groups
+
+    @staticmethod
+    def _alike(a: _Adapted, b: _Adapted) -> bool:
+        same_device = a.packed.weight.device == b.packed.weight.device
+        return same_device and a.packed.config == b.packed.config
+
+    def _gather(self, groups: list[list[_Adapted]]) -> dict[int, Tensor]:
+        """H for the first module of each group."""
+        sums, counts = {}, {}
+        mask = None
+        last = groups[-1][0].module
+
+        def see(module, args):
+            x = args[0].detach()
+            key = id(module)
+            rows = x.reshape(-1, x.shape[-1])
+            if mask is not None and mask.numel() == len(rows):
+                rows = rows[mask.to(rows.device)]
+            rows = rows.float()
+            if key not in sums:
+                sums[key] = rows.new_zeros(rows.shape[-1], rows.shape[-1])
+                counts[key] = 0
+            sums[key].addmm_(rows.T, rows)
+            counts[key] += len(rows)
+            if module is last and self.can_stop:
+                raise _Enough
+
+        hooks = [group[0].module.register_forward_pre_hook(see) for group in groups]
+        try:
+            for batch in self.batches:
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                mask = mask.reshape(-1).bool() if mask is not None and mask.ndim == 2 else None
+                self._forward(batch, [])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for group in groups:
+            key, K = id(group[0].module), group[0].packed.in_features
+            if not counts.get(key):  # an expert that no token chose
+                sums[key] = torch.zeros(K, K, device=group[0].packed.weight.device)
+            else:
+                sums[key] /= counts[key]
+            if not math.isfinite(sums[key].diagonal().sum().item()):
+                raise ValueError(
+                    f"merge_into_4bit: {group[0].name} is given a NaN or an infinity on the "
+                    "calibration text, want finite activations (another dtype?)"
+                )
+        return sums
+
+    def _forward(self, batch, hooks: list) -> None:
+        device = next(p.device for p in self.model.parameters() if not p.is_meta)
+        try:
+            if isinstance(batch, Tensor):
+                self.model(batch.to(device))
+            else:
+                self.model(
+                    **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                )
+        except _Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
