@@ -349,6 +349,32 @@ def test_adapter_loads_on_an_unquantized_base(folders, tmp_path):
     assert logits(again.merge_and_unload()).isfinite().all()
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"low_cpu_mem_usage": True}], ids=str)
+def test_pefts_own_ways_to_load(folders, tmp_path, kwargs):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(folders)
+    model.save_pretrained(tmp_path)
+    want = logits(model)
+    assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)), want)
+    again = peft.PeftModel.from_pretrained(base_model(folders), tmp_path, **kwargs)
+    assert torch.equal(logits(again), want)
+    # transformers reads an adapter's folder too, base and all.
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), want)
+
+
+def test_adapter_through_transformers(folders, tmp_path):
+    base = base_model(folders)
+    base.add_adapter(lora_config())
+    randomize(base)
+    assert count_calls("lora_gemm_4bit", base) == 4
+    base.save_pretrained(tmp_path)
+    again = plugin.load_adapters(tmp_path, base_model(folders))
+    assert torch.equal(logits(again), logits(base))
+    base.disable_adapters()
+    assert torch.equal(logits(base), logits(base_model(folders)))
+
+
 def test_training_goes_on_after_reloading(folders, tmp_path):
     adapted(folders).save_pretrained(tmp_path)
     model = plugin.load_adapters(tmp_path, base_model(folders), is_trainable=True)

@@ -137,7 +137,7 @@ if __name__ == "__main__":
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch.distributed.init_process_group("gloo")
-    for each in (False,):
+    for each in (False, True):
         train(each)
     refuse(sys.argv[1])
     torch.distributed.destroy_process_group()
