@@ -135,6 +135,19 @@ def test_a_large_codebook_fits_fp16(kernels):
     assert ((y.cpu().double() - want).norm() / want.norm()).item() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("config", ["nf4", "nf4-4096", "fp4"])
+def test_errors_do_not_add_up_over_positive_inputs(kernels, dtype, config):
+    """Activations with a mean: a table rounded as it is would give eight times torch's error."""
+    array, q = make_weight((64, 4096), CONFIGS[config], kernels.device)
+    W = torch.from_numpy(R.dequantize_4bit(array)).double()
+    x = torch.randn(4, 4096).abs().to(dtype)
+    want = x.double() @ W.T
+    low = (x.float() @ W.to(dtype).float().T).double()  # weights rounded one by one
+    y = kernels.ops.gemm_4bit(x.to(kernels.device), *q.op_args()).cpu().double()
+    assert (y - want).norm() <= 2 * (low - want).norm() + 2e-3 * want.norm() * (dtype == BF16)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_misaligned_operands_take_another_kernel(kernels, dtype):
     array, q = make_weight((40, 128), CONFIGS["nf4"], kernels.device)

@@ -81,7 +81,7 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
   fused.gemm = p;
   fused.scales = make_scales(p.weight);
   fused.run_shift = run_shift(fused.scales);
-  fused.table_factor = table_factor(p.weight.values);
+  fused.table_factor = table_factor<T>(p.weight.values, p.weight.blocksize);
   fused.scale_factor = 1 / fused.table_factor;
   fused.parts = static_cast<float*>(p.workspace);
   const int64_t splits = fused_splits<kTilesM>(p, &fused.k_per_split);

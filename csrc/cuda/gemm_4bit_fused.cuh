@@ -19,7 +19,8 @@
 //         sums that are added in order at the end. Blocks along k (splits) write partial sums to
 //         the workspace, which reduce_parts adds in order.
 // Bypass  S B^T is R / 16 more mma steps into the same accumulators; S and B are rounded to T.
-// Rounding the codebook is rounded to T once; scale, sums, bias in fp32; y rounded once.
+// Rounding the codebook, times a factor that makes its errors small and cancel (table_factor.cuh), is
+//         rounded to T; scale, sums and bias are fp32; y is rounded once.
 // Shared  65536 table + packed stages, 32768 x (65536 at 64 rows), 2304 scales: 100608 bytes, two
 //         blocks per SM on H100, one on A100 and on sm_86/89/120 (limit 101376).
 // Not yet run on silicon.
@@ -27,6 +28,7 @@
 
 #include "cuda/reduce_parts.cuh"
 #include "cuda/scale_pipeline.cuh"
+#include "cuda/table_factor.cuh"
 
 namespace qlora_ext {
 
@@ -81,19 +83,11 @@ struct FusedParams {
   Gemm4bitParams gemm;
   Scales scales;
   int run_shift;        // run index -> block index
-  float table_factor;   // power of two: largest codebook value below 1 (an fp16 table's range)
+  float table_factor;   // of the pair table: table_factor.cuh
   float scale_factor;   // its inverse, multiplied into the scales
   int64_t k_per_split;  // a multiple of kTileK
   float* parts;         // [splits, M, N] if splits > 1
 };
-
-// A power of two that brings the largest codebook value into [1, 2): any codebook fits fp16.
-inline float table_factor(const float* values) {
-  float largest = 0;
-  for (int code = 0; code < 16; ++code) largest = std::max(largest, std::fabs(values[code]));
-  if (largest == 0) return 1;
-  return std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -100, 100));
-}
 
 // One block's tile: [kTileN] columns n0.. of y, [kTileM] rows m0.., contraction [k_begin, k_end).
 template <class Arch, class T, int kTilesM, bool kNested>

@@ -14,7 +14,7 @@ struct ScalePipeline {
   const uint8_t* codes;
   const float* scales;  // absmax2, one for 256 codes; or the fp32 scales
   int run_shift;        // run -> block
-  float factor;         // exact power of two
+  float factor;         // 1 where the scale's own bits are wanted
   float offset;
   int code;
   float loaded;
@@ -36,7 +36,7 @@ struct ScalePipeline {
     if constexpr (kNested) map_value = __ldg(kDeviceDynamicMap + code);
     multiplier = loaded;
   }
-  // The canonical bits times `factor`: product, then sum, never an FMA.
+  // The canonical bits (product, then sum, never an FMA) times `factor`.
   __device__ __forceinline__ float value() const {
     float scale = multiplier;
     if constexpr (kNested) scale = __fadd_rn(__fmul_rn(map_value, multiplier), offset);
