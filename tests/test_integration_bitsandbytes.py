@@ -237,17 +237,6 @@ def layer(quant_type="nf4", nested=True, storage=torch.uint8, bias=True):
     return linear.to("cpu")
 
 
-def test_it_is_off_until_asked_for():
-    assert not plugin.is_enabled()
-    run_python(
-        """
-        import qlora_ext, bitsandbytes
-        from qlora_ext.integrations import bitsandbytes as plugin
-        assert not plugin.is_enabled()
-        """
-    )
-
-
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -60,30 +60,31 @@ def assert_same_bytes(got, want):
 # Hooks ---------------------------------------------------------------------------------------
 
 
-def test_import_loads_no_trainer():
+ATTACHED = """
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from peft.tuners.lora import LoraModel
+assert "qlora_ext" in AUTO_QUANTIZER_MAPPING
+assert LoraModel._qlora_ext_attached
+assert len([f for f in sys.meta_path if type(f).__name__ == "_HookFinder"]) == 1
+"""
+
+
+def test_import_loads_no_trainer_and_hooks_attach_later():
     run_python(
         """
-        import qlora_ext
-        heavy = {"transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
-        assert not heavy & set(sys.modules), heavy & set(sys.modules)
-        """
+import qlora_ext
+heavy = {"transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+import transformers.modeling_utils, peft
+from qlora_ext.integrations import bitsandbytes
+assert not bitsandbytes.is_enabled()
+"""
+        + ATTACHED
     )
 
 
-@pytest.mark.parametrize("first", ["qlora_ext", "transformers.modeling_utils, peft"])
-def test_hooks_attach_in_either_order(first):
-    run_python(
-        f"""
-        import {first}
-        import transformers.modeling_utils, peft, qlora_ext
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-        from peft.tuners.lora import LoraModel
-        assert "qlora_ext" in AUTO_QUANTIZER_MAPPING
-        assert LoraModel._qlora_ext_attached
-        finders = [f for f in sys.meta_path if type(f).__name__ == "_HookFinder"]
-        assert len(finders) == 1
-        """
-    )
+def test_hooks_attach_to_what_is_loaded():
+    run_python("import transformers.modeling_utils, peft, qlora_ext" + ATTACHED)
 
 
 def test_untested_version_is_named(monkeypatch):
