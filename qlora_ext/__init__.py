@@ -3,7 +3,8 @@
 Importing it needs torch alone; the plug-ins for transformers and PEFT attach when those load.
 """
 
-from . import integrations, nn
+from . import integrations
+from . import nn as nn  # not in __all__: a star import would hide torch.nn
 from .build_info import build_info
 from .lora import (
     LoraConfig,

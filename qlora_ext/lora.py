@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .experts import Experts4bit
-from .models import linear_names, num_parameters, output_embeddings, replace_module
+from .models import linear_names, num_parameters, output_embeddings, places_of, replace_module
 from .nn import Linear4bit, LoraLinear, LoraLinear4bit, _Lora, check_lora_rank, is_conv1d
 from .nn import linear_shape as _linear_shape
 
@@ -378,8 +378,9 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
         N, K = _linear_shape(base)
         check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
         new[name] = (base, _with_adapter(name, base, **keywords))
+    places = places_of(model)
     for base, module in new.values():
-        replace_module(model, base, module)
+        replace_module(model, base, module, places)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

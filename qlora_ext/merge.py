@@ -9,7 +9,7 @@ from torch import nn
 
 from . import ops
 from .experts import Experts4bit, dense_experts
-from .models import progress, replace_module
+from .models import places_of, progress, replace_module
 from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, PanelLinear, _Lora, _Packed4bit
 from .quantized_tensor import QuantizedTensor, dequantize_4bit
 
@@ -51,9 +51,10 @@ def merge_and_unload(
         _check_float16(model)
     head = _tied_head(model)
     names = _layers_to_replace(model)
+    places = places_of(model)
     for name in progress(names, "merge", progress_bar):
         old = model.get_submodule(name)
-        replace_module(model, old, dense_layer(old, dtype))
+        replace_module(model, old, dense_layer(old, dtype), places)
         del old
     _cast(model, dtype)
     model.requires_grad_(True)

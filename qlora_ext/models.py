@@ -154,12 +154,28 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts new wherever model holds old, maybe in several places; accelerate's hook moves."""
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, key, new)
+Places = dict[int, list[tuple[nn.Module, str]]]
+
+
+def places_of(model: nn.Module) -> Places:
+    """id of a module -> where model holds it: (parent, attribute), as often as it is shared."""
+    places: Places = defaultdict(list)
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places[id(child)].append((parent, key))
+    return places
+
+
+def replace_module(
+    model: nn.Module, old: nn.Module, new: nn.Module, places: Places | None = None
+) -> None:
+    """Puts new wherever model holds old, maybe in several places; accelerate's hook moves.
+
+    `places` is places_of(model), for a caller that replaces many modules: it stays right for those
+    that were not replaced yet.
+    """
+    for parent, key in (places or places_of(model))[id(old)]:
+        setattr(parent, key, new)
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -452,6 +468,7 @@ def quantize_model(
             f"nn.Linear or Conv1D. {reasons}"
         )
     packed = []
+    places = places_of(model)
     for name in progress(plan.names, "quantize", progress_bar):
         old = model.get_submodule(name)
         try:
@@ -473,7 +490,7 @@ def quantize_model(
                 reason=None,
             )
         )
-        replace_module(model, old, new)
+        replace_module(model, old, new, places)
         del old, new
     model.quantization_report = QuantizationReport((*packed, *plan.skipped))
     _tell(model.quantization_report)
