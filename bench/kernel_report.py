@@ -6,9 +6,10 @@ main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
     python bench/kernel_report.py --arch 8.0 --only gemm_4bit
 
 The main loop is the shortest run of SASS from a branch's target up to that branch that holds the
-most tensor-core instructions (in a kernel without any, the longest). "SASS per weight" counts every instruction in it (loads of x, scales,
-addressing and barriers included) over the weights that one thread decodes in one turn of it. A
-branch that skips a part of the loop counts as taken through: the figure is an upper bound.
+most tensor-core instructions (in a kernel without any, the longest). "SASS per weight" counts every
+instruction in it (loads of x, scales, addressing and barriers included) over the weights that one
+thread decodes in one turn of it. A branch that skips a part of the loop counts as taken through:
+the figure is an upper bound.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ SM_LIMITS = {"8.0": (65536, 2048, 167936, 32), "9.0a": (65536, 2048, 233472, 32)
 
 
 def find_tool(name):
-    """cuobjdump or nvdisasm: on the PATH, in the toolkit, or in the triton wheel; None if nowhere."""
+    """cuobjdump or nvdisasm: on the PATH, in the toolkit or the triton wheel; None if nowhere."""
     found = shutil.which(name) or shutil.which(
         name, path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
     )
@@ -100,7 +101,9 @@ def missing_tools():
     if shutil.which("nvcc") is None:
         return "kernel_report: nvcc is not on the PATH"
     if find_tool("cuobjdump") is None or find_tool("nvdisasm") is None:
-        return "kernel_report: cuobjdump and nvdisasm are neither on the PATH nor in an installed triton wheel"
+        return (
+            "kernel_report: cuobjdump and nvdisasm are not on the PATH, and triton is not installed"
+        )
     return None
 
 
@@ -261,7 +264,7 @@ def disassemble(cubin, arch):
 
 
 def cpp_expressions(kernels):
-    """Fills threads, shared and weights in: a host program over the kernels' own headers prints them."""
+    """Fills in threads, shared and weights, printed by a host program over the kernels' headers."""
     lines = []
     for k in kernels:
         threads, shared, weights = (e.format(*k.arguments) if e else "-1" for e in KERNELS[k.base])

@@ -10,8 +10,8 @@ const char* dequantize_4bit(const Dequantize4bitParams& p, void* stream) {
   const int64_t count = (p.row_end - p.row_begin) * p.weight.K;
   if (count <= 0) return nullptr;
   // Vector loads need every 32 weights from the first to lie in one aligned 16-byte chunk.
-  const bool vectors = first % kChunk == 0 && is_aligned(p.weight.packed, 16) &&
-                       is_aligned(p.out, 16);
+  const bool vectors =
+      first % kChunk == 0 && is_aligned(p.weight.packed, 16) && is_aligned(p.out, 16);
   return visit_cuda_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* out = static_cast<T*>(p.out);
@@ -22,13 +22,13 @@ const char* dequantize_4bit(const Dequantize4bitParams& p, void* stream) {
     const int64_t chunks = count < kChunk ? 1 : count / kChunk;
     const unsigned grid = grid_blocks(ceil_div(chunks, kDequantizeThreads));
     if (scales.mean != nullptr) {
-      return launch_kernel<dequantize_4bit_vector<T, true>>(
-          grid, kDequantizeThreads, sizeof(DequantizeSmem), stream, p.weight, scales, first, count,
-          out);
+      return launch_kernel<dequantize_4bit_vector<T, true>>(grid, kDequantizeThreads,
+                                                            sizeof(DequantizeSmem), stream,
+                                                            p.weight, scales, first, count, out);
     }
-    return launch_kernel<dequantize_4bit_vector<T, false>>(
-        grid, kDequantizeThreads, sizeof(DequantizeSmem), stream, p.weight, scales, first, count,
-        out);
+    return launch_kernel<dequantize_4bit_vector<T, false>>(grid, kDequantizeThreads,
+                                                           sizeof(DequantizeSmem), stream, p.weight,
+                                                           scales, first, count, out);
   });
 }
 

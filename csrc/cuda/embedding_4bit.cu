@@ -7,8 +7,8 @@ const char* embedding_4bit(const Embedding4bitParams& p, void* stream) {
   const Scales scales = make_scales(p.weight);
   const int64_t count = p.M * p.weight.K;
   if (count <= 0) return nullptr;
-  const bool vectors = p.weight.K % kChunk == 0 && is_aligned(p.weight.packed, 16) &&
-                       is_aligned(p.out, 16);
+  const bool vectors =
+      p.weight.K % kChunk == 0 && is_aligned(p.weight.packed, 16) && is_aligned(p.out, 16);
   return visit_cuda_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (!vectors) {

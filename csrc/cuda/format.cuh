@@ -133,9 +133,9 @@ inline unsigned grid_blocks(int64_t blocks, int64_t limit = 2147483647) {
 }
 
 // A launcher runs kernels in turn until one fails.
-#define QLORA_EXT_TRY(launch_call)                            \
-  do {                                                        \
-    if (const char* error = (launch_call)) return error;      \
+#define QLORA_EXT_TRY(launch_call)                       \
+  do {                                                   \
+    if (const char* error = (launch_call)) return error; \
   } while (false)
 
 }  // namespace qlora_ext

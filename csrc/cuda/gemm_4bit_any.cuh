@@ -5,8 +5,8 @@
 // means (normalization "standard"), rows that are not 16-byte aligned.
 // Moves   the packed weight once per 64 rows of x. Floor: 2 M N K flops at the FFMA rate (33 T
 //         products/s on H100); the decode adds ~20 instructions per weight and 64 rows.
-// Layout  tile.cuh's 64x64x16; the weight is decoded element by element on its way to shared memory.
-// Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
+// Layout  tile.cuh's 64x64x16; the weight is decoded element by element on its way to shared
+// memory. Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
 // Not yet run on silicon.
 #pragma once
 
@@ -19,16 +19,16 @@ namespace qlora_ext {
 struct AnyProduct {
   PackedWeight weight;
   Scales scales;
-  DenseOperand x;        // x, or dY
-  DenseOperand lora_a;   // S, or dS: [rows, R]; data null without a bypass
-  DenseOperand lora_b;   // lora_B by n, or lora_A by k: [cols, R]
+  DenseOperand x;       // x, or dY
+  DenseOperand lora_a;  // S, or dS: [rows, R]; data null without a bypass
+  DenseOperand lora_b;  // lora_B by n, or lora_A by k: [cols, R]
   int64_t R;
-  int64_t cols;          // N, or K
-  int64_t depth;         // K, or N
+  int64_t cols;   // N, or K
+  int64_t depth;  // K, or N
   int64_t depth_per_part;
-  const void* bias;      // [cols]; or null
+  const void* bias;  // [cols]; or null
   DType bias_dtype;
-  void* out;             // [rows, cols]; with several parts, fp32 [parts, rows, cols]
+  void* out;  // [rows, cols]; with several parts, fp32 [parts, rows, cols]
   DType out_dtype;
 };
 
@@ -92,8 +92,15 @@ template <auto kernel>
 const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
   const int64_t rows = p.x.rows;
   const int64_t parts = any_product_parts(rows, p.cols, p.depth);
-  const ReduceParts reduce{static_cast<const float*>(workspace), parts, rows, p.cols, 1.0f, p.bias,
-                           p.bias_dtype, p.out, p.out_dtype};
+  const ReduceParts reduce{static_cast<const float*>(workspace),
+                           parts,
+                           rows,
+                           p.cols,
+                           1.0f,
+                           p.bias,
+                           p.bias_dtype,
+                           p.out,
+                           p.out_dtype};
   p.depth_per_part = align_up(ceil_div(p.depth < 1 ? 1 : p.depth, parts), kTileDepth);
   if (parts > 1) p.out = workspace;
   QLORA_EXT_TRY(launch_kernel<kernel>(tile_grid(rows, p.cols, parts), kTileThreads,

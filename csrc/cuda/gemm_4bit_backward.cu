@@ -83,9 +83,9 @@ const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
                     : (launch_kernel<gemm_4bit_backward_fused<Arch, T, kTilesM, false>>(
                           grid, Traits::kThreads, kBytes, stream, fused)));
   if (splits == 1) return nullptr;
-  return launch_reduce_parts({fused.parts, splits, p.M, p.weight.K, 1.0f, nullptr, DType::kFloat32,
-                              p.dX, p.dtype},
-                             stream);
+  return launch_reduce_parts(
+      {fused.parts, splits, p.M, p.weight.K, 1.0f, nullptr, DType::kFloat32, p.dX, p.dtype},
+      stream);
 }
 
 template <int kTilesM>

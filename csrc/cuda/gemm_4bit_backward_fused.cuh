@@ -1,5 +1,5 @@
-// gemm_4bit_backward_fused: dX = dY W + dS A on tensor cores, contracting over N, the weight decoded
-// in registers on its way from the checkpoint's bytes to mma fragments.
+// gemm_4bit_backward_fused: dX = dY W + dS A on tensor cores, contracting over N, the weight
+// decoded in registers on its way from the checkpoint's bytes to mma fragments.
 //
 // Moves   the packed weight once per kTileM rows of dY (0.516 B/weight), dY once per 256 columns.
 // Floor   2 M N K flops; mma.sync reaches ~63% of Hopper's peak. At M = 64, 4096x14336 moves 30 MB,
@@ -32,8 +32,8 @@ template <class Arch, int kTilesM>
 struct BackwardTraits {
   static constexpr int kThreads = 256;
   static constexpr int kTileM = 8 * kTilesM;
-  static constexpr int kTileK = 256;          // columns of dX
-  static constexpr int kStageN = 64;          // rows of W per stage
+  static constexpr int kTileK = 256;           // columns of dX
+  static constexpr int kStageN = 64;           // rows of W per stage
   static constexpr int kRuns = kTileK / kRun;  // = warps along k
   static_assert(kRuns * kStageN == kThreads, "a stage has one scale for each thread");
   static constexpr bool kCompact = std::is_same_v<Arch, Sm75>;
@@ -212,7 +212,8 @@ struct BackwardTile {
       return make_float2(*reinterpret_cast<const float*>(s.table + high),
                          *reinterpret_cast<const float*>(s.table + low));
     } else {
-      const uint32_t offset = ptx::prmt(word, lane_bytes, 0x5504 | i << 4);  // byte * 256 + lane * 8
+      const uint32_t offset =
+          ptx::prmt(word, lane_bytes, 0x5504 | i << 4);  // byte * 256 + lane * 8
       return *reinterpret_cast<const float2*>(s.table + offset);
     }
   }
@@ -305,10 +306,10 @@ struct BackwardTile {
     if (warp_n == 1) {
       for_each_row([&](int tile, int i) {
         float4* sums = reinterpret_cast<float4*>(&s.sums[tile * 8 + t * 2 + i][column]);
-        sums[0] = make_float4(acc[0][tile][i], acc[0][tile][i + 2], acc[1][tile][i],
-                              acc[1][tile][i + 2]);
-        sums[1] = make_float4(acc[2][tile][i], acc[2][tile][i + 2], acc[3][tile][i],
-                              acc[3][tile][i + 2]);
+        sums[0] =
+            make_float4(acc[0][tile][i], acc[0][tile][i + 2], acc[1][tile][i], acc[1][tile][i + 2]);
+        sums[1] =
+            make_float4(acc[2][tile][i], acc[2][tile][i + 2], acc[3][tile][i], acc[3][tile][i + 2]);
       });
     }
     __syncthreads();

@@ -2,11 +2,13 @@
 // way from the checkpoint's bytes to mma fragments. One kernel for decode (M = 1) to a few hundred.
 //
 // Moves   the packed weight once per kTileM rows of x (0.516 B/weight), x once per kTileN columns.
-// Floor   M <= 16: the weight's bytes over bandwidth, 4096x14336 10.1 us, 8192x8192 11.5 us on H100.
+// Floor   M <= 16: the weight's bytes over bandwidth, 4096x14336 10.1 us, 8192x8192 11.5 us on
+// H100.
 //         From M ~ 69 (H100) the tensor cores: mma.sync reaches ~63% of Hopper's peak.
 // MMA     m16n8k16 with the weight as A (16 rows n) and x as B (8 rows m), so that M = 8 wastes
 //         nothing and M = 1 costs no more instructions than M = 8. fp32 accumulators.
-// k order k is permuted inside each run of 64: lane t of a quad owns elements 16t .. 16t + 15 of it,
+// k order k is permuted inside each run of 64: lane t of a quad owns elements 16t .. 16t + 15 of
+// it,
 //         8 consecutive bytes of W and 32 of x, and mma step j takes 4j .. 4j + 3 from each lane.
 // Decode  pair table: a whole byte selects two 16-bit values. The table has one copy per bank, so
 //         look-ups never conflict, and 256 bytes between entries, so that one PRMT (table offset =
@@ -19,7 +21,8 @@
 //         sums that are added in order at the end. Blocks along k (splits) write partial sums to
 //         the workspace, which reduce_parts adds in order.
 // Bypass  S B^T is R / 16 more mma steps into the same accumulators; S and B are rounded to T.
-// Rounding the codebook, times a factor that makes its errors small and cancel (table_factor.cuh), is
+// Rounding the codebook, times a factor that makes its errors small and cancel (table_factor.cuh),
+// is
 //         rounded to T; scale, sums and bias are fp32; y is rounded once.
 // Shared  65536 table + packed stages, 32768 x (65536 at 64 rows), 2304 scales: 100608 bytes, two
 //         blocks per SM on H100, one on A100 and on sm_86/89/120 (limit 101376).
@@ -40,7 +43,7 @@ struct FusedTraits {
   static constexpr int kTileM = 8 * kTilesM;
   static constexpr int kTileN = kTilesM == 1 ? 32 : kTilesM == 2 ? 64 : 128;
   static constexpr int kTileK = 16384 / kTileN;
-  static constexpr int kRuns = kTileK / kRun;         // = warps along k
+  static constexpr int kRuns = kTileK / kRun;  // = warps along k
   static constexpr int kWarpsN = kTileN / 32;
   static_assert(kRuns * kWarpsN * 32 == kThreads, "one run of 64 and 32 rows n for each warp");
   static_assert(kRuns * kTileN == kThreads, "a stage has one scale for each thread");
@@ -48,7 +51,7 @@ struct FusedTraits {
   // sm_75 has 64 KiB of shared memory: a compact table (two lanes share a bank) and two stages.
   static constexpr bool kCompact = std::is_same_v<Arch, Sm75>;
   static constexpr int kStages = kCompact ? 2 : 4;
-  static constexpr int kPairStride = kCompact ? 64 : 256;  // bytes between table entries
+  static constexpr int kPairStride = kCompact ? 64 : 256;   // bytes between table entries
   static constexpr int kLineStride = kCompact ? 128 : 256;  // between 128-byte lines of packed W
   static constexpr int kFirstLine = kCompact ? 256 * 64 : 128;
   static constexpr int kStageLines = 64;
@@ -75,8 +78,8 @@ template <class Arch, int kTilesM>
 struct FusedSmem {
   using Traits = FusedTraits<Arch, kTilesM>;
   unsigned char table[Traits::kTableBytes];  // pair table, packed stages; at the end partial sums
-  unsigned char x[Traits::kStages][Traits::kXStageBytes];    // 16-byte units, unit ^ (row & 1)
-  float scales[2][Traits::kRuns][Traits::kScalePitch];       // [buffer][run][n]
+  unsigned char x[Traits::kStages][Traits::kXStageBytes];  // 16-byte units, unit ^ (row & 1)
+  float scales[2][Traits::kRuns][Traits::kScalePitch];     // [buffer][run][n]
 };
 
 struct FusedParams {
@@ -174,7 +177,8 @@ struct FusedTile {
 
   __device__ __forceinline__ void locate_scales(int tid) {
     const int stage_run = tid % Traits::kRuns, n = tid / Traits::kRuns;
-    const uint32_t first = static_cast<uint32_t>((weight_row(n) * p.gemm.weight.K + k_begin) / kRun);
+    const uint32_t first =
+        static_cast<uint32_t>((weight_row(n) * p.gemm.weight.K + k_begin) / kRun);
     next_run = first + stage_run;
     last_run = first + length / kRun - 1;
     scale_target = &s.scales[0][stage_run][n];
@@ -188,9 +192,8 @@ struct FusedTile {
     for (int step = 0; step < kLanes; ++step) {
       const int i = step * Traits::kThreads + threadIdx.x;
       const int entry = i / kLanes;
-      const uint32_t pair =
-          pack_pair<T>(p.gemm.weight.values[entry >> 4] * p.table_factor,
-                       p.gemm.weight.values[entry & 15] * p.table_factor);
+      const uint32_t pair = pack_pair<T>(p.gemm.weight.values[entry >> 4] * p.table_factor,
+                                         p.gemm.weight.values[entry & 15] * p.table_factor);
       *reinterpret_cast<uint4*>(s.table + entry * Traits::kPairStride + i % kLanes * 16) =
           make_uint4(pair, pair, pair, pair);
     }
@@ -213,15 +216,16 @@ struct FusedTile {
     constexpr int kWCopyRows = Traits::kTileN / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t target = w_target + (slot * Traits::kStageLines + i * 32) * Traits::kLineStride;
+      const uint32_t target =
+          w_target + (slot * Traits::kStageLines + i * 32) * Traits::kLineStride;
       if (k + w_k < length && i * kWCopyRows < w_rows) {
         ptx::cp_async_16_hint(target, w_source + i * (kWCopyRows * p.gemm.weight.K / 2), policy);
       }
     }
 #pragma unroll
     for (int i = 0; i < Traits::kXCopies; ++i) {
-      const uint32_t target = x_target + slot * Traits::kXStageBytes +
-                              i * Traits::kXCopyRows * Traits::kXRowBytes;
+      const uint32_t target =
+          x_target + slot * Traits::kXStageBytes + i * Traits::kXCopyRows * Traits::kXRowBytes;
       if (k + x_k < length && i * Traits::kXCopyRows < x_rows) {
         ptx::cp_async_16(target, x_source + i * (Traits::kXCopyRows * p.gemm.x_stride));
       }
@@ -255,8 +259,7 @@ struct FusedTile {
   // This warp's 32 x 64 weights of a stage times the stage's rows of x.
   __device__ __forceinline__ void multiply(int slot, int buffer) {
     constexpr int kEightRows = 8 * (Traits::kTileK / kRun) / 4 * Traits::kLineStride;
-    const unsigned char* w =
-        s.table + w_read + slot * (Traits::kStageLines * Traits::kLineStride);
+    const unsigned char* w = s.table + w_read + slot * (Traits::kStageLines * Traits::kLineStride);
     uint32_t a[2][4][4];  // [16 rows n][mma step][register]
 #pragma unroll
     for (int row = 0; row < 4; ++row) {  // g, g + 8, g + 16, g + 24

@@ -45,7 +45,7 @@ struct Product {
   float scale;
   void* out;
   DType out_dtype;
-  bool rank_major;     // out is [rank, column]; else [row or column, rank]
+  bool rank_major;  // out is [rank, column]; else [row or column, rank]
 
   int64_t length() const { return over_rows ? cols : big.rows; }
   int64_t depth() const { return over_rows ? big.rows : cols; }
@@ -118,10 +118,10 @@ const char* run(const Product& p, void* workspace, void* stream) {
   const Plan plan = plan_product(p);
   void* out = plan.parts == 1 ? p.out : workspace;
   const DenseOperand big = p.over_rows ? transposed(p) : p.big;
-  const char* error = plan.mma ? run_mma(p, plan, out, stream)
-                      : p.rank_major
-                          ? run_tile(p.small, big, p.depth(), p.scale, plan, out, p.out_dtype, stream)
-                          : run_tile(big, p.small, p.depth(), p.scale, plan, out, p.out_dtype, stream);
+  const char* error =
+      plan.mma       ? run_mma(p, plan, out, stream)
+      : p.rank_major ? run_tile(p.small, big, p.depth(), p.scale, plan, out, p.out_dtype, stream)
+                     : run_tile(big, p.small, p.depth(), p.scale, plan, out, p.out_dtype, stream);
   if (error != nullptr || plan.parts == 1) return error;
   return launch_reduce_parts(
       {static_cast<const float*>(workspace), plan.parts, p.rank_major ? ranks : length,
@@ -131,26 +131,50 @@ const char* run(const Product& p, void* workspace, void* stream) {
 
 // S[m, r] = scaling * sum over k of x[m, k] A[r, k]
 Product shrink(const LoraShrinkParams& p) {
-  return {{p.x, p.x_stride, 1, p.M, p.dtype}, p.K,  {p.lora_A, p.K, 1, p.R, p.lora_dtype},
-          false,                              p.scaling, p.S, DType::kFloat32, false};
+  return {{p.x, p.x_stride, 1, p.M, p.dtype},
+          p.K,
+          {p.lora_A, p.K, 1, p.R, p.lora_dtype},
+          false,
+          p.scaling,
+          p.S,
+          DType::kFloat32,
+          false};
 }
 
 // dA[r, k] = scaling * sum over m of dS[m, r] x[m, k]
 Product gradient_of_A(const LoraShrinkBackwardParams& p) {
-  return {{p.x, p.x_stride, 1, p.M, p.dtype}, p.K, {p.dS, 1, p.R, p.R, DType::kFloat32},
-          true,                               p.scaling, p.dA, p.lora_dtype, true};
+  return {{p.x, p.x_stride, 1, p.M, p.dtype},
+          p.K,
+          {p.dS, 1, p.R, p.R, DType::kFloat32},
+          true,
+          p.scaling,
+          p.dA,
+          p.lora_dtype,
+          true};
 }
 
 // dS[m, r] = scaling * sum over n of dY[m, n] B[n, r]
 Product gradient_of_S(const LoraExpandBackwardParams& p) {
-  return {{p.dY, p.dY_stride, 1, p.M, p.dtype}, p.N, {p.lora_B, 1, p.R, p.R, p.lora_dtype},
-          false,                                p.scaling, p.dS, DType::kFloat32, false};
+  return {{p.dY, p.dY_stride, 1, p.M, p.dtype},
+          p.N,
+          {p.lora_B, 1, p.R, p.R, p.lora_dtype},
+          false,
+          p.scaling,
+          p.dS,
+          DType::kFloat32,
+          false};
 }
 
 // dB[n, r] = sum over m of dY[m, n] S[m, r]
 Product gradient_of_B(const LoraExpandBackwardParams& p) {
-  return {{p.dY, p.dY_stride, 1, p.M, p.dtype}, p.N, {p.S, 1, p.S_stride, p.R, DType::kFloat32},
-          true,                                 1.0f, p.dB, p.lora_dtype, false};
+  return {{p.dY, p.dY_stride, 1, p.M, p.dtype},
+          p.N,
+          {p.S, 1, p.S_stride, p.R, DType::kFloat32},
+          true,
+          1.0f,
+          p.dB,
+          p.lora_dtype,
+          false};
 }
 
 }  // namespace

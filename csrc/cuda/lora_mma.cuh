@@ -1,5 +1,5 @@
-// lora_rows_mma and lora_columns_mma: the LoRA products with one long operand (x or dY, bf16) and one
-// of a small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
+// lora_rows_mma and lora_columns_mma: the LoRA products with one long operand (x or dY, bf16) and
+// one of a small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
 //
 //   rows     out[m, r] = scale * sum over d of big[m, d] small[r, d]    S = x A^T, dS = dY B
 //   columns  out[c, r] = scale * sum over m of big[m, c] small[r, m]    dA = dS^T x, dB = dY^T S
@@ -11,8 +11,8 @@
 //         both bf16 (two mma), which keeps 16 bits of it; fp32 adapters stay nearly fp32. Not for
 //         fp16, whose range a gradient's lo half would leave.
 // Layout  rows: no shared memory for the long operand: a lane loads 32 consecutive bytes of its two
-//         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the next
-//         64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
+//         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the
+//         next 64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
 // Order   parts of the contraction are added by reduce_parts in order. No float atomics.
 // Not yet run on silicon.
 #pragma once
@@ -28,15 +28,15 @@ constexpr int kLoraStep = 64;   // of the contraction per step
 struct LoraMma {
   const void* big;  // bf16, rows big_stride apart, 16-byte aligned, big_stride a multiple of 8
   int64_t big_stride;
-  int64_t big_rows;     // M
-  int64_t big_cols;     // K or N, a multiple of 8
-  DenseOperand small;   // by (rank, depth)
+  int64_t big_rows;        // M
+  int64_t big_cols;        // K or N, a multiple of 8
+  DenseOperand small;      // by (rank, depth)
   int64_t depth_per_part;  // a multiple of kLoraStep
   float scale;
-  void* out;            // element (row or column i, rank r) at i * out_stride + r * rank_stride
+  void* out;  // element (row or column i, rank r) at i * out_stride + r * rank_stride
   int64_t out_stride;
   int64_t rank_stride;
-  int64_t out_numel;    // with several parts out is fp32 [parts, out_numel]
+  int64_t out_numel;  // with several parts out is fp32 [parts, out_numel]
   DType out_dtype;
 };
 
@@ -101,9 +101,8 @@ struct SmallLoader {
         v[i] = static_cast<const float*>(small.data)[at];
       } else {
         const unsigned short bits = static_cast<const unsigned short*>(small.data)[at];
-        v[i] = small.dtype == DType::kFloat16
-                   ? __half2float(__ushort_as_half(bits))
-                   : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+        v[i] = small.dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                              : __uint_as_float(static_cast<uint32_t>(bits) << 16);
       }
     }
     first += kLoraStep * small.depth_stride;
@@ -158,8 +157,7 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
 
 // Blocks: x ranks, y 128 rows, z parts of the depth.
 template <class Arch, class T, int kRankTiles>
-__global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1)
-    lora_rows_mma(LoraMma p) {
+__global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_rows_mma(LoraMma p) {
   if constexpr (!ptx::is_compiled<Arch>()) {
     return;
   } else {
@@ -230,16 +228,15 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1)
 
 // Blocks: x 128 columns, y ranks, z parts of the rows.
 template <class Arch, class T, int kRankTiles>
-__global__ void __launch_bounds__(kLoraThreads, 2)
-    lora_columns_mma(LoraMma p) {
+__global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
   if constexpr (!ptx::is_compiled<Arch>()) {
     return;
   } else {
     using Smem = LoraColumnsSmem<T, kRankTiles>;
     constexpr int kAhead = Smem::kStages - 1;
-    constexpr int kUnits = kLoraTile / 8;                            // 16-byte units of a row
-    constexpr int kCopyRows = kLoraThreads / kUnits;                 // rows of one copy by all
-    constexpr int kCopies = kLoraStep / kCopyRows;                   // copies per thread and stage
+    constexpr int kUnits = kLoraTile / 8;             // 16-byte units of a row
+    constexpr int kCopyRows = kLoraThreads / kUnits;  // rows of one copy by all
+    constexpr int kCopies = kLoraStep / kCopyRows;    // copies per thread and stage
     auto& s = ptx::shared_memory<Smem>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kLoraTile;
@@ -258,14 +255,15 @@ __global__ void __launch_bounds__(kLoraThreads, 2)
       for (int i = 0; i < kCopies; ++i) {
         const int64_t m = m0 + copy_row + i * kCopyRows;
         const bool valid = in_columns && m < end;
-        const T* source = static_cast<const T*>(p.big) + (valid ? m * p.big_stride + col0 + unit * 8 : 0);
-        ptx::cp_async_16_zfill(
-            target + (slot * kLoraStep + i * kCopyRows) * (kLoraTile * 2), source, valid ? 16 : 0);
+        const T* source =
+            static_cast<const T*>(p.big) + (valid ? m * p.big_stride + col0 + unit * 8 : 0);
+        ptx::cp_async_16_zfill(target + (slot * kLoraStep + i * kCopyRows) * (kLoraTile * 2),
+                               source, valid ? 16 : 0);
       }
       ptx::cp_async_commit();
     };
-    // ldmatrix: lane l gives row l % 8 of matrix l / 8; matrices 0, 1 are rows 0-7 by the warp's two
-    // units of columns, 2, 3 rows 8-15. Transposed, they are the fragment's registers 0 to 3.
+    // ldmatrix: lane l gives row l % 8 of matrix l / 8; matrices 0, 1 are rows 0-7 by the warp's
+    // two units of columns, 2, 3 rows 8-15. Transposed, they are the fragment's registers 0 to 3.
     const int read_row = lane % 8 + lane / 16 * 8;
     const int read_unit = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
     const uint32_t read = ptx::shared_address(s.big) + read_row * (kLoraTile * 2) + read_unit * 16;

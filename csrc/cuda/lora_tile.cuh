@@ -21,7 +21,7 @@ struct LoraProduct {
   int64_t depth;
   int64_t depth_per_part;  // a multiple of kTileDepth
   float scale;
-  void* out;               // [a.rows, b.rows]; with several parts, fp32 [parts, a.rows, b.rows]
+  void* out;  // [a.rows, b.rows]; with several parts, fp32 [parts, a.rows, b.rows]
   DType out_dtype;
 };
 

@@ -42,8 +42,8 @@ inline CodeOrder make_code_order(const Codebook& book) {
 }
 
 __device__ __forceinline__ void fill_thresholds(QuantizeSmem& s, const Codebook& book) {
-  if (threadIdx.x < 15 * 32) s.thresholds[threadIdx.x / 32][threadIdx.x % 32] =
-      book.thresholds[threadIdx.x / 32];
+  if (threadIdx.x < 15 * 32)
+    s.thresholds[threadIdx.x / 32][threadIdx.x % 32] = book.thresholds[threadIdx.x / 32];
 }
 
 __device__ __forceinline__ uint32_t encode(const QuantizeSmem& s, const CodeOrder& order, float v) {
@@ -144,9 +144,9 @@ __device__ __forceinline__ double block_tree_sum(QuantizeSmem& s, double (&v)[8]
 }
 
 // mean, and scale = c * std, of a block with `count` elements.
-__device__ __forceinline__ void standard_statistics(QuantizeSmem& s, const float (&x)[8],
-                                                    int valid, int64_t count, int blocksize,
-                                                    float std_factor, float& mean, float& scale) {
+__device__ __forceinline__ void standard_statistics(QuantizeSmem& s, const float (&x)[8], int valid,
+                                                    int64_t count, int blocksize, float std_factor,
+                                                    float& mean, float& scale) {
   const int present = static_cast<int>((count + kTreeGroup - 1) / kTreeGroup);
   const double n = static_cast<double>(count > 0 ? count : 1);
   double v[8];

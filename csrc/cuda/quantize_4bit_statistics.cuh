@@ -59,8 +59,8 @@ static __global__ void __launch_bounds__(kMaxThreads)
 static __global__ void quantize_4bit_finish_mean(const double* total, int64_t numel, float* mean) {
   if (threadIdx.x == 0) *mean = static_cast<float>(__ddiv_rn(*total, static_cast<double>(numel)));
 }
-static __global__ void quantize_4bit_finish_scale(const double* total, int64_t numel, float std_factor,
-                                           float* scale) {
+static __global__ void quantize_4bit_finish_scale(const double* total, int64_t numel,
+                                                  float std_factor, float* scale) {
   if (threadIdx.x != 0) return;
   const double std = __dsqrt_rn(__ddiv_rn(*total, static_cast<double>(numel)));
   *scale = static_cast<float>(__dmul_rn(static_cast<double>(std_factor), std));

@@ -15,8 +15,8 @@ const char* quantize_absmax(const QuantizeAbsmaxParams& p, void* stream) {
   QLORA_EXT_TRY(launch_tree_sum(values, static_cast<double*>(p.workspace), &total, stream));
   const int64_t groups = ceil_div(p.num_blocks, 256);
   return launch_kernel<quantize_absmax_groups>(grid_blocks(ceil_div(groups, kAbsmaxThreads / 32)),
-                                               kAbsmaxThreads, sizeof(QuantizeAbsmaxSmem), stream, p,
-                                               total);
+                                               kAbsmaxThreads, sizeof(QuantizeAbsmaxSmem), stream,
+                                               p, total);
 }
 
 const char* dequantize_absmax(const DequantizeAbsmaxParams& p, void* stream) {

@@ -26,15 +26,15 @@ static __global__ void __launch_bounds__(kAbsmaxThreads)
   const int lane = threadIdx.x % 32;
   {
     const int i = threadIdx.x;
-    s.thresholds[i] = i == 255 ? __int_as_float(0x7f800000)
-                               : static_cast<float>(__dmul_rn(
-                                     __dadd_rn(static_cast<double>(kDeviceDynamicMap[i]),
-                                               static_cast<double>(kDeviceDynamicMap[i + 1])),
-                                     0.5));
+    s.thresholds[i] =
+        i == 255
+            ? __int_as_float(0x7f800000)
+            : static_cast<float>(__dmul_rn(__dadd_rn(static_cast<double>(kDeviceDynamicMap[i]),
+                                                     static_cast<double>(kDeviceDynamicMap[i + 1])),
+                                           0.5));
   }
   __syncthreads();
-  const float offset =
-      static_cast<float>(__ddiv_rn(*total, static_cast<double>(p.num_blocks)));
+  const float offset = static_cast<float>(__ddiv_rn(*total, static_cast<double>(p.num_blocks)));
   if (blockIdx.x == 0 && threadIdx.x == 0) p.nested[0] = offset;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * (kAbsmaxThreads / 32) + threadIdx.x / 32;
   if (group * 256 >= p.num_blocks) return;  // whole warps leave

@@ -16,9 +16,9 @@ struct ReduceParts {
   int64_t rows;
   int64_t cols;
   float scale;
-  const void* bias;    // [cols], bias_dtype; or null
+  const void* bias;  // [cols], bias_dtype; or null
   DType bias_dtype;
-  void* out;           // [rows, cols], out_dtype
+  void* out;  // [rows, cols], out_dtype
   DType out_dtype;
 };
 
@@ -35,7 +35,8 @@ static __global__ void __launch_bounds__(256) reduce_parts(ReduceParts p) {
 }
 
 inline const char* launch_reduce_parts(const ReduceParts& p, void* stream) {
-  return launch_kernel<reduce_parts>(grid_blocks(ceil_div(p.rows * p.cols, 256)), 256, 0, stream, p);
+  return launch_kernel<reduce_parts>(grid_blocks(ceil_div(p.rows * p.cols, 256)), 256, 0, stream,
+                                     p);
 }
 
 // How many parts to cut `depth` into, so that tiles * parts fill the device once, with at least

@@ -3,9 +3,9 @@
 //
 // A product with a rounded table makes the same error in every weight of one code. With factor 1
 // bf16 NF4 has a mean error of 4.6e-4 of the weights' RMS, which adds up wherever x has a mean: for
-// x = |N(0, 1)| and K = 4096 the error is 2.3e-2, against 3.0e-3 for weights that are dequantized to
-// bf16 one by one. Levels times 1.19 happen to lie near bf16 numbers, their errors cancel, and the
-// error is 1.2e-3. (Measured on 2026-11-24 in fp64 on a CPU.)
+// x = |N(0, 1)| and K = 4096 the error is 2.3e-2, against 3.0e-3 for weights that are dequantized
+// to bf16 one by one. Levels times 1.19 happen to lie near bf16 numbers, their errors cancel, and
+// the error is 1.2e-3. (Measured on 2026-11-24 in fp64 on a CPU.)
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace qlora_ext {
 
-// The share of each code among normal weights of deviation `sigma`, relative to their block's scale:
-// the mass between the midpoints to its neighbours.
+// The share of each code among normal weights of deviation `sigma`, relative to their block's
+// scale: the mass between the midpoints to its neighbours.
 inline void code_shares(const float* values, double sigma, double* shares) {
   int order[16];
   for (int i = 0; i < 16; ++i) order[i] = i;
@@ -107,7 +107,8 @@ float table_factor(const float* values, int64_t blocksize) {
   static thread_local Entry entries[kEntries];
   static thread_local int next = 0;
   for (const Entry& entry : entries) {
-    if (entry.blocksize == blocksize && std::memcmp(entry.values, values, sizeof(entry.values)) == 0) {
+    if (entry.blocksize == blocksize &&
+        std::memcmp(entry.values, values, sizeof(entry.values)) == 0) {
       return entry.factor;
     }
   }

@@ -32,7 +32,8 @@ __device__ __forceinline__ void load_four(const void* data, DType dtype, int64_t
                                           float (&v)[4]) {
   if (dtype == DType::kFloat32) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = i < count ? static_cast<const float*>(data)[first + i] : 0.0f;
+    for (int i = 0; i < 4; ++i)
+      v[i] = i < count ? static_cast<const float*>(data)[first + i] : 0.0f;
     return;
   }
 #pragma unroll
@@ -119,7 +120,8 @@ struct TileSlice {
   }
 };
 
-// Accumulators: acc[i][j] is C[row0 + 4 * (threadIdx.x / 16) + i, col0 + 4 * (threadIdx.x % 16) + j].
+// Accumulators: acc[i][j] is C[row0 + 4 * (threadIdx.x / 16) + i, col0 + 4 * (threadIdx.x % 16) +
+// j].
 struct TileAccumulators {
   float v[4][4];
 };

@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kTreeThreads) tree_sum_level(TreeValues<T> val
 // All the levels that are left, in one block: the total goes to sums[0]. `sums` has room for
 // tree_sum_doubles(n) values; each level's sums lie behind those of the level before.
 template <class T>
-__global__ void __launch_bounds__(kTreeThreads) tree_sum_finish(TreeValues<T> values, double* sums) {
+__global__ void __launch_bounds__(kTreeThreads)
+    tree_sum_finish(TreeValues<T> values, double* sums) {
   constexpr int kWarps = kTreeThreads / 32;
   const int warp = threadIdx.x / 32;
   int64_t n = (values.n + kTreeGroup - 1) / kTreeGroup;
@@ -127,8 +128,8 @@ const char* launch_tree_sum(const TreeValues<T>& values, double* scratch, const 
   }
   int64_t n = ceil_div(values.n, kTreeGroup);
   const unsigned warps = kTreeThreads / 32;
-  if (const char* error = launch_kernel<tree_sum_level<T>>(grid_blocks(ceil_div(n, warps)),
-                                                           kTreeThreads, 0, stream, values, scratch)) {
+  if (const char* error = launch_kernel<tree_sum_level<T>>(
+          grid_blocks(ceil_div(n, warps)), kTreeThreads, 0, stream, values, scratch)) {
     return error;
   }
   return launch_tree_sum<double>({scratch, nullptr, n}, scratch + n, total, stream);
