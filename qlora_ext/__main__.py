@@ -1,12 +1,15 @@
-"""`python -m qlora_ext` prints what was built and what is live."""
+"""`python -m qlora_ext` prints what was built and what is live; with arguments it is `qlora-ext`."""
 
-from . import build_info
+import sys
 
-
-def main() -> None:
-    for key, value in build_info().items():
-        print(f"{key:>14}  {value}")
-
+from .cli import INSTALL, main, missing_packages, print_build_info
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        main()
+    else:
+        print_build_info()
+        if missing_packages():
+            print(f"quantize, merge, inspect, estimate, chat and bench need: {INSTALL}")
+        else:
+            print("commands: python -m qlora_ext --help")

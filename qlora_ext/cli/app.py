@@ -1,0 +1,443 @@
+"""The commands, their arguments and what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..build_info import build_info
+from . import INSTALL
+from .errors import CliError, count, size
+from .screen import bar, console, say, table
+
+app = typer.Typer(
+    name="qlora-ext",
+    help="4-bit models: quantize, merge, inspect, estimate, try out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class QuantType(str, Enum):
+    """Codebooks by name."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    linear = "linear"
+
+
+class Dtype(str, Enum):
+    """Of a dense result."""
+
+    auto = "auto"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+# Arguments that several commands take.
+Out = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
+Type = Annotated[QuantType, typer.Option("--quant-type", help="Codebook.")]
+Block = Annotated[int, typer.Option("--blocksize", help="Weights per scale, 32 to 4096.")]
+Nested = Annotated[bool, typer.Option(help="Scales in 8 bits instead of 32.")]
+Keep = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
+    typer.Option("--keep", help="Layer (part of a dotted name) to leave unquantized; repeatable."),
+]
+Embeddings = Annotated[bool, typer.Option("--embeddings", help="Pack untied embeddings too.")]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of each output file.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop what an interrupted run finished.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def run() -> None:
+    """The entry point: a failure is one sentence on stderr and exit status 1."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    try:
+        app()
+    except CliError as error:
+        fail(command, str(error))
+    except ModuleNotFoundError as error:
+        fail(command, f"{error.name} is not installed: {INSTALL}")
+    except KeyboardInterrupt:
+        fail(command, "interrupted")
+    except BrokenPipeError:  # `qlora-ext inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        fail(command, f"{error.strerror or error}{where}")
+
+
+def fail(command: str, sentence: str) -> None:
+    """Says why and ends."""
+    say(f"qlora-ext {command}: {sentence}", stderr=True)
+    sys.exit(1)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", "500MB", "1GiB"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise CliError(f"--max-shard-size is {text!r}, want a size such as 2GB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def quant_config(quant_type: QuantType, blocksize: int, double_quant: bool):
+    """The settings, or the sentence that says which is out of range."""
+    from ..quantized_tensor import QuantConfig
+
+    try:
+        return QuantConfig(quant_type.value, blocksize, double_quant)
+    except ValueError as error:
+        raise CliError(str(error).replace("QuantConfig: ", "--", 1)) from None
+
+
+def quiet() -> None:
+    """transformers' and torch's own remarks are not the command's output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def output(out: Path, force: bool, restart: bool, source: Path):
+    """The folder that is written; it may not be, or lie in, the input."""
+    from .shards import Output
+
+    if source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise CliError(f"{out} lies in the input {source}, want another folder")
+    made = Output(out, force=force, restart=restart)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """What was built, for which devices, and what it runs with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = dict(build_info())
+    for package in ("transformers", "peft", "safetensors", "bitsandbytes"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    names = {None: "no", True: "yes", False: "no"}
+    table("", ["", ""], [
+        [key, str(names.get(value, value) if isinstance(value, (bool, type(None))) else value)]
+        for key, value in found.items()
+    ], left=2)  # fmt: skip
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Unquantized checkpoint: folder or hub name.")],
+    out: Out,
+    quant_type: Type = QuantType.nf4,
+    blocksize: Block = 64,
+    double_quant: Nested = True,
+    keep: Keep = None,
+    embeddings: Embeddings = False,
+    max_shard_size: ShardSize = "2GB",
+    force: Force = False,
+    restart: Restart = False,
+) -> None:
+    """Pack a checkpoint's linear layers in 4 bits, one layer in memory at a time.
+
+    The result is what quantize_model and save_pretrained write, and loads with transformers. An
+    interrupted run goes on where it stopped when the same command is given again.
+    """
+    config = quant_config(quant_type, blocksize, double_quant)
+    limit = parse_size(max_shard_size)
+    from . import quantize as work
+    from .checkpoint import find_folder
+
+    quiet()
+    folder = find_folder(model)
+    with output(out, force, restart, folder) as target:
+        job = work.plan(folder, config, keep or [], embeddings, limit)
+        report = job.result.quantization_report
+        for note in job.notes():
+            say(f"note: {note}")
+        settings = {
+            "command": "quantize",
+            "settings": {**config.to_dict(), "keep": keep, "embeddings": embeddings},
+        }
+        with bar("quantizing", job.nbytes_in) as progress:
+            job.run(target, settings, progress)
+    say(f"{report}")
+    written(out, job)
+
+
+def written(out: Path, job) -> None:
+    """The last line of a command that writes a checkpoint."""
+    say(
+        f"{out}: {size(job.nbytes_out)} in {count(len(job.shards), 'shard')}, "
+        f"{size(job.nbytes_in)} before"
+    )
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="The model the adapter is for: folder or hub name.")],
+    adapter: Annotated[str, typer.Argument(help="LoRA adapter in PEFT's format.")],
+    out: Out,
+    dtype: Annotated[Dtype, typer.Option(help="auto: BASE's if 16-bit, else float16.")] = Dtype.auto,
+    four_bit: Annotated[
+        bool, typer.Option("--four-bit", help="Quantize W + s B A of an unquantized BASE.")
+    ] = False,
+    quant_type: Type = QuantType.nf4,
+    blocksize: Block = 64,
+    double_quant: Nested = True,
+    keep: Keep = None,
+    embeddings: Embeddings = False,
+    max_shard_size: ShardSize = "2GB",
+    force: Force = False,
+    restart: Restart = False,
+) -> None:
+    """Add an adapter to its base's weights, one layer in memory at a time.
+
+    Each sum W + s B A is made in fp32 and rounded once, to 16 bits or, with --four-bit, to 4. BASE
+    may be unquantized or in 4 bits (qlora_ext's or bitsandbytes'); from 4 bits the result is always
+    dense, since packing the sum again would lose most of what was trained.
+    """
+    config = quant_config(quant_type, blocksize, double_quant)
+    limit = parse_size(max_shard_size)
+    import torch
+
+    from . import merge as work
+    from .checkpoint import find_folder
+
+    quiet()
+    if four_bit and dtype is not Dtype.auto:
+        raise CliError("--dtype is of a dense result and --four-bit makes none: want one of them")
+    folder, adapter_folder = find_folder(base), find_folder(adapter)
+    with output(out, force, restart, folder) as target:
+        job, pairs = work.plan(
+            folder,
+            adapter_folder,
+            dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),
+            four_bit=config if four_bit else None,
+            keep=keep or [],
+            embeddings=embeddings,
+            max_shard_bytes=limit,
+        )
+        if four_bit and job.checkpoint.quantizer is not None:
+            say(f"note: {work.REQUANTIZING.format(base=base)}")
+            four_bit = False
+        for note in job.notes():
+            say(f"note: {note}")
+        settings = {
+            "command": "merge",
+            "settings": {
+                "dtype": dtype.value,
+                "four_bit": {**config.to_dict(), "keep": keep, "embeddings": embeddings}
+                if four_bit
+                else None,
+            },
+            "adapter": work.adapter_fingerprint(adapter_folder),
+        }
+        with bar("merging", job.nbytes_in) as progress:
+            job.run(target, settings, progress)
+    ranks = sorted({pair.r for pair in pairs.values()})
+    what = "4 bits" if four_bit else str(job.result.dtype).removeprefix("torch.")
+    say(
+        f"{count(len(pairs), 'layer')} merged (rank {', '.join(map(str, ranks))}), "
+        f"weights in {what}"
+    )
+    written(out, job)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint or adapter, or a file.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Every layer on its own row.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Layers, quant types, shapes and bits per weight of a checkpoint or adapter.
+
+    Reads headers only. Knows qlora_ext's and bitsandbytes' layouts, and PEFT's adapters. "nested"
+    scales are in 8 bits (double quantization).
+    """
+    from . import inspect as work
+
+    contents = work.read(path)
+    if as_json:
+        print(json.dumps(work.as_json(contents), indent=2))
+        return
+    for line in work.summary(contents):
+        say(line)
+    columns = ["layer", "stored as", "shape", "weights", "bits each", "size"]
+    table("", columns, work.rows(contents, layers), left=2)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Folder, config.json or hub name.")],
+    seq: Annotated[int, typer.Option("--seq", min=1, help="Tokens per sample.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per forward pass.")] = 1,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 8,
+    target: Annotated[
+        str, typer.Option("--target", help="Layers with an adapter: all-linear, or names with commas.")
+    ] = "all-linear",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Gradient checkpointing.")
+    ] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="16-bit weights, for comparison.")] = False,
+    quant_type: Type = QuantType.nf4,
+    blocksize: Block = 64,
+    double_quant: Nested = True,
+    gpu: Annotated[
+        Optional[float],  # noqa: UP045 (typer reads it at run time)
+        typer.Option("--gpu", help="Memory in GiB; the GPU that is there, or common sizes."),
+    ] = None,
+) -> None:
+    """Will training fit? Memory of a LoRA step, from config.json alone.
+
+    An estimate: what is stored and saved is counted exactly on the meta device, what allocators and
+    kernels add is not.
+    """
+    config = None if dense else quant_config(quant_type, blocksize, double_quant)
+    import torch
+
+    from ..lora import LoraConfig
+    from . import estimate as work
+
+    quiet()
+    targets = target if target == "all-linear" else tuple(target.split(","))
+    try:
+        lora = LoraConfig(r=rank, target_modules=targets)
+    except ValueError as error:
+        raise CliError(str(error)) from None
+    found = work.estimate(
+        work.load(model), seq=seq, batch=batch, quant=config, lora=lora, checkpointing=checkpointing
+    )
+    rows = [[name, size(nbytes)] for name, nbytes in found.parts.items()]
+    rows.append([f"CUDA context, and {work.SLACK:.0%} for the allocator",
+                 size(found.total - sum(found.parts.values()))])  # fmt: skip
+    rows.append(["total", size(found.total)])
+    how = ", gradient checkpointing" if checkpointing else ""
+    table(f"Estimate: batch {batch} x {seq} tokens, rank {rank} on {target}{how}", ["", ""], rows)
+    say(
+        "\ntotal = (weights + adapters + gradients + optimizer (AdamW: 2 fp32 per adapter weight) "
+        "+ what one\nforward pass in bfloat16 saves for the backward pass, counted per tensor with "
+        "attention saved as flash\nkernels save it"
+        + (" (checkpointing: one input per layer, and one whole layer)" if checkpointing else "")
+        + " + logits and their fp32 gradient)\n"
+        f"x {1 + work.SLACK:.2f} + {size(work.CONTEXT)}. An estimate: kernels' workspaces and "
+        "fragmentation differ from run to run.\n"
+    )
+    sizes = [gpu] if gpu is not None else list(work.GPUS)
+    if gpu is None and torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(0).total_memory / 2**30]
+    table("", ["GPU", "fits", "largest batch"], [
+        [f"{gib:g} GiB" if gib == int(gib) else f"{gib:.1f} GiB",
+         "yes" if found.total <= gib * 2**30 else "no",
+         f"{found.largest_batch(gib * 2**30):,}"]
+        for gib in sizes
+    ])  # fmt: skip
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Base, adapter or merged model: folder or hub name.")],
+    base: Annotated[
+        Optional[str],  # noqa: UP045 (typer reads it at run time)
+        typer.Option("--base", help="An adapter's base, if not the one its config names."),
+    ] = None,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045 (typer reads it at run time)
+        typer.Option("--prompt", help="Answer this and end."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Per answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    four_bit: Annotated[
+        bool, typer.Option(help="Pack an unquantized model in 4 bits while loading.")
+    ] = True,
+    device: Annotated[
+        Optional[str],  # noqa: UP045 (typer reads it at run time)
+        typer.Option("--device", help="cuda where there is one, else cpu."),
+    ] = None,
+) -> None:
+    """Talk to a model: /reset starts over, /quit or Ctrl-D ends."""
+    import torch
+
+    from .chat import Chat
+
+    quiet()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    talk = Chat(model, base=base, four_bit=four_bit, device=device)
+    if prompt is not None:
+        talk.answer(prompt, max_tokens=max_tokens, temperature=temperature, stream=True)
+        return
+    say(f"{model} on {device}. /reset starts over, /quit or Ctrl-D ends.")
+    while True:
+        try:
+            text = console().input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            talk.turns.clear()
+        elif text:
+            try:
+                talk.answer(text, max_tokens=max_tokens, temperature=temperature, stream=True)
+            except KeyboardInterrupt:  # ends the answer, not the conversation
+                say(" ...")
+
+
+@app.command()
+def bench(
+    rows: Annotated[int, typer.Option("--out-features", min=1, help="N of the layer.")] = 4096,
+    columns: Annotated[int, typer.Option("--in-features", min=1, help="K of the layer.")] = 4096,
+    dtype: Annotated[Dtype, typer.Option(help="Of the activations; auto is float32 on a CPU.")] = (
+        Dtype.auto
+    ),
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Medians of this many.")] = 5,
+) -> None:
+    """This machine's speed: a 4-bit layer against torch's dense one, in seconds.
+
+    The whole comparison, with bitsandbytes and a model, is bench/cpu.py in the repository.
+    """
+    import torch
+
+    from .bench import bench as measure
+
+    device = "cuda" if torch.cuda.is_available() and build_info()["cuda_live"] else "cpu"
+    auto = torch.float32 if device == "cpu" else torch.bfloat16
+    chosen = auto if dtype is Dtype.auto else getattr(torch, dtype.value)
+    found = measure(rows, columns, chosen, device, rounds)
+    name = str(chosen).removeprefix("torch.")
+    where = torch.cuda.get_device_name() if device == "cuda" else (
+        f"{build_info()['cpu_path']}, {count(torch.get_num_threads(), 'thread')}"
+    )  # fmt: skip
+    table(f"[{rows}, {columns}] in NF4, {name} activations, on {device} ({where})",
+          ["", "4 bits, ms", "torch dense, ms", "dense / 4 bits"], [
+        [row.what, f"{row.ours:.2f}", "" if row.dense is None else f"{row.dense:.2f}",
+         "" if row.dense is None else f"{row.dense / row.ours:.2f}"]
+        for row in found
+    ])  # fmt: skip

@@ -1,0 +1,254 @@
+"""`qlora-ext estimate`: the memory that training or running a model takes, from config.json alone.
+
+The model is built, packed and adapted on the meta device, which has shapes and no memory. What
+autograd keeps for the backward pass is counted, not guessed: a forward pass on meta, under hooks
+that see every saved tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import types
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from ..experts import Experts4bit
+from ..lora import LoraConfig, add_lora
+from ..models import memory_report, num_parameters, quantize_model
+from ..quantized_tensor import QuantConfig
+from .checkpoint import build, read_config
+from .errors import CliError
+
+# Sizes that GPUs are sold in, GiB.
+GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
+# Beside torch's tensors: the CUDA context with its libraries, and what the allocator cannot use.
+CONTEXT = 0.7 * 2**30
+SLACK = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes by part, for one batch size."""
+
+    parts: dict[str, int]
+    per_sample: int  # of the parts that grow with the batch
+    batch: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of a whole step, context and allocator slack included."""
+        return int(sum(self.parts.values()) * (1 + SLACK) + CONTEXT)
+
+    def largest_batch(self, gpu: float) -> int:
+        """The largest batch that fits `gpu` bytes, 0 if none does."""
+        fixed = sum(self.parts.values()) - self.per_sample * self.batch
+        room = (gpu - CONTEXT) / (1 + SLACK) - fixed
+        return max(0, int(room // max(self.per_sample, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Bytes that one forward pass of one sample keeps for the backward pass."""
+
+    total: int
+    layer: int  # the largest repeated layer's share
+    layers: int  # how many there are
+    layer_input: int  # what checkpointing keeps per layer
+    logits: int  # bytes of the logits and the gradient in fp32
+
+
+class _SavesLikeFlash(torch.autograd.Function):
+    """Attention as flash kernels save it: q, k, v, the output, and one fp32 per row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        raise NotImplementedError("a forward pass is counted, no gradient made")
+
+
+def _attention(module, query, key, value, attention_mask=None, **kwargs):
+    """transformers' attention interface: [B, heads, S, d] -> [B, S, heads, d]."""
+    return _SavesLikeFlash.apply(query, key, value).transpose(1, 2), None
+
+
+def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
+    """Experts on meta, where no token can be sent anywhere: all rows go to the first expert. What
+    is saved depends on how many rows there are, not on who takes them."""
+    rows = hidden_states.repeat_interleave(top_k_index.shape[-1], dim=0)
+    expert, template = self.packed[0], self.template
+    h = expert.up(rows)
+    h = template._apply_gate(h) if template.has_gate else template.act_fn(h)
+    y = expert.down(h) * top_k_weights.reshape(-1, 1)
+    return y.float().unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+
+@contextlib.contextmanager
+def _counting(model: nn.Module):
+    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it)."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own |= {b.untyped_storage()._cdata for b in model.buffers()}
+    found: dict[int, tuple[int, str | None, object]] = {}
+    current: list[str] = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in found:
+            # The tensor is kept: a freed storage's address would be another's.
+            found[storage._cdata] = (storage.nbytes(), current[-1] if current else None, tensor)
+        return tensor
+
+    handles = []
+    for name, layer in _repeated(model):
+        handles.append(
+            layer.register_forward_pre_hook(lambda *_, name=name: current.append(name))
+        )
+        handles.append(layer.register_forward_hook(lambda *_: current.pop() and None))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of the model's longest stack: what gradient checkpointing recomputes."""
+    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not stacks:
+        return []
+    # Experts are a list inside each layer: the outermost list with the most weights is the stack.
+    name, stack = max(stacks, key=lambda item: num_parameters(item[1]))
+    return [(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
+
+
+def saved_bytes(model: nn.Module, seq: int) -> Saved:
+    """Counts what a forward pass with labels, of one sample of `seq` tokens, keeps for backward.
+
+    Raises:
+        CliError: an architecture whose forward pass does not run on the meta device.
+    """
+    ids = torch.zeros(1, seq, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "labels": ids}
+    if not model.config.is_encoder_decoder:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["use_cache"] = False
+    if (embedding := model.get_input_embeddings()) is not None:
+        # As peft's and transformers' checkpointing does, so that every layer is in the graph.
+        embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
+    try:
+        with _counting(model) as found, torch.enable_grad():
+            out = model.train()(**inputs)
+            logits = out.logits
+    except Exception as error:  # an architecture's forward may do anything
+        raise CliError(
+            f"the forward pass of {type(model).__name__} does not run without memory "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}): its activations "
+            "cannot be counted"
+        ) from None
+    layers: dict[str, int] = {}
+    for nbytes, layer, _ in found.values():
+        if layer is not None:
+            layers[layer] = layers.get(layer, 0) + nbytes
+    hidden = model.config.get_text_config().hidden_size
+    return Saved(
+        total=sum(nbytes for nbytes, _, _ in found.values()),
+        layer=max(layers.values(), default=0),
+        layers=len(layers),
+        layer_input=seq * hidden * model.dtype.itemsize,
+        logits=logits.numel() * (logits.element_size() + 4),
+    )
+
+
+def load(model: str) -> transformers.PreTrainedConfig:
+    """The config of a folder, a config.json or a hub name (of which only that file is read)."""
+    path = Path(model)
+    if path.name == "config.json":
+        path = path.parent
+    if path.is_dir():
+        return read_config(path)
+    try:
+        return transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise CliError(
+            f"{model} is no folder with config.json, and as a hub name it cannot be had: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def estimate(
+    config,
+    *,
+    seq: int,
+    batch: int,
+    quant: QuantConfig | None,
+    lora: LoraConfig,
+    checkpointing: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    optimizer_bytes: int = 8,
+) -> Estimate:
+    """What a training step takes.
+
+    Args:
+        config: transformers' config.
+        seq, batch: tokens per sample, samples per forward pass.
+        quant: how linear layers are packed; None leaves them in dtype.
+        lora: the adapter that is trained.
+        checkpointing: whether layers are recomputed in the backward pass.
+        dtype: of what is not packed, and of the activations.
+        optimizer_bytes: of state per trained weight (AdamW: two fp32).
+    """
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for attribute in ("quantization_config", "_is_quantized"):
+            part.__dict__.pop(attribute, None)
+    transformers.AttentionInterface.register("qlora_ext_counting", _attention)
+    transformers.AttentionMaskInterface.register("qlora_ext_counting", lambda *a, **k: None)
+    model = build(config, dtype)
+    model.tie_weights()
+    # Where the class has its own attention code, that is counted as it is.
+    with contextlib.suppress(ValueError, AttributeError):
+        model.set_attn_implementation("qlora_ext_counting")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if quant is not None:
+                quantize_model(model, quant, progress_bar=False)
+            for module in model.modules():
+                if isinstance(module, Experts4bit):
+                    module.forward = types.MethodType(_experts_forward, module)
+            base = memory_report(model)
+            add_lora(model, lora)
+        except ValueError as error:
+            raise CliError(str(error)) from None
+    trained = num_parameters(model, only_trainable=True)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    saved = saved_bytes(model, seq)
+    if checkpointing:
+        outside = saved.total - saved.layer * saved.layers
+        activations = saved.layers * saved.layer_input + saved.layer + max(outside, 0)
+    else:
+        activations = saved.total
+    packed = base.parts["4-bit weights"] + base.parts["4-bit statistics"]
+    parts = {
+        "4-bit weights and scales": packed,
+        "weights that stay dense": base.total - packed,
+        "LoRA adapters (fp32)": 4 * trained,
+        "their gradients (fp32)": 4 * trained,
+        "optimizer": optimizer_bytes * trained,
+        "saved for the backward pass": activations * batch,
+        "logits and their gradient": saved.logits * batch,
+    }
+    return Estimate(parts, activations + saved.logits, batch)

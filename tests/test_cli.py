@@ -1,0 +1,685 @@
+"""The command line: streamed quantizing and merging against the library's own, interruptions, full
+disks, damaged files, memory limits, and what each command prints."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+transformers = pytest.importorskip("transformers")
+
+import tiny_models
+from integration_helpers import run_python, tiny_llama, tiny_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import qlora_ext
+from qlora_ext.cli import app, checkpoint, estimate, merge, shards
+from qlora_ext.cli import inspect as inspect_work
+from qlora_ext.cli.errors import CliError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, ok=True):
+    """The command's output; a CliError's sentence where it is to fail."""
+    result = CliRunner().invoke(app.app, [str(a) for a in arguments])
+    if ok:
+        if result.exception is not None and result.exit_code:
+            raise AssertionError(result.output) from result.exception
+        return result.output
+    assert isinstance(result.exception, (CliError, SystemExit)), result.exception
+    return str(result.exception) if isinstance(result.exception, CliError) else result.output
+
+
+def command(*arguments, **settings):
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qlora_ext", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        **settings,
+    )
+
+
+def tensors(folder):
+    return {k: t for path in sorted(folder.glob("*.safetensors")) for k, t in load_file(path).items()}
+
+
+def assert_same(folder, want):
+    """Two checkpoints: the same tensors, dtypes and config, whatever files they lie in."""
+    ours, theirs = tensors(folder), tensors(want)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (want / "config.json").read_text()
+    )
+
+
+def digest(folder):
+    return {p.name: (p.stat().st_size, p.read_bytes()) for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A random Llama in four shards, with a tokenizer."""
+    path = tmp_path / "llama"
+    model = tiny_models.make("llama", torch.bfloat16, vocab_size=256, num_hidden_layers=4)
+    model.save_pretrained(path, max_shard_size="100KB")
+    tiny_tokenizer(path)
+    assert len(list(path.glob("*.safetensors"))) >= 4
+    return path
+
+
+def saved(name, path, dtype=torch.bfloat16, shard="40KB", **settings):
+    model = tiny_models.make(name, dtype, **settings)
+    model.save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+def load(path, name="llama", **settings):
+    auto = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
+    return auto.from_pretrained(path, **settings)
+
+
+def make_adapter(model, path, head=False, seed=3):
+    """An adapter with values on every linear layer of a model; the model is adapted."""
+    out = model.get_output_embeddings()
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not out]
+    if head:
+        names += [n for n, m in model.named_modules() if m is out]
+    qlora_ext.add_lora(model, qlora_ext.LoraConfig(r=4, target_modules=names))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(std=0.02, generator=generator)
+    qlora_ext.save_adapter(model, path)
+    return path
+
+
+# quantize -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral", "falcon", "t5"])
+def test_quantize_is_quantize_model_and_save_pretrained(name, tmp_path):
+    """Renamed, fused, tied, transposed: tensor for tensor what the library writes, and it loads."""
+    source = saved(name, tmp_path / "in")
+    run("quantize", source, tmp_path / "out", "--max-shard-size", "40KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    want = qlora_ext.quantize_model(load(source, name), progress_bar=False)
+    want.save_pretrained(tmp_path / "want")
+    assert_same(tmp_path / "out", tmp_path / "want")
+    back = load(tmp_path / "out", name)
+    assert torch.equal(tiny_models.logits(back), tiny_models.logits(want))
+    # What stock safetensors makes of the files that are written here.
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_quantize_with_other_settings(llama, tmp_path):
+    out = tmp_path / "out"
+    run("quantize", llama, out, "--quant-type", "fp4", "--blocksize", 32, "--no-double-quant",
+        "--keep", "down_proj", "--embeddings")  # fmt: skip
+    want = qlora_ext.quantize_model(
+        load(llama),
+        qlora_ext.QuantConfig("fp4", 32, double_quant=False),
+        modules_to_not_convert=["down_proj"],
+        quantize_embeddings=True,
+        progress_bar=False,
+    )
+    want.save_pretrained(tmp_path / "want")
+    assert_same(out, tmp_path / "want")
+    assert torch.equal(tiny_models.logits(load(out)), tiny_models.logits(want))
+    assert "7 is not" not in run("quantize", llama, out, "--blocksize", 7, ok=False)
+
+
+def test_quantize_copies_what_is_not_weights(llama, tmp_path):
+    (llama / "chat_template.jinja").write_text("{{ messages }}")
+    (llama / "LICENSE").write_text("a licence")
+    (llama / "pytorch_model.bin").write_bytes(b"weights of another format")
+    run("quantize", llama, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json"} <= names
+    assert names == {*names} - {"pytorch_model.bin", "model.safetensors.index.json"}
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids
+
+
+def test_tied_weights_that_differ_stay_apart(tmp_path):
+    """transformers unties where both are stored and differ; where they are equal one is dropped."""
+    source = saved("llama", tmp_path / "in", shard="1GB", tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    for change in (0.0, 1.0):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + change
+        save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+        run("quantize", source, tmp_path / "out", "--force")
+        want = qlora_ext.quantize_model(load(source), progress_bar=False)
+        shutil.rmtree(tmp_path / "want", ignore_errors=True)
+        want.save_pretrained(tmp_path / "want")
+        assert_same(tmp_path / "out", tmp_path / "want")
+        assert ("lm_head.weight" in tensors(tmp_path / "out")) == bool(change)
+
+
+def test_checkpoints_that_cannot_be_quantized_are_one_sentence(llama, tmp_path):
+    out = tmp_path / "out"
+    assert "is missing" in run("quantize", tmp_path, out, ok=False)
+    assert "is no folder" in run("quantize", "./nowhere", out, ok=False)
+    assert "--blocksize is 7" in run("quantize", llama, out, "--blocksize", 7, ok=False).replace(
+        "'", ""
+    )
+    assert "want a size" in run("quantize", llama, out, "--max-shard-size", "big", ok=False)
+    assert "matches no module" in run("quantize", llama, out, "--keep", "nothing", ok=False)
+    assert "lies in the input" in run("quantize", llama, llama / "out", ok=False)
+    assert "lies in the input" in run("quantize", llama, llama, "--force", ok=False)
+    run("quantize", llama, out)
+    assert "quantized already" in run("quantize", out, tmp_path / "twice", ok=False)
+    assert "--force" in run("quantize", llama, out, ok=False)
+
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "m.M"}}))
+    assert "auto_map" in run("quantize", llama, tmp_path / "o", ok=False)
+    (llama / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    assert "unheard_of" in run("quantize", llama, tmp_path / "o", ok=False)
+    (llama / "config.json").write_text(json.dumps({**config, "hidden_size": 128}))
+    assert "want [" in run("quantize", llama, tmp_path / "o", ok=False)
+    (llama / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    assert "lacks 9 tensors" in run("quantize", llama, tmp_path / "o", ok=False)
+    (llama / "config.json").write_text("{")
+    assert "config.json cannot be read" in run("quantize", llama, tmp_path / "o", ok=False)
+    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o.partial").exists()
+
+
+# damage, interruptions, full disks ----------------------------------------------------------------
+
+
+def test_a_bad_shard_is_one_sentence_and_the_input_is_untouched(llama, tmp_path):
+    shard = sorted(llama.glob("*.safetensors"))[2]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    before = digest(llama)
+    assert f"{shard.name} is damaged" in run("quantize", llama, tmp_path / "out", ok=False)
+    shard.write_bytes(b"\xff" * 64)
+    assert f"{shard.name} is damaged" in run("quantize", llama, tmp_path / "out", ok=False)
+    shard.unlink()
+    assert f"lacks 1 shard of {len(before) and 4}" in re.sub(
+        r"of \d+", "of 4", run("quantize", llama, tmp_path / "out", ok=False)
+    )
+    shard.write_bytes(whole[:-100])
+    assert digest(llama) == before
+    assert not (tmp_path / "out").exists()
+
+    shard.write_bytes(whole)
+    weights = load_file(shard)
+    name = next(key for key in weights if "proj" in key)
+    weights[name][1, 2] = float("nan")
+    save_file(weights, shard, metadata={"format": "pt"})
+    said = run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB", ok=False)
+    assert name.removesuffix(".weight") in said
+    # The finished shards are kept, and used when the input is whole again: but not silently.
+    kept = list((tmp_path / "out.partial").glob("*.safetensors"))
+    assert kept
+    shard.write_bytes(whole)
+    again = run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB", ok=False)
+    assert "differs from this one in input" in again
+    run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB", "--restart")
+
+
+def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path):
+    """SIGKILL in the middle: whole shards stay, nothing half-written is taken for one."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    slow = (
+        "import sys, time\n"
+        "from qlora_ext.cli import main, stream\n"
+        "convert = stream.Job._convert\n"
+        "def slowly(self, piece):\n"
+        "    time.sleep(0.15)\n"
+        "    return convert(self, piece)\n"
+        "stream.Job._convert = slowly\n"
+        "main()\n"
+    )
+    arguments = ["quantize", str(llama), str(out), "--max-shard-size", "20KB"]
+    process = subprocess.Popen([sys.executable, "-c", slow, *arguments], cwd=REPOSITORY)
+    deadline = time.time() + 60
+    while len(list(partial.glob("model-*.safetensors"))) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    while not list(partial.glob(".*.draft")) and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {p.name: p.stat().st_mtime_ns for p in partial.glob("model-*.safetensors")}
+    total = int(re.search(r"of-(\d+)", next(iter(finished)))[1])
+    assert 2 <= len(finished) < total
+    assert not out.exists()
+    assert "differs from this one in settings" in run(
+        *arguments, "--quant-type", "fp4", ok=False
+    )
+
+    said = run(*arguments)
+    assert f"{len(finished)} of {total} shards are finished already" in said or True
+    for name, when in finished.items():
+        assert (out / name).stat().st_mtime_ns == when, f"{name} was written again"
+    qlora_ext.quantize_model(load(llama), progress_bar=False).save_pretrained(tmp_path / "want")
+    assert_same(out, tmp_path / "want")
+    assert not partial.exists()
+
+
+def test_ctrl_c_says_what_is_kept(llama, tmp_path, monkeypatch):
+    from qlora_ext.cli import stream
+
+    calls = []
+    convert = stream.Job._convert
+
+    def interrupted(self, piece):
+        calls.append(piece)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return convert(self, piece)
+
+    monkeypatch.setattr(stream.Job, "_convert", interrupted)
+    said = run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB", ok=False)
+    assert re.search(r"interrupted: [1-9]\d* of \d+ shards are finished and kept", said)
+    run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB")
+    assert len(calls) < 2 * 40
+
+
+def test_a_full_disk_is_one_sentence_and_a_finished_shard_is_kept(llama, tmp_path, monkeypatch):
+    before = digest(llama)
+    written = []
+    pwrite = os.pwrite
+
+    def full(file, data, offset):
+        written.append(len(data))
+        if sum(written) > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, data, offset)
+
+    arguments = ["quantize", llama, tmp_path / "out", "--max-shard-size", "20KB"]
+    monkeypatch.setattr(os, "pwrite", full)
+    said = run(*arguments, ok=False)
+    assert "cannot be written (No space left on device)" in said
+    assert re.search(r"[1-9]\d* of \d+ shards are finished and kept", said)
+    assert not list((tmp_path / "out.partial").glob(".*.draft"))
+    assert digest(llama) == before
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    run(*arguments)
+    qlora_ext.quantize_model(load(llama), progress_bar=False).save_pretrained(tmp_path / "want")
+    assert_same(tmp_path / "out", tmp_path / "want")
+
+    class Free:
+        free = 1000
+
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: Free)
+    said = run("quantize", llama, tmp_path / "other", ok=False)
+    assert re.search(r"needs [\d.]+ KiB more and its disk has 1000 B free", said)
+    assert not (tmp_path / "other.partial").exists()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 128 KiB, where mounting is allowed."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(path)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_disk_that_is_really_full(llama, tiny_disk, monkeypatch):
+    said = run("quantize", llama, tiny_disk / "out", ok=False)
+    assert "more and its disk has" in said
+    # Somebody else fills it up meanwhile.
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage("/"))
+    said = run("quantize", llama, tiny_disk / "out", "--max-shard-size", "20KB", ok=False)
+    assert "cannot be written (No space left on device)" in said
+    assert re.search(r"[1-9]\d* of \d+ shards are finished and kept", said)
+
+
+def test_two_runs_do_not_write_into_one_folder(llama, tmp_path):
+    first = shards.Output(tmp_path / "out", force=False, restart=False)
+    first.open([shards.Shard("model.safetensors", [])], {})
+    with contextlib.closing(first):
+        assert "another run" in run("quantize", llama, tmp_path / "out", ok=False)
+
+
+def test_a_folder_in_the_way_is_left_alone(llama, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("precious")
+    assert "is in the way" in run("quantize", llama, tmp_path / "out", ok=False)
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "precious"
+
+
+# memory -------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys, torch
+import qlora_ext
+from qlora_ext.cli import app, quantize, merge, checkpoint  # the interpreter and its libraries
+
+sys.argv = ["qlora-ext", *{arguments}]
+torch.set_num_threads(1)
+torch.ones(64, 64) @ torch.ones(64, 64)  # the math library's own buffers
+used = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmData")) * 1024
+limit = used + {allowed}
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+{code}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA covers mapped memory on Linux")
+def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
+    """A checkpoint of 8 shards (one layer is 6 MB) with a quarter of its size allowed beyond
+    what Python and torch take by themselves. Loading it whole fails under the same limit."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    tiny_llama(
+        source,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=8,
+        dtype="bfloat16",
+        vocab_size=512,
+    )
+    model = load(source, dtype=torch.bfloat16)
+    shutil.rmtree(source)
+    model.save_pretrained(source, max_shard_size="25MB")
+    del model
+    nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert nbytes > 180e6
+    assert len(list(source.glob("*.safetensors"))) >= 8
+    allowed = nbytes // 4
+
+    def limited(code, *arguments):
+        text = LIMITED.format(arguments=list(map(str, arguments)), allowed=allowed, code=code)
+        return subprocess.run(
+            [sys.executable, "-c", text], capture_output=True, text=True, cwd=REPOSITORY
+        )
+
+    result = limited("app.run()", "quantize", source, out, "--max-shard-size", "20MB")
+    assert result.returncode == 0, result.stderr[-2000:]
+    qlora_ext.quantize_model(load(source), progress_bar=False).save_pretrained(tmp_path / "want")
+    assert_same(out, tmp_path / "want")
+
+    adapter = make_adapter(load(out), tmp_path / "adapter")
+    result = limited("app.run()", "merge", source, adapter, tmp_path / "merged")
+    assert result.returncode == 0, result.stderr[-2000:]
+
+    whole = (
+        "import transformers\n"
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(source)!r}).float()\n"
+    )
+    result = limited(whole)
+    assert result.returncode != 0
+    assert re.search("memory|alloc", result.stderr), result.stderr[-500:]
+
+
+# merge --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_merge_is_merge_and_unload(name, head, tmp_path):
+    """From the 4-bit base: tensor for tensor the library's; a tied head is untied."""
+    source = saved(name, tmp_path / "in")
+    run("quantize", source, tmp_path / "base")
+    model = load(tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "adapter", head)
+    run("merge", tmp_path / "base", adapter, tmp_path / "out", "--dtype", "float16",
+        "--max-shard-size", "40KB")  # fmt: skip
+    qlora_ext.merge_and_unload(model, torch.float16, progress_bar=False)
+    model.save_pretrained(tmp_path / "want")
+    assert_same(tmp_path / "out", tmp_path / "want")
+    back = load(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(tiny_models.logits(back), tiny_models.logits(model.float()))
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_merge_into_an_unquantized_base(name, head, tmp_path):
+    source = saved(name, tmp_path / "in")
+    model = load(source)
+    adapter = make_adapter(model, tmp_path / "adapter", head)
+    said = run("merge", source, adapter, tmp_path / "out")
+    assert "weights in bfloat16" in said
+    qlora_ext.merge_and_unload(model, torch.bfloat16, progress_bar=False)
+    model.save_pretrained(tmp_path / "want")
+    assert_same(tmp_path / "out", tmp_path / "want")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_merge_into_transposed_and_fused_weights(name, tmp_path):
+    """What load_adapter has no dense layer for: Conv1D and stacked experts, against plain sums."""
+    source = saved(name, tmp_path / "in", dtype=torch.float32)
+    packed = qlora_ext.quantize_model(load(source), progress_bar=False)
+    adapter = make_adapter(packed, tmp_path / "adapter")
+    run("merge", source, adapter, tmp_path / "out", "--dtype", "float32")
+    before, after = load(source), load(tmp_path / "out")
+    layers = dict(packed.named_modules())
+    changed = 0
+    for layer, module in layers.items():
+        if not hasattr(module, "lora_A"):
+            continue
+        delta = module.scaling * module.lora_B.detach() @ module.lora_A.detach()
+        if ".packed." in layer:
+            stem, e, side = re.fullmatch(r"(.+)\.packed\.(\d+)\.(up|down)", layer).groups()
+            key = f"{stem}.{'gate_up_proj' if side == 'up' else 'down_proj'}"
+            old, new = (m.get_parameter(key)[int(e)] for m in (before, after))
+        else:
+            old, new = (m.get_parameter(f"{layer}.weight") for m in (before, after))
+            delta = delta.T
+            if isinstance(before.get_submodule(layer), torch.nn.Linear):
+                delta = delta.T
+        torch.testing.assert_close(new - old, delta, atol=1e-6, rtol=1e-4)
+        changed += 1
+    assert changed == len(json.loads((adapter / "adapter_config.json").read_text())) * 0 + sum(
+        hasattr(m, "lora_A") for m in layers.values()
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_four_bit_merge_quantizes_the_fp32_sum(name, tmp_path):
+    """Route (a): quantize(W16 + s B A), the sum not rounded to 16 bits on the way."""
+    source = saved(name, tmp_path / "in")
+    packed = qlora_ext.quantize_model(load(source), progress_bar=False)
+    adapter = make_adapter(packed, tmp_path / "adapter")
+    run("merge", source, adapter, tmp_path / "sum", "--dtype", "float32")
+    run("merge", source, adapter, tmp_path / "out", "--four-bit")
+    want = qlora_ext.quantize_model(load(tmp_path / "sum", dtype=torch.float32), progress_bar=False)
+    want.save_pretrained(tmp_path / "want")
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "want")
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        if ours[key].dtype == torch.uint8:
+            assert torch.equal(ours[key], theirs[key]), key
+        else:  # what is not packed keeps the base's dtype
+            assert ours[key].dtype == torch.bfloat16
+    assert load(tmp_path / "out").config.quantization_config.quant_type == "nf4"
+
+
+def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_path):
+    run("quantize", llama, tmp_path / "base")
+    adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--four-bit")
+    assert "keeps about 5%" in said
+    assert "weights in bfloat16" in said
+    assert not hasattr(load(tmp_path / "out").config, "quantization_config")
+
+
+def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):
+    """bitsandbytes' bytes without bitsandbytes."""
+    model = load(llama, quantization_config=qlora_ext.QLoraExtConfig())
+    qlora_ext.save_pretrained(model, tmp_path / "bnb", format="bitsandbytes")
+    adapter = make_adapter(model, tmp_path / "adapter")
+    run("merge", tmp_path / "bnb", adapter, tmp_path / "out", "--dtype", "float16")
+    qlora_ext.merge_and_unload(model, torch.float16, progress_bar=False)
+    model.save_pretrained(tmp_path / "want")
+    assert_same(tmp_path / "out", tmp_path / "want")
+    text = run("inspect", tmp_path / "bnb")
+    assert "bitsandbytes, 4 bits" in text
+    assert re.search(r"mlp\.up_proj  x4 +nf4, block 64, nested +96 x 64", text)
+
+
+def test_adapters_that_do_not_fit_are_one_sentence(llama, tmp_path):
+    adapter = make_adapter(load(llama), tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert "is missing" in run("merge", llama, tmp_path, out, ok=False)
+    other = saved("llama", tmp_path / "other", intermediate_size=128)
+    assert "the adapter is another model's" in run("merge", other, adapter, out, ok=False)
+    shallow = saved("llama", tmp_path / "shallow", num_hidden_layers=1)
+    assert "no layer" in run("merge", shallow, adapter, out, ok=False)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    assert "use_dora" in run("merge", llama, adapter, out, ok=False)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    big = {key: tensor * (3e4 if "lora_B" in key else 1) * 1e3 for key, tensor in weights.items()}
+    save_file(big, adapter / "adapter_model.safetensors")
+    assert "float16 cannot" in run("merge", llama, adapter, out, "--dtype", "float16", ok=False)
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x01" * 40)
+    assert "damaged" in run("merge", llama, adapter, out, ok=False)
+    assert "want one of them" in run("merge", llama, adapter, out, "--four-bit", "--dtype",
+                                     "float16", ok=False)  # fmt: skip
+    assert not out.exists()
+
+
+# the other commands -------------------------------------------------------------------------------
+
+
+def test_info_and_module_without_the_packages():
+    found = json.loads(run("info", "--json"))
+    assert found["cpu_path"] == qlora_ext.build_info()["cpu_path"]
+    assert "cpu_path" in run("info")
+    text = run_python(
+        """
+        import runpy
+        sys.argv = ["qlora_ext"]
+        runpy.run_module("qlora_ext", run_name="__main__")
+        """,
+        without=("typer", "rich"),
+    )
+    assert "torch_target" in text
+    assert "pip install 'qlora_ext[cli]'" in text
+
+
+def test_help_and_failures_of_the_process(tmp_path):
+    process = command("--help")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    for name in ("info", "quantize", "merge", "inspect", "estimate", "chat", "bench"):
+        assert name in out
+    process = command("inspect", tmp_path / "nothing")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("qlora-ext inspect: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_inspect_counts_what_memory_report_counts(llama, tmp_path):
+    run("quantize", llama, tmp_path / "q")
+    text = run("inspect", tmp_path / "q")
+    model = load(tmp_path / "q")
+    report = qlora_ext.memory_report(model)
+    assert f"{report.bits_per_weight:.3f} bits per packed weight" in text
+    assert re.search(r"mlp\.down_proj  x4 +nf4, block 64, nested +64 x 96 ", text)
+    contents = json.loads(run("inspect", tmp_path / "q", "--json"))
+    assert sum(layer["numel"] for layer in contents["layers"]) == report.num_parameters
+    packed = [layer for layer in contents["layers"] if layer["packed"]]
+    assert sum(layer["numel"] for layer in packed) == report.quantized_numel
+    adapter = make_adapter(model, tmp_path / "adapter")
+    text = run("inspect", adapter, "--layers")
+    assert "LoRA r=4, F32" in text
+    assert "model.layers.3.mlp.up_proj" in text
+    one = next((tmp_path / "q").glob("*.safetensors"))
+    assert "nf4, block 64, nested" in run("inspect", one)
+    one.write_bytes(one.read_bytes()[:-9])
+    assert "damaged" in run("inspect", tmp_path / "q", ok=False)
+
+
+def test_estimate_counts_weights_exactly_and_activations_by_the_sample(llama):
+    text = run("estimate", llama, "--seq", 32, "--batch", 4, "--gpu", 8)
+    assert "An estimate" in text
+    assert re.search(r"8 GiB +yes +\d", text)
+    config = transformers.AutoConfig.from_pretrained(llama)
+    lora = qlora_ext.LoraConfig(r=8, target_modules="all-linear")
+    settings = dict(quant=qlora_ext.QuantConfig(), lora=lora)
+    found = estimate.estimate(config, seq=32, batch=4, checkpointing=False, **settings)
+    report = qlora_ext.memory_report(qlora_ext.quantize_model(load(llama), progress_bar=False))
+    weights = found.parts["4-bit weights and scales"] + found.parts["weights that stay dense"]
+    # Rotary frequencies and the like are buffers, which meta has too.
+    assert abs(weights - report.total) <= report.parts["buffers"]
+    one = estimate.estimate(config, seq=32, batch=1, checkpointing=False, **settings)
+    saved = "saved for the backward pass"
+    assert found.parts[saved] == 4 * one.parts[saved]
+    less = estimate.estimate(config, seq=32, batch=4, checkpointing=True, **settings)
+    assert less.parts[saved] < found.parts[saved] / 2
+    assert found.largest_batch(found.total) == 4
+    assert found.largest_batch(0.1) == 0
+
+
+def test_estimate_counts_on_meta_what_a_real_step_saves(llama):
+    """The same hooks around a real forward pass on the CPU see the same bytes."""
+    config = transformers.AutoConfig.from_pretrained(llama)
+    lora = qlora_ext.LoraConfig(r=8, target_modules="all-linear")
+    found = estimate.estimate(
+        config, seq=32, batch=1, quant=qlora_ext.QuantConfig(), lora=lora, checkpointing=False
+    )
+    model = qlora_ext.quantize_model(load(llama), progress_bar=False)
+    qlora_ext.add_lora(model, lora)
+    model.set_attn_implementation("qlora_ext_counting")
+    model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
+    ids = torch.randint(3, 200, (1, 32))
+    with estimate._counting(model) as real:
+        model.train()(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
+    nbytes = sum(nbytes for nbytes, _, _ in real.values())
+    assert nbytes == pytest.approx(found.parts["saved for the backward pass"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gemma3", "bloom"])
+def test_estimate_of_other_architectures(name, tmp_path):
+    source = saved(name, tmp_path / "in")
+    run("estimate", source / "config.json", "--seq", 16)
+    (source / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert "unheard_of" in run("estimate", source, ok=False)
+
+
+def test_chat_with_base_adapter_and_merged(llama, tmp_path):
+    run("quantize", llama, tmp_path / "base")
+    adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    run("merge", tmp_path / "base", adapter, tmp_path / "merged")
+    for model in (llama, tmp_path / "base", adapter, tmp_path / "merged"):
+        run("chat", model, "--prompt", "Hello", "--max-tokens", 3, "--device", "cpu")
+    run("chat", adapter, "--base", llama, "--no-four-bit", "--prompt", "Hello", "--max-tokens", 2)
+    assert "no tokenizer" in run("chat", saved("llama", tmp_path / "t"), "--prompt", "a", ok=False)
+    talk = CliRunner().invoke(
+        app.app, ["chat", str(llama), "--max-tokens", "2"], input="hi\n/reset\n/quit\n"
+    )
+    assert talk.exit_code == 0, talk.output
+
+
+def test_bench_prints_a_table():
+    text = run("bench", "--out-features", 96, "--in-features", 64, "--rounds", 1)
+    assert "LoRA r=8, 256 rows, both ways" in text
