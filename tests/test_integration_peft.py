@@ -134,6 +134,48 @@ def test_autocast(folders):
     torch.testing.assert_close(got.float(), logits(model), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"use_dora": True}, {"alora_invocation_tokens": [7, 9]}, {"lora_bias": True}],
+    ids=str,
+)
+def test_variants_are_those_of_the_dequantized_model(tmp_path, kwargs):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_llama(tmp_path, attention_bias=True), quantization_config=qlora_ext.QLoraExtConfig()
+    )
+    dense = copy.deepcopy(base).dequantize()
+    model = randomize(peft.get_peft_model(base, lora_config(**kwargs)))
+    want = peft.get_peft_model(dense, lora_config(**kwargs))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            want.get_parameter(name).data = parameter.data.clone()
+    tokens = torch.cat([ids(2, 6), torch.tensor([[7, 9]] * 2), ids(2, 3)], dim=1)
+    torch.testing.assert_close(logits(model, tokens), logits(want, tokens), rtol=1e-4, atol=1e-5)
+    if "alora_invocation_tokens" not in kwargs:  # aLoRA cannot be merged, whatever the base
+        before, bytes_before = logits(model), packed_state(model)
+        bias = lora_layers(model)[0].base_layer.bias.clone()
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        after = packed_state(model)
+        assert all(torch.equal(after[name], bytes_before[name]) for name in bytes_before)
+        assert torch.equal(lora_layers(model)[0].base_layer.bias, bias)
+
+
+def test_unsupported_initialisations_say_so(folders):
+    for init, message in [
+        ("pissa", "PiSSA under float32"),
+        ("mica", "unsupported variant"),
+        ("loftq", "replace_lora_weights_loftq"),
+    ]:
+        config = lora_config()
+        config.init_lora_weights = init  # LoraConfig itself wants scipy for loftq
+        with pytest.raises((TypeError, ValueError), match=message):
+            peft.get_peft_model(base_model(folders), config)
+
+
 def test_disabled_adapter_is_the_base(folders):
     model = adapted(folders)
     with model.disable_adapter():
@@ -433,6 +475,16 @@ def test_modules_to_save(folders, tmp_path):
     assert torch.equal(logits(again), logits(model))
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(again), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", False])
+def test_initialisations_that_leave_the_base_alone(folders, init):
+    model = peft.get_peft_model(base_model(folders), lora_config(init_lora_weights=init))
+    assert isinstance(lora_layers(model)[0].base_layer, Linear4bit)
+    assert lora_layers(model)[0].lora_A["default"].weight.dtype == torch.float32
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base_model(folders)))
+    model(input_ids=ids(), labels=ids()).loss.backward()
 
 
 def test_olora_changes_the_base_it_starts_from(folders):

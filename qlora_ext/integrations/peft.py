@@ -125,8 +125,8 @@ class LoraLinear4bit(PeftLoraLinear):
     """PEFT's LoRA layer on a `Linear4bit`.
 
     Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
-    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, Arrow, biases on B and layers
-    with hooks take PEFT's general path.
+    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
+    hooks take PEFT's general path.
     """
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
@@ -135,7 +135,7 @@ class LoraLinear4bit(PeftLoraLinear):
 
     @property
     def lora_variants(self):
-        supported = [(), ("use_dora",), ("alora_invocation_tokens",), ("arrow_config",)]
+        supported = [(), ("use_dora",), ("alora_invocation_tokens",)]
         return {key: value for key, value in super().lora_variants.items() if key in supported}
 
     def _fused_adapters(self) -> list[str] | None:
@@ -275,6 +275,24 @@ class LoraLinear4bit(PeftLoraLinear):
         """OLoRA: B A takes the weight's leading QR part, and what remains is packed again."""
         with self._dense_base():
             super().olora_init(adapter_name)
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Orthogonal A and B; PEFT takes their dtype from the base weight."""
+        with self._dense_base():
+            super().orthogonal_init(adapter_name)
+
+    def loftq_init(self, adapter_name: str, config) -> None:
+        """Refused: PEFT's would take the packed bytes for weights."""
+        raise ValueError(
+            "init_lora_weights='loftq' needs the unquantized weight; on a 4-bit layer use "
+            "peft.replace_lora_weights_loftq(model, folder of the unquantized model)"
+        )
+
+    def lora_ga_init(self, adapter_name: str, lora_ga_config) -> None:
+        """Refused where gradients were gathered: PEFT's would subtract from the packed bytes."""
+        if hasattr(self.get_base_layer(), "_peft_loraga_grad"):
+            raise ValueError("init_lora_weights='lora_ga' needs the unquantized weight")
+        super().lora_ga_init(adapter_name, lora_ga_config)
 
 
 class AdaLoraLinear4bit(SVDLinear):
