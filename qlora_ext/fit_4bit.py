@@ -28,9 +28,12 @@ _COLUMNS = 64  # columns between two updates of the whole gradient
 
 
 def hessian_error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
-    """tr((weight - target) H (weight - target)^T), in fp64; weight, target [N, K], H [K, K]."""
-    E = weight.double() - target.double()
-    return ((E @ hessian.double()) * E).sum().item()
+    """tr((weight - target) H (weight - target)^T): products in fp32, their sum in fp64.
+
+    weight, target [N, K] of any float dtype; hessian [K, K] fp32.
+    """
+    E = weight.float() - target.float()
+    return ((E @ hessian) * E).sum(dtype=torch.float64).item()
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -17,6 +17,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts4bit, _up_name
-from .fit_4bit import fit_4bit
+from .fit_4bit import fit_4bit, hessian_error
 from .merge import _tied_head, dense_layer, merge_and_unload
 from .models import progress, replace_module
 from .nn import FLOAT_DTYPES, Linear4bit, LoraLinear, LoraLinear4bit
-from .quantized_tensor import QuantizedTensor, merge_lora_4bit, quantize_with
+from .quantized_tensor import QuantizedTensor, dequantize_4bit, merge_lora_4bit, quantize_with
 
 __all__ = ["merge_into_4bit"]
 
@@ -107,37 +108,34 @@ def merge_into_4bit(
     swaps = []  # (new, old), to take back
 
     def swap(layer: _Adapted, q: QuantizedTensor) -> None:
+        """Puts a merged layer in an adapted one's place."""
         new = _with_weight(layer.packed, q)
         replace_module(model, layer.module, new)
         swaps.append((new, layer.module))
 
-    def start(layer: _Adapted) -> tuple[QuantizedTensor, Tensor]:
-        """Where the descent starts, and its target."""
-        if source is None:
-            return layer.packed.quantized, layer.target()
-        target = source.target(layer)
-        return quantize_with(target, layer.packed.config), target
+    def target_of(layer: _Adapted) -> Tensor:
+        return layer.target() if source is None else source.target(layer)
 
     was_training = model.training
     try:
         with torch.no_grad():
             if batches is None:
                 for layer in progress(layers, "merge", progress_bar):
-                    swap(layer, start(layer)[0])
+                    swap(layer, quantize_with(target_of(layer), layer.packed.config))
             else:
                 model.eval()
                 inputs = _Inputs(model, layers, batches, hessian_bytes)
                 for group, hessian in progress(inputs, "merge", progress_bar):
-                    pairs = [start(layer) for layer in group]
+                    targets = [target_of(layer) for layer in group]
                     fitted = fit_4bit(
-                        [q for q, _ in pairs],
-                        [target for _, target in pairs],
+                        [_start(*pair, hessian) for pair in zip(group, targets, strict=True)],
+                        targets,
                         hessian,
                         damping=damping,
                         fit_scales=group[0].packed.config.normalization != "none",
                     )
                     for layer, q in zip(group, fitted, strict=True):
-                        swap(layer, dataclasses.replace(q, dtype=layer.packed.dtype))
+                        swap(layer, q)
             return _unload(model, peft_model, swaps)
     except BaseException:
         for new, old in reversed(swaps):
@@ -145,6 +143,15 @@ def merge_into_4bit(
         raise
     finally:
         model.train(was_training)
+
+
+def _start(layer: _Adapted, target: Tensor, hessian: Tensor) -> QuantizedTensor:
+    """Where the descent starts: at the codes there are, which a short fine-tune hardly leaves, or
+    at the requantized target, whichever is nearer to it."""
+    starts = [layer.packed.quantized, quantize_with(target, layer.packed.config)]
+    dense = (dequantize_4bit(q, torch.float32) for q in starts)
+    errors = [hessian_error(weight, target, hessian) for weight in dense]
+    return starts[errors[1] < errors[0]]
 
 
 # What is adapted ----------------------------------------------------------------------------------
@@ -169,7 +176,10 @@ def _adapted_layers(model: nn.Module) -> tuple[list[_Adapted], bool]:
     """The packed layers with adapters, and whether the model is PEFT's."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"merge_into_4bit: model is a {type(model).__name__}, want an nn.Module")
-    peft_model = any(type(m).__module__.startswith("peft.") for m in model.modules())
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    peft_model = tuners is not None and any(
+        isinstance(m, tuners.BaseTunerLayer) for m in model.modules()
+    )
     layers = _peft_layers(model) if peft_model else _own_layers(model)
     if layers:
         return layers, peft_model
@@ -326,17 +336,17 @@ class _Base:
         flip = layer.packed.from_conv1d
         if pick is not None:
             weight, flip = weight[pick], experts.is_transposed
+        if weight.dtype not in FLOAT_DTYPES or weight.is_meta:
+            raise ValueError(
+                f"merge_into_4bit: base has {key} in {weight.dtype} on {weight.device}, want float "
+                "values: the model as it was before it was packed"
+            )
         weight = weight.T if flip else weight
         want = (layer.packed.out_features, layer.packed.in_features)
         if tuple(weight.shape) != want:
             raise ValueError(
                 f"merge_into_4bit: base has {key} of shape {list(weight.shape)}, want "
                 f"{list(want)}: it must be the unquantized model that was packed"
-            )
-        if weight.dtype not in FLOAT_DTYPES or weight.is_meta:
-            raise ValueError(
-                f"merge_into_4bit: base has {key} in {weight.dtype} on {weight.device}, want float "
-                "values: the model as it was before it was packed"
             )
         return weight.detach().to(layer.packed.weight.device, torch.float32)
 

@@ -1,0 +1,440 @@
+"""merge_into_4bit: merging into 4 bits keeps the fine-tune (issue 5, point 6)."""
+
+import copy
+import warnings
+
+import pytest
+import tiny_models as tiny
+import torch
+from test_merge import EVERYTHING, trained
+from torch import nn
+
+import qlora_ext
+from qlora_ext import (
+    LoraConfig,
+    QuantConfig,
+    QuantizedTensor,
+    add_lora,
+    dequantize_4bit,
+    merge_and_unload,
+    merge_into_4bit,
+    quantize_model,
+)
+from qlora_ext import fit_4bit as fitting
+from qlora_ext.fit_4bit import damped, fit_4bit, hessian_error
+from qlora_ext.nn import Linear4bit, LoraLinear, LoraLinear4bit
+from qlora_ext.quantized_tensor import quantize_with
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:quantize_model")
+FORMATS = {
+    "nf4": QuantConfig(),
+    "nf4-fp32-scales": QuantConfig(double_quant=False),
+    "fp4-128": QuantConfig(quant_type="fp4", blocksize=128),  # a block spans two rows of 96
+    "linear-32": QuantConfig(quant_type="linear", blocksize=32),
+    "standard": QuantConfig(normalization="standard"),
+    "none": QuantConfig(normalization="none"),
+    "per-tensor": QuantConfig(blocksize=None, double_quant=False),
+    "custom": QuantConfig("custom", 64, codebook=tuple((-1) ** i * i / 15 for i in range(16))),
+}
+
+
+def problem(N=40, K=96, seed=0):
+    """A weight, a small low-rank change of it, and the H of inputs that lie near a subspace, as a
+    language model's do."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=g) / 4
+    change = torch.randn(N, 2, generator=g) @ torch.randn(2, K, generator=g) / 60
+    X = torch.randn(400, 12, generator=g) @ torch.randn(12, K, generator=g)
+    X += 0.3 * torch.randn(400, K, generator=g)
+    return weight, change, X.T @ X / len(X)
+
+
+# The descent on one weight ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("K", [96, 128, 37])
+def test_fit_is_far_nearer_than_requantizing(name, K):
+    config = FORMATS[name]
+    weight, change, H = problem(K=K)
+    q = quantize_with(weight, config)
+    target = dequantize_4bit(q) + change
+    requantized = hessian_error(dequantize_4bit(quantize_with(target, config)), target, H)
+    unmerged = hessian_error(dequantize_4bit(q), target, H)
+    (fitted,) = fit_4bit([q], [target], H, fit_scales=config.normalization != "none")
+    error = hessian_error(dequantize_4bit(fitted), target, H)
+    assert error < 0.5 * min(requantized, unmerged)
+    # A tensor like any other: same format, and the same bytes after saving and loading.
+    for field in ("shape", "dtype", "blocksize", "quant_type", "codebook"):
+        assert getattr(fitted, field) == getattr(q, field)
+    loaded = QuantizedTensor.from_state_dict(fitted.state_dict())
+    for field in ("packed", "absmax", "nested", "mean"):
+        a, b, start = (getattr(t, field) for t in (loaded, fitted, q))
+        assert (a is None and b is None and start is None) or torch.equal(a, b)
+        assert b is None or (b.shape == start.shape and b.dtype == torch.uint8)
+    assert torch.equal(dequantize_4bit(loaded), dequantize_4bit(fitted))
+    x = torch.randn(3, K)
+    torch.testing.assert_close(
+        qlora_ext.linear_4bit(x, fitted), x @ dequantize_4bit(fitted).T, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_sweep_lowers_the_error_and_knows_the_stored_weight(name):
+    config = FORMATS[name]
+    weight, change, H = problem()
+    q = quantize_with(weight, config)
+    target = dequantize_4bit(q) + change
+    H = damped(H, 0.01)
+    fit = fitting._Fit([q], [target], H)
+    before = hessian_error(dequantize_4bit(q), target, H)
+    for sweep in (fit.sweep_codes, fit.sweep_scales, fit.sweep_codes, fit.sweep_scales):
+        sweep()
+        (now,) = fit.packed()
+        assert torch.equal(dequantize_4bit(now), fit.W.T)
+        error = hessian_error(fit.W.T, target, H)
+        assert error <= before * (1 + 1e-5)
+        before = error
+        gradient = H @ (fit.W - target.T)
+        torch.testing.assert_close(fit.G, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_share_an_input_come_out_as_alone():
+    problems = [problem(N=24, seed=1), problem(N=8, seed=2)]
+    H = problems[0][2]
+    packed = [quantize_with(weight, QuantConfig()) for weight, _, _ in problems]
+    targets = [
+        dequantize_4bit(q) + change for q, (_, change, _) in zip(packed, problems, strict=True)
+    ]
+    together = fit_4bit(packed, targets, H)
+    for q, target, fitted in zip(packed, targets, together, strict=True):
+        (alone,) = fit_4bit([q], [target], H)
+        same = (alone.packed == fitted.packed).float().mean()
+        assert same > 0.99  # sums of another order may tip a tie
+
+
+def test_zero_blocks_and_unseen_inputs():
+    weight, change, H = problem()
+    weight[:8] = 0  # scale 0
+    q = quantize_with(weight, QuantConfig(double_quant=False, blocksize=32))
+    target = dequantize_4bit(q) + change
+    for hessian in (H, torch.zeros_like(H)):
+        (fitted,) = fit_4bit([q], [target], hessian)
+        assert dequantize_4bit(fitted).isfinite().all()
+    # Without inputs H is the identity: no worse than it was.
+    identity = torch.eye(len(H))
+    assert hessian_error(dequantize_4bit(fitted), target, identity) <= hessian_error(
+        dequantize_4bit(q), target, identity
+    )
+
+
+def test_fit_4bit_says_what_does_not_fit():
+    weight, _, H = problem()
+    q = quantize_with(weight, QuantConfig())
+    with pytest.raises(ValueError, match="weights has 1 entries and targets 0"):
+        fit_4bit([q], [], H)
+    with pytest.raises(ValueError, match=r"targets \[40, 95\], want \[N, 96\]"):
+        fit_4bit([q], [weight[:, 1:]], H)
+    other = quantize_with(weight, QuantConfig(quant_type="fp4"))
+    with pytest.raises(ValueError, match="differ in codebook"):
+        fit_4bit([q, other], [weight, weight], H)
+
+
+# Whole models -------------------------------------------------------------------------------------
+
+
+def text(batches=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (4, 32)
+    return [torch.randint(3, tiny.VOCAB, shape, generator=generator) for _ in range(batches)]
+
+
+def small(model, factor=30):
+    """Makes the adapters' change small beside the distance of two levels, as training does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter /= factor
+    return model.eval()
+
+
+def distance(model, want):
+    return (tiny.logits(model) - want).norm().item()
+
+
+def without_adapter(model):
+    return small(copy.deepcopy(model), float("inf"))
+
+
+def adapted_names(model):
+    return [name for name, m in model.named_modules() if isinstance(m, LoraLinear4bit)]
+
+
+def run(model, **arguments):
+    return merge_into_4bit(model, progress_bar=False, **arguments)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "phi3"])
+@pytest.mark.parametrize("hessian_bytes", [2**30, 1], ids=["one pass", "pass per layer"])
+def test_calibration_keeps_what_was_learnt(family, hessian_bytes):
+    model = small(trained(family))
+    want = tiny.logits(model)
+    unmerged = distance(without_adapter(model), want)
+    requantized = quantize_model(
+        merge_and_unload(copy.deepcopy(model), torch.float32, progress_bar=False),
+        progress_bar=False,
+    )
+    names = adapted_names(model)
+    assert run(model, calibration=text(), hessian_bytes=hessian_bytes) is model
+    assert {type(model.get_submodule(name)) for name in names} == {Linear4bit}
+    assert distance(model, want) < 0.8 * min(unmerged, distance(requantized, want))
+
+
+def test_result_saves_and_reloads_bit_equal(tmp_path):
+    model = small(trained(config=LoraConfig(r=4, query=True, mlp=True, head=True)))
+    before = {
+        name: m.weight.clone()
+        for name, m in model.named_modules()
+        if type(m) is Linear4bit  # those without adapter
+    }
+    embedding = model.get_input_embeddings().weight.clone()
+    head = model.lm_head
+    merged_head = head.weight + head.scaling * head.lora_B @ head.lora_A
+    run(model, calibration=text())
+    assert before and all(torch.equal(model.get_submodule(n).weight, w) for n, w in before.items())
+    assert not any(isinstance(m, (LoraLinear, LoraLinear4bit)) for m in model.modules())
+    torch.testing.assert_close(model.lm_head.weight, merged_head)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    model.save_pretrained(tmp_path)
+    other = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(other), tiny.logits(model))
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    # It can be fine-tuned again.
+    add_lora(other, LoraConfig(r=4, **EVERYTHING))
+
+
+def test_tied_head_is_untied(tmp_path):
+    model = small(trained(config=LoraConfig(r=4, query=True, head=True), tie_word_embeddings=True))
+    run(model, calibration=text())
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(type(model).from_pretrained(tmp_path)), tiny.logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("how", ["module", "state dict", "folder"])
+def test_base_gives_the_quantized_sum(family, how, tmp_path):
+    base, model = tiny.make(family), small(trained(family))
+    sums = {}
+    for name in adapted_names(model):
+        layer, dense = model.get_submodule(name), base.get_submodule(name)
+        weight = dense.weight.T if layer.from_conv1d else dense.weight
+        total = (weight.detach() + layer.scaling * layer.lora_B @ layer.lora_A).detach()
+        sums[name] = quantize_with(total, layer.config)
+    if how == "state dict":
+        base = base.state_dict()
+    elif how == "folder":
+        base.save_pretrained(tmp_path)
+        base = tmp_path
+    run(model, base=base)
+    for name, q in sums.items():
+        got = model.get_submodule(name)
+        assert type(got) is Linear4bit
+        # addmm and the sum above may round a value to two sides of a threshold.
+        assert (got.weight == q.packed).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_base_and_calibration_together_are_nearest(family):
+    base, model = tiny.make(family), small(trained(family))
+    exact = add_lora(copy.deepcopy(base), LoraConfig(r=4, **EVERYTHING)) if family == "llama" else 0
+    results = [
+        run(copy.deepcopy(model), base=base, **more) for more in ({}, {"calibration": text()})
+    ]
+    if family == "llama":
+        for name in adapted_names(model):
+            layer, other = model.get_submodule(name), exact.get_submodule(name)
+            with torch.no_grad():
+                other.lora_A.copy_(layer.lora_A)
+                other.lora_B.copy_(layer.lora_B)
+        want = tiny.logits(exact.eval())
+        assert distance(results[1], want) < distance(results[0], want)
+
+
+def test_neither_warns_with_the_loss_and_merges_into_16_bits():
+    model = small(trained())
+    want = tiny.logits(model)
+    with pytest.warns(UserWarning, match=r"about 5% of a short .* merging into bfloat16 instead"):
+        merged = run(model, dtype=torch.bfloat16)
+    assert not any(isinstance(m, Linear4bit) for m in merged.modules())
+    assert next(merged.parameters()).dtype == torch.bfloat16
+    assert distance(merged.float(), want) < 0.05 * want.norm()
+
+
+def test_layers_with_one_input_share_a_hessian_without_padding():
+    model = small(trained())
+    layers, _ = qlora_ext.merge_4bit._adapted_layers(model)
+    ids = text(1)[0]
+    batches = [ids[:2], {"input_ids": ids[2:], "attention_mask": torch.ones_like(ids[2:])}]
+    padded = torch.full((2, 48), 7)
+    padded[:, :32] = ids[2:]
+    mask = torch.zeros_like(padded)
+    mask[:, :32] = 1
+    with torch.no_grad():
+        plain = qlora_ext.merge_4bit._Inputs(model, layers, batches, 2**30)
+        wanted = list(plain)
+        batches[1] = {"input_ids": padded, "attention_mask": mask}
+        got = list(qlora_ext.merge_4bit._Inputs(model, layers, batches, 2**30))
+    assert plain.can_stop
+    names = [[layer.name.rpartition(".")[2] for layer in group] for group, _ in got]
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert names == block * 2
+    for (_, a), (_, b) in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch):
+    model = small(trained())
+    want, names = tiny.logits(model), adapted_names(model)
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit_4bit(*args, **kwargs)
+
+    monkeypatch.setattr(qlora_ext.merge_4bit, "fit_4bit", failing)
+    model.train()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, calibration=text())
+    assert adapted_names(model) == names and model.training
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(tiny.logits(model.eval()), want)
+
+
+def test_memory_is_one_group_of_hessians(monkeypatch):
+    model = small(trained())
+    most = []
+    gather = qlora_ext.merge_4bit._Inputs._gather
+
+    def counted(self, groups):
+        hessians = gather(self, groups)
+        most.append(sum(h.nbytes for h in hessians.values()))
+        return hessians
+
+    monkeypatch.setattr(qlora_ext.merge_4bit._Inputs, "_gather", counted)
+    run(model, calibration=text(1), hessian_bytes=4 * (64**2 + 96**2))
+    assert max(most) <= 4 * (64**2 + 96**2) and len(most) > 2
+
+
+# PEFT ---------------------------------------------------------------------------------------------
+
+
+def peft_model(**settings):
+    peft = pytest.importorskip("peft")
+    model = quantize_model(tiny.make("llama"), progress_bar=False)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", **settings)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) / 40)
+    return model.eval()
+
+
+def test_peft_model_merges_and_unwraps():
+    model = peft_model()
+    want = tiny.logits(model)
+    with model.disable_adapter():
+        unmerged = distance(model, want)
+    via_base = run(copy.deepcopy(model), base=tiny.make("llama"))
+    merged = run(model, calibration=text())
+    for result in (via_base, merged):
+        assert type(result).__name__ == "LlamaForCausalLM"
+        assert not any(type(m).__module__.startswith("peft.") for m in result.modules())
+        assert isinstance(result.model.layers[0].mlp.up_proj, Linear4bit)
+    assert distance(merged, want) < 0.8 * unmerged
+    with pytest.raises(ValueError, match="merged already"):
+        run(merged, calibration=text())
+
+
+def test_peft_kinds_that_are_refused():
+    with pytest.raises(ValueError, match="more than plain LoRA, want plain LoRA"):
+        run(peft_model(use_dora=True), calibration=text())
+    model = peft_model()
+    with pytest.raises(ValueError, match="want the PeftModel itself"):
+        run(model.get_base_model().model, calibration=text())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="want them unmerged"):
+        run(model, calibration=text())
+
+
+# Sentences ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, error, sentence",
+    [
+        ({"calibration": []}, ValueError, "calibration is empty, want batches of text"),
+        ({"calibration": "some text"}, TypeError, "calibration is a str, want a list of batches"),
+        ({"calibration": text(1)[0]}, TypeError, "calibration is a Tensor, want a list"),
+        ({"calibration": ["some text"]}, TypeError, r"calibration\[0\] is a str, want token ids"),
+        ({"base": 7}, TypeError, "base is a int, want the unquantized model"),
+        ({"base": {}}, ValueError, "base has no model.layers.0.self_attn.q_proj.weight"),
+        ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, error, sentence):
+    model = small(trained())
+    want = tiny.logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(error, match=sentence):
+            run(model, **arguments)
+    assert torch.equal(tiny.logits(model), want)
+
+
+def test_bases_that_are_refused(tmp_path):
+    model = small(trained())
+    want = tiny.logits(model)
+    with pytest.raises(ValueError, match=r"q_proj.weight of shape \[32, 32\], want \[64, 64\]"):
+        run(model, base=tiny.make("llama", hidden_size=32))
+    other = tiny.make("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.normal_()
+    with pytest.raises(ValueError, match=r"base is not what was packed: \d+% of the codes of"):
+        run(model, base=other)
+    with pytest.raises(ValueError, match="want safetensors files there"):
+        run(model, base=tmp_path)
+    with pytest.raises(ValueError, match="want float"):
+        run(model, base=quantize_model(tiny.make("llama"), progress_bar=False))
+    assert torch.equal(tiny.logits(model), want)
+
+
+def test_models_that_are_refused():
+    with pytest.raises(TypeError, match=r"model is a int, want an nn.Module"):
+        run(7)
+    model = small(trained())
+    run(model, calibration=text(1))
+    with pytest.raises(ValueError, match="merged already, or none were added"):
+        run(model, calibration=text(1))
+    with pytest.raises(ValueError, match="it has no 4-bit layers either"):
+        run(nn.Linear(4, 4))
+    dense = add_lora(tiny.make("llama"), LoraConfig(r=4))
+    with pytest.raises(ValueError, match="only adapters are on unquantized layers"):
+        run(dense, calibration=text(1))
+
+
+def test_activations_that_are_not_finite_are_refused():
+    model = small(trained())
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1)
+        model.model.layers[0].input_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="is given a NaN or an infinity"):
+        run(model, calibration=text(1))
