@@ -24,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 SIMT = Path(__file__).resolve().parent
@@ -168,34 +169,26 @@ def _run(command):
         print(result.stderr, file=sys.stderr)
 
 
-def _compile(source, flags, stem=""):
-    """The object of one source, made if anything it is made of has changed."""
-    key = hashlib.sha256(json.dumps([_compiler(), flags, str(source)]).encode()).hexdigest()[:16]
-    name = stem + Path(source).name.replace(".", "_")
+def _compile(source, flags):
+    """The object of one source, made if anything it is made of has changed. Paths are relative to
+    the checkout, so that a copy of the build folder serves a copy of the checkout."""
+    source = os.path.relpath(source, ROOT)
+    key = hashlib.sha256(json.dumps([_compiler(), flags, source]).encode()).hexdigest()[:16]
+    name = os.path.basename(source).replace(".", "_")
     target, record = BUILD / f"{name}-{key}.o", BUILD / f"{name}-{key}.json"
     if target.is_file() and record.is_file():
         made_of = json.loads(record.read_text())
-        if all(_hash(path) == digest for path, digest in made_of.items()):
+        if all(_hash(ROOT / path) == digest for path, digest in made_of.items()):
             return target
     depfile = target.with_suffix(".d")
-    _run(
-        [
-            CXX,
-            *flags,
-            "-MMD",
-            "-MF",
-            str(depfile),
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-    )
+    command = [CXX, *flags, "-MMD", "-MF", str(depfile), "-x", "c++", "-c", source]
+    before = time.time()
+    _run([*command, "-o", str(target)])
     words = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    paths = [str((ROOT / word).resolve()) for word in words]
-    record.write_text(json.dumps({path: _hash(path) for path in paths}, indent=1))
+    paths = [os.path.relpath(ROOT / word, ROOT) for word in words]
+    # A file that was edited while it was being compiled must not count as compiled.
+    edited = any((ROOT / path).stat().st_mtime > before for path in paths)
+    record.write_text(json.dumps({path: edited or _hash(ROOT / path) for path in paths}, indent=1))
     return target
 
 
@@ -380,10 +373,12 @@ class Simt:
 
     @contextlib.contextmanager
     def poison(self, byte, *, reverse=False):
-        """Shared memory, and what malloc returns, starts filled with `byte`; with `reverse` the
-        highest lanes, warps and blocks run first. Bytes computed under different settings must
-        be equal: a difference is a read of something nothing wrote, or a missing barrier."""
+        """Shared memory, local variables, and what malloc returns start filled with `byte`; with
+        `reverse` the highest lanes, warps and blocks run first. Bytes computed under different
+        settings must be equal: a difference is a read of something nothing wrote, or a missing
+        barrier."""
         self._machine.simt_set_poison(byte)
+        self._machine.simt_set_poison_stacks(1)
         self._machine.simt_set_reverse(int(reverse))
         m_perturb = -6
         self._libc.mallopt(m_perturb, byte ^ 0xFF)  # malloc fills with the complement
@@ -392,6 +387,7 @@ class Simt:
         finally:
             self._libc.mallopt(m_perturb, 0)
             self._machine.simt_set_poison(0xFF)
+            self._machine.simt_set_poison_stacks(0)
             self._machine.simt_set_reverse(0)
 
     @contextlib.contextmanager

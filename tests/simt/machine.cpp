@@ -208,6 +208,7 @@ struct Machine {
   bool main_stack_known = false;
 
   int poison = 0xff;
+  bool poison_stacks = false;
   bool reverse = false;
   int64_t last_blocks = 0;  // 0: all of them
   Device device{80, 4, 0};
@@ -400,6 +401,13 @@ void make_ready(Fiber& f) {
   f.warp->ready |= 1u << f.thread.lane;
 }
 
+// What the kernel's local variables will find: its frames are to lie where this one does.
+__attribute__((noinline)) void poison_stack() {
+  unsigned char bytes[2048];
+  std::memset(bytes, machine().poison, sizeof bytes);
+  asm volatile("" : : "r"(bytes) : "memory");  // or the dead store would be removed
+}
+
 void fiber_entry() {
   Machine& m = machine();
 #if SIMT_ASAN
@@ -408,6 +416,7 @@ void fiber_entry() {
   for (;;) {
     Fiber& self = *m.running;
     tsan_acquire(&m.begin_sync);
+    if (m.poison_stacks) poison_stack();
     m.call(m.closure);
     tsan_release(&m.end_sync);
     self.state = State::kFinished;
@@ -515,6 +524,20 @@ void check_canaries(const Fiber& any) {
 #endif
 }
 
+// Nobody may write to where a copy is under way: it could land later and undo that. The poison
+// that its issue left must still be there.
+bool overwritten(const Copy& copy) {
+  const Quiet quiet;
+  const auto poison = static_cast<unsigned char>(machine().poison);
+  return std::any_of(copy.destination, copy.destination + copy.bytes,
+                     [&](unsigned char byte) { return byte != poison; });
+}
+
+std::string overwritten_sentence(const Copy& copy) {
+  return "byte " + std::to_string(copy.destination - shared_begin()) +
+         " of shared memory was written while an asynchronous copy to it was under way";
+}
+
 void land(const Copy& copy) {
   std::memcpy(copy.destination, copy.source, copy.valid_bytes);
   std::memset(copy.destination + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
@@ -543,6 +566,7 @@ void read_environment() {
   static const bool once = [] {
     Machine& m = machine();
     m.poison = environment("SIMT_POISON", m.poison) & 0xff;
+    m.poison_stacks = environment("SIMT_POISON", -1) >= 0;
     m.reverse = environment("SIMT_REVERSE", 0) != 0;
     m.device.arch = environment("SIMT_ARCH", m.device.arch);
     m.device.sm_count = environment("SIMT_SM_COUNT", m.device.sm_count);
@@ -970,6 +994,9 @@ void copy_async_wait(int pending) {
   size_t groups_done = 0;
   while (f.groups.size() - groups_done > static_cast<size_t>(pending)) {
     for (size_t i = 0; i < f.groups[groups_done]; ++i, ++landed) {
+      if (overwritten(f.copies[landed])) {
+        fail("cp_async_wait: %s", overwritten_sentence(f.copies[landed]).c_str());
+      }
       note_write(f.copies[landed].destination, f.copies[landed].bytes);
       note_read(f.copies[landed].source, f.copies[landed].valid_bytes);
       land(f.copies[landed]);
@@ -1031,6 +1058,9 @@ void note_bulk_writes(Mbarrier& b) {
 // Lands the copies if nothing else keeps the phase from completing.
 void land_if_last(Mbarrier& b) {
   if (b.pending != 0 || b.copies.empty()) return;
+  for (const Copy& copy : b.copies) {
+    if (overwritten(copy)) fail("mbarrier: %s", overwritten_sentence(copy).c_str());
+  }
   note_bulk_writes(b);
   {
     const Quiet quiet;
@@ -1175,6 +1205,15 @@ bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_
   Fiber* first = pick();
   switch_fibers(m.main, *first);
   if (m.error.empty()) check_canaries(*first);
+  for (int i = 0; i < m.num_threads && m.error.empty(); ++i) {
+    Fiber& f = fiber_at(set, i);
+    for (const Copy& copy : f.copies) {  // never waited for, and allowed to land until now
+      if (overwritten(copy)) {
+        m.error = block_name(f) + ", thread " + thread_name(f) + ": " + overwritten_sentence(copy);
+        break;
+      }
+    }
+  }
   if (m.error.empty()) return true;
   for (int i = 0; i < m.num_threads; ++i) reset_stack(fiber_at(set, i), i);
   return false;
@@ -1255,6 +1294,8 @@ SIMT_EXPORT void simt_set_poison(int byte) {
   read_environment();
   machine().poison = byte & 0xff;
 }
+// Local variables start with the pattern as well: slower.
+SIMT_EXPORT void simt_set_poison_stacks(int poison) { machine().poison_stacks = poison != 0; }
 // Highest lanes, warps and blocks first.
 SIMT_EXPORT void simt_set_reverse(int reverse) {
   read_environment();

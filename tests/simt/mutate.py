@@ -61,6 +61,8 @@ def main(names):
         for part in ("csrc", "tests"):
             ignore = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / part, work / part, ignore=ignore)
+        if (ROOT / "build" / "simt").is_dir():
+            shutil.copytree(ROOT / "build" / "simt", work / "build")
         environment = {**os.environ, "SIMT_BUILD_DIR": str(work / "build"), "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = str(ROOT)  # the CPU backend, as built
         if found := verdict(work, environment):

@@ -194,6 +194,14 @@ __global__ void uninitialized_shared(Io io) {
 }
 
 template <bool bug>
+__global__ void uninitialized_local(Io io) {
+  const unsigned t = threadIdx.x;
+  volatile uint32_t v[8];
+  for (unsigned i = 0; i < (bug ? 7 : 8); ++i) v[i] = io.in[t] + i;
+  io.out[t] = v[io.in[t] % 8] + v[7];
+}
+
+template <bool bug>
 __global__ void output_not_written(Io io) {
   const unsigned t = threadIdx.x;
   if (!bug || t != 5) io.out[t] = io.in[t];
@@ -209,6 +217,19 @@ __global__ void copy_not_waited(Io io) {
   ptx::cp_async_wait<bug ? 1 : 0>();
   __syncthreads();
   io.out[t] = smem().a[4 * t] + smem().b[4 * t];
+}
+
+// A prefetch that nobody needs any more may land on what replaced it.
+template <bool bug>
+__global__ void reused_under_copy(Io io) {
+  const unsigned t = threadIdx.x;
+  ptx::cp_async_16(ptx::shared_address(smem().a + 4 * t), io.in + 4 * t);
+  ptx::cp_async_commit();
+  if (!bug) ptx::cp_async_wait<0>();
+  __syncthreads();
+  smem().a[t] = io.in[t] + 1;
+  __syncthreads();
+  io.out[t] = smem().a[(t + 9) % kThreads];
 }
 
 template <bool bug>
@@ -346,8 +367,10 @@ const std::map<std::string, Case>& cases() {
       PLANTED(copy_beyond_shared, 1),
       PLANTED(ldmatrix_misaligned, 1),
       PLANTED(uninitialized_shared, 1),
+      PLANTED(uninitialized_local, 1),
       PLANTED(output_not_written, 1),
       PLANTED(copy_not_waited, 1),
+      PLANTED(reused_under_copy, 1),
       PLANTED(bulk_copy_not_waited, 1),
       PLANTED(barrier_in_branch, 1),
       PLANTED(barrier_in_both_branches, 1),

@@ -21,7 +21,10 @@ PLANTED = {
     "copied_by_another": ("thread", r"data race"),
     "last_block": ("thread", r"data race"),
     "blocks_overlap": ("thread", r"data race"),
-    "mbarrier_refill": ("thread", r"data race"),
+    "mbarrier_refill": (
+        "sentence",
+        r"mbarrier: byte 0 of shared memory was written while an async",
+    ),
     "misaligned_load": ("address", r"misaligned address"),
     "beyond_shared": ("address", r"use-after-poison"),
     "beyond_shared_member": ("address", r"index 256 out of bounds"),
@@ -33,9 +36,11 @@ PLANTED = {
     ),
     "ldmatrix_misaligned": ("sentence", r"ldmatrix: byte 8 of shared memory is misaligned"),
     "uninitialized_shared": ("initcheck", ""),
+    "uninitialized_local": ("initcheck", ""),
     "output_not_written": ("initcheck", ""),
     "copy_not_waited": ("initcheck", ""),
     "bulk_copy_not_waited": ("initcheck", ""),
+    "reused_under_copy": ("sentence", r"byte 0 of shared memory was written while an asynchronous"),
     "barrier_in_branch": (
         "sentence",
         r"block \(0,0,0\): deadlock: threads \(0,0,0\)..\(15,0,0\) wait in __syncthreads",
