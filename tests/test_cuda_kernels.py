@@ -9,6 +9,7 @@ import torch
 from cases import (
     CALIBRATED,
     CONFIGS,
+    Tolerance,
     assert_close,
     assert_same_bytes,
     make_weight,
@@ -61,8 +62,11 @@ def products(kernels, device, M, N, K, dtype, config, rank=5, bias=True):
     want_dX = dY.double() @ W + dS.double() @ A.double()
     if bias:
         torch_y, want_y = torch_y + b, want_y + b.double()
-    assert_close(y, torch_y, want_y, "y", CALIBRATED)
-    assert_close(dX, torch_dX, want_dX, "dX", CALIBRATED)
+    # A result is off by up to half an ulp from rounding alone, which torch's own largest error
+    # among a handful of results may by luck not show.
+    tolerance = Tolerance(2.0, torch.finfo(dtype).eps / 4)
+    assert_close(y, torch_y, want_y, "y", tolerance)
+    assert_close(dX, torch_dX, want_dX, "dX", tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)

@@ -132,16 +132,11 @@ bool is_empty(const Gemm4bitParams& p) { return p.M <= 0 || p.weight.N <= 0; }
 int64_t workspace_gemm_4bit(const Gemm4bitParams& p) {
   if (is_empty(p)) return 0;
   switch (choose(p)) {
-    case Variant::kFused1:
-      return workspace_fused<1>(p);
-    case Variant::kFused2:
-      return workspace_fused<2>(p);
-    case Variant::kFused4:
-      return workspace_fused<4>(p);
-    case Variant::kFused8:
-      return workspace_fused<8>(p);
-    default:
-      return any_product_workspace(p.M, p.weight.N, p.weight.K);
+    case Variant::kFused1: return workspace_fused<1>(p);
+    case Variant::kFused2: return workspace_fused<2>(p);
+    case Variant::kFused4: return workspace_fused<4>(p);
+    case Variant::kFused8: return workspace_fused<8>(p);
+    default: return any_product_workspace(p.M, p.weight.N, p.weight.K);
   }
 }
 
@@ -153,14 +148,10 @@ int64_t chunk_rows_gemm_4bit(const Gemm4bitParams& p) {
 const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {
   if (is_empty(p)) return nullptr;
   switch (choose(p)) {
-    case Variant::kFused1:
-      return gemm_fused<1>(p, stream);
-    case Variant::kFused2:
-      return gemm_fused<2>(p, stream);
-    case Variant::kFused4:
-      return gemm_fused<4>(p, stream);
-    case Variant::kFused8:
-      return gemm_fused<8>(p, stream);
+    case Variant::kFused1: return gemm_fused<1>(p, stream);
+    case Variant::kFused2: return gemm_fused<2>(p, stream);
+    case Variant::kFused4: return gemm_fused<4>(p, stream);
+    case Variant::kFused8: return gemm_fused<8>(p, stream);
     default:  // kChunks as well, should a caller not ask chunk_rows_gemm_4bit first
       return gemm_any(p, stream);
   }

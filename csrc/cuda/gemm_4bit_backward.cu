@@ -119,12 +119,9 @@ bool is_empty(const Gemm4bitBackwardParams& p) { return p.M <= 0 || p.weight.K <
 int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
   if (is_empty(p)) return 0;
   switch (choose(p)) {
-    case Variant::kFused4:
-      return workspace_fused<4>(p);
-    case Variant::kFused8:
-      return workspace_fused<8>(p);
-    default:
-      return any_product_workspace(p.M, p.weight.K, p.weight.N);
+    case Variant::kFused4: return workspace_fused<4>(p);
+    case Variant::kFused8: return workspace_fused<8>(p);
+    default: return any_product_workspace(p.M, p.weight.K, p.weight.N);
   }
 }
 
@@ -136,10 +133,8 @@ int64_t chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
 const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {
   if (is_empty(p)) return nullptr;
   switch (choose(p)) {
-    case Variant::kFused4:
-      return backward_fused<4>(p, stream);
-    case Variant::kFused8:
-      return backward_fused<8>(p, stream);
+    case Variant::kFused4: return backward_fused<4>(p, stream);
+    case Variant::kFused8: return backward_fused<8>(p, stream);
     default:  // kChunks as well, should a caller not ask chunk_rows_gemm_4bit_backward first
       return backward_any(p, stream);
   }

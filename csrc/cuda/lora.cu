@@ -90,12 +90,9 @@ const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream)
                     length * ranks,
                     p.out_dtype};
   switch (rank_tiles(ranks)) {
-    case 1:
-      return launch_mma<1>(p, mma, plan.parts, stream);
-    case 2:
-      return launch_mma<2>(p, mma, plan.parts, stream);
-    default:
-      return launch_mma<4>(p, mma, plan.parts, stream);
+    case 1: return launch_mma<1>(p, mma, plan.parts, stream);
+    case 2: return launch_mma<2>(p, mma, plan.parts, stream);
+    default: return launch_mma<4>(p, mma, plan.parts, stream);
   }
 }
 

@@ -70,12 +70,9 @@ const char* quantize_4bit(const Quantize4bitParams& p, void* stream) {
   return visit_cuda_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     switch (p.normalization) {
-      case Normalization::kStandard:
-        return pack<T, Normalization::kStandard>(p, stream);
-      case Normalization::kNone:
-        return pack<T, Normalization::kNone>(p, stream);
-      default:
-        return pack<T, Normalization::kAbsmax>(p, stream);
+      case Normalization::kStandard: return pack<T, Normalization::kStandard>(p, stream);
+      case Normalization::kNone: return pack<T, Normalization::kNone>(p, stream);
+      default: return pack<T, Normalization::kAbsmax>(p, stream);
     }
   });
 }
