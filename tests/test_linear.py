@@ -64,7 +64,12 @@ def test_same_bits_for_any_number_of_threads():
         results = []
         for n in (1, 2, 8):
             torch.set_num_threads(n)
-            results.append((ops.linear(x, weight, bias), torch.ops.qlora_ext.linear_backward(x[:, :90], weight)))
+            results.append(
+                (
+                    ops.linear(x, weight, bias),
+                    torch.ops.qlora_ext.linear_backward(x[:, :90], weight),
+                )
+            )
     finally:
         torch.set_num_threads(threads)
     for y, dX in results[1:]:

@@ -25,8 +25,7 @@ const char* launch::dequantize_4bit(const Dequantize4bitParams& p, void*) {
   cpu::parallel_for(num_chunks, cpu::kGrain, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * cpu::kChunk;
     const int64_t count = std::min(n, end * cpu::kChunk) - at;
-    cpu::kernels().decode(p.weight, first + at, count, p.dtype,
-                          cpu::element(p.out, p.dtype, at));
+    cpu::kernels().decode(p.weight, first + at, count, p.dtype, cpu::element(p.out, p.dtype, at));
   });
   return nullptr;
 }

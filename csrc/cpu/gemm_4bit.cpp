@@ -10,11 +10,11 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrainMacs = 65536;    // multiplies that repay waking a thread
-constexpr int64_t kRegionTiles = 2;      // 32 rows of W a task
-constexpr int64_t kUnpackedRows = 16;    // up to here x is used where it lies: no workspace
-constexpr int64_t kDotRegion = 16;       // rows of W a task, for few rows of x
-constexpr int64_t kDotDepth = 2048;      // x converted at a time: 32 KB of stack for 4 rows
+constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
+constexpr int64_t kRegionTiles = 2;    // 32 rows of W a task
+constexpr int64_t kUnpackedRows = 16;  // up to here x is used where it lies: no workspace
+constexpr int64_t kDotRegion = 16;     // rows of W a task, for few rows of x
+constexpr int64_t kDotDepth = 2048;    // x converted at a time: 32 KB of stack for 4 rows
 
 int64_t grain_of(const Gemm4bitParams& p, int64_t rows, int64_t columns) {
   const int64_t macs = rows * columns * std::max<int64_t>(1, p.weight.K);
@@ -91,11 +91,13 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
   } else {
     add_product(x, region, decode, sums);
   }
-  add_product(lora_S, region, [&](int64_t n, int64_t width, int64_t r, int64_t depth,
-                                  float* panel) {
-    kernels().pack_columns(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, p.R, width,
-                           depth, panel);
-  }, sums);
+  add_product(
+      lora_S, region,
+      [&](int64_t n, int64_t width, int64_t r, int64_t depth, float* panel) {
+        kernels().pack_columns(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, p.R,
+                               width, depth, panel);
+      },
+      sums);
   void* y = element(p.y, p.dtype, row * p.weight.N);
   float bias[kRegionTiles * kPanelWidth];
   load_bias(p, region.column, region.columns, bias);
@@ -106,9 +108,7 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
 
 Left all_rows(const Gemm4bitParams& p) { return rows_of(p.x, p.dtype, p.x_stride, p.weight.K); }
 
-bool packs(const Gemm4bitParams& p) {
-  return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p));
-}
+bool packs(const Gemm4bitParams& p) { return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p)); }
 
 void many_rows(const Gemm4bitParams& p) {
   const int64_t K = p.weight.K;
@@ -118,8 +118,8 @@ void many_rows(const Gemm4bitParams& p) {
     const int64_t rows = std::min(chunk, p.M - row);
     const Left x = packs(p) ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
                             : all_rows(p).from(row);
-    const Left lora_S = rows_of(p.lora_S + (p.R > 0 ? row * p.S_stride : 0), DType::kFloat32,
-                                p.S_stride, p.R);
+    const Left lora_S =
+        rows_of(p.lora_S + (p.R > 0 ? row * p.S_stride : 0), DType::kFloat32, p.S_stride, p.R);
     const int64_t columns = kRegionTiles * kPanelWidth;
     for_each_region(rows, N, rows, columns, grain_of(p, rows, columns),
                     [&](const Region& region) { many_rows_region(p, x, lora_S, region, row); });
@@ -134,9 +134,8 @@ const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
   if (p.M == 0 || p.weight.N == 0) return nullptr;
   if (p.M <= cpu::kMaxDotRows) {
     cpu::for_each_region(p.M, p.weight.N, p.M, cpu::kDotRegion,
-                         cpu::grain_of(p, p.M, cpu::kDotRegion), [&](const cpu::Region& region) {
-      cpu::few_rows_region(p, region);
-    });
+                         cpu::grain_of(p, p.M, cpu::kDotRegion),
+                         [&](const cpu::Region& region) { cpu::few_rows_region(p, region); });
   } else {
     cpu::many_rows(p);
   }

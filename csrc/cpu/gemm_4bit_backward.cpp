@@ -34,12 +34,14 @@ void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left
   } else {
     add_product(dY, region, decode, sums);
   }
-  add_product(dS, region, [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
-    kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width, depth,
-                        panel);
-  }, sums);
-  store(region, sums, p.dtype, K, element(p.dX, p.dtype, row * K),
-        [](int64_t, float*) {});
+  add_product(
+      dS, region,
+      [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
+        kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width,
+                            depth, panel);
+      },
+      sums);
+  store(region, sums, p.dtype, K, element(p.dX, p.dtype, row * K), [](int64_t, float*) {});
 }
 
 }  // namespace

@@ -25,15 +25,16 @@ void multiply(const Left& left, int64_t M, int64_t columns, const Fill& fill, co
     const int64_t macs = rows * width * std::max<int64_t>(1, left.depth);
     for_each_region(rows, columns, rows, width, std::max<int64_t>(1, kGrainMacs / macs),
                     [&](const Region& region) {
-      Accumulators sums;
-      clear(region, sums);
-      add_product(packed, region, fill, sums);
-      store(region, sums, dtype, columns, element(out, dtype, row * columns),
-            [&](int64_t, float* values) {
-        if (bias == nullptr) return;
-        for (int64_t c = 0; c < region.columns; ++c) values[c] += bias[region.column + c];
-      });
-    });
+                      Accumulators sums;
+                      clear(region, sums);
+                      add_product(packed, region, fill, sums);
+                      store(region, sums, dtype, columns, element(out, dtype, row * columns),
+                            [&](int64_t, float* values) {
+                              if (bias == nullptr) return;
+                              for (int64_t c = 0; c < region.columns; ++c)
+                                values[c] += bias[region.column + c];
+                            });
+                    });
   }
 }
 
@@ -54,11 +55,13 @@ const char* launch::linear(const LinearParams& p, void*) {
     bias = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + workspace_of(p.M, p.K));
     kernels().to_float(p.bias, p.bias_dtype, p.N, bias);
   }
-  multiply(rows_of(p.x, p.dtype, p.x_stride, p.K), p.M, p.N,
-           [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
-    kernels().pack_columns(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
-                           width, depth, panel);
-  }, bias, p.dtype, p.y, p.workspace);
+  multiply(
+      rows_of(p.x, p.dtype, p.x_stride, p.K), p.M, p.N,
+      [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
+        kernels().pack_columns(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
+                               width, depth, panel);
+      },
+      bias, p.dtype, p.y, p.workspace);
   return nullptr;
 }
 
@@ -66,11 +69,13 @@ const char* launch::linear_backward(const LinearBackwardParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
   if (p.M == 0 || p.K == 0) return nullptr;
-  multiply(rows_of(p.dY, p.dtype, p.dY_stride, p.N), p.M, p.K,
-           [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
-    kernels().pack_rows(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K, width,
-                        depth, panel);
-  }, nullptr, p.dtype, p.dX, p.workspace);
+  multiply(
+      rows_of(p.dY, p.dtype, p.dY_stride, p.N), p.M, p.K,
+      [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
+        kernels().pack_rows(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
+                            width, depth, panel);
+      },
+      nullptr, p.dtype, p.dX, p.workspace);
   return nullptr;
 }
 

@@ -8,12 +8,14 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrainMacs = 65536;   // multiplies that repay waking a thread
-constexpr int64_t kShrinkRows = 48;     // rows a task converts and multiplies by all of A or B
-constexpr int64_t kShrinkColumns = 64;  // columns of A^T or B a task takes
+constexpr int64_t kGrainMacs = 65536;     // multiplies that repay waking a thread
+constexpr int64_t kShrinkRows = 48;       // rows a task converts and multiplies by all of A or B
+constexpr int64_t kShrinkColumns = 64;    // columns of A^T or B a task takes
 constexpr int64_t kGradientColumns = 64;  // columns of dA or dB^T a task takes
 
-int64_t grain_of(int64_t macs) { return std::max<int64_t>(1, kGrainMacs / std::max<int64_t>(1, macs)); }
+int64_t grain_of(int64_t macs) {
+  return std::max<int64_t>(1, kGrainMacs / std::max<int64_t>(1, macs));
+}
 
 void scale_by(float scaling, int64_t width, float* values) {
   for (int64_t c = 0; c < width; ++c) values[c] *= scaling;
@@ -38,25 +40,23 @@ struct Transposed {
   int64_t stride;
 
   void operator()(int64_t column, int64_t width, int64_t d, int64_t depth, float* panel) const {
-    kernels().pack_columns(element(source, dtype, column * stride + d), dtype, stride, width,
-                           depth, panel);
+    kernels().pack_columns(element(source, dtype, column * stride + d), dtype, stride, width, depth,
+                           panel);
   }
 };
 
 // out [M, R] fp32 = left [M, depth] * right [depth, R] * scaling.
 template <class Right>
-void shrink(const Left& left, const Right& right, int64_t M, int64_t R, float scaling,
-            float* out) {
+void shrink(const Left& left, const Right& right, int64_t M, int64_t R, float scaling, float* out) {
   for_each_region(M, R, kShrinkRows, kShrinkColumns, grain_of(kShrinkRows * R * left.depth),
                   [&](const Region& region) {
-    Accumulators sums;
-    clear(region, sums);
-    add_product(left, region, right, sums);
-    store(region, sums, DType::kFloat32, R, out,
-          [&](int64_t, float* values) {
-      scale_by(scaling, region.columns, values);
-    });
-  });
+                    Accumulators sums;
+                    clear(region, sums);
+                    add_product(left, region, right, sums);
+                    store(region, sums, DType::kFloat32, R, out, [&](int64_t, float* values) {
+                      scale_by(scaling, region.columns, values);
+                    });
+                  });
 }
 
 // The gradient of a factor: sums = left^T [R, M] * right [M, columns], a region at a time.
@@ -67,11 +67,11 @@ void factor_gradient(const float* left, int64_t left_stride, const Rows& right, 
   const int64_t rows = std::min(R, kMaxAccumulatorRows * kPanelWidth / kGradientColumns);
   for_each_region(R, columns, rows, kGradientColumns, grain_of(rows * kGradientColumns * M),
                   [&](const Region& region) {
-    Accumulators sums;
-    clear(region, sums);
-    add_product(columns_of(left, left_stride, M), region, right, sums);
-    finish(region, sums);
-  });
+                    Accumulators sums;
+                    clear(region, sums);
+                    add_product(columns_of(left, left_stride, M), region, right, sums);
+                    finish(region, sums);
+                  });
 }
 
 // dx [M, K] = scaling * dS * A.
@@ -80,18 +80,17 @@ void shrink_input_gradient(const LoraShrinkBackwardParams& p) {
   const Rows lora_A{p.lora_A, p.lora_dtype, p.K};
   for_each_region(p.M, p.K, kShrinkRows, kShrinkColumns,
                   grain_of(kShrinkRows * kShrinkColumns * p.R), [&](const Region& region) {
-    Accumulators sums;
-    clear(region, sums);
-    add_product(dS, region, lora_A, sums);
-    store(region, sums, p.dtype, p.K, p.dx, [&](int64_t, float* values) {
-      scale_by(p.scaling, region.columns, values);
-    });
-  });
+                    Accumulators sums;
+                    clear(region, sums);
+                    add_product(dS, region, lora_A, sums);
+                    store(region, sums, p.dtype, p.K, p.dx, [&](int64_t, float* values) {
+                      scale_by(p.scaling, region.columns, values);
+                    });
+                  });
 }
 
 // Stores a region of dB^T [R, N] into dB [N, R].
-void store_transposed(const LoraExpandBackwardParams& p, const Region& region,
-                      Accumulators& sums) {
+void store_transposed(const LoraExpandBackwardParams& p, const Region& region, Accumulators& sums) {
   for (int64_t tile = 0; tile < region.tiles(); ++tile) {
     for (int64_t c = 0; c < region.tile_width(tile); ++c) {
       const int64_t n = region.column + tile * kPanelWidth + c;
@@ -110,8 +109,8 @@ void store_transposed(const LoraExpandBackwardParams& p, const Region& region,
 const char* launch::lora_shrink(const LoraShrinkParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
-  shrink(rows_of(p.x, p.dtype, p.x_stride, p.K), Transposed{p.lora_A, p.lora_dtype, p.K}, p.M,
-         p.R, p.scaling, p.S);
+  shrink(rows_of(p.x, p.dtype, p.x_stride, p.K), Transposed{p.lora_A, p.lora_dtype, p.K}, p.M, p.R,
+         p.scaling, p.S);
   return nullptr;
 }
 
@@ -121,11 +120,10 @@ const char* launch::lora_shrink_backward(const LoraShrinkBackwardParams& p, void
   if (p.dx != nullptr) shrink_input_gradient(p);
   factor_gradient(p.dS, p.R, Rows{p.x, p.dtype, p.x_stride}, p.M, p.R, p.K,
                   [&](const Region& region, Accumulators& sums) {
-    store(region, sums, p.lora_dtype, p.K, p.dA,
-          [&](int64_t, float* values) {
-      scale_by(p.scaling, region.columns, values);
-    });
-  });
+                    store(region, sums, p.lora_dtype, p.K, p.dA, [&](int64_t, float* values) {
+                      scale_by(p.scaling, region.columns, values);
+                    });
+                  });
   return nullptr;
 }
 
@@ -134,10 +132,9 @@ const char* launch::lora_expand_backward(const LoraExpandBackwardParams& p, void
   if (const char* error = cpu_path_error()) return error;
   shrink(rows_of(p.dY, p.dtype, p.dY_stride, p.N), Rows{p.lora_B, p.lora_dtype, p.R}, p.M, p.R,
          p.scaling, p.dS);
-  factor_gradient(p.S, p.S_stride, Rows{p.dY, p.dtype, p.dY_stride}, p.M, p.R, p.N,
-                  [&](const Region& region, Accumulators& sums) {
-    store_transposed(p, region, sums);
-  });
+  factor_gradient(
+      p.S, p.S_stride, Rows{p.dY, p.dtype, p.dY_stride}, p.M, p.R, p.N,
+      [&](const Region& region, Accumulators& sums) { store_transposed(p, region, sums); });
   return nullptr;
 }
 

@@ -17,7 +17,7 @@
 namespace qlora_ext::cpu {
 
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
-constexpr int64_t kMaxConvertedRows = 64;    // rows a task converts to fp32 itself: 64 KB of stack
+constexpr int64_t kMaxConvertedRows = 64;  // rows a task converts to fp32 itself: 64 KB of stack
 constexpr int64_t kMaxRegionColumns = 256;
 constexpr int64_t kMaxWorkspace = int64_t{16} << 20;
 

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;  // weights converted to fp32 at a time; the largest block size
 constexpr int64_t kMaxBlocks = kChunk / 32;  // of the smallest block size
-constexpr int64_t kGrain = 32768;  // weights that repay waking a thread
+constexpr int64_t kGrain = 32768;            // weights that repay waking a thread
 
 struct Statistics {
   float scale;
@@ -72,13 +72,11 @@ Statistics standard_statistics(const Quantize4bitParams& p, double sum, double s
 }
 
 // Statistics of a block that is in fp32 already.
-Statistics block_statistics(const Quantize4bitParams& p, const float* w, int64_t n,
-                            float largest) {
+Statistics block_statistics(const Quantize4bitParams& p, const float* w, int64_t n, float largest) {
   if (p.normalization == Normalization::kAbsmax) return {largest, 0.0f};
   if (p.normalization == Normalization::kNone) return {1.0f, 0.0f};
-  const double sum = tree_sum_chunk(0, n, [&](int64_t at, int64_t count, double* out) {
-    std::copy_n(w + at, count, out);
-  });
+  const double sum = tree_sum_chunk(
+      0, n, [&](int64_t at, int64_t count, double* out) { std::copy_n(w + at, count, out); });
   const double mean = static_cast<float>(sum / static_cast<double>(n));
   const double squares = tree_sum_chunk(0, n, [&](int64_t at, int64_t count, double* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = square(w[at + i] - mean);
@@ -160,11 +158,10 @@ Statistics wide_block_statistics(const Quantize4bitParams& p, int64_t begin, int
   const int64_t n = end - begin;
   const double sum = parallel_tree_sum(n, partial, load_group);
   const double mean = static_cast<float>(sum / static_cast<double>(n));
-  const double squares =
-      parallel_tree_sum(n, partial, [&](int64_t at, int64_t count, double* out) {
-        load_group(at, count, out);
-        for (int64_t i = 0; i < count; ++i) out[i] = square(out[i] - mean);
-      });
+  const double squares = parallel_tree_sum(n, partial, [&](int64_t at, int64_t count, double* out) {
+    load_group(at, count, out);
+    for (int64_t i = 0; i < count; ++i) out[i] = square(out[i] - mean);
+  });
   return standard_statistics(p, sum, squares, n);
 }
 

@@ -9,7 +9,8 @@ namespace qlora_ext::host {
 DeviceScope::DeviceScope(const Tensor&) {}
 DeviceScope::~DeviceScope() = default;
 
-void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta) {
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
+               double beta) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 }

@@ -21,13 +21,13 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(condition, ...)                          \
-  do {                                                 \
-    if (!(condition) && ++failures <= 20) {            \
-      std::printf("%s:%d: ", __FILE__, __LINE__);      \
-      std::printf(__VA_ARGS__);                        \
-      std::printf("\n");                               \
-    }                                                  \
+#define CHECK(condition, ...)                     \
+  do {                                            \
+    if (!(condition) && ++failures <= 20) {       \
+      std::printf("%s:%d: ", __FILE__, __LINE__); \
+      std::printf(__VA_ARGS__);                   \
+      std::printf("\n");                          \
+    }                                             \
   } while (0)
 
 std::mt19937 random_bits(20240607);
@@ -147,9 +147,9 @@ struct Case {
 };
 
 std::string describe(const Case& c) {
-  return std::to_string(c.N) + "x" + std::to_string(c.K) + " block " +
-         std::to_string(c.blocksize) + " " + c.quant_type + " norm " +
-         std::to_string(static_cast<int>(c.normalization)) + (c.nested ? " nested" : "");
+  return std::to_string(c.N) + "x" + std::to_string(c.K) + " block " + std::to_string(c.blocksize) +
+         " " + c.quant_type + " norm " + std::to_string(static_cast<int>(c.normalization)) +
+         (c.nested ? " nested" : "");
 }
 
 void check_statistics(const Case& c, const Buffer& w, const Weight& q) {
@@ -235,9 +235,11 @@ Weight quantize(const Case& c, const Buffer& w) {
   q.codebook = make_codebook(named->levels, named->sign_magnitude);
 
   int64_t bad_index = numel;
-  Quantize4bitParams p{w.bytes.data(), q.packed.data(), q.absmax.data(),
-                       q.mean.empty() ? nullptr : q.mean.data(), &bad_index, numel, q.blocksize,
-                       q.num_blocks, 3.0f, c.normalization, w.dtype, q.codebook, nullptr};
+  Quantize4bitParams p{
+      w.bytes.data(), q.packed.data(), q.absmax.data(), q.mean.empty() ? nullptr : q.mean.data(),
+      &bad_index,     numel,           q.blocksize,     q.num_blocks,
+      3.0f,           c.normalization, w.dtype,         q.codebook,
+      nullptr};
   std::vector<double> workspace((launch::workspace_quantize_4bit(p) + 7) / 8);
   p.workspace = workspace.data();
   CHECK(launch::quantize_4bit(p, nullptr) == nullptr, "quantize_4bit failed");
@@ -259,9 +261,19 @@ void test_bad_weights() {
       int64_t bad_index = 100001;
       q.packed.resize(50001);
       q.absmax.resize(100001 / 32 + 1);
-      Quantize4bitParams p{w.bytes.data(), q.packed.data(), q.absmax.data(), nullptr, &bad_index,
-                           100001, blocksize, (100001 + blocksize - 1) / blocksize, 3.0f,
-                           Normalization::kAbsmax, dtype, make_codebook(kNF4, false), nullptr};
+      Quantize4bitParams p{w.bytes.data(),
+                           q.packed.data(),
+                           q.absmax.data(),
+                           nullptr,
+                           &bad_index,
+                           100001,
+                           blocksize,
+                           (100001 + blocksize - 1) / blocksize,
+                           3.0f,
+                           Normalization::kAbsmax,
+                           dtype,
+                           make_codebook(kNF4, false),
+                           nullptr};
       launch::quantize_4bit(p, nullptr);
       CHECK(bad_index == 54321, "bad_index %" PRId64 ", want 54321", bad_index);
     }
@@ -298,8 +310,8 @@ void test_embedding_index() {
   const std::vector<int64_t> indices = {3, 0, -1, 4};
   Buffer out(DType::kFloat32, 4 * 32);
   int64_t bad_index = 4;
-  Embedding4bitParams p{q.params(), indices.data(), out.bytes.data(), &bad_index, 4,
-                        DType::kFloat32};
+  Embedding4bitParams p{q.params(), indices.data(), out.bytes.data(), &bad_index,
+                        4,          DType::kFloat32};
   launch::embedding_4bit(p, nullptr);
   CHECK(bad_index == 2, "embedding_4bit: bad_index %" PRId64 ", want 2", bad_index);
 }
@@ -375,9 +387,8 @@ void test_gemm(const Weight& q, const Shape& s) {
   p.lora_dtype = s.lora_dtype;
   std::vector<float> workspace(launch::workspace_gemm_4bit(p) / 4);
   p.workspace = workspace.data();
-  check_threads("gemm_4bit", {&y}, [&] {
-    CHECK(launch::gemm_4bit(p, nullptr) == nullptr, "gemm_4bit failed");
-  });
+  check_threads("gemm_4bit", {&y},
+                [&] { CHECK(launch::gemm_4bit(p, nullptr) == nullptr, "gemm_4bit failed"); });
   for (int64_t m = 0; m < s.M; ++m) {
     for (int64_t n = 0; n < q.N; ++n) {
       Sum sum;
@@ -427,8 +438,9 @@ void test_merge(const Weight& q, const Shape& s) {
   const Buffer lora_A = random_buffer(s.lora_dtype, s.R * q.K);
   const Buffer lora_B = random_buffer(s.lora_dtype, q.N * s.R);
   Buffer out(s.dtype, q.N * q.K);
-  MergeLora4bitParams p{q.params(), lora_A.bytes.data(), lora_B.bytes.data(), out.bytes.data(),
-                        s.R, 0.5f, s.dtype, s.lora_dtype};
+  MergeLora4bitParams p{
+      q.params(), lora_A.bytes.data(), lora_B.bytes.data(), out.bytes.data(), s.R, 0.5f,
+      s.dtype,    s.lora_dtype};
   check_threads("merge_lora_4bit", {&out}, [&] {
     CHECK(launch::merge_lora_4bit(p, nullptr) == nullptr, "merge_lora_4bit failed");
   });
@@ -436,7 +448,8 @@ void test_merge(const Weight& q, const Shape& s) {
     for (int64_t k = 0; k < q.K; ++k) {
       Sum sum;
       sum.add(1.0, q.value(n, k));
-      for (int64_t r = 0; r < s.R; ++r) sum.add(0.5 * lora_B.get(n * s.R + r), lora_A.get(r * q.K + k));
+      for (int64_t r = 0; r < s.R; ++r)
+        sum.add(0.5 * lora_B.get(n * s.R + r), lora_A.get(r * q.K + k));
       check_sum("merge_lora_4bit", out, n * q.K + k, sum);
     }
   }
@@ -458,23 +471,42 @@ void test_lora(int64_t K, int64_t N, const Shape& s) {
   Buffer dx(s.dtype, s.M * K), dA(s.lora_dtype, s.R * K), dB(s.lora_dtype, N * s.R);
   const auto fp32 = [](const Buffer& b) { return reinterpret_cast<const float*>(b.bytes.data()); };
 
-  LoraShrinkParams shrink{x.bytes.data(), A.bytes.data(), reinterpret_cast<float*>(S.bytes.data()),
-                          s.M, s.R, K, x_stride, scaling, s.dtype, s.lora_dtype, nullptr};
+  LoraShrinkParams shrink{x.bytes.data(),
+                          A.bytes.data(),
+                          reinterpret_cast<float*>(S.bytes.data()),
+                          s.M,
+                          s.R,
+                          K,
+                          x_stride,
+                          scaling,
+                          s.dtype,
+                          s.lora_dtype,
+                          nullptr};
   std::vector<float> workspace(launch::workspace_lora_shrink(shrink) / 4);
   shrink.workspace = workspace.data();
   check_threads("lora_shrink", {&S}, [&] { launch::lora_shrink(shrink, nullptr); });
 
-  LoraShrinkBackwardParams shrink_back{fp32(dS_in), x.bytes.data(), A.bytes.data(),
-                                       dx.bytes.data(), dA.bytes.data(), s.M, s.R, K, x_stride,
-                                       scaling, s.dtype, s.lora_dtype, nullptr};
+  LoraShrinkBackwardParams shrink_back{
+      fp32(dS_in), x.bytes.data(), A.bytes.data(), dx.bytes.data(), dA.bytes.data(), s.M,    s.R,
+      K,           x_stride,       scaling,        s.dtype,         s.lora_dtype,    nullptr};
   std::vector<float> workspace2(launch::workspace_lora_shrink_backward(shrink_back) / 4);
   shrink_back.workspace = workspace2.data();
   check_threads("lora_shrink_backward", {&dx, &dA},
                 [&] { launch::lora_shrink_backward(shrink_back, nullptr); });
 
-  LoraExpandBackwardParams expand{dY.bytes.data(), fp32(S_in), B.bytes.data(),
-                                  reinterpret_cast<float*>(dS.bytes.data()), dB.bytes.data(), s.M,
-                                  s.R, N, dY_stride, S_stride, 0.5f, s.dtype, s.lora_dtype,
+  LoraExpandBackwardParams expand{dY.bytes.data(),
+                                  fp32(S_in),
+                                  B.bytes.data(),
+                                  reinterpret_cast<float*>(dS.bytes.data()),
+                                  dB.bytes.data(),
+                                  s.M,
+                                  s.R,
+                                  N,
+                                  dY_stride,
+                                  S_stride,
+                                  0.5f,
+                                  s.dtype,
+                                  s.lora_dtype,
                                   nullptr};
   std::vector<float> workspace3(launch::workspace_lora_expand_backward(expand) / 4);
   expand.workspace = workspace3.data();
@@ -484,7 +516,8 @@ void test_lora(int64_t K, int64_t N, const Shape& s) {
   for (int64_t m = 0; m < s.M; ++m) {
     for (int64_t r = 0; r < s.R; ++r) {
       Sum shrunk, back;
-      for (int64_t k = 0; k < K; ++k) shrunk.add(scaling * x.get(m * x_stride + k), A.get(r * K + k));
+      for (int64_t k = 0; k < K; ++k)
+        shrunk.add(scaling * x.get(m * x_stride + k), A.get(r * K + k));
       for (int64_t n = 0; n < N; ++n) back.add(0.5 * dY.get(m * dY_stride + n), B.get(n * s.R + r));
       check_sum("lora_shrink", S, m * s.R + r, shrunk);
       check_sum("lora_expand_backward dS", dS, m * s.R + r, back);
@@ -498,12 +531,14 @@ void test_lora(int64_t K, int64_t N, const Shape& s) {
   for (int64_t r = 0; r < s.R; ++r) {
     for (int64_t k = 0; k < K; ++k) {
       Sum sum;
-      for (int64_t m = 0; m < s.M; ++m) sum.add(scaling * dS_in.get(m * s.R + r), x.get(m * x_stride + k));
+      for (int64_t m = 0; m < s.M; ++m)
+        sum.add(scaling * dS_in.get(m * s.R + r), x.get(m * x_stride + k));
       check_sum("lora_shrink_backward dA", dA, r * K + k, sum);
     }
     for (int64_t n = 0; n < N; ++n) {
       Sum sum;
-      for (int64_t m = 0; m < s.M; ++m) sum.add(dY.get(m * dY_stride + n), S_in.get(m * S_stride + r));
+      for (int64_t m = 0; m < s.M; ++m)
+        sum.add(dY.get(m * dY_stride + n), S_in.get(m * S_stride + r));
       check_sum("lora_expand_backward dB", dB, n * s.R + r, sum);
     }
   }
@@ -519,13 +554,23 @@ void test_linear(int64_t K, int64_t N, const Shape& s) {
   const Buffer W = random_buffer(s.lora_dtype, N * K);
   const Buffer bias = random_buffer(s.dtype, N);
   Buffer y(s.dtype, s.M * N), dX(s.dtype, s.M * K);
-  LinearParams p{x.bytes.data(), W.bytes.data(), s.bias ? bias.bytes.data() : nullptr,
-                 y.bytes.data(), s.M, N, K, x_stride, s.dtype, s.lora_dtype, s.dtype, nullptr};
+  LinearParams p{x.bytes.data(),
+                 W.bytes.data(),
+                 s.bias ? bias.bytes.data() : nullptr,
+                 y.bytes.data(),
+                 s.M,
+                 N,
+                 K,
+                 x_stride,
+                 s.dtype,
+                 s.lora_dtype,
+                 s.dtype,
+                 nullptr};
   std::vector<float> workspace(launch::workspace_linear(p) / 4);
   p.workspace = workspace.data();
   check_threads("linear", {&y}, [&] { launch::linear(p, nullptr); });
-  LinearBackwardParams b{dY.bytes.data(), W.bytes.data(), dX.bytes.data(), s.M, N, K, dY_stride,
-                         s.dtype, s.lora_dtype, nullptr};
+  LinearBackwardParams b{dY.bytes.data(), W.bytes.data(), dX.bytes.data(), s.M,    N, K,
+                         dY_stride,       s.dtype,        s.lora_dtype,    nullptr};
   std::vector<float> workspace2(launch::workspace_linear_backward(b) / 4);
   b.workspace = workspace2.data();
   check_threads("linear_backward", {&dX}, [&] { launch::linear_backward(b, nullptr); });
@@ -553,7 +598,8 @@ void test_half() {
     if (value == value) {
       CHECK(cpu::fp16_from_float(value) == half, "fp16 %04x does not survive", bits);
       CHECK(cpu::bf16_from_float(cpu::bf16_to_float(half)) == half ||
-                cpu::bf16_to_float(half) != cpu::bf16_to_float(half), "bf16 %04x", bits);
+                cpu::bf16_to_float(half) != cpu::bf16_to_float(half),
+            "bf16 %04x", bits);
     }
   }
   // Every path converts as the scalar code does: all fp16 and bf16, and a sweep of fp32.
@@ -587,15 +633,23 @@ void test_weights() {
   const Normalization absmax = Normalization::kAbsmax;
   const Normalization standard = Normalization::kStandard;
   const Case cases[] = {
-      {64, 128, 64, "nf4", absmax, true},      {33, 576, 64, "nf4", absmax, true},
-      {48, 320, 128, "nf4", absmax, false},    {17, 65, 32, "nf4", absmax, true},
-      {5, 77, 4096, "fp4", absmax, false},     {40, 96, 64, "fp4", absmax, true},
-      {19, 256, 32, "linear", absmax, false},  {31, 129, 0, "nf4", absmax, false},
-      {70, 130, 0, "nf4", standard, false},    {24, 200, 64, "nf4", standard, true},
+      {64, 128, 64, "nf4", absmax, true},
+      {33, 576, 64, "nf4", absmax, true},
+      {48, 320, 128, "nf4", absmax, false},
+      {17, 65, 32, "nf4", absmax, true},
+      {5, 77, 4096, "fp4", absmax, false},
+      {40, 96, 64, "fp4", absmax, true},
+      {19, 256, 32, "linear", absmax, false},
+      {31, 129, 0, "nf4", absmax, false},
+      {70, 130, 0, "nf4", standard, false},
+      {24, 200, 64, "nf4", standard, true},
       {12, 64, 0, "linear", Normalization::kNone, false},
-      {1, 1, 64, "nf4", absmax, false},        {1, 31, 64, "nf4", absmax, true},
-      {3, 4097, 256, "nf4", absmax, true},     {200, 331, 0, "fp4", standard, false},
-      {260, 300, 4096, "nf4", standard, true}, {7, 2050, 2048, "nf4", absmax, true},
+      {1, 1, 64, "nf4", absmax, false},
+      {1, 31, 64, "nf4", absmax, true},
+      {3, 4097, 256, "nf4", absmax, true},
+      {200, 331, 0, "fp4", standard, false},
+      {260, 300, 4096, "nf4", standard, true},
+      {7, 2050, 2048, "nf4", absmax, true},
   };
   int turn = 0;
   for (const Case& c : cases) {

@@ -132,7 +132,8 @@ float max_abs_of(const float* x, int64_t n) {
     const __m256i bits = _mm256_castps_si256(load_fp32(x + i));
     largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, magnitude_mask));
   }
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  __m128i four =
+      _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
   uint32_t result = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
@@ -149,11 +150,11 @@ void max_abs(const float* x, int64_t n, int64_t blocksize, float* largest) {
 // The 15 thresholds as a search tree. Comparisons yield -1, so positions count downwards: entry i
 // of a level lies in lane (-i) mod 8, and no negation is needed before the last step.
 struct Decision {
-  __m256 root;            // t[7]
-  __m256 second[2];       // t[3], t[11]
-  __m256 third;           // t[1], t[5], t[9], t[13]
-  __m256 fourth;          // t[0], t[2], ... t[14]
-  __m128i code_of_rank;   // bytes; ranks 8 to 15 carry the sign of a sign-magnitude codebook
+  __m256 root;           // t[7]
+  __m256 second[2];      // t[3], t[11]
+  __m256 third;          // t[1], t[5], t[9], t[13]
+  __m256 fourth;         // t[0], t[2], ... t[14]
+  __m128i code_of_rank;  // bytes; ranks 8 to 15 carry the sign of a sign-magnitude codebook
   bool sign_magnitude;
 
   explicit Decision(const Codebook& book) : sign_magnitude(book.sign_magnitude) {
@@ -171,9 +172,7 @@ struct Decision {
   }
 };
 
-__m256i greater(__m256 a, __m256 b) {
-  return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
-}
+__m256i greater(__m256 a, __m256 b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 
 // 2 * a + b.
 __m256i descend(__m256i a, __m256i b) { return _mm256_add_epi32(_mm256_add_epi32(a, a), b); }
@@ -231,7 +230,7 @@ void encode_32(const float* x, const Normalizer& normalizer, const Decision& dec
 
 template <bool kSignMagnitude>
 void encode_block(const float* x, int64_t n, const Normalizer& normalizer, const Decision& decision,
-               uint8_t* packed) {
+                  uint8_t* packed) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     encode_32<kSignMagnitude>(x + i, normalizer, decision, packed + i / 2);
@@ -308,7 +307,8 @@ Table scaled_table(const PackedWeight& weight, int64_t block) {
 __m256i codes_of(const uint8_t* packed) {
   int32_t bytes;
   std::memcpy(&bytes, packed, sizeof(bytes));
-  return _mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+  return _mm256_srlv_epi32(_mm256_set1_epi32(bytes),
+                           _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
 }
 
 __m256 look_up(const Table& table, __m256i codes) {
@@ -323,7 +323,8 @@ void decode_fp32(const PackedWeight& weight, int64_t first, int64_t n, float* ou
     alignas(32) float values[16];
     _mm256_store_ps(values, table.low);
     _mm256_store_ps(values + 8, table.high);
-    for (; i < end && ((first + i) & 1) != 0; ++i) out[i] = values[code_at(weight.packed, first + i)];
+    for (; i < end && ((first + i) & 1) != 0; ++i)
+      out[i] = values[code_at(weight.packed, first + i)];
     for (; i + kLanes <= end; i += kLanes) {
       store_fp32(out + i, look_up(table, codes_of(weight.packed + (first + i) / 2)));
     }
@@ -393,7 +394,8 @@ void transpose_8x8(const float* src, int64_t stride, float* dst) {
   // Each row of src as two halves: lanes of row c and row c + 4 share a register.
   const auto halves = [&](int64_t c, int64_t at) {
     const __m128 upper = _mm_loadu_ps(src + (c + 4) * stride + at);
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(src + c * stride + at)), upper, 1);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(src + c * stride + at)), upper,
+                                1);
   };
 #pragma GCC unroll 2
   for (int64_t at = 0; at < kLanes; at += 4) {
@@ -648,10 +650,14 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
 void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
          int64_t M, float* sums) {
   switch (M) {
-    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
-    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
-    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
-    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
+    case 1:
+      return dot_rows<1>(weight, first, n, x, x_stride, sums);
+    case 2:
+      return dot_rows<2>(weight, first, n, x, x_stride, sums);
+    case 3:
+      return dot_rows<3>(weight, first, n, x, x_stride, sums);
+    case 4:
+      return dot_rows<4>(weight, first, n, x, x_stride, sums);
   }
 }
 
@@ -693,20 +699,25 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
   x += m * row_stride;
   acc += m * kPanelWidth;
   switch (rows - m) {
-    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
-    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
-    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
-    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
-    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
+    case 1:
+      return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
+    case 2:
+      return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
+    case 3:
+      return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
+    case 4:
+      return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
+    case 5:
+      return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
   }
 }
 
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2",   to_float,       from_float,  max_abs, encode,    encode_scales,
-    decode,   decode_columns, decode_rows, dot,     pack_rows, pack_columns,
-    multiply, nullptr,        nullptr,
+    "avx2",        to_float,     from_float,     max_abs,     encode,
+    encode_scales, decode,       decode_columns, decode_rows, dot,
+    pack_rows,     pack_columns, multiply,       nullptr,     nullptr,
 };
 
 }  // namespace qlora_ext::cpu

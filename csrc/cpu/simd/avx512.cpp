@@ -20,7 +20,7 @@
 #include "simd.h"
 
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                      \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -52,9 +52,9 @@ __m512i codes_of(const uint8_t* packed) {
   int64_t bytes;
   std::memcpy(&bytes, packed, sizeof(bytes));
   // Lane pair j of a 64-bit element starts at the bits of codes 2j (high nibble) and 2j + 1.
-  const __m512i starts = _mm512_setr_epi64(4LL | 0LL << 32, 12LL | 8LL << 32, 20LL | 16LL << 32,
-                                           28LL | 24LL << 32, 36LL | 32LL << 32, 44LL | 40LL << 32,
-                                           52LL | 48LL << 32, 60LL | 56LL << 32);
+  const __m512i starts =
+      _mm512_setr_epi64(4LL | 0LL << 32, 12LL | 8LL << 32, 20LL | 16LL << 32, 28LL | 24LL << 32,
+                        36LL | 32LL << 32, 44LL | 40LL << 32, 52LL | 48LL << 32, 60LL | 56LL << 32);
   return _mm512_multishift_epi64_epi8(starts, _mm512_set1_epi64(bytes));
 }
 
@@ -114,7 +114,8 @@ void decode_halves(const PackedWeight& weight, int64_t first, int64_t n, DType d
     const __m256i rounded = to_half(scaled_table(weight, block), dtype);
     const __m512i table = _mm512_broadcast_i64x4(rounded);
     const auto decode_one = [&](int64_t at) {
-      const __m512i code = _mm512_set1_epi16(static_cast<short>(code_at(weight.packed, first + at)));
+      const __m512i code =
+          _mm512_set1_epi16(static_cast<short>(code_at(weight.packed, first + at)));
       const __m512i value = _mm512_permutexvar_epi16(code, table);
       out[at] = static_cast<uint16_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(value)));
     };
@@ -220,8 +221,8 @@ void decode_sixteen_columns(const PackedWeight& weight, int64_t row, int64_t k, 
 
 void decode_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                     int64_t depth, float* panel) {
-  const bool regular = width == kPanelWidth && depth % 32 == 0 &&
-                       (weight.K | weight.blocksize | k) % 8 == 0;
+  const bool regular =
+      width == kPanelWidth && depth % 32 == 0 && (weight.K | weight.blocksize | k) % 8 == 0;
   if (!regular) return kAvx2Kernels.decode_columns(weight, row, k, width, depth, panel);
   if (weight.mean == nullptr) return decode_sixteen_columns<false>(weight, row, k, depth, panel);
   return decode_sixteen_columns<true>(weight, row, k, depth, panel);
@@ -285,10 +286,14 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
 void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
          int64_t M, float* sums) {
   switch (M) {
-    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
-    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
-    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
-    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
+    case 1:
+      return dot_rows<1>(weight, first, n, x, x_stride, sums);
+    case 2:
+      return dot_rows<2>(weight, first, n, x, x_stride, sums);
+    case 3:
+      return dot_rows<3>(weight, first, n, x, x_stride, sums);
+    case 4:
+      return dot_rows<4>(weight, first, n, x, x_stride, sums);
   }
 }
 
@@ -323,13 +328,20 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
   x += m * row_stride;
   acc += m * kPanelWidth;
   switch (rows - m) {
-    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
-    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
-    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
-    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
-    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
-    case 6: return multiply_rows<6>(x, row_stride, depth_stride, panel, depth, acc);
-    case 7: return multiply_rows<7>(x, row_stride, depth_stride, panel, depth, acc);
+    case 1:
+      return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
+    case 2:
+      return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
+    case 3:
+      return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
+    case 4:
+      return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
+    case 5:
+      return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
+    case 6:
+      return multiply_rows<6>(x, row_stride, depth_stride, panel, depth, acc);
+    case 7:
+      return multiply_rows<7>(x, row_stride, depth_stride, panel, depth, acc);
   }
 }
 

@@ -32,7 +32,8 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #endif
 
 Choice choose() {
-  const Path paths[] = {  // best first
+  const Path paths[] = {
+      // best first
 #if defined(__x86_64__)
       {avx512_bf16_kernels(), has_avx512_bf16(), "AVX512_BF16"},
       {avx512_kernels(), has_avx512(), "AVX-512 F, BW, VL and VBMI"},
@@ -66,8 +67,6 @@ const Kernels& kernels() { return choice().kernels; }
 
 const char* cpu_path() { return choice().error.empty() ? choice().kernels.name : nullptr; }
 
-const char* cpu_path_error() {
-  return choice().error.empty() ? nullptr : choice().error.c_str();
-}
+const char* cpu_path_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
 
 }  // namespace qlora_ext::cpu

@@ -67,7 +67,9 @@ void encode(const float* x, int64_t n, int64_t blocksize, const Normalizer* norm
             const Codebook& codebook, uint8_t* packed) {
   for (int64_t first = 0; first < n; first += blocksize, ++normalizers) {
     const int64_t end = std::min(n, first + blocksize);
-    const auto code = [&](int64_t i) { return nearest_code(normalize(x[i], *normalizers), codebook); };
+    const auto code = [&](int64_t i) {
+      return nearest_code(normalize(x[i], *normalizers), codebook);
+    };
     for (int64_t i = first; i + 1 < end; i += 2) {
       packed[i / 2] = static_cast<uint8_t>(code(i) << 4 | code(i + 1));
     }
@@ -196,9 +198,9 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable", to_float,       from_float,  max_abs, encode,    encode_scales,
-    decode,     decode_columns, decode_rows, dot,     pack_rows, pack_columns,
-    multiply,   nullptr,        nullptr,
+    "portable",    to_float,     from_float,     max_abs,     encode,
+    encode_scales, decode,       decode_columns, decode_rows, dot,
+    pack_rows,     pack_columns, multiply,       nullptr,     nullptr,
 };
 
 }  // namespace qlora_ext::cpu

@@ -66,8 +66,8 @@ struct Kernels {
   // pairs[d / 2][c] = (panel[d][c], panel[d + 1][c]), rounded to bf16, for an even depth.
   void (*pair_bf16)(const float* panel, int64_t depth, uint16_t* pairs);
   // acc[m][c] += sum over d of x[m * row_stride + d] * panel[d][c], in order of pairs of d.
-  void (*multiply_bf16)(const uint16_t* x, int64_t row_stride, int64_t rows,
-                        const uint16_t* pairs, int64_t depth, float* acc);
+  void (*multiply_bf16)(const uint16_t* x, int64_t row_stride, int64_t rows, const uint16_t* pairs,
+                        int64_t depth, float* acc);
 };
 
 extern const Kernels kPortableKernels;
