@@ -247,6 +247,18 @@ def test_merge_and_unmerge(folders, kwargs):
     assert all(torch.equal(after[name], bytes_before[name]) for name in after)
 
 
+def test_unmerging_follows_a_cast(folders):
+    model = adapted(folders)
+    bytes_before = packed_state(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert all(layer.base_layer.dtype == torch.bfloat16 for layer in lora_layers(model))
+    after = packed_state(model)
+    assert all(torch.equal(after[name], bytes_before[name]) for name in bytes_before)
+    assert logits(model).dtype == torch.bfloat16
+
+
 def test_two_dora_adapters_merge_one_after_another(folders):
     model = adapted(folders, use_dora=True)
     model.add_adapter("second", lora_config(use_dora=True))

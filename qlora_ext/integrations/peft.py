@@ -104,8 +104,12 @@ def _restore(layer: BaseTunerLayer) -> None:
     """Puts the packed layer back, byte for byte as it was."""
     holder = _innermost(layer)
     aside = holder.__dict__.pop("_qlora_ext_packed", None)
-    if aside:
-        holder.base_layer = aside[0].to(holder.base_layer.weight.device)
+    if not aside:
+        return
+    (packed,), stand_in = aside, holder.base_layer
+    dtype = stand_in.dtype if isinstance(stand_in, Linear4bit) else stand_in.weight.dtype
+    packed = packed.to(stand_in.weight.device)  # the model may have been moved or cast meanwhile
+    holder.base_layer = packed if dtype == packed.dtype else packed.to(dtype)
 
 
 def _check_finite(layer: str, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
