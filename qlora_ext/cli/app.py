@@ -202,7 +202,9 @@ def merge(
     base: Annotated[str, typer.Argument(help="The model the adapter is for: folder or hub name.")],
     adapter: Annotated[str, typer.Argument(help="LoRA adapter in PEFT's format.")],
     out: Out,
-    dtype: Annotated[Dtype, typer.Option(help="auto: BASE's if 16-bit, else float16.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: BASE's if 16-bit, else float16.")
+    ] = Dtype.auto,
     four_bit: Annotated[
         bool, typer.Option("--four-bit", help="Quantize W + s B A of an unquantized BASE.")
     ] = False,
@@ -298,7 +300,8 @@ def estimate(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per forward pass.")] = 1,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 8,
     target: Annotated[
-        str, typer.Option("--target", help="Layers with an adapter: all-linear, or names with commas.")
+        str,
+        typer.Option("--target", help="Layers with an adapter: all-linear, or names with commas."),
     ] = "all-linear",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Gradient checkpointing.")
@@ -360,7 +363,9 @@ def estimate(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="Base, adapter or merged model: folder or hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="Base, adapter or merged model: folder or hub name.")
+    ],
     base: Annotated[
         Optional[str],  # noqa: UP045 (typer reads it at run time)
         typer.Option("--base", help="An adapter's base, if not the one its config names."),

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import ContextManagers, LoadStateDictConfig, _get_dtype
 
-from .errors import CliError, count, some
+from .errors import CliError, count, size, some
 from .shards import DTYPE_NAMES, INDEX
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -507,6 +507,11 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             paths = {self.files.where[key].name for key in unit.sources}
             raise CliError(f"{some(paths)} cannot be read ({error})") from None
+        except MemoryError:
+            need = sum(self.files.nbytes(key) for key in unit.sources)
+            raise CliError(
+                f"memory is used up: {some(unit.modules)} alone takes {size(need)}"
+            ) from None
         except (ValueError, KeyError) as error:
             raise CliError(f"{self.folder}: {error}") from None
         finally:

@@ -6,7 +6,7 @@ class CliError(Exception):
 
 
 def count(number: int, noun: str) -> str:
-    """ "1 shard", "2 shards". """
+    """ "1 shard", "2 shards"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

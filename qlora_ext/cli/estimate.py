@@ -110,9 +110,7 @@ def _counting(model: nn.Module):
 
     handles = []
     for name, layer in _repeated(model):
-        handles.append(
-            layer.register_forward_pre_hook(lambda *_, name=name: current.append(name))
-        )
+        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: current.append(name)))
         handles.append(layer.register_forward_hook(lambda *_: current.pop() and None))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -59,9 +59,7 @@ class _Headers:
                         part = handle.get_slice(key)
                         self.tensors[key] = (part.get_dtype(), tuple(part.get_shape()), path)
             except (SafetensorError, OSError) as error:
-                raise CliError(
-                    f"{path} is damaged or not a safetensors file ({error})"
-                ) from None
+                raise CliError(f"{path} is damaged or not a safetensors file ({error})") from None
 
     def numel(self, key: str) -> int:
         return math.prod(self.tensors[key][1])
@@ -139,7 +137,10 @@ def _describe(quant_type: str, blocksize: int, nested: bool, mean: bool) -> str:
 
 
 def _ours(headers: _Headers, settings: dict, name: str, taken: set) -> Layer:
-    keys = [f"{name}.weight", *(f"{name}.{key}" for key in OURS if f"{name}.{key}" in headers.tensors)]
+    keys = [
+        f"{name}.weight",
+        *(f"{name}.{key}" for key in OURS if f"{name}.{key}" in headers.tensors),
+    ]
     if keys[0] not in headers.tensors:
         raise CliError(f"{name}.weight_absmax is there without {name}.weight: the file is damaged")
     taken.update(keys)
@@ -159,7 +160,9 @@ def _ours(headers: _Headers, settings: dict, name: str, taken: set) -> Layer:
     nbytes = sum(headers.nbytes(key) for key in keys if key != codebook)
     return Layer(
         name,
-        _describe(quant_type or "4 bits", blocksize, nested, f"{name}.weight_mean" in headers.tensors),
+        _describe(
+            quant_type or "4 bits", blocksize, nested, f"{name}.weight_mean" in headers.tensors
+        ),
         None if flat else (packed[0], 2 * packed[1]),
         numel,
         nbytes,

@@ -25,6 +25,7 @@ REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps about 5% of what a short fine-tune "
     "gained, so a dense model is written. With the unquantized model as BASE, --four-bit keeps it"
 )
+PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -43,14 +44,20 @@ class Pair:
 
     @property
     def scaling(self) -> float:
-        return LoraConfig(
-            r=self.r, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora
-        ).scaling
+        return LoraConfig(r=self.r, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora).scaling
 
     def added_to(self, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
         """weight + scaling B A in fp32; weight is [N, K], or [K, N] if transposed."""
-        delta = self.lora_B.float() @ self.lora_A.float()
-        return weight.float().add(delta.T if transposed else delta, alpha=self.scaling)
+        total = self.lora_B.float() @ self.lora_A.float()
+        if transposed:
+            total = total.T.contiguous()
+        # Into the product's own memory, a part at a time: no second fp32 matrix.
+        flat, weight = total.view(-1), weight.reshape(-1)
+        for start in range(0, flat.numel(), PART):
+            part = flat[start : start + PART]
+            dense = weight[start : start + PART].float()
+            torch.add(dense, part, alpha=self.scaling, out=part)
+        return total
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:

@@ -121,12 +121,21 @@ class ShardWriter:
         self.missing = set(shard.entries)
         self.file = os.open(self.draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            with contextlib.suppress(AttributeError):  # reserves the space: a full disk shows here
-                os.posix_fallocate(self.file, 0, shard.nbytes)
+            self._reserve()
+            self._write(0, memoryview(shard.header))
+        except BaseException:
+            self.close()
+            raise
+
+    def _reserve(self) -> None:
+        """Takes the space of the whole shard: a full disk shows before a layer is converted."""
+        try:
+            os.posix_fallocate(self.file, 0, self.shard.nbytes)
+        except AttributeError:  # not a system that has it
+            return
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-        self._write(0, memoryview(shard.header))
 
     def _write(self, offset: int, data: memoryview) -> None:
         while data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import shutil
 from collections import defaultdict
@@ -22,6 +23,7 @@ from .checkpoint import Checkpoint, Unit
 from .errors import CliError, count, some
 from .shards import Entry, Output, Shard, ShardWriter, plan_shards, write_index
 
+M_MMAP_THRESHOLD = -3  # malloc.h
 PACKED = (Linear4bit, Embedding4bit, Experts4bit)
 
 
@@ -41,6 +43,13 @@ class Piece:
     unit: Unit
     kept: dict[str, str]  # name in the unit's state -> name in the result's state
     entries: list[Entry]  # of the files
+
+
+def return_freed_memory() -> None:
+    """Large blocks go back to the system when they are freed. By default glibc learns to keep them,
+    up to 32 MiB each; measured on layers of 6 MiB: 95 MiB above the libraries' own, 38 with this."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 class Job:
@@ -143,6 +152,7 @@ class Job:
             "input": self.checkpoint.fingerprint(),
             "versions": [build_info()["version"], transformers.__version__, torch.__version__],
         }
+        return_freed_memory()
         try:
             todo = output.open(self.shards, run)
             if len(todo) < len(self.shards):
@@ -203,7 +213,9 @@ class Job:
                     new = self.transform(name, module)
                 except (RuntimeError, MemoryError, OverflowError) as error:
                     raise CliError(f"{name}: {str(error).splitlines()[0]}") from None
-                tensors = new.state_dict(prefix=prefix) if name in self.wholes else _own(new, prefix)
+                tensors = (
+                    new.state_dict(prefix=prefix) if name in self.wholes else _own(new, prefix)
+                )
                 for key, tensor in tensors.items():
                     if key in piece.kept:
                         state[piece.kept[key]] = tensor.detach()
