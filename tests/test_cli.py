@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -21,16 +20,15 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 transformers = pytest.importorskip("transformers")
 
-import tiny_models
-from integration_helpers import run_python, tiny_llama, tiny_tokenizer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+import tiny_models  # noqa: E402
+from integration_helpers import run_python, tiny_llama, tiny_tokenizer  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
-import qlora_ext
-from qlora_ext.cli import app, checkpoint, estimate, merge, shards
-from qlora_ext.cli import inspect as inspect_work
-from qlora_ext.cli.errors import CliError
+import qlora_ext  # noqa: E402
+from qlora_ext.cli import app, estimate, shards  # noqa: E402
+from qlora_ext.cli.errors import CliError  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -301,7 +301,7 @@ def estimate(
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 8,
     target: Annotated[
         str,
-        typer.Option("--target", help="Layers with an adapter: all-linear, or names with commas."),
+        typer.Option("--target", help="Adapted layers: all-linear, or names with commas."),
     ] = "all-linear",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Gradient checkpointing.")
@@ -363,9 +363,7 @@ def estimate(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="Base, adapter or merged model: folder or hub name.")
-    ],
+    model: Annotated[str, typer.Argument(help="Base, adapter or merged model.")],
     base: Annotated[
         Optional[str],  # noqa: UP045 (typer reads it at run time)
         typer.Option("--base", help="An adapter's base, if not the one its config names."),

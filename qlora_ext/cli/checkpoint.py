@@ -125,7 +125,8 @@ class Files:
         self.handles: OrderedDict[Path, object] = OrderedDict()
         for path in paths:
             handle = open_shard(path)
-            for key in handle.keys():
+            names = handle.keys()
+            for key in names:
                 part = handle.get_slice(key)
                 if key in self.where:
                     raise CliError(f"{key} is in {self.where[key]} and in {path}, want it once")

@@ -55,9 +55,10 @@ class _Headers:
         for path in files:
             try:
                 with safe_open(path, framework="pt", backend="pread") as handle:
-                    for key in handle.keys():
-                        part = handle.get_slice(key)
-                        self.tensors[key] = (part.get_dtype(), tuple(part.get_shape()), path)
+                    names = handle.keys()
+                for key in names:
+                    part = handle.get_slice(key)
+                    self.tensors[key] = (part.get_dtype(), tuple(part.get_shape()), path)
             except (SafetensorError, OSError) as error:
                 raise CliError(f"{path} is damaged or not a safetensors file ({error})") from None
 

@@ -22,8 +22,9 @@ from .stream import PACKED, Job
 
 # Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
 REQUANTIZING = (
-    "{base} is in 4 bits. Packing its merged weights again keeps about 5% of what a short fine-tune "
-    "gained, so a dense model is written. With the unquantized model as BASE, --four-bit keeps it"
+    "{base} is in 4 bits. Packing its merged weights again keeps about 5% of what a short "
+    "fine-tune gained, so a dense model is written. With the unquantized model as BASE, --four-bit "
+    "keeps it"
 )
 PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -106,9 +107,10 @@ def adapted_layers(folder: Path) -> set[str]:
     path = folder / FILES[1]
     if not path.is_file():
         raise CliError(f"{path} is missing, want an adapter's folder, with {' and '.join(FILES)}")
+    keys = open_shard(path).keys()
     return {
         key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        for key in open_shard(path).keys()
+        for key in keys
         if ".lora_" in key
     }
 

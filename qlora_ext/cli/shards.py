@@ -79,7 +79,7 @@ class Shard:
         self.nbytes = len(self.header) + end
 
     def is_whole(self, path: Path) -> bool:
-        """Whether path holds this shard: it was moved into place complete, so size and header do."""
+        """Whether path holds this shard: moved into place complete, so size and header tell."""
         with contextlib.suppress(OSError), open(path, "rb") as file:
             return (
                 os.fstat(file.fileno()).st_size == self.nbytes
