@@ -29,7 +29,8 @@ template <class... Parts>
 
 // A macro, so that the message's parts are evaluated only when the check fails: host time counts
 // at M = 1.
-#define QLORA_CHECK(condition, op, ...)                          \
-  do {                                                           \
-    if (!(condition)) [[unlikely]] ::qlora_ext::fail(op, __VA_ARGS__); \
+#define QLORA_CHECK(condition, op, ...)   \
+  do {                                    \
+    if (!(condition)) [[unlikely]]        \
+      ::qlora_ext::fail(op, __VA_ARGS__); \
   } while (0)

@@ -13,25 +13,19 @@
 namespace qlora_ext {
 
 // NF4: quantiles of N(0, 1), QLoRA (arXiv 2305.14314), appendix E; the bits are bitsandbytes'.
-constexpr double kNF4[16] = {
-    -1.0f, -0.6961928f, -0.52507305f, -0.3949175f,
-    -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
-    0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f,
-    0.44070983f, 0.562617f, 0.72295684f, 1.0f};
+constexpr double kNF4[16] = {-1.0f,        -0.6961928f,  -0.52507305f,  -0.3949175f,
+                             -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
+                             0.0795803f,   0.1609302f,   0.2461123f,    0.33791524f,
+                             0.44070983f,  0.562617f,    0.72295684f,   1.0f};
 
 // FP4 (E2M1 with one subnormal), divided by its largest value; codes are sign-magnitude.
 constexpr double kFP4[16] = {
-    0.0f, 0.0052083335f, 0.6666667f, 1.0f,
-    0.33333334f, 0.5f, 0.16666667f, 0.25f,
-    0.0f, -0.0052083335f, -0.6666667f, -1.0f,
-    -0.33333334f, -0.5f, -0.16666667f, -0.25f};
+    0.0f, 0.0052083335f,  0.6666667f,  1.0f,  0.33333334f,  0.5f,  0.16666667f,  0.25f,
+    0.0f, -0.0052083335f, -0.6666667f, -1.0f, -0.33333334f, -0.5f, -0.16666667f, -0.25f};
 
 // 16 evenly spaced levels without a zero, to two decimals.
-constexpr double kLinear[16] = {
-    -1.0, -0.87, -0.73, -0.60,
-    -0.47, -0.33, -0.20, -0.07,
-    0.07, 0.20, 0.33, 0.47,
-    0.60, 0.73, 0.87, 1.0};
+constexpr double kLinear[16] = {-1.0, -0.87, -0.73, -0.60, -0.47, -0.33, -0.20, -0.07,
+                                0.07, 0.20,  0.33,  0.47,  0.60,  0.73,  0.87,  1.0};
 
 struct NamedCodebook {
   const char* name;
@@ -84,8 +78,8 @@ inline Codebook make_codebook(const double* levels, bool sign_magnitude,
       book.thresholds[i] = std::numeric_limits<float>::infinity();
       continue;
     }
-    const double midpoint = inverse_companding(
-        (levels[book.order[i]] + levels[book.order[i + 1]]) / 2, companding, k);
+    const double midpoint =
+        inverse_companding((levels[book.order[i]] + levels[book.order[i + 1]]) / 2, companding, k);
     float threshold = static_cast<float>(midpoint);
     if (!levels_are_fp32 && threshold > midpoint) {
       threshold = std::nextafter(threshold, -std::numeric_limits<float>::infinity());

@@ -15,12 +15,9 @@ struct TypeTag {
 template <class Float32, class Float16, class BFloat16, class F>
 decltype(auto) visit_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat16:
-      return f(TypeTag<Float16>{});
-    case DType::kBFloat16:
-      return f(TypeTag<BFloat16>{});
-    default:
-      return f(TypeTag<Float32>{});
+    case DType::kFloat16: return f(TypeTag<Float16>{});
+    case DType::kBFloat16: return f(TypeTag<BFloat16>{});
+    default: return f(TypeTag<Float32>{});
   }
 }
 

@@ -30,9 +30,11 @@ py::dict codebooks() {
 }
 
 // The effective values and thresholds of a codebook under a companding.
-py::tuple resolve_codebook(const std::string& quant_type, const std::optional<std::vector<double>>& levels,
+py::tuple resolve_codebook(const std::string& quant_type,
+                           const std::optional<std::vector<double>>& levels,
                            const std::string& companding, double companding_k) {
-  const Codebook book = qlora_ext::host::as_codebook("quantize_4bit", quant_type, levels, companding, companding_k);
+  const Codebook book =
+      qlora_ext::host::as_codebook("quantize_4bit", quant_type, levels, companding, companding_k);
   return py::make_tuple(std::vector<float>(book.values, book.values + 16),
                         std::vector<float>(book.thresholds, book.thresholds + 15));
 }

@@ -47,11 +47,11 @@ struct Quantize4bitParams {
   int64_t numel;
   int64_t blocksize;
   int64_t num_blocks;
-  float std_factor;    // c in scale = c * std (population standard deviation)
+  float std_factor;  // c in scale = c * std (population standard deviation)
   Normalization normalization;
   DType dtype;
   Codebook codebook;
-  void* workspace;     // workspace_quantize_4bit() bytes, 256-byte aligned
+  void* workspace;  // workspace_quantize_4bit() bytes, 256-byte aligned
 };
 
 // offset = mean(absmax); code = nearest of the signed dynamic map to (absmax - offset) / absmax2.
@@ -60,7 +60,7 @@ struct QuantizeAbsmaxParams {
   uint8_t* code;        // [num_blocks]
   float* nested;        // [1 + ceil(num_blocks / 256)]: offset, then absmax2
   int64_t num_blocks;
-  void* workspace;      // workspace_quantize_absmax() bytes
+  void* workspace;  // workspace_quantize_absmax() bytes
 };
 
 struct DequantizeAbsmaxParams {
@@ -74,7 +74,7 @@ struct Dequantize4bitParams {
   PackedWeight weight;
   int64_t row_begin;  // rows [row_begin, row_end) of the weight are decoded
   int64_t row_end;
-  void* out;          // [row_end - row_begin, K], contiguous, dtype
+  void* out;  // [row_end - row_begin, K], contiguous, dtype
   DType dtype;
 };
 
@@ -87,13 +87,13 @@ struct Gemm4bitParams {
   const void* lora_B;   // [N, R], lora_dtype, contiguous; or null
   void* y;              // [M, N], dtype, contiguous
   int64_t M;
-  int64_t R;            // 0 without a bypass
+  int64_t R;  // 0 without a bypass
   int64_t x_stride;
   int64_t S_stride;
   DType dtype;
   DType bias_dtype;
   DType lora_dtype;
-  void* workspace;      // workspace_gemm_4bit() bytes
+  void* workspace;  // workspace_gemm_4bit() bytes
 };
 
 // dX = dY * W + lora_dS * lora_A: the contraction runs over [N | R].
@@ -155,7 +155,7 @@ struct LoraExpandBackwardParams {
   int64_t N;
   int64_t dY_stride;
   int64_t S_stride;
-  float scaling;       // of dS alone: 1 for S's own gradient
+  float scaling;  // of dS alone: 1 for S's own gradient
   DType dtype;
   DType lora_dtype;
   void* workspace;
@@ -178,7 +178,7 @@ struct Embedding4bitParams {
   PackedWeight weight;
   const int64_t* indices;  // [M], each in [0, N): checked on the CPU, clamped never
   void* out;               // [M, K], dtype, contiguous
-  int64_t* bad_index;      // CPU: as in Quantize4bitParams; CUDA: null, a bad index traps the kernel
+  int64_t* bad_index;  // CPU: as in Quantize4bitParams; CUDA: null, a bad index traps the kernel
   int64_t M;
   DType dtype;
 };

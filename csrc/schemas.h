@@ -12,7 +12,7 @@
 // S and dS are fp32 [M, R] and carry the scaling; x, dY, y, dX share one of fp32, bf16, fp16.
 #pragma once
 
-#define QLORA_EXT_W4                                                                      \
+#define QLORA_EXT_W4                                                                         \
   "Tensor packed, Tensor absmax, Tensor? nested, Tensor? mean, int[] shape, int blocksize, " \
   "str quant_type, float[]? codebook"
 
@@ -27,9 +27,11 @@ constexpr const char* kSchemas[] = {
     "dequantize_4bit.out(" QLORA_EXT_W4 ", *, Tensor(a!) out) -> ()",
     // y = x W^T + bias + S B^T. Layers that share an input (q, k, v) share one lora_shrink with
     // their A's stacked, and each takes its columns of S.
-    "gemm_4bit(Tensor x, " QLORA_EXT_W4 ", Tensor? bias=None, Tensor? lora_S=None, Tensor? lora_B=None) -> Tensor",
+    "gemm_4bit(Tensor x, " QLORA_EXT_W4
+    ", Tensor? bias=None, Tensor? lora_S=None, Tensor? lora_B=None) -> Tensor",
     // dX = dY W + dS A.
-    "gemm_4bit_backward(Tensor dY, " QLORA_EXT_W4 ", Tensor? lora_dS=None, Tensor? lora_A=None) -> Tensor",
+    "gemm_4bit_backward(Tensor dY, " QLORA_EXT_W4
+    ", Tensor? lora_dS=None, Tensor? lora_A=None) -> Tensor",
     // S = scaling x A^T.
     "lora_shrink(Tensor x, Tensor lora_A, float scaling) -> Tensor",
     // dx = scaling dS A (empty unless need_dx), dA = scaling dS^T x.
@@ -37,12 +39,15 @@ constexpr const char* kSchemas[] = {
     // dS = dY B, dB = dY^T S, in one pass over dY.
     "lora_expand_backward(Tensor dY, Tensor lora_S, Tensor lora_B) -> (Tensor dS, Tensor dB)",
     // y = x W^T + bias + scaling (x A^T) B^T; S is returned for the backward.
-    "lora_gemm_4bit(Tensor x, " QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None) "
+    "lora_gemm_4bit(Tensor x, " QLORA_EXT_W4
+    ", Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None) "
     "-> (Tensor y, Tensor S)",
-    "lora_gemm_4bit_backward(Tensor dY, Tensor x, Tensor lora_S, " QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, "
+    "lora_gemm_4bit_backward(Tensor dY, Tensor x, Tensor lora_S, " QLORA_EXT_W4
+    ", Tensor lora_A, Tensor lora_B, "
     "float scaling, bool need_dx) -> (Tensor dX, Tensor dA, Tensor dB)",
     // dequantize(W) + scaling B A in fp32, rounded once.
-    "merge_lora_4bit(" QLORA_EXT_W4 ", Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
+    "merge_lora_4bit(" QLORA_EXT_W4
+    ", Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
     "embedding_4bit(Tensor indices, " QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
     // CPU only: y = x W^T + bias and dX = dY W with a dense W [N, K], for layers left unquantized.
     "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",

@@ -126,9 +126,7 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
 }
 __device__ __forceinline__ uint2 load_streaming(const uint2* pointer) {
   uint2 v;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-      : "=r"(v.x), "=r"(v.y)
-      : "l"(pointer));
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer));
   return v;
 }
 __device__ __forceinline__ uint32_t load_streaming(const uint32_t* pointer) {
@@ -223,7 +221,7 @@ __device__ __forceinline__ void cp_async_zfill(uint32_t shared, const void* glob
                "n"(bytes), "r"(valid_bytes)
                : "memory");
 #else
-  detail::copy_now<std::conditional_t<bytes == 4, uint32_t, uint2>>(shared, global, valid_bytes);
+  detail::copy_now<std::conditional_t<bytes == 4, uint32_t, uint2> >(shared, global, valid_bytes);
 #endif
 }
 

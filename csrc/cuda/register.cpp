@@ -18,7 +18,8 @@ DeviceScope::DeviceScope(const Tensor& tensor) {
 
 DeviceScope::~DeviceScope() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }
 
-void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta) {
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
+               double beta) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 }

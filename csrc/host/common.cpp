@@ -157,10 +157,11 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
                 "', want 'none', 'logarithmic' or 'exponential'");
   }
   // Above ~80 the exponential's fp32 thresholds all collapse to 0 or 1.
-  QLORA_CHECK(kind == Companding::kNone || (companding_k > 0 && companding_k <= 1e6 &&
-                                            (kind != Companding::kExponential || companding_k <= 80)),
-              op, "companding_k is ", companding_k, ", want a constant in (0, ",
-              kind == Companding::kExponential ? 80 : 1000000, "]");
+  QLORA_CHECK(
+      kind == Companding::kNone || (companding_k > 0 && companding_k <= 1e6 &&
+                                    (kind != Companding::kExponential || companding_k <= 80)),
+      op, "companding_k is ", companding_k, ", want a constant in (0, ",
+      kind == Companding::kExponential ? 80 : 1000000, "]");
   if (const NamedCodebook* named = find_codebook(quant_type)) {
     QLORA_CHECK(!codebook, op, "codebook was given with quant_type '", quant_type,
                 "', want quant_type 'custom'");
@@ -172,8 +173,8 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
               codebook ? codebook->size() : 0, " values, want 16 for quant_type 'custom'");
   const double* levels = codebook->data();
   for (int code = 0; code < 16; ++code) {
-    QLORA_CHECK(std::isfinite(static_cast<float>(levels[code])), op, "codebook value ", code, " is ", levels[code],
-                ", want a finite float32");
+    QLORA_CHECK(std::isfinite(static_cast<float>(levels[code])), op, "codebook value ", code,
+                " is ", levels[code], ", want a finite float32");
     QLORA_CHECK(kind == Companding::kNone || std::fabs(levels[code]) <= 1, op, "codebook value ",
                 code, " is ", levels[code], ", want one within [-1, 1] under companding");
   }

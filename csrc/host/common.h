@@ -29,7 +29,8 @@ class DeviceScope {
 };
 
 // out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined beside DeviceScope.
-void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta);
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
+               double beta);
 
 // Turns a launcher's sentence into an exception.
 inline void check_launch(const char* op, const char* error) {

@@ -19,7 +19,8 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
                        ScalarType dtype) {
   constexpr const char* op = "dequantize_4bit";
   const DeviceScope scope(packed);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
   const DType out_dtype = float_dtype(op, "dtype: the output", dtype);
   const Tensor out = empty(shape, dtype, packed);
   dequantize_into(op, w, out_dtype, out, scope);
@@ -32,7 +33,8 @@ void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Optio
                          const Tensor& out) {
   constexpr const char* op = "dequantize_4bit";
   const DeviceScope scope(packed);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
   const auto sizes = out.sizes();
   QLORA_CHECK(Ints(sizes.begin(), sizes.end()) == shape, op, "out has shape ", list_string(sizes),
               ", want ", list_string(shape));

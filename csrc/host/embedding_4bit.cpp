@@ -11,7 +11,8 @@ Tensor embedding_4bit(const Tensor& indices, const Tensor& packed, const Tensor&
               op, "indices has dtype ", dtype_name(indices.scalar_type()), ", want int64 or int32");
   check_matrix(op, shape);
   const DeviceScope scope(indices);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, indices);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, indices);
   Embedding4bitParams p{};
   p.weight = w.view;
   p.dtype = float_dtype(op, "dtype: the output", dtype);

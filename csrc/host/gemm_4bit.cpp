@@ -32,8 +32,9 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
   if (bias) bias_row = torch::stable::to(*bias, dtype);
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, N - begin);
-    check_launch(op, launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
-                                             scope.stream()));
+    check_launch(op,
+                 launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
+                                         scope.stream()));
     Tensor W = narrow(chunk, 0, 0, rows);
     Tensor y_columns = narrow(y2, 1, begin, rows);
     const Tensor self = bias ? narrow(bias_row, 0, begin, rows) : y_columns;
@@ -66,8 +67,8 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const Opti
               " is missing, want both or neither");
   Rows rows_S;
   if (lora_S) {
-    QLORA_CHECK(lora_B->dim() == 2, op, "lora_B has shape ", list_string(lora_B->sizes()), ", want [",
-                p.weight.N, ", r]");
+    QLORA_CHECK(lora_B->dim() == 2, op, "lora_B has shape ", list_string(lora_B->sizes()),
+                ", want [", p.weight.N, ", r]");
     p.R = lora_B->size(1);
     dense_B = as_dense(op, "lora_B", *lora_B, {p.weight.N, p.R}, x);
     rows_S = as_rank_rows(op, "lora_S", *lora_S, p.M, p.R, x);
@@ -101,7 +102,8 @@ Tensor gemm_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
   constexpr const char* op = "gemm_4bit";
   const DeviceScope scope(x);
   check_matrix(op, shape);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
   return gemm_forward(op, x, w, bias, lora_S, lora_B, scope);
 }
 
@@ -115,7 +117,8 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
   constexpr const char* op = "lora_gemm_4bit";
   const DeviceScope scope(x);
   check_matrix(op, shape);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
   input_rows(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
   const Tensor S = lora_shrink(x, lora_A, scaling);

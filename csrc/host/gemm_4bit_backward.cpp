@@ -16,9 +16,11 @@ void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t
   Tensor chunk = empty({std::min(chunk_rows, N), K}, dtype, dX);
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, N - begin);
-    check_launch(op, launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
-                                             scope.stream()));
-    addmm_out(dX2, dX2, narrow(dY2, 1, begin, rows), narrow(chunk, 0, 0, rows), begin > 0 ? 1.0 : 0.0);
+    check_launch(op,
+                 launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
+                                         scope.stream()));
+    addmm_out(dX2, dX2, narrow(dY2, 1, begin, rows), narrow(chunk, 0, 0, rows),
+              begin > 0 ? 1.0 : 0.0);
   }
   if (p.R == 0) return;
   addmm_out(dX2, dX2, torch::stable::to(torch::stable::reshape(*lora_dS, {p.M, p.R}), dtype),
@@ -79,7 +81,8 @@ Tensor gemm_4bit_backward(const Tensor& dY, const Tensor& packed, const Tensor& 
   constexpr const char* op = "gemm_4bit_backward";
   const DeviceScope scope(dY);
   check_matrix(op, shape);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
   return gemm_backward(op, dY, w, lora_dS, lora_A, scope);
 }
 
@@ -92,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_gemm_4bit_backward(
   constexpr const char* op = "lora_gemm_4bit_backward";
   const DeviceScope scope(dY);
   check_matrix(op, shape);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, dY);
   // S carries the scaling, so dB = dY^T S is final; dS comes back as the gradient of x A^T.
   const auto [dS, dB] = expand_backward(op, dY, lora_S, lora_B, scaling, scope);

@@ -5,13 +5,15 @@ namespace qlora_ext::host {
 LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
                       int64_t K, const Tensor& device_of) {
   LoraPair pair;
-  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()), ", want [r, ", K, "]");
+  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
+              ", want [r, ", K, "]");
   pair.R = lora_A.size(0);
   QLORA_CHECK(pair.R > 0, op, "lora_A has rank 0, want [r, ", K, "] with r of 1 or more");
   pair.A = as_dense(op, "lora_A", lora_A, {pair.R, K}, device_of);
   pair.B = as_dense(op, "lora_B", lora_B, {N, pair.R}, device_of);
   QLORA_CHECK(pair.A.dtype == pair.B.dtype, op, "lora_B has dtype ",
-              dtype_name(lora_B.scalar_type()), ", want lora_A's ", dtype_name(lora_A.scalar_type()));
+              dtype_name(lora_B.scalar_type()), ", want lora_A's ",
+              dtype_name(lora_A.scalar_type()));
   return pair;
 }
 
@@ -43,7 +45,8 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, double scaling) {
 }
 
 std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& x,
-                                                const Tensor& lora_A, double scaling, bool need_dx) {
+                                                const Tensor& lora_A, double scaling,
+                                                bool need_dx) {
   constexpr const char* op = "lora_shrink_backward";
   const DeviceScope scope(x);
   const Rows rows = as_rows(op, "x", x);
@@ -53,7 +56,8 @@ std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& 
   const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
   const Rows dS_rows = as_rank_rows(op, "dS", dS, rows.rows, R, x);
   // The kernels read dS densely.
-  const Tensor dense_dS = dS_rows.stride == R ? dS_rows.tensor : torch::stable::contiguous(dS_rows.tensor);
+  const Tensor dense_dS =
+      dS_rows.stride == R ? dS_rows.tensor : torch::stable::contiguous(dS_rows.tensor);
   Tensor dA = empty({R, rows.cols}, lora_A.scalar_type(), x);
   const auto x_sizes = x.sizes();
   const Tensor dx = need_dx ? empty(Ints(x_sizes.begin(), x_sizes.end()), x.scalar_type(), x)

@@ -10,7 +10,8 @@ Tensor merge_lora_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   constexpr const char* op = "merge_lora_4bit";
   const DeviceScope scope(packed);
   check_matrix(op, shape);
-  const Weight w = as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
+  const Weight w =
+      as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
   MergeLora4bitParams p{};
   p.weight = w.view;
   const LoraPair lora = as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, packed);

@@ -19,10 +19,12 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalFloats = std::optional<std::vector<double>>;
 using Ints = std::vector<int64_t>;
 
-std::tuple<Tensor, Tensor, Tensor> quantize_4bit(
-    const Tensor& weight, int64_t blocksize, const std::string& quant_type,
-    const OptionalFloats& codebook, const std::string& normalization, double std_factor,
-    const std::string& companding, double companding_k);
+std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t blocksize,
+                                                 const std::string& quant_type,
+                                                 const OptionalFloats& codebook,
+                                                 const std::string& normalization,
+                                                 double std_factor, const std::string& companding,
+                                                 double companding_k);
 
 std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax);
 Tensor dequantize_absmax(const Tensor& code, const Tensor& nested);

@@ -17,7 +17,8 @@ struct BadIndex {
   Tensor flag;
   int64_t none;
 
-  BadIndex(int64_t none, const Tensor& like) : flag(empty({1}, ScalarType::Long, like)), none(none) {
+  BadIndex(int64_t none, const Tensor& like)
+      : flag(empty({1}, ScalarType::Long, like)), none(none) {
     torch::stable::fill_(flag, static_cast<double>(none));
   }
   int64_t* data() const { return static_cast<int64_t*>(flag.data_ptr()); }
@@ -25,8 +26,9 @@ struct BadIndex {
   // Waits for the device: the one synchronization in the library.
   int64_t read() const {
     const Tensor on_host =
-        flag.is_cpu() ? flag
-                      : torch::stable::to(flag, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+        flag.is_cpu()
+            ? flag
+            : torch::stable::to(flag, torch::stable::Device(torch::headeronly::DeviceType::CPU));
     return *static_cast<const int64_t*>(on_host.data_ptr());
   }
 };
@@ -42,16 +44,18 @@ Ints unravel(int64_t flat, const Tensor& tensor) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> quantize_4bit(
-    const Tensor& weight, int64_t blocksize, const std::string& quant_type,
-    const OptionalFloats& codebook, const std::string& normalization, double std_factor,
-    const std::string& companding, double companding_k) {
+std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t blocksize,
+                                                 const std::string& quant_type,
+                                                 const OptionalFloats& codebook,
+                                                 const std::string& normalization,
+                                                 double std_factor, const std::string& companding,
+                                                 double companding_k) {
   constexpr const char* op = "quantize_4bit";
   Quantize4bitParams p{};
   p.dtype = float_dtype(op, "weight", weight.scalar_type());
   p.normalization = as_normalization(op, normalization);
-  QLORA_CHECK(p.normalization != Normalization::kNone || blocksize == 0, op,
-              "blocksize is ", blocksize, " with normalization 'none', want 0 (no scales to store)");
+  QLORA_CHECK(p.normalization != Normalization::kNone || blocksize == 0, op, "blocksize is ",
+              blocksize, " with normalization 'none', want 0 (no scales to store)");
   QLORA_CHECK(std_factor > 0 && std_factor <= 1e6, op, "std_factor is ", std_factor,
               ", want a factor in (0, 1e6]");
   p.numel = weight.numel();

@@ -33,8 +33,9 @@ Tensor dequantize_absmax(const Tensor& code, const Tensor& nested) {
   std::array<Tensor, 2> keep;
   const uint8_t* codes =
       as_bytes(op, "code", code, num_blocks, "one 8-bit code a scale", code, keep[0]);
-  const uint8_t* statistics = as_bytes(op, "nested", nested, 4 * (1 + ceil_div(num_blocks, 256)),
-                                       "fp32 offset, then one fp32 scale for 256 codes", code, keep[1]);
+  const uint8_t* statistics =
+      as_bytes(op, "nested", nested, 4 * (1 + ceil_div(num_blocks, 256)),
+               "fp32 offset, then one fp32 scale for 256 codes", code, keep[1]);
   const DeviceScope scope(code);
   const Tensor absmax = empty({4 * num_blocks}, ScalarType::Byte, code);
   if (num_blocks == 0) return absmax;

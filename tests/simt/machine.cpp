@@ -106,8 +106,8 @@ struct Fiber {
   // What a waiting thread waits for, for reports.
   const char* waits_in = "";
   Site site{"", 0};
-  int reduced = 0;            // result of a reducing barrier
-  std::vector<Copy> copies;   // cp.async under way, oldest first
+  int reduced = 0;             // result of a reducing barrier
+  std::vector<Copy> copies;    // cp.async under way, oldest first
   std::vector<size_t> groups;  // committed groups: how many of `copies` each holds
   size_t uncommitted = 0;
 #if SIMT_ASAN
@@ -180,8 +180,8 @@ struct Mbarrier {
   SyncObjects sync;
 };
 
-constexpr uint32_t kRedZone = 4096;              // on either side of the block's shared memory
-constexpr uint32_t kArenaBytes = 256 * 1024;     // between the red zones, at most
+constexpr uint32_t kRedZone = 4096;           // on either side of the block's shared memory
+constexpr uint32_t kArenaBytes = 256 * 1024;  // between the red zones, at most
 constexpr unsigned char kCanary = 0xc5;
 
 struct Machine {
@@ -724,8 +724,8 @@ template <int count, bool trans>
 void run_ldmatrix(void* const* operands, uint32_t) {
   const unsigned char* rows[8 * count];
   for (int i = 0; i < 8 * count; ++i) {
-    rows[i] = shared_pointer(static_cast<LdmatrixOperand*>(operands[i])->address, 16, 16,
-                             "ldmatrix");
+    rows[i] =
+        shared_pointer(static_cast<LdmatrixOperand*>(operands[i])->address, 16, 16, "ldmatrix");
   }
   for (int lane = 0; lane < 32; ++lane) {
     auto& mine = *static_cast<LdmatrixOperand*>(operands[lane]);
@@ -734,8 +734,8 @@ void run_ldmatrix(void* const* operands, uint32_t) {
       for (int e = 0; e < 2; ++e) {
         const int row = lane / 4;
         const int column = 2 * (lane % 4) + e;
-        const unsigned char* at = trans ? rows[8 * i + column] + 2 * row
-                                        : rows[8 * i + row] + 2 * column;
+        const unsigned char* at =
+            trans ? rows[8 * i + column] + 2 * row : rows[8 * i + row] + 2 * column;
         std::memcpy(&element[e], at, 2);
         mine.read[2 * i + e] = at;
       }
@@ -1081,9 +1081,9 @@ void mbarrier_init(uint32_t address, int arrivals) {
   if (arrivals < 1) fail("mbarrier_init: %d arrivals, want at least 1", arrivals);
   const Quiet quiet;
   auto& all = machine().mbarriers;
-  all.erase(std::remove_if(all.begin(), all.end(),
-                           [&](const auto& b) { return b->address == address; }),
-            all.end());
+  all.erase(
+      std::remove_if(all.begin(), all.end(), [&](const auto& b) { return b->address == address; }),
+      all.end());
   all.push_back(std::make_unique<Mbarrier>());
   all.back()->address = address;
   all.back()->arrivals = all.back()->pending = arrivals;
@@ -1186,8 +1186,7 @@ bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_
   for (int i = 0; i < m.num_threads; ++i) {
     Fiber& f = fiber_at(set, i);
     const auto u = static_cast<unsigned>(i);
-    f.thread.thread_index =
-        uint3{u % block.x, u / block.x % block.y, u / (block.x * block.y)};
+    f.thread.thread_index = uint3{u % block.x, u / block.x % block.y, u / (block.x * block.y)};
     f.thread.block_index = block_index;
     f.thread.block_dim = block;
     f.thread.grid_dim = grid;
@@ -1256,12 +1255,10 @@ const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void
   m.main_stack_known = false;  // another thread's may have been
 #endif
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
-  const int64_t begin =
-      m.last_blocks > 0 ? std::max<int64_t>(0, blocks - m.last_blocks) : 0;
+  const int64_t begin = m.last_blocks > 0 ? std::max<int64_t>(0, blocks - m.last_blocks) : 0;
   for (int64_t i = begin; i < blocks; ++i) {
     const int64_t b = m.reverse ? blocks - 1 - (i - begin) : i;
-    const uint3 index{static_cast<unsigned>(b % grid.x),
-                      static_cast<unsigned>(b / grid.x % grid.y),
+    const uint3 index{static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                       static_cast<unsigned>(b / grid.x / grid.y)};
     if (!run_block(static_cast<int>(i % kFiberSets), index, grid, block, shared_bytes)) break;
   }

@@ -158,7 +158,8 @@ __global__ void beyond_global(Io io) {
 template <bool bug>
 __global__ void copy_beyond_global(Io io) {
   const unsigned t = threadIdx.x;
-  ptx::cp_async_16(ptx::shared_address(smem().a + 4 * t), io.in + 1024 - 4 * kThreads + 4 * t + (bug ? 4 : 0));
+  ptx::cp_async_16(ptx::shared_address(smem().a + 4 * t),
+                   io.in + 1024 - 4 * kThreads + 4 * t + (bug ? 4 : 0));
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   io.out[t] = smem().a[4 * t];
@@ -336,18 +337,18 @@ struct Case {
   std::function<const char*(const Io&)> run[2];  // clean, bug
 };
 
-#define PLANTED(name, blocks)                                                                      \
-  {                                                                                                \
-#name, Case {                                                                                  \
-      {                                                                                            \
-        [](const Io& io) {                                                                         \
-          return launch_kernel<name<false>>(blocks, kThreads, sizeof(Smem), nullptr, io);          \
-        },                                                                                         \
-            [](const Io& io) {                                                                     \
-              return launch_kernel<name<true>>(blocks, kThreads, sizeof(Smem), nullptr, io);       \
-            }                                                                                      \
-      }                                                                                            \
-    }                                                                                              \
+#define PLANTED(name, blocks)                                                                \
+  {                                                                                          \
+    #name, Case {                                                                            \
+      {                                                                                      \
+        [](const Io& io) {                                                                   \
+          return launch_kernel<name<false>>(blocks, kThreads, sizeof(Smem), nullptr, io);    \
+        },                                                                                   \
+            [](const Io& io) {                                                               \
+              return launch_kernel<name<true>>(blocks, kThreads, sizeof(Smem), nullptr, io); \
+            }                                                                                \
+      }                                                                                      \
+    }                                                                                        \
   }
 
 const std::map<std::string, Case>& cases() {

@@ -124,8 +124,8 @@ __global__ void probe_half_fma(HalfIo io) {
     const uint16_t* v = io.in + 3 * i;
     io.f16[i] = __half_as_ushort(
         __hfma(__ushort_as_half(v[0]), __ushort_as_half(v[1]), __ushort_as_half(v[2])));
-    io.bf16[i] = __bfloat16_as_ushort(__hfma(
-        __ushort_as_bfloat16(v[0]), __ushort_as_bfloat16(v[1]), __ushort_as_bfloat16(v[2])));
+    io.bf16[i] = __bfloat16_as_ushort(
+        __hfma(__ushort_as_bfloat16(v[0]), __ushort_as_bfloat16(v[1]), __ushort_as_bfloat16(v[2])));
   }
 }
 

@@ -286,14 +286,10 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
 void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
          int64_t M, float* sums) {
   switch (M) {
-    case 1:
-      return dot_rows<1>(weight, first, n, x, x_stride, sums);
-    case 2:
-      return dot_rows<2>(weight, first, n, x, x_stride, sums);
-    case 3:
-      return dot_rows<3>(weight, first, n, x, x_stride, sums);
-    case 4:
-      return dot_rows<4>(weight, first, n, x, x_stride, sums);
+    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
+    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
+    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
+    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
   }
 }
 
@@ -328,20 +324,13 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
   x += m * row_stride;
   acc += m * kPanelWidth;
   switch (rows - m) {
-    case 1:
-      return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
-    case 2:
-      return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
-    case 3:
-      return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
-    case 4:
-      return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
-    case 5:
-      return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
-    case 6:
-      return multiply_rows<6>(x, row_stride, depth_stride, panel, depth, acc);
-    case 7:
-      return multiply_rows<7>(x, row_stride, depth_stride, panel, depth, acc);
+    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
+    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
+    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
+    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
+    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
+    case 6: return multiply_rows<6>(x, row_stride, depth_stride, panel, depth, acc);
+    case 7: return multiply_rows<7>(x, row_stride, depth_stride, panel, depth, acc);
   }
 }
 

@@ -83,20 +83,13 @@ void multiply_bf16(const uint16_t* x, int64_t row_stride, int64_t rows, const ui
   x += m * row_stride;
   acc += m * kPanelWidth;
   switch (rows - m) {
-    case 1:
-      return multiply_rows<1>(x, row_stride, pairs, depth, acc);
-    case 2:
-      return multiply_rows<2>(x, row_stride, pairs, depth, acc);
-    case 3:
-      return multiply_rows<3>(x, row_stride, pairs, depth, acc);
-    case 4:
-      return multiply_rows<4>(x, row_stride, pairs, depth, acc);
-    case 5:
-      return multiply_rows<5>(x, row_stride, pairs, depth, acc);
-    case 6:
-      return multiply_rows<6>(x, row_stride, pairs, depth, acc);
-    case 7:
-      return multiply_rows<7>(x, row_stride, pairs, depth, acc);
+    case 1: return multiply_rows<1>(x, row_stride, pairs, depth, acc);
+    case 2: return multiply_rows<2>(x, row_stride, pairs, depth, acc);
+    case 3: return multiply_rows<3>(x, row_stride, pairs, depth, acc);
+    case 4: return multiply_rows<4>(x, row_stride, pairs, depth, acc);
+    case 5: return multiply_rows<5>(x, row_stride, pairs, depth, acc);
+    case 6: return multiply_rows<6>(x, row_stride, pairs, depth, acc);
+    case 7: return multiply_rows<7>(x, row_stride, pairs, depth, acc);
   }
 }
 

@@ -33,7 +33,7 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 
 Choice choose() {
   const Path paths[] = {
-      // best first
+  // best first
 #if defined(__x86_64__)
       {avx512_bf16_kernels(), has_avx512_bf16(), "AVX512_BF16"},
       {avx512_kernels(), has_avx512(), "AVX-512 F, BW, VL and VBMI"},

@@ -100,8 +100,7 @@ inline void cp_async_16_hint(uint32_t shared, const void* global, uint64_t) {
 inline void cp_async_16_zfill(uint32_t shared, const void* global, int valid_bytes) {
   detail::copy<16>(shared, global, valid_bytes, "cp_async_16_zfill");
 }
-inline void cp_async_16_zfill_hint(uint32_t shared, const void* global, int valid_bytes,
-                                   uint64_t) {
+inline void cp_async_16_zfill_hint(uint32_t shared, const void* global, int valid_bytes, uint64_t) {
   detail::copy<16>(shared, global, valid_bytes, "cp_async_16_zfill_hint");
 }
 template <int bytes>
@@ -158,8 +157,7 @@ inline void mma_m16n8k8_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0
   simt::meet(simt::kMma1688F16, 0xffffffffu, &operand, SIMT_HERE);
 }
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                         SIMT_SITE) {
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>,
                 "mma_m16n8k16: T is __half or __nv_bfloat16");
   simt::MmaOperand operand{d, a, b};

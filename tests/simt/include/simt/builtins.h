@@ -170,29 +170,29 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, SIMT_SITE) {
 // ---------------------------------------------------------------- atomics
 // Relaxed, as CUDA's are: ordering needs a fence. Integers only: a float sum by atomics would
 // depend on the order of blocks, which this project refuses.
-#define SIMT_ATOMIC(T)                                                                          \
-  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }          \
-  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }        \
-  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }          \
-  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }            \
-  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); }          \
-  inline T atomicCAS(T* p, T expected, T v) {                                                   \
-    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);    \
-    return expected;                                                                            \
-  }                                                                                             \
-  inline T atomicMin(T* p, T v) {                                                               \
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                               \
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,         \
-                                                   __ATOMIC_RELAXED)) {                         \
-    }                                                                                           \
-    return old;                                                                                 \
-  }                                                                                             \
-  inline T atomicMax(T* p, T v) {                                                               \
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                               \
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,         \
-                                                   __ATOMIC_RELAXED)) {                         \
-    }                                                                                           \
-    return old;                                                                                 \
+#define SIMT_ATOMIC(T)                                                                            \
+  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }            \
+  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }          \
+  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }            \
+  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }              \
+  inline T atomicXor(T* p, T v) { return __atomic_fetch_xor(p, v, __ATOMIC_RELAXED); }            \
+  inline T atomicCAS(T* p, T expected, T v) {                                                     \
+    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);      \
+    return expected;                                                                              \
+  }                                                                                               \
+  inline T atomicMin(T* p, T v) {                                                                 \
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                 \
+    while (v < old &&                                                                             \
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                             \
+    return old;                                                                                   \
+  }                                                                                               \
+  inline T atomicMax(T* p, T v) {                                                                 \
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                 \
+    while (old < v &&                                                                             \
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                             \
+    return old;                                                                                   \
   }
 SIMT_ATOMIC(int)
 SIMT_ATOMIC(unsigned)
@@ -208,10 +208,10 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
 }
 
 // ---------------------------------------------------------------- loads and stores with hints
-#define SIMT_LOAD(name)          \
-  template <class T>             \
-  inline T name(const T* p) {    \
-    return *p;                   \
+#define SIMT_LOAD(name)       \
+  template <class T>          \
+  inline T name(const T* p) { \
+    return *p;                \
   }
 SIMT_LOAD(__ldg)
 SIMT_LOAD(__ldca)
@@ -279,9 +279,7 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   for (int i = 0; i < 4; ++i) c += ((a >> (8 * i)) & 0xffu) * ((b >> (8 * i)) & 0xffu);
   return c;
 }
-inline int __mulhi(int a, int b) {
-  return static_cast<int>((static_cast<int64_t>(a) * b) >> 32);
-}
+inline int __mulhi(int a, int b) { return static_cast<int>((static_cast<int64_t>(a) * b) >> 32); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
 }
@@ -290,17 +288,23 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
 }
 
 // CUDA's global min and max take mixed integer types; so do these.
-template <class A, class B, class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
+template <class A, class B,
+          class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 inline std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(static_cast<T>(a), static_cast<T>(b));
-  else return static_cast<T>(b) < static_cast<T>(a) ? static_cast<T>(b) : static_cast<T>(a);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(static_cast<T>(a), static_cast<T>(b));
+  else
+    return static_cast<T>(b) < static_cast<T>(a) ? static_cast<T>(b) : static_cast<T>(a);
 }
-template <class A, class B, class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
+template <class A, class B,
+          class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 inline std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(static_cast<T>(a), static_cast<T>(b));
-  else return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(static_cast<T>(a), static_cast<T>(b));
+  else
+    return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
 // ---------------------------------------------------------------- bit casts
@@ -317,7 +321,9 @@ inline int __float_as_int(float x) { return ::qlora_ext::simt::bit_cast<int>(x);
 inline unsigned __float_as_uint(float x) { return ::qlora_ext::simt::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return ::qlora_ext::simt::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return ::qlora_ext::simt::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return ::qlora_ext::simt::bit_cast<long long>(x); }
+inline long long __double_as_longlong(double x) {
+  return ::qlora_ext::simt::bit_cast<long long>(x);
+}
 inline double __longlong_as_double(long long x) { return ::qlora_ext::simt::bit_cast<double>(x); }
 
 // ---------------------------------------------------------------- floating point

@@ -33,9 +33,9 @@ struct Site {
 // Each lane of `mask` calls with the same kind; when the last has arrived, `run` is called once
 // with every lane's operand, and all go on. Ordering of memory among them only if `orders`.
 struct Meeting {
-  const char* what;         // the intrinsic's name; lanes that meet must agree on it
-  bool aligned;             // .aligned: all from one source line
-  bool orders;              // __syncwarp alone
+  const char* what;  // the intrinsic's name; lanes that meet must agree on it
+  bool aligned;      // .aligned: all from one source line
+  bool orders;       // __syncwarp alone
   void (*run)(void* const* operands, uint32_t mask);  // null: nothing to do
 };
 void meet(const Meeting& meeting, uint32_t mask, void* operand, Site site);
@@ -56,11 +56,11 @@ extern const Meeting kReduceAdd, kReduceMinSigned, kReduceMaxSigned, kReduceMinU
     kReduceMaxUnsigned, kReduceAnd, kReduceOr, kReduceXor;
 
 struct LdmatrixOperand {
-  uint32_t address;             // of one row, given by this lane
+  uint32_t address;  // of one row, given by this lane
   uint32_t* d;
   const unsigned char* read[8];  // the 16-bit elements that this lane received
 };
-extern const Meeting kLdmatrix[3];       // x1, x2, x4
+extern const Meeting kLdmatrix[3];  // x1, x2, x4
 extern const Meeting kLdmatrixTrans[3];
 
 struct MmaOperand {
@@ -86,8 +86,7 @@ uint32_t shared_address(const void* pointer);
 unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what);
 
 // Poisons [address, + bytes) now; the bytes land at the thread's wait.
-void copy_async(uint32_t address, const void* global, int bytes, int valid_bytes,
-                const char* what);
+void copy_async(uint32_t address, const void* global, int bytes, int valid_bytes, const char* what);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
