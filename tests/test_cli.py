@@ -521,6 +521,26 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
 
+def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path):
+    """Route (b): the result is the base's format, and nearer to the adapted model than the base."""
+    run("quantize", llama, tmp_path / "base")
+    model = load(tmp_path / "base", dtype=torch.float32)
+    before = tiny_models.logits(model)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    want = tiny_models.logits(model)
+    (tmp_path / "text.txt").write_text("".join(chr(33 + i * i % 90) for i in range(3000)))
+    said = run("merge", tmp_path / "base", adapter, tmp_path / "out",
+               "--calibration", tmp_path / "text.txt")  # fmt: skip
+    assert "merged into 4 bits by 3,000 tokens" in said
+    merged = load(tmp_path / "out", dtype=torch.float32)
+    assert merged.config.quantization_config.quant_type == "nf4"
+    got = tiny_models.logits(merged)
+    assert (got - want).norm() < (before - want).norm()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert "for a 4-bit BASE" in run("merge", llama, adapter, tmp_path / "o", "--calibration",
+                                     tmp_path / "text.txt", ok=False)  # fmt: skip
+
+
 def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):
     """bitsandbytes' bytes without bitsandbytes."""
     model = load(llama, quantization_config=qlora_ext.QLoraExtConfig())

@@ -208,6 +208,10 @@ def merge(
     four_bit: Annotated[
         bool, typer.Option("--four-bit", help="Quantize W + s B A of an unquantized BASE.")
     ] = False,
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045 (typer reads it at run time)
+        typer.Option(help="Text file: merge into the codes of a 4-bit BASE by what it sees there."),
+    ] = None,
     quant_type: Type = QuantType.nf4,
     blocksize: Block = 64,
     double_quant: Nested = True,
@@ -220,20 +224,30 @@ def merge(
     """Add an adapter to its base's weights, one layer in memory at a time.
 
     Each sum W + s B A is made in fp32 and rounded once, to 16 bits or, with --four-bit, to 4. BASE
-    may be unquantized or in 4 bits (qlora_ext's or bitsandbytes'); from 4 bits the result is always
-    dense, since packing the sum again would lose most of what was trained.
+    may be unquantized or in 4 bits (qlora_ext's or bitsandbytes'). From 4 bits the result is dense,
+    since packing the sum again would lose most of what was trained, unless --calibration gives text
+    like that which the model is for: then the 4-bit model is loaded whole and its codes are fitted.
     """
     config = quant_config(quant_type, blocksize, double_quant)
     limit = parse_size(max_shard_size)
     import torch
 
     from . import merge as work
-    from .checkpoint import find_folder
+    from .checkpoint import find_folder, read_config, stored_method
 
     quiet()
     if four_bit and dtype is not Dtype.auto:
         raise CliError("--dtype is of a dense result and --four-bit makes none: want one of them")
     folder, adapter_folder = find_folder(base), find_folder(adapter)
+    if calibration is not None:
+        if stored_method(read_config(folder)) is None:
+            raise CliError(
+                f"{base} is unquantized, and --calibration is for a 4-bit BASE: want --four-bit"
+            )
+        with output(out, force, restart, folder) as target:
+            tokens = work.calibrated(folder, adapter_folder, calibration, target)
+        say(f"{out}: merged into 4 bits by {tokens:,} tokens of {calibration}")
+        return
     with output(out, force, restart, folder) as target:
         job, pairs = work.plan(
             folder,

@@ -529,17 +529,18 @@ class Checkpoint:
         """Of the input files: name, bytes and time of the last change."""
         return fingerprint([self.folder / "config.json", *self.files.paths])
 
-    def extra_files(self) -> list[Path]:
-        """Tokenizer, generation settings, templates, licence: all but weights and config.json."""
-        return [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-            and not path.name.startswith(".")
-            and path.name not in NOT_COPIED
-            and path.suffix not in WEIGHTS
-            and not path.name.endswith(".index.json")
-        ]
+
+def extra_files(folder: Path) -> list[Path]:
+    """Tokenizer, generation settings, templates, licence: all but weights and config.json."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in NOT_COPIED
+        and path.suffix not in WEIGHTS
+        and not path.name.endswith(".index.json")
+    ]
 
 
 def fingerprint(paths: list[Path]) -> list:

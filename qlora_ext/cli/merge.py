@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
+import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..experts import is_fused_experts
@@ -15,16 +18,17 @@ from ..merge import dense_layer
 from ..models import quantize_model, replace_module
 from ..nn import is_conv1d, linear_shape
 from ..quantized_tensor import QuantConfig
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint, extra_files, fingerprint
 from .errors import CliError
 from .quantize import pack_like, quantized_result
+from .shards import Output
 from .stream import PACKED, Job
 
 # Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
 REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps about 5% of what a short "
-    "fine-tune gained, so a dense model is written. With the unquantized model as BASE, --four-bit "
-    "keeps it"
+    "fine-tune gained, so a dense model is written. --four-bit keeps it with the unquantized model "
+    "as BASE, or with text like that which the model is for (--calibration)"
 )
 PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -282,3 +286,45 @@ def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, 
 
 def adapter_fingerprint(folder: Path) -> list:
     return fingerprint([folder / name for name in FILES])
+
+
+# With calibration text ----------------------------------------------------------------------------
+
+CALIBRATION_TOKENS = 8192  # some 5,000 do (docs/merging.md)
+CALIBRATION_LENGTH = 512  # of each sample
+
+
+def calibrated(base: Path, adapter_folder: Path, text: Path, output: Output) -> int:
+    """Merges into the 4-bit base's own codes by what its layers see on a text; docs/merging.md.
+
+    The model runs, so it is in memory whole, in 4 bits. Returns how many tokens were used.
+    """
+    from ..lora import load_adapter
+    from ..merge_4bit import merge_into_4bit
+    from .chat import load_model, load_tokenizer
+
+    try:
+        words = text.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"{text} cannot be read as text: {error}") from None
+    tokenizer = load_tokenizer([base])
+    tokenizer.model_max_length = 10**9  # no warning: samples are cut below
+    ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
+    samples = [part for part in ids.split(CALIBRATION_LENGTH, dim=1) if part.numel()]
+    if not samples:
+        raise CliError(f"{text} is empty, want some pages of text like that the model is for")
+    model = load_model(base, False, "cpu" if not torch.cuda.is_available() else "cuda")
+    try:
+        model = load_adapter(model, adapter_folder)
+        model = merge_into_4bit(model, calibration=samples, progress_bar=sys.stderr.isatty())
+    except (ValueError, TypeError, OSError) as error:
+        raise CliError(str(error)) from None
+    try:
+        output.open([], {"command": "merge with calibration"})
+        model.save_pretrained(output.folder)
+        for path in extra_files(base):
+            shutil.copyfile(path, output.folder / path.name)
+        output.complete()
+    except (OSError, SafetensorError) as error:
+        raise CliError(f"{output.folder} cannot be written ({error})") from None
+    return ids.numel()

@@ -19,7 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..build_info import build_info
 from ..experts import Experts4bit
 from ..nn import Embedding4bit, Linear4bit
-from .checkpoint import Checkpoint, Unit
+from .checkpoint import Checkpoint, Unit, extra_files
 from .errors import CliError, count, some
 from .shards import Entry, Output, Shard, ShardWriter, plan_shards, write_index
 
@@ -224,7 +224,7 @@ class Job:
 
     def _write_rest(self, folder: Path) -> None:
         """What save_pretrained writes beside the weights, and the other files of the input."""
-        for path in self.checkpoint.extra_files():
+        for path in extra_files(self.checkpoint.folder):
             shutil.copyfile(path, folder / path.name)
         config = self.result.config
         config.dtype = str(self.result.dtype).removeprefix("torch.")
