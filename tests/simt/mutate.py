@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import qlora_ext
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SYNC = re.compile(
     r"(?:__syncthreads|__syncwarp|__threadfence\w*|ptx::(?:barrier_sync|mbarrier_wait|cp_async_wait<[^>]*>))"
@@ -64,7 +66,7 @@ def main(names):
         if (ROOT / "build" / "simt").is_dir():
             shutil.copytree(ROOT / "build" / "simt", work / "build")
         environment = {**os.environ, "SIMT_BUILD_DIR": str(work / "build"), "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(ROOT)  # the CPU backend, as built
+        environment["PYTHONPATH"] = str(Path(qlora_ext.__file__).parent.parent)  # the one built
         if found := verdict(work, environment):
             sys.exit(f"the kernels as they are do not pass: {found}")
         for path in sorted((work / "csrc" / "cuda").iterdir()):

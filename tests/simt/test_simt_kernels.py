@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import qlora_ext  # noqa: F401  (the CPU backend's ops)
+import qlora_ext  # also registers the CPU backend's ops
 from simt import build
 from simt.sweep import CASES, run_case
 
@@ -80,7 +80,7 @@ def test_sanitized(sanitize):
     if reason := build.why_not(sanitize):
         pytest.skip(reason)
     environment = {**os.environ, **build.sanitizer_environment(sanitize)}
-    environment["PYTHONPATH"] = str(build.ROOT)
+    environment["PYTHONPATH"] = str(Path(qlora_ext.__file__).parent.parent)  # the one built
     sweep = Path(__file__).with_name("sweep.py")
     command = [*build.fixed_addresses(), sys.executable, str(sweep)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
