@@ -145,10 +145,10 @@ class Ops:
         return self.row("quantize", {OURS: ours, BNB: self.bnb_quantize}, {BNB: 10})
 
     def dequantize(self) -> Row:
-        """Into touched memory: bitsandbytes takes no `out=` on a CPU, so neither do we here."""
-        other = self.torch.empty_like(self.weight)
+        """Into touched memory; bitsandbytes takes no `out=` on a CPU, the allocator keeps its."""
+        out, other = self.torch.empty_like(self.weight), self.torch.empty_like(self.weight)
         contenders = {
-            OURS: lambda: self.ops.dequantize_4bit(*self.w4, self.dtype),
+            OURS: lambda: self.ops.dequantize_4bit.out(*self.w4, out=out),
             BNB: lambda: self.bnb.dequantize_4bit(self.packed, self.state),
             "write": lambda: other.fill_(1.0),
         }
