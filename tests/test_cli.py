@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,9 @@ def test_checkpoints_that_cannot_be_quantized_are_one_sentence(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "m.M"}}))
     assert "auto_map" in run("quantize", llama, tmp_path / "o", ok=False)
+    gptq = {"quant_method": "gptq", "bits": 4}
+    (llama / "config.json").write_text(json.dumps({**config, "quantization_config": gptq}))
+    assert "is quantized by gptq" in run("quantize", llama, tmp_path / "o", ok=False)
     (llama / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
     assert "unheard_of" in run("quantize", llama, tmp_path / "o", ok=False)
     (llama / "config.json").write_text(json.dumps({**config, "hidden_size": 128}))
@@ -695,3 +699,21 @@ def test_chat_with_base_adapter_and_merged(llama, tmp_path):
 def test_bench_prints_a_table():
     text = run("bench", "--out-features", 96, "--in-features", 64, "--rounds", 1)
     assert "LoRA r=8, 256 rows, both ways" in text
+
+
+def test_the_commands_in_the_docs_run(tmp_path, monkeypatch):
+    """docs/cli.md, in its order, on a tiny model of the same name."""
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "SmolLM2-135M-Instruct"
+    tiny_llama(source)
+    tiny_tokenizer(source)
+    make_adapter(load(source), tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("some text, like that which the model is for\n" * 20)
+    text = (REPOSITORY / "docs" / "cli.md").read_text()
+    commands = re.findall(r"^(?:\$ )?qlora-ext (.+)$", text, re.MULTILINE)
+    assert {line.split()[0] for line in commands} == {
+        "quantize", "merge", "inspect", "estimate", "chat", "bench", "info"
+    }  # fmt: skip
+    for line in commands:
+        size = ["--out-features", "96", "--in-features", "64"] if line.startswith("bench") else []
+        run(*shlex.split(line), *size)

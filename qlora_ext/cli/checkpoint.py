@@ -16,8 +16,6 @@ import re
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # reading ahead would hold more than one module
-
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -226,6 +224,21 @@ def build(config, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+@contextlib.contextmanager
+def reading_in_order():
+    """transformers reads ahead in threads, which would hold more than one module's tensors."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class Unit:
     """Modules that are read together because their tensors lie in the same ones of the files."""
 
@@ -353,7 +366,8 @@ class Checkpoint:
             dtype=self.dtype, weight_mapping=self.conversions, device_map={"": "meta"}
         )
         meta = {key: self.files.meta(key) for key in keys}
-        info, _ = convert_and_load_state_dict_in_model(self.model, meta, config, None)
+        with reading_in_order():
+            info, _ = convert_and_load_state_dict_in_model(self.model, meta, config, None)
         if info.conversion_errors or info.mismatched_keys:
             raise CliError(
                 f"transformers cannot make {name} of {some(keys)}: "
@@ -502,9 +516,10 @@ class Checkpoint:
     def _read(self, unit: Unit) -> None:
         try:
             tensors = {key: self.files.slice(key) for key in unit.sources}
-            info, _ = convert_and_load_state_dict_in_model(
-                self.model, tensors, self.load_config, None
-            )
+            with reading_in_order():
+                info, _ = convert_and_load_state_dict_in_model(
+                    self.model, tensors, self.load_config, None
+                )
         except (SafetensorError, OSError) as error:
             paths = {self.files.where[key].name for key in unit.sources}
             raise CliError(f"{some(paths)} cannot be read ({error})") from None

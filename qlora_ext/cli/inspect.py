@@ -56,9 +56,9 @@ class _Headers:
             try:
                 with safe_open(path, framework="pt", backend="pread") as handle:
                     names = handle.keys()
-                for key in names:
-                    part = handle.get_slice(key)
-                    self.tensors[key] = (part.get_dtype(), tuple(part.get_shape()), path)
+                    for key in names:
+                        part = handle.get_slice(key)
+                        self.tensors[key] = (part.get_dtype(), tuple(part.get_shape()), path)
             except (SafetensorError, OSError) as error:
                 raise CliError(f"{path} is damaged or not a safetensors file ({error})") from None
 
