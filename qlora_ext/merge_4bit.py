@@ -35,7 +35,7 @@ from .quantized_tensor import QuantizedTensor, dequantize_4bit, merge_lora_4bit,
 __all__ = ["merge_into_4bit"]
 
 # Measured on SmolLM2-135M (docs/merging.md).
-_LOSS = "keeps about 5% of a short fine-tune's gain"
+_LOSS = "keeps 5 to 10% of a short fine-tune's gain"
 
 
 def merge_into_4bit(
