@@ -212,7 +212,9 @@ def _flags(sanitize, *, machine=False):
     flags = FLAGS + OPTIMIZE[sanitize]
     # The machine is its own bookkeeper: instrumented for addresses, but not for races.
     if sanitize == "thread" and machine:
-        flags += ["-O2", "-DSIMT_TSAN=1"]
+        flags += ["-O3", "-DSIMT_TSAN=1"]
+    elif sanitize is None and machine:
+        flags += ["-O3"]  # mma is a loop nest
     else:
         flags += SANITIZE[sanitize]
     flags += ["-I", "tests/simt/include", "-I", "csrc"]
