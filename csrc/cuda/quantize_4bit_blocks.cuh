@@ -124,7 +124,7 @@ __device__ __forceinline__ void pack_eight(const QuantizeSmem& s, const CodeOrde
 // present: groups of 256 that hold elements (the last block may be short).
 __device__ __forceinline__ double block_tree_sum(QuantizeSmem& s, double (&v)[8], int blocksize,
                                                  int present) {
-  if (blocksize <= kTreeGroup) return tree_sum_group(v, blocksize);
+  if (blocksize <= kTreeGroup) return __dadd_rn(tree_sum_group(v, blocksize), 0.0);
   const double group = tree_sum_group(v, kTreeGroup);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();  // the sums of the call before have been read
@@ -140,7 +140,7 @@ __device__ __forceinline__ double block_tree_sum(QuantizeSmem& s, double (&v)[8]
       if (half < groups) sum = __dadd_rn(sum, other);
     }
   }
-  return __shfl_sync(0xffffffffu, sum, 0);
+  return __shfl_sync(0xffffffffu, __dadd_rn(sum, 0.0), 0);  // never -0.0
 }
 
 // mean, and scale = c * std, of a block with `count` elements.

@@ -1,8 +1,9 @@
 // The format's one reduction for means: an fp64 sum whose order does not depend on the machine.
 // Values are zero-padded to a multiple of 256; each group of 256 is summed by halving
 // (v[i] += v[i + 128], then 64, ... 1); the group sums are the next level's values, until one is
-// left. A warp sums a group: lane l holds values 8l .. 8l + 7, so that halving is shuffles first
-// and registers last.
+// left. 0.0 is added last, as padding or, where every group is full, for the sake of -0.0: all
+// backends end with 0.0. A warp sums a group: lane l holds values 8l .. 8l + 7, so that halving is
+// shuffles first and registers last.
 //
 // Moves   the input once; the levels above are 1/256 of it. Floor: bandwidth. Not yet run on
 //         silicon.
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kTreeThreads)
     __syncthreads();
     level = next;
   }
-  if (threadIdx.x == 0) sums[0] = level[0];
+  if (threadIdx.x == 0) sums[0] = __dadd_rn(level[0], 0.0);  // -0.0 becomes 0.0
 }
 
 // Doubles of scratch for a sum of n values, all levels.
