@@ -177,6 +177,9 @@ def _cases():
             yield _quantize(
                 f"quantize-{d}-none{a}", dtype, "none", 0, (7, 41), aligned, quant_type="linear"
             )
+        for blocksize in (32, 512, 4096):  # scales within a warp, across warps, across the block
+            name = f"quantize-{d}-standard-{blocksize}"
+            yield _quantize(name, dtype, "standard", blocksize, (5, 4099), True)
         yield _quantize(f"quantize-{d}-fp4-4096", dtype, "absmax", 4096, (3, 2049), True, "fp4")
         yield _quantize(f"quantize-{d}-standard-levels", dtype, "standard", 0, (129, 128), True)
         yield _dequantize(f"dequantize-{d}", dtype, (33, 65), True, nested=True)
