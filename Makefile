@@ -204,7 +204,7 @@ format: .venv-lint/ready
 	.venv-lint/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist bench/results *.egg-info .pytest_cache .hypothesis .ruff_cache $(STATE)/built
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache $(STATE)/built
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

@@ -15,8 +15,8 @@ from glob import glob
 from setuptools import setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# Ampere (its binaries run on Ada too) and Hopper; `make archs` compiles the others.
-DEFAULT_ARCHS = "8.0;9.0a"
+# Ampere (its binaries run on Ada too), Hopper, and PTX that the driver compiles for what is newer.
+DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
 
 try:
     import torch

@@ -27,8 +27,9 @@ def build_info() -> dict[str, object]:
     """What was built, for which architectures, and which CPU path is live.
 
     Keys: version, torch (the running one), torch_target (oldest torch whose stable ABI the build
-    uses), python, machine, compiler, cpu_path ("portable", "avx2", "avx512", "avx512_bf16"), cpu_threads, cuda_built,
-    cuda_archs, cuda_live (the CUDA ops are registered), cuda_why_not (a sentence, or None).
+    uses), python, machine, compiler, cpu_path ("portable", "avx2", "avx512" or "avx512_bf16"),
+    cpu_threads, cuda_built, cuda_archs, cuda_live (the CUDA ops are registered), cuda_why_not (a
+    sentence, or None).
     Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.
     """
     live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")

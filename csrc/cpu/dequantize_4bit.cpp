@@ -19,6 +19,17 @@ constexpr int64_t kGrain = 8;     // chunks that repay waking a thread
 
 const char* launch::dequantize_4bit(const Dequantize4bitParams& p, void*) {
   if (const char* error = cpu::cpu_path_error()) return error;
+  const int64_t columns = p.columns();
+  if (columns != p.weight.K) {
+    const int64_t grain = cpu::kGrain * cpu::kChunk / std::max<int64_t>(columns, 1) + 1;
+    cpu::parallel_for(p.row_end - p.row_begin, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        cpu::kernels().decode(p.weight, (p.row_begin + row) * p.weight.K + p.col_begin, columns,
+                              p.dtype, cpu::element(p.out, p.dtype, row * columns));
+      }
+    });
+    return nullptr;
+  }
   const int64_t first = p.row_begin * p.weight.K;
   const int64_t n = p.row_end * p.weight.K - first;
   const int64_t num_chunks = (n + cpu::kChunk - 1) / cpu::kChunk;

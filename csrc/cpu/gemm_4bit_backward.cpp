@@ -72,6 +72,6 @@ int64_t launch::workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
   return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.N, cpu::kRegionTiles), p.weight.N);
 }
 
-int64_t launch::chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams&) { return 0; }
+int64_t launch::chunk_columns_gemm_4bit_backward(const Gemm4bitBackwardParams&) { return 0; }
 
 }  // namespace qlora_ext

@@ -335,7 +335,17 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 }
 
 }  // namespace
+}  // namespace qlora_ext::cpu
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace qlora_ext::cpu {
+
+// Outside the pragma: this runs on every x86-64 CPU, before it is known what it can do.
 Kernels avx512_kernels() {
   Kernels table = kAvx2Kernels;
   table.name = "avx512";
@@ -348,11 +358,5 @@ Kernels avx512_kernels() {
 }
 
 }  // namespace qlora_ext::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 
 #endif  // __x86_64__

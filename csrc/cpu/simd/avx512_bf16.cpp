@@ -94,7 +94,17 @@ void multiply_bf16(const uint16_t* x, int64_t row_stride, int64_t rows, const ui
 }
 
 }  // namespace
+}  // namespace qlora_ext::cpu
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace qlora_ext::cpu {
+
+// Outside the pragma: this runs on every x86-64 CPU, before it is known what it can do.
 Kernels avx512_bf16_kernels() {
   Kernels table = avx512_kernels();
   table.name = "avx512_bf16";
@@ -104,11 +114,5 @@ Kernels avx512_bf16_kernels() {
 }
 
 }  // namespace qlora_ext::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 
 #endif  // __x86_64__

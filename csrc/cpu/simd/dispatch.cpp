@@ -20,8 +20,10 @@ struct Path {
 };
 
 #if defined(__x86_64__)
-// Every CPU with AVX2 and FMA converts fp16 (F16C) too.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -37,7 +39,7 @@ Choice choose() {
 #if defined(__x86_64__)
       {avx512_bf16_kernels(), has_avx512_bf16(), "AVX512_BF16"},
       {avx512_kernels(), has_avx512(), "AVX-512 F, BW, VL and VBMI"},
-      {kAvx2Kernels, has_avx2(), "AVX2 and FMA"},
+      {kAvx2Kernels, has_avx2(), "AVX2, FMA and F16C"},
 #endif
       {kPortableKernels, true, ""},
   };
