@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _C  # noqa: F401  (importing it registers the schemas and the CPU kernels)
 
@@ -22,6 +23,30 @@ _ops = torch.ops.qlora_ext
 _lib = torch.library.Library("qlora_ext", "IMPL")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 W4 = tuple[Any, ...]
+
+
+def _register_fake(name: str) -> Callable[..., Any]:
+    """torch.library.register_fake for a function that computes shapes. Tensors on several devices
+    are refused: one on meta would otherwise bring the call here, and memory that nothing wrote
+    would come out of it."""
+    op, _, overload = name.removeprefix("qlora_ext::").partition(".")
+    names = [a.name for a in getattr(getattr(_ops, op), overload or "default")._schema.arguments]
+
+    def register(fake: Callable[..., Any]) -> None:
+        def checked(*args, **kwargs):
+            given = [*zip(names, args), *kwargs.items()]
+            tensors = [(key, value) for key, value in given if isinstance(value, Tensor)]
+            for key, tensor in tensors[1:]:
+                if tensor.device != tensors[0][1].device:
+                    raise RuntimeError(
+                        f"{op}: {key} is on {tensor.device}, want {tensors[0][1].device} like "
+                        f"{tensors[0][0]} (every tensor of a call on one device)"
+                    )
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(name, checked)
+
+    return register
 
 
 def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
@@ -56,7 +81,7 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
 # quantize_4bit ------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::quantize_4bit")
+@_register_fake("qlora_ext::quantize_4bit")
 def _(weight, blocksize, quant_type, codebook, normalization, std_factor, companding, companding_k):
     numel = weight.numel()
     num_blocks = 1 if blocksize == 0 else (numel + blocksize - 1) // blocksize
@@ -71,7 +96,7 @@ def _(weight, blocksize, quant_type, codebook, normalization, std_factor, compan
 # quantize_absmax, dequantize_absmax ---------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::quantize_absmax")
+@_register_fake("qlora_ext::quantize_absmax")
 def _(absmax):
     num_blocks = absmax.numel() // 4
     return (
@@ -80,7 +105,7 @@ def _(absmax):
     )
 
 
-@torch.library.register_fake("qlora_ext::dequantize_absmax")
+@_register_fake("qlora_ext::dequantize_absmax")
 def _(code, nested):
     return code.new_empty(4 * code.numel())
 
@@ -88,12 +113,12 @@ def _(code, nested):
 # dequantize_4bit ----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::dequantize_4bit")
+@_register_fake("qlora_ext::dequantize_4bit")
 def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("qlora_ext::dequantize_4bit.out")
+@_register_fake("qlora_ext::dequantize_4bit.out")
 def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, *, out):
     return None
 
@@ -109,7 +134,7 @@ def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Te
 # gemm_4bit ----------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::gemm_4bit")
+@_register_fake("qlora_ext::gemm_4bit")
 def _(
     x,
     packed,
@@ -127,7 +152,7 @@ def _(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-@torch.library.register_fake("qlora_ext::gemm_4bit_backward")
+@_register_fake("qlora_ext::gemm_4bit_backward")
 def _(
     dY,
     packed,
@@ -157,6 +182,7 @@ class _Gemm4bit(torch.autograd.Function):
             return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dY):
         packed, absmax, nested, mean, lora_S, lora_B = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -210,19 +236,19 @@ def gemm_4bit(
 # lora_shrink, lora_expand_backward ----------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::lora_shrink")
+@_register_fake("qlora_ext::lora_shrink")
 def _(x, lora_A, scaling):
     return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("qlora_ext::lora_shrink_backward")
+@_register_fake("qlora_ext::lora_shrink_backward")
 def _(dS, x, lora_A, scaling, need_dx):
     return torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(
         0
     ), torch.empty_like(lora_A, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("qlora_ext::lora_expand_backward")
+@_register_fake("qlora_ext::lora_expand_backward")
 def _(dY, lora_S, lora_B):
     return (
         dY.new_empty((*dY.shape[:-1], lora_B.shape[1]), dtype=torch.float32),
@@ -239,6 +265,7 @@ class _LoraShrink(torch.autograd.Function):
             return _ops.lora_shrink.default(x, lora_A, scaling)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dS):
         x, lora_A = ctx.saved_tensors
         need_dx = ctx.needs_input_grad[0]
@@ -266,7 +293,7 @@ def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
 # lora_gemm_4bit -----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::lora_gemm_4bit")
+@_register_fake("qlora_ext::lora_gemm_4bit")
 def _(
     x,
     packed,
@@ -288,7 +315,7 @@ def _(
     )
 
 
-@torch.library.register_fake("qlora_ext::lora_gemm_4bit_backward")
+@_register_fake("qlora_ext::lora_gemm_4bit_backward")
 def _(
     dY,
     x,
@@ -330,6 +357,7 @@ class _LoraGemm4bit(torch.autograd.Function):
         return y, S
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dY, _dS):
         x, S, packed, absmax, nested, mean, A, B = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -379,7 +407,7 @@ def lora_gemm_4bit(
 # merge_lora_4bit ----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::merge_lora_4bit")
+@_register_fake("qlora_ext::merge_lora_4bit")
 def _(
     packed,
     absmax,
@@ -408,7 +436,7 @@ def merge_lora_4bit(
 # embedding_4bit -----------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::embedding_4bit")
+@_register_fake("qlora_ext::embedding_4bit")
 def _(indices, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
     return indices.new_empty((*indices.shape, shape[1]), dtype=dtype)
 
@@ -421,12 +449,12 @@ def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
 # linear -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("qlora_ext::linear")
+@_register_fake("qlora_ext::linear")
 def _(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("qlora_ext::linear_backward")
+@_register_fake("qlora_ext::linear_backward")
 def _(dY, weight):
     return dY.new_empty((*dY.shape[:-1], weight.shape[1]))
 
@@ -443,6 +471,7 @@ class _Linear(torch.autograd.Function):
             return _ops.linear.default(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dY):
         weight, x = ctx.saved_tensors
         dX = dW = dbias = None

@@ -24,6 +24,7 @@ COMPANDINGS = ("none", "logarithmic", "exponential")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NESTED_BLOCKSIZE = 256
+_FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,13 @@ class _StateReader:
                 f"QuantizedTensor.from_state_dict: {key!r} is missing; with this prefix there are "
                 f"{self.near()}"
             )
-        return self.d[key]
+        return self.checked(key, self.d[key])
+
+    def checked(self, key: str, value) -> Tensor:
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            got = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
+            raise self.fail(f"{key} is {got}, want a tensor with data")
+        return value
 
     def near(self) -> list[str]:
         return sorted(k for k in self.d if k == self.prefix or k.startswith(self.prefix + "."))
@@ -301,7 +308,7 @@ class _StateReader:
                 f"{self.prefix + '.quant_state.bitsandbytes__*'!r}, "
                 f"got {keys}; with this prefix there are {self.near()}"
             )
-        raw = self.d[keys[0]]
+        raw = self.checked(keys[0], self.d[keys[0]])
         try:
             meta = json.loads(bytes(raw.to("cpu", torch.uint8).reshape(-1).tolist()))
         except (ValueError, RecursionError) as error:
@@ -354,8 +361,8 @@ class _StateReader:
                 f"absmax is {absmax.dtype} {list(absmax.shape)}, want {num_blocks} uint8 codes"
             )
         offset = meta["nested_offset"]
-        if type(offset) not in (int, float) or not math.isfinite(offset):
-            raise self.fail(f"nested_offset is {str(offset)[:40]}, want a finite number")
+        if type(offset) not in (int, float) or not abs(offset) <= _FP32_MAX:
+            raise self.fail(f"nested_offset is {str(offset)[:40]}, want a finite float32")
         if meta.get("nested_blocksize") != _NESTED_BLOCKSIZE:
             raise self.fail(
                 f"nested_blocksize is {str(meta.get('nested_blocksize'))[:40]}, "
@@ -376,6 +383,8 @@ class _StateReader:
             raise self.fail(
                 f"{suffix[1:]} is {values.dtype} {list(values.shape)}, want {count} float32 values"
             )
+        if not values.isfinite().all():
+            raise self.fail(f"{suffix[1:]} holds a NaN or an infinity, want finite values")
         return values.contiguous().reshape(-1).view(torch.uint8)
 
 

@@ -1,6 +1,7 @@
 """The input nobody thought of: a sentence with op, argument, got and want; never a crash, never a
 silently wrong number."""
 
+import dataclasses
 import json
 
 import pytest
@@ -133,7 +134,7 @@ def bad_call(**changes):
     ids=lambda v: str(v)[:40],
 )
 def test_products_refuse(changes, message):
-    with pytest.raises(RuntimeError, match="(lora_gemm_4bit|lora_shrink): " + message):
+    with pytest.raises(RuntimeError, match=r"(lora_gemm_4bit|lora_shrink): " + message):
         bad_call(**changes)
 
 
@@ -241,6 +242,32 @@ def test_meta_tensors_give_shapes():
     assert qlora_ext.linear_4bit(torch.empty(2, 3, 64, device="meta"), q).shape == (2, 3, 48)
 
 
+@pytest.mark.parametrize("argument", ["x", "absmax", "bias", "lora_A", "lora_B"])
+def test_a_meta_tensor_among_others(argument):
+    """The fake would run, and return memory that nothing wrote."""
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    call = {"x": torch.randn(5, 64), "bias": torch.randn(48)}
+    call |= {"lora_A": torch.randn(4, 64), "lora_B": torch.randn(48, 4)}
+    if argument == "absmax":
+        q = dataclasses.replace(q, absmax=q.absmax.to("meta"))
+        with pytest.raises(RuntimeError, match="dequantize_4bit: absmax is on meta, want cpu"):
+            qlora_ext.dequantize_4bit(q)
+    else:
+        call[argument] = call[argument].to("meta")
+    with pytest.raises(RuntimeError, match=r"(lora_gemm_4bit|lora_shrink): .* is on .*, want "):
+        ops.lora_gemm_4bit(
+            call["x"], q.op_args(), call["lora_A"], call["lora_B"], 1.0, call["bias"]
+        )
+
+
+def test_twice_differentiating_is_an_error():
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    x = torch.randn(5, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(qlora_ext.linear_4bit(x, q).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 # State dicts --------------------------------------------------------------------------------
 
 
@@ -323,12 +350,22 @@ def test_missing_key(key):
         (with_meta(blocksize=2**80), "blocksize is .* want one of"),
         (with_meta(blocksize=128), "absmax is torch.uint8 .48., want 24"),
         (with_meta(nested_blocksize=64), "nested_blocksize is 64, want 256"),
-        (with_meta(nested_offset="0"), "nested_offset is 0, want a finite number"),
-        (with_meta(nested_offset=float("nan")), "nested_offset is nan, want a finite number"),
+        (with_meta(nested_offset="0"), "nested_offset is 0, want a finite float32"),
+        (with_meta(nested_offset=float("nan")), "nested_offset is nan, want a finite float32"),
+        (with_meta(nested_offset=10**400), "nested_offset is 1000.* want a finite float32"),
+        (with_meta(nested_offset=1e300), "nested_offset is 1e.300, want a finite float32"),
+        (changed("w.nested_absmax", lambda t: t * torch.inf), "nested_absmax holds a NaN"),
+        (changed("w.absmax", lambda t: t.tolist()), "w.absmax is list, want a tensor"),
+        (changed("w", lambda t: t.to("meta")), "w is a tensor without data"),
+        (changed("w.quant_map", lambda t: None), "w.quant_map is NoneType, want a tensor"),
+        (
+            changed("w.quant_state.bitsandbytes__nf4", lambda t: t.to("meta")),
+            "is a tensor without data",
+        ),
         (with_meta(dtype="float64"), "dtype is 'float64', want one of"),
         (with_meta(dtype=["float32"]), "dtype is .* want one of"),
     ],
-    ids=range(26),
+    ids=range(33),
 )
 def test_corrupt_or_hostile_state_dict(d, message):
     with pytest.raises(ValueError, match="from_state_dict: w: .*" + message):
