@@ -705,3 +705,39 @@ def test_other_tuners_still_work_on_dense_models(folders):
     base = AutoModelForCausalLM.from_pretrained(folders[0])
     model = peft.get_peft_model(base, REFUSED["IA3"]())
     assert logits(model.merge_and_unload()).isfinite().all()
+
+
+# What loses adapters or leaves half a model ---------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["LORA", "OFT"])
+def test_layers_with_our_adapter_are_refused(folders, method):
+    model = base_model(folders)
+    qlora_ext.add_lora(model)
+    config = lora_config() if method == "LORA" else peft.OFTConfig(target_modules=ATTENTION)
+    with pytest.raises(ValueError, match=rf"PEFT's {method} on model.*_proj: it has an adapter of"):
+        peft.get_peft_model(model, config)
+
+
+def test_our_adapter_on_a_dense_layer_is_refused(folders):
+    model = base_model(folders)
+    qlora_ext.add_lora(model, qlora_ext.LoraConfig(query=False, value=False, head=True))
+    with pytest.raises(ValueError, match=r"on lm_head: it has an adapter of qlora_ext\.add"):
+        peft.get_peft_model(model, lora_config(target_modules=["lm_head"]))
+
+
+def test_unload_while_merged_is_refused(folders):
+    model = adapted(folders)
+    before = logits(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"unload: the adapters of .*q_proj are merged"):
+        model.unload()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+    packed = sum(isinstance(m, Linear4bit) for m in model.unload().modules())
+    assert packed == sum(isinstance(m, Linear4bit) for m in base_model(folders).modules())
+
+
+def test_modules_to_save_on_a_packed_layer_is_refused(folders):
+    with pytest.raises(ValueError, match="modules_to_save names a Linear4bit, whose packed weight"):
+        peft.get_peft_model(base_model(folders), lora_config(modules_to_save=["o_proj"]))

@@ -8,6 +8,7 @@ PEFT has no registry that outlives one config, so a few of its functions are wra
     dequantize_module_weight        DoRA's norms
     <tuner>._create_and_replace     any other tuner is refused with a sentence
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
+    ModulesToSaveWrapper.__init__            a packed layer is refused with a sentence
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
     replace_lora_weights_loftq               LoftQ's start, against our quantizer
@@ -42,7 +43,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
-from ..nn import Linear4bit
+from ..nn import Embedding4bit, Linear4bit, _Lora
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
 
@@ -413,6 +414,13 @@ def _refuse_packed(original):
     def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
+        if isinstance(base, _Lora):
+            # PEFT's forward and merge would read the base weight alone and lose A and B.
+            raise ValueError(
+                f"PEFT's {method} on {kwargs.get('current_key', args[-1] if args else 'a layer')}: "
+                "it has an adapter of qlora_ext.add_lora already; merge it with "
+                "qlora_ext.merge_and_unload, or let PEFT start from a model without"
+            )
         if isinstance(base, Linear4bit):
             if method not in _SUPPORTED:
                 raise ValueError(
@@ -433,17 +441,47 @@ def _refuse_packed(original):
 # Whole models --------------------------------------------------------------------------------
 
 
+def _refuse_merged(model: torch.nn.Module) -> None:
+    """ValueError where a dense layer stands in: without its adapters it would stay for good."""
+    for name, module in model.named_modules():
+        if "_qlora_ext_packed" not in module.__dict__ or isinstance(module.base_layer, Linear4bit):
+            continue
+        raise ValueError(
+            f"unload: the adapters of {name} are merged, and a dense layer stands in for the "
+            "packed one; call unmerge_adapter() first to get the packed model back, or "
+            "merge_and_unload() for a dense one"
+        )
+
+
 def _merge_and_unload(original):
     """Wraps `BaseTuner._unload_and_optionally_merge`."""
 
     @functools.wraps(original)
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+        if not merge:
+            _refuse_merged(self.model)
         model = original(self, merge, *args, **kwargs)
         if merge and not _merge_to_4bit.get():
             leave_no_packed_layer(model)
         return model
 
     return _unload_and_optionally_merge
+
+
+def _refuse_modules_to_save(original):
+    """Wraps `ModulesToSaveWrapper.__init__`: a packed layer cannot be trained whole."""
+
+    @functools.wraps(original)
+    def __init__(self, module_to_save, *args, **kwargs):
+        if isinstance(module_to_save, (Linear4bit, Embedding4bit)):
+            raise ValueError(
+                f"PEFT's modules_to_save names a {type(module_to_save).__name__}, whose packed "
+                "weight cannot be trained; adapt it with target_modules, or keep it dense with "
+                "modules_to_not_convert"
+            )
+        original(self, module_to_save, *args, **kwargs)
+
+    return __init__
 
 
 def _count_logical_weights(original):
@@ -643,6 +681,8 @@ def attach() -> None:
             tuner._unload_and_optionally_merge = _merge_and_unload(
                 tuner._unload_and_optionally_merge
             )
+    wrapper = peft_other.ModulesToSaveWrapper
+    wrapper.__init__ = _refuse_modules_to_save(wrapper.__init__)
     for model in (peft.PeftModel, peft.PeftMixedModel):
         if "get_nb_trainable_parameters" in vars(model):
             model.get_nb_trainable_parameters = _count_logical_weights(
