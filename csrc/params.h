@@ -74,8 +74,12 @@ struct Dequantize4bitParams {
   PackedWeight weight;
   int64_t row_begin;  // rows [row_begin, row_end) of the weight are decoded
   int64_t row_end;
-  void* out;  // [row_end - row_begin, K], contiguous, dtype
+  void* out;  // [row_end - row_begin, columns], contiguous, dtype
   DType dtype;
+  int64_t col_begin = 0;  // columns [col_begin, col_end) of those rows; 0, 0: all K
+  int64_t col_end = 0;
+
+  int64_t columns() const { return col_end == 0 ? weight.K : col_end - col_begin; }
 };
 
 // y = x * W^T + bias + lora_S * lora_B^T, accumulated in fp32 and rounded once to dtype.
@@ -143,7 +147,8 @@ struct LoraShrinkBackwardParams {
   void* workspace;
 };
 
-// One pass over dY: dS = scaling * dY * B and dB = dY^T * S.
+// dS = scaling * dY * B and dB = dY^T * S: two products, so dY is read twice, the second time from
+// a cache where it fits.
 struct LoraExpandBackwardParams {
   const void* dY;      // [M, N], dtype, rows dY_stride apart
   const float* S;      // [M, R] fp32, rows S_stride apart
@@ -243,10 +248,11 @@ int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams&);
 int64_t workspace_linear(const LinearParams&);
 int64_t workspace_linear_backward(const LinearBackwardParams&);
 
-// Rows of W to decode at a time into a dense chunk that torch's matmul (cuBLAS) then multiplies,
-// or 0: the fused kernel is used. Named heuristics on (M, N, K, dtype, SM count, architecture).
+// Rows (forward) or columns (backward) of W to decode at a time into a dense chunk that torch's
+// matmul (cuBLAS) then multiplies, or 0: the launcher does it all. Either way a chunk yields whole
+// columns of the result. Named heuristics on (M, N, K, dtype, SM count, architecture).
 int64_t chunk_rows_gemm_4bit(const Gemm4bitParams&);
-int64_t chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams&);
+int64_t chunk_columns_gemm_4bit_backward(const Gemm4bitBackwardParams&);
 }  // namespace launch
 
 }  // namespace qlora_ext

@@ -36,7 +36,7 @@ constexpr const char* kSchemas[] = {
     "lora_shrink(Tensor x, Tensor lora_A, float scaling) -> Tensor",
     // dx = scaling dS A (empty unless need_dx), dA = scaling dS^T x.
     "lora_shrink_backward(Tensor dS, Tensor x, Tensor lora_A, float scaling, bool need_dx) -> (Tensor dx, Tensor dA)",
-    // dS = dY B, dB = dY^T S, in one pass over dY.
+    // dS = dY B, dB = dY^T S: two products.
     "lora_expand_backward(Tensor dY, Tensor lora_S, Tensor lora_B) -> (Tensor dS, Tensor dB)",
     // y = x W^T + bias + scaling (x A^T) B^T; S is returned for the backward.
     "lora_gemm_4bit(Tensor x, " QLORA_EXT_W4

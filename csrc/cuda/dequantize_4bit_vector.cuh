@@ -1,4 +1,5 @@
-// dequantize_4bit_vector: rows of a packed weight to fp32, fp16 or bf16, 16 bytes at a time.
+// dequantize_4bit_vector: rows of a packed weight, or columns of those rows, to fp32, fp16 or bf16,
+// 16 bytes at a time.
 //
 // Moves   0.516 B/weight in (nested scales, block 64), 2 B out for 16-bit types.
 // Floor   those bytes over memory bandwidth: 4096x14336 to bf16 is 49 us on H100, 34 us on H200.
@@ -83,22 +84,25 @@ __device__ __forceinline__ void decode_chunk(const DequantizeSmem& s, const uint
   }
 }
 
-// `first` is the flat index of the first weight, a multiple of 32; out is 16-byte aligned.
+// `range` starts at a multiple of 32 and, with a gap, skips and keeps multiples of 32; out is
+// 16-byte aligned.
 template <class T, bool kMean>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_4bit_vector(PackedWeight w, Scales scales, int64_t first, int64_t count, T* out) {
+    dequantize_4bit_vector(PackedWeight w, Scales scales, ColumnRange range, T* out) {
   DequantizeSmem& s = ptx::shared_memory<DequantizeSmem>();
   fill_dequantize_smem(s, w);
-  const int64_t num_chunks = count / kChunk;
+  const int64_t num_chunks = range.count / kChunk;
+  const ColumnRange chunks{range.first / kChunk, num_chunks, range.width / kChunk,
+                           range.gap / kChunk};
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kDequantizeThreads;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads;
   for (int64_t base = begin; base < num_chunks; base += stride) {
     const int64_t chunk = base + threadIdx.x;
-    decode_chunk<T, kMean>(s, w.packed, scales, first / kChunk + chunk, chunk, num_chunks, out);
+    decode_chunk<T, kMean>(s, w.packed, scales, chunks.source(chunk), chunk, num_chunks, out);
   }
   const int64_t tail = num_chunks * kChunk + threadIdx.x;
-  if (blockIdx.x == 0 && tail < count) {
-    out[tail] = from_float<T>(decode_weight(w.packed, scales, w.values, first + tail));
+  if (blockIdx.x == 0 && tail < range.count) {  // without a gap
+    out[tail] = from_float<T>(decode_weight(w.packed, scales, w.values, range.source(tail)));
   }
 }
 

@@ -110,6 +110,18 @@ __device__ __forceinline__ float decode_weight(const uint8_t* packed, const Scal
   return scales.mean == nullptr ? v : __fadd_rn(v, __ldg(scales.mean + block));
 }
 
+// Which flat elements a dequantizer reads, in order: `width` of every `width + gap` from `first`.
+struct ColumnRange {
+  int64_t first;
+  int64_t count;  // in all
+  int64_t width;
+  int64_t gap;  // 0: whole rows
+
+  __device__ __forceinline__ int64_t source(int64_t i) const {
+    return first + i + (gap == 0 ? 0 : i / width * gap);
+  }
+};
+
 // 1 / scale as the quantizer uses it: `usable` is false where values are coded as zeros.
 struct Reciprocal {
   float value;

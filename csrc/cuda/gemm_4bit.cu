@@ -142,7 +142,7 @@ int64_t workspace_gemm_4bit(const Gemm4bitParams& p) {
 
 int64_t chunk_rows_gemm_4bit(const Gemm4bitParams& p) {
   if (is_empty(p) || choose(p) != Variant::kChunks) return 0;
-  return chunk_rows(p.M, p.weight.N, p.weight.K, p.dtype, device_info().sm_count);
+  return chunk_lines(p.M, p.weight.N, p.weight.K, p.dtype, device_info().sm_count);
 }
 
 const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {

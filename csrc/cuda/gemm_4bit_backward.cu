@@ -11,7 +11,7 @@ enum class Variant {
   kFused4,  // gemm_4bit_backward_fused with 4 or 8 mma tiles of 8 rows of dY
   kFused8,
   // kWgmma: sm_90a, the transposed twin of the forward's; gemm_4bit_backward_wgmma.cuh, later.
-  kChunks,  // decode a few rows of W at a time, multiply by cuBLAS: the host does it
+  kChunks,  // decode a few columns of W at a time, multiply by cuBLAS: the host does it
   kAny,     // FFMA, any shape
 };
 
@@ -23,8 +23,7 @@ bool fused_can_run(const Gemm4bitBackwardParams& p, const DeviceInfo& device) {
          p.dY_stride % 8 == 0 && is_aligned(p.dX, 16);
 }
 
-// As the forward's: by napkin, not yet by a bench on silicon. Chunks also round dX once per chunk
-// (cuBLAS accumulates into dX's dtype), which the fused kernel does not.
+// As the forward's: by napkin, not yet by a bench on silicon.
 constexpr int64_t kFusedMaxRows = 256;
 constexpr int64_t kFusedMaxRowsTuring = 64;
 constexpr int64_t kAnyMaxRows = 64;
@@ -125,9 +124,9 @@ int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
   }
 }
 
-int64_t chunk_rows_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
+int64_t chunk_columns_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
   if (is_empty(p) || choose(p) != Variant::kChunks) return 0;
-  return chunk_rows(p.M, p.weight.N, p.weight.K, p.dtype, device_info().sm_count);
+  return chunk_lines(p.M, p.weight.K, p.weight.N, p.dtype, device_info().sm_count);
 }
 
 const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {
@@ -135,7 +134,7 @@ const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {
   switch (choose(p)) {
     case Variant::kFused4: return backward_fused<4>(p, stream);
     case Variant::kFused8: return backward_fused<8>(p, stream);
-    default:  // kChunks as well, should a caller not ask chunk_rows_gemm_4bit_backward first
+    default:  // kChunks as well, should a caller not ask chunk_columns_gemm_4bit_backward first
       return backward_any(p, stream);
   }
 }

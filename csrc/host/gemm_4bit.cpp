@@ -12,8 +12,8 @@ Rows input_rows(const char* op, const Tensor& x, const Weight& w) {
   return rows;
 }
 
-// Decodes the weight a few rows at a time into one chunk that stays in cache and lets torch's matmul
-// multiply it: y[:, rows] = x * chunk^T. Two matmuls round the bypass once more than the fused
+// Decodes the weight a few rows at a time into one chunk and lets torch's matmul multiply it:
+// y[:, rows] = x * chunk^T. Two matmuls round the bypass once more than the fused
 // kernel does, as an unfused LoRA layer would.
 void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows, const Rows& x,
                     const Tensor& y, const OptionalTensor& bias, const OptionalTensor& lora_S,

@@ -5,26 +5,32 @@ namespace qlora_ext::host {
 
 namespace {
 
-// dX = sum over chunks of dY[:, rows] * chunk: accumulated by torch's matmul in dX's dtype.
-void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t chunk_rows,
+// Decodes the weight a few columns at a time and lets torch's matmul multiply them: each
+// dX[:, columns] = dY * W[:, columns] is whole, so it is rounded once, and once more with a bypass.
+void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t chunk_columns,
                         const Rows& dY, const Tensor& dX, const OptionalTensor& lora_dS,
                         const OptionalTensor& lora_A, const DeviceScope& scope) {
   const ScalarType dtype = dY.tensor.scalar_type();
   const int64_t N = p.weight.N, K = p.weight.K;
-  Tensor dY2 = torch::stable::reshape(dY.tensor, {p.M, N});
-  const Tensor dX2 = torch::stable::view(dX, {p.M, K});
-  Tensor chunk = empty({std::min(chunk_rows, N), K}, dtype, dX);
-  for (int64_t begin = 0; begin < N; begin += chunk_rows) {
-    const int64_t rows = std::min(chunk_rows, N - begin);
-    check_launch(op,
-                 launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
-                                         scope.stream()));
-    addmm_out(dX2, dX2, narrow(dY2, 1, begin, rows), narrow(chunk, 0, 0, rows),
-              begin > 0 ? 1.0 : 0.0);
+  const Tensor dY2 = torch::stable::reshape(dY.tensor, {p.M, N});
+  Tensor dX2 = torch::stable::view(dX, {p.M, K});
+  Tensor chunk = empty({N * std::min(chunk_columns, K)}, dtype, dX);
+  Tensor dS, A;
+  if (p.R > 0) {
+    dS = torch::stable::to(torch::stable::reshape(*lora_dS, {p.M, p.R}), dtype);
+    A = torch::stable::to(*lora_A, dtype);
   }
-  if (p.R == 0) return;
-  addmm_out(dX2, dX2, torch::stable::to(torch::stable::reshape(*lora_dS, {p.M, p.R}), dtype),
-            torch::stable::to(*lora_A, dtype), 1.0);
+  for (int64_t begin = 0; begin < K; begin += chunk_columns) {
+    const int64_t columns = std::min(chunk_columns, K - begin);
+    check_launch(op, launch::dequantize_4bit(
+                         {p.weight, 0, N, chunk.data_ptr(), p.dtype, begin, begin + columns},
+                         scope.stream()));
+    const Tensor W = torch::stable::view(narrow(chunk, 0, 0, N * columns), {N, columns});
+    Tensor dX_columns = narrow(dX2, 1, begin, columns);
+    addmm_out(dX_columns, dX_columns, dY2, W, 0.0);
+    if (p.R == 0) continue;
+    addmm_out(dX_columns, dX_columns, dS, narrow(A, 1, begin, columns), 1.0);
+  }
 }
 
 }  // namespace
@@ -59,8 +65,8 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
   Tensor dX = empty(replace_last(dY, p.weight.K), dY.scalar_type(), dY);
   p.dX = dX.data_ptr();
   if (dX.numel() == 0) return dX;
-  if (const int64_t chunk_rows = p.weight.N > 0 ? launch::chunk_rows_gemm_4bit_backward(p) : 0) {
-    backward_in_chunks(op, p, chunk_rows, rows, dX, lora_dS, lora_A, scope);
+  if (const int64_t columns = p.weight.N > 0 ? launch::chunk_columns_gemm_4bit_backward(p) : 0) {
+    backward_in_chunks(op, p, columns, rows, dX, lora_dS, lora_A, scope);
     return dX;
   }
   const int64_t bytes = launch::workspace_gemm_4bit_backward(p);

@@ -292,6 +292,17 @@ void test_decode(const Weight& q) {
       for (int64_t i = 0; i < out.size(); ++i) want.set(i, q.value(begin + i / q.K, i % q.K));
       CHECK(out.bytes == want.bytes, "dequantize_4bit: %s differs", name_of(dtype));
     }
+    for (const auto& [begin, end] :
+         {std::pair<int64_t, int64_t>{0, (q.K + 1) / 2}, {q.K / 3, q.K}}) {
+      Buffer out(dtype, (q.N - q.N / 2) * (end - begin));
+      Dequantize4bitParams p{q.params(), q.N / 2, q.N, out.bytes.data(), dtype, begin, end};
+      CHECK(launch::dequantize_4bit(p, nullptr) == nullptr, "dequantize_4bit of columns failed");
+      Buffer want(dtype, out.size());
+      for (int64_t i = 0; i < out.size(); ++i) {
+        want.set(i, q.value(q.N / 2 + i / (end - begin), begin + i % (end - begin)));
+      }
+      CHECK(out.bytes == want.bytes, "dequantize_4bit of columns: %s differs", name_of(dtype));
+    }
     const std::vector<int64_t> indices = {q.N - 1, 0, q.N / 2, 0};
     Buffer out(dtype, static_cast<int64_t>(indices.size()) * q.K);
     int64_t bad_index = 4;
