@@ -169,19 +169,65 @@ def places_of(model: nn.Module) -> Places:
 def replace_module(
     model: nn.Module, old: nn.Module, new: nn.Module, places: Places | None = None
 ) -> None:
-    """Puts new wherever model holds old, maybe in several places; accelerate's hook moves.
+    """Puts new wherever model holds old, maybe in several places; hooks move, accelerate's too.
 
     `places` is places_of(model), for a caller that replaces many modules: it stays right for those
     that were not replaced yet.
     """
     for parent, key in (places or places_of(model))[id(old)]:
         setattr(parent, key, new)
+    move_hooks(old, new)
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
         remove_hook_from_module(old)
         add_hook_to_module(new, hook)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Moves old's forward and backward hooks, and those before them, to new, behind new's own.
+
+    State dict hooks stay: they are about old's keys.
+    """
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+        old._is_full_backward_hook = None
+    for key in _HOOKS:
+        hooks, own = getattr(old, key), getattr(new, key)
+        if not hooks:
+            continue
+        # The very dict where that is possible: it is what the hooks' handles remove them from.
+        setattr(old, key, type(hooks)())
+        if own.keys() <= hooks.keys():  # none, or copies of them
+            setattr(new, key, hooks)
+        else:
+            own.update(hooks)
+
+
+def read_by_parent(model: nn.Module) -> set[int]:
+    """ids of linear layers whose weight torch's own modules read past the layer's forward, as the
+    fast path of nn.TransformerEncoderLayer does."""
+    found = set()
+    for module in model.modules():
+        for kind, keys in (
+            (nn.TransformerEncoderLayer, ("linear1", "linear2")),
+            (nn.MultiheadAttention, ("out_proj",)),
+        ):
+            if isinstance(module, kind):
+                found |= {id(module._modules.get(key)) for key in keys}
+    return found - {id(None)}
 
 
 def progress(items: list, what: str, enabled: bool) -> Iterator:
@@ -288,6 +334,7 @@ class _Plan:
         }
         head = output_embeddings(model)
         self.head = {id(head)} if head is not None else self._task_head()
+        self.read_by_parent = read_by_parent(model)
         self.owners = defaultdict(list)  # id of a parameter -> names of the modules that hold it
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
@@ -338,6 +385,10 @@ class _Plan:
             return self._reason_not_linear(module)
         if id(module) in self.head:
             return "output head"
+        if id(module) in self.read_by_parent:
+            return "its weight is read by a torch module around it"
+        if any(module._parameters.get(key) is None for key in _weight_names(module)):
+            return "its weight is not a parameter, but computed by a hook"
         weights = {key: module._parameters[key] for key in _weight_names(module)}
         for weight in weights.values():
             others = [other for other in self.owners[id(weight)] if other != name]

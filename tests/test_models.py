@@ -162,6 +162,72 @@ def test_subclasses_with_a_forward_of_their_own_stay():
     assert type(model["router"]) is Router and len(packed_names(model)) == 2
 
 
+def test_layers_that_torch_reads_past_their_forward_stay():
+    encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(encoder, 2), "up": nn.Linear(64, 64)})
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        want = model["encoder"](x)
+        with pytest.warns(UserWarning, match="read by a torch module around it"):
+            quantize(model)
+        assert torch.equal(model["encoder"](x), want)
+    assert packed_names(model) == ["up"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`", "ignore:quantize_model")
+def test_a_weight_that_a_hook_computes_stays():
+    model = quantize(toy(normed=nn.utils.weight_norm(nn.Linear(64, 64))))
+    assert reasons(model)["normed"] == "its weight is not a parameter, but computed by a hook"
+    assert len(packed_names(model)) == 2
+
+
+def hooked(layer):
+    """What hooks of every kind on layer noted, and their handles."""
+    seen = []
+    return seen, [
+        layer.register_forward_hook(lambda m, x, y: (seen.append("forward"), y + 100)[1]),
+        layer.register_forward_hook(
+            lambda m, x, k, y: seen.append("kwargs"), with_kwargs=True, always_call=True
+        ),
+        layer.register_forward_pre_hook(lambda m, x: seen.append("pre")),
+        layer.register_forward_pre_hook(lambda m, x, k: seen.append("pre kw"), with_kwargs=True),
+        layer.register_full_backward_hook(lambda m, gi, go: seen.append("backward")),
+        layer.register_full_backward_pre_hook(lambda m, go: seen.append("pre backward")),
+    ]
+
+
+def test_hooks_follow_through_quantizing_adapters_and_merging():
+    model = toy()
+    seen, handles = hooked(model["up"])
+    want = ["pre", "pre kw", "forward", "kwargs", "pre backward", "backward"]
+    steps = [
+        lambda: quantize(model),
+        lambda: add_lora(model, LoraConfig(target_modules=["up", "down"])),
+        lambda: merge_and_unload(model, torch.float32, progress_bar=False),
+    ]
+    for step in steps:
+        step()
+        seen.clear()
+        y = model["up"](torch.randn(4, 64, requires_grad=True))
+        y.sum().backward()
+        assert seen == want and y.min() > 50
+    assert type(model["up"]) is nn.Linear
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    assert model["up"](torch.randn(4, 64)).max() < 50 and not seen
+
+
+def test_hooks_on_experts_follow():
+    model = tiny.make("mixtral")
+    seen = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_hook(lambda m, x, y: seen.append(type(m).__name__))
+    quantize(model)
+    tiny.logits(model)
+    assert seen == ["Experts4bit"]
+
+
 def test_task_head_stays():
     config = transformers.LlamaConfig(**tiny.LLAMA, num_labels=3)
     model = quantize(transformers.LlamaForSequenceClassification(config))
