@@ -18,6 +18,7 @@ from cases import (
 )
 from conftest import _load
 
+import qlora_ext
 from qlora_ext import QuantConfig
 from qlora_ext import reference as R
 
@@ -214,6 +215,77 @@ def test_large_m_goes_through_chunks(kernels):
     if kernels.name == "simt":
         assert sum(launched(kernels, "dequantize_4bit_vector").values()) == 2
     assert_close(y, x @ W.T, x.double().cpu() @ W.double().cpu().T, "y", CALIBRATED)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize(
+    "dtype, lines, depth",
+    [(FP32, 320, 16416), (FP32, 270, 16410), (BF16, 288, 32800)],
+    ids=["fp32", "fp32-unaligned", "bf16"],
+)
+def test_three_chunks(kernels, dtype, lines, depth, lora, direction):
+    """One SM and lines of W so long that a chunk has 128 of them: rows forward, columns backward.
+    The result is as good as one product's: no chunk rounds another's."""
+    forward = direction == "forward"
+    M, rank = 65, 5
+    to = lambda t: None if t is None else t.to(kernels.device)  # noqa: E731
+    q = qlora_ext.quantize_4bit(to(random_weight((lines, depth) if forward else (depth, lines))))
+    W = qlora_ext.dequantize_4bit(q, FP32).cpu()
+    W = W if forward else W.T  # [lines, depth]
+    x = torch.randn(M, depth).to(dtype)
+    low, want = x @ W.to(dtype).T, x.double() @ W.double().T
+    arguments = [to(x), *q.op_args()]
+    bias = torch.randn(lines).to(dtype) if lora and forward else None
+    if forward:
+        arguments.append(to(bias))
+    if bias is not None:
+        low, want = low + bias, want + bias.double()
+    if lora:
+        S, factor = torch.randn(M, rank) * 0.3, torch.randn(lines, rank)  # B, or A transposed
+        low = low + S.to(dtype) @ factor.to(dtype).T
+        want = want + S.double() @ factor.double().T
+        arguments += [to(S), to(factor if forward else factor.T.contiguous())]
+    op = kernels.ops.gemm_4bit if forward else kernels.ops.gemm_4bit_backward
+    if kernels.name == "simt":
+        kernels.ops.reset_launches()
+    with on(kernels, (90, 1)):
+        got = op(*arguments)
+        if kernels.name == "simt":
+            assert sum(n for k, n in kernels.ops.kernels().items() if "dequantize" in k) == 3
+            with kernels.ops.poison(0x11, reverse=True):
+                assert_same_bytes(op(*arguments), got, "another poison")
+    tolerance = Tolerance(2.0, torch.finfo(dtype).eps / 4)
+    assert_close(got, low, want, "y" if forward else "dX", tolerance)
+
+
+def test_lora_products_of_8_million_rows(kernels):
+    """More tiles of 128 rows than a grid has along y."""
+    if kernels.name != "simt":
+        pytest.skip("needs the emulator's last_blocks: torch would check it in memory")
+    M, tail = 65536 * 128 + 5, torch.randn(5, 8).to(BF16)
+    x, A = torch.empty(M, 8, dtype=BF16), torch.randn(3, 8)
+    x[-5:] = tail
+    with kernels.ops.last_blocks(1):
+        S = kernels.ops.lora_shrink(x, A, 1.0)
+    torch.testing.assert_close(S[-5:].double(), tail.double() @ A.double().T, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_products_keep_inf(kernels):
+    """An Inf in an fp32 adapter or dS meets no lo half that would make it NaN."""
+    x, dY = torch.rand(9, 64) + 0.5, torch.rand(9, 40) + 0.5
+    A, B, S = torch.rand(4, 64), torch.rand(40, 4), torch.rand(9, 4)
+    A[1, 3] = B[7, 2] = S[5, 1] = float("inf")
+    A[2, 3] = torch.finfo(FP32).max  # rounds to Inf in bf16
+    to = lambda t: t.to(kernels.device)  # noqa: E731
+    x, dY = to(x.to(BF16)), to(dY.to(BF16))
+    got = kernels.ops.lora_shrink(x, to(A), 1.0)
+    assert got[:, 1:3].isinf().all() and got[:, [0, 3]].isfinite().all()
+    dA = kernels.ops.lora_shrink_backward(to(S), x, to(A), 1.0, False)[1]
+    assert dA[1].isinf().all() and dA[[0, 2, 3]].isfinite().all()
+    dS, dB = kernels.ops.lora_expand_backward(dY, to(S), to(B))
+    assert dS[:, 2].isinf().all() and dS[:, [0, 1, 3]].isfinite().all()
+    assert dB[:, 1].isinf().all() and dB[:, [0, 2, 3]].isfinite().all()
 
 
 def test_more_than_2_31_elements(kernels):

@@ -72,7 +72,7 @@ const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void
         dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraColumnsSmem<T, kRankTiles>), stream, mma);
   }
   return launch_kernel<lora_rows_mma<Sm80, T, kRankTiles>>(
-      dim3(ranks, tiles, z), kLoraThreads, sizeof(LoraRowsSmem<T, kRankTiles>), stream, mma);
+      dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraRowsSmem<T, kRankTiles>), stream, mma);
 }
 
 const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream) {

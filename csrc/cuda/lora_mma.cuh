@@ -9,7 +9,8 @@
 // MMA     m16n8k16: 16 rows (columns) of the long operand by 8 ranks. fp32 accumulators.
 // Rounding none of consequence: the long operand is exact, the small one is split into hi + lo,
 //         both bf16 (two mma), which keeps 16 bits of it; fp32 adapters stay nearly fp32. Not for
-//         fp16, whose range a gradient's lo half would leave.
+//         fp16, whose range a gradient's lo half would leave. Inf in the small operand has no lo
+//         half and stays Inf; Inf in the long one times lo (zero, or of the other sign) is NaN.
 // Layout  rows: no shared memory for the long operand: a lane loads 32 consecutive bytes of its two
 //         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the
 //         next 64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
@@ -114,7 +115,8 @@ struct SmallLoader {
       const int r = rank + i * rank_step, d = depth + i * depth_step;
       const T high = from_float<T>(v[i]);
       tile.half[0][r][d] = high;
-      tile.half[1][r][d] = from_float<T>(__fsub_rn(v[i], to_float(high)));
+      const float rest = __fsub_rn(v[i], to_float(high));
+      tile.half[1][r][d] = from_float<T>(fabsf(rest) <= 1e38f ? rest : 0.0f);  // Inf has no lo half
     }
   }
 };
@@ -155,7 +157,7 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
   }
 }
 
-// Blocks: x ranks, y 128 rows, z parts of the depth.
+// Blocks: x 128 rows, y ranks, z parts of the depth.
 template <class Arch, class T, int kRankTiles>
 __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_rows_mma(LoraMma p) {
   if constexpr (!ptx::is_compiled<Arch>()) {
@@ -163,8 +165,8 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_ro
   } else {
     auto& s = ptx::shared_memory<LoraRowsSmem<T, kRankTiles>>();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int64_t rank0 = static_cast<int64_t>(blockIdx.x) * 8 * kRankTiles;
-    const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kLoraTile;
+    const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kLoraTile;
+    const int64_t rank0 = static_cast<int64_t>(blockIdx.y) * 8 * kRankTiles;
     const int64_t begin = blockIdx.z * p.depth_per_part;
     const int64_t end = min(begin + p.depth_per_part, p.big_cols);
     const int halves = halves_of(p.small);
