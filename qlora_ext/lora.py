@@ -15,7 +15,15 @@ from torch import nn
 
 from .experts import Experts4bit
 from .models import linear_names, num_parameters, output_embeddings, places_of, replace_module
-from .nn import Linear4bit, LoraLinear, LoraLinear4bit, _Lora, check_lora_rank, is_conv1d
+from .nn import (
+    FLOAT_DTYPES,
+    Linear4bit,
+    LoraLinear,
+    LoraLinear4bit,
+    _Lora,
+    check_lora_rank,
+    is_conv1d,
+)
 from .nn import linear_shape as _linear_shape
 
 __all__ = [
@@ -83,6 +91,44 @@ _ATTENTION = ("query", "key", "value")
 # Configuration ------------------------------------------------------------------------------------
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+# key -> (whether a value will do, what is wanted)
+_WANTED = {
+    "r": (lambda v: type(v) is int and v >= 1, "an integer of 1 or more"),
+    "lora_alpha": (lambda v: _is_number(v) and 0 < v <= FLOAT_MAX, "a positive number"),
+    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
+    "use_rslora": (lambda v: isinstance(v, bool), "True or False"),
+}
+FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+def _short(value) -> str:
+    """repr, cut where it is long; an integer of too many digits for repr by its sign."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _check_value(op: str, key: str, value, shown: str | None = None) -> None:
+    """ValueError unless value will do for key; shown is how the sentence calls the key."""
+    is_good, want = _WANTED[key]
+    if not is_good(value):
+        raise ValueError(f"{op} {shown or key} is {_short(value)}, want {want}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Which layers get an adapter, and of what rank: W' = W + (lora_alpha / r) B A.
@@ -117,14 +163,8 @@ class LoraConfig:
     use_rslora: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"LoraConfig: r is {self.r!r}, want an integer of 1 or more")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"LoraConfig: lora_alpha is {self.lora_alpha}, want a positive number")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"LoraConfig: lora_dropout is {self.lora_dropout}, want a probability in [0, 1)"
-            )
+        for key in _WANTED:
+            _check_value("LoraConfig:", key, getattr(self, key))
         if self.bias != "none":
             raise ValueError(
                 f'LoraConfig: bias is {self.bias!r}, want "none": packed layers do not train biases'
@@ -133,6 +173,7 @@ class LoraConfig:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("LoraConfig: target_modules is empty, want names of layers, or None")
+        _check_targets(self.target_modules)
         if self.target_modules is None and not self.switches:
             raise ValueError(
                 "LoraConfig: every switch is off, want at least one of query, key, value, "
@@ -187,6 +228,21 @@ class LoraConfig:
         if self.head:
             names.update({"lm_head": None, "embed_out": None})
         return list(names)
+
+
+def _check_targets(targets) -> None:
+    """ValueError unless targets is None, a regular expression, or names."""
+    if isinstance(targets, str) and not _is_regex(targets):
+        raise ValueError(
+            f"LoraConfig: target_modules is {_short(targets)}, want a regular expression; names "
+            "go in a list"
+        )
+    names = [targets] if targets is None or isinstance(targets, str) else targets
+    for name in names if isinstance(names, (list, tuple)) else [names]:
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(
+                f"LoraConfig: target_modules holds {_short(name)}, want names of layers (str)"
+            )
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -503,15 +559,22 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: a file is missing. TypeError: the model carries PEFT's adapters.
-        ValueError: not a plain LoRA adapter (DoRA, trained biases or whole modules, another
-            method), a layer the model lacks, an A without its B, a shape that does not fit, a file
-            that is damaged. The model is then as it was.
+        ValueError: not a plain LoRA adapter (DoRA, PiSSA, trained biases or whole modules, a
+            setting that this module does not know), a value out of range, a layer the model lacks,
+            an A without its B, a shape that does not fit, a file that is damaged. The model is then
+            as it was.
     """
     _refuse_peft("load_adapter", model)
+    if lora_dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"load_adapter: lora_dtype is {lora_dtype}, want float32, float16 or bfloat16"
+        )
     path = Path(path)
     config = _read_config(path)
-    pairs = _read_pairs(model, path, config)
     present = _adapters(model)
+    pairs = _read_pairs(
+        model, path, lambda name: present[name].lora_A.dtype if name in present else lora_dtype
+    )
     if present and set(present) != set(pairs):
         odd = sorted(set(present) ^ set(pairs))[0]
         raise ValueError(
@@ -527,6 +590,12 @@ def load_adapter(
             raise ValueError(
                 f"load_adapter: {name} has lora_A {list(lora_A.shape)} and lora_B "
                 f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight"
+            )
+        rank = _per_layer(config, "rank_pattern", name, config.get("r", r))
+        if rank != r:
+            raise ValueError(
+                f"load_adapter: {name} has lora_A {list(lora_A.shape)} and the config says r = "
+                f"{rank}, want the same"
             )
         if name in present and present[name].r != r:
             raise ValueError(
@@ -566,29 +635,68 @@ def _read_config(path: Path) -> dict:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"load_adapter: {file} has peft_type {got!r}, want 'LORA'")
-    plain = {
-        "use_dora": (False, None),
-        "bias": ("none", None),
-        "modules_to_save": (None, []),
-        "trainable_token_indices": (None,),
-        "lora_bias": (False, None),
-        "target_parameters": (None, []),
-    }
-    for key, allowed in plain.items():
-        if config.get(key) not in allowed:
-            raise ValueError(
-                f"load_adapter: {file} has {key}={config[key]!r}, want {allowed[0]!r}; "
-                "peft.PeftModel.from_pretrained loads this adapter"
-            )
-    alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-    for alpha in alphas:
-        if (
-            isinstance(alpha, bool)
-            or not isinstance(alpha, (int, float))
-            or not math.isfinite(alpha)
-        ):
-            raise ValueError(f"load_adapter: {file} has lora_alpha {alpha!r}, want a number")
+    _check_plain(file, config)
+    _check_values(file, config)
     return config
+
+
+# Initialisations that leave the base weight as it is; another trains A and B against a base that it
+# changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Keys of PEFT's LoraConfig that do not change what a saved A and B compute.
+_HARMLESS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out"),
+    *("layers_to_transform", "layers_pattern", "eva_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "runtime_config"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+}
+
+
+def _check_plain(file: Path, config: dict) -> None:
+    """ValueError for a key that makes the adapter something else than W + scaling B A."""
+    elsewhere = "peft.PeftModel.from_pretrained loads this adapter"
+    for key, value in config.items():
+        if key == "bias":
+            if value not in ("none", None):
+                raise ValueError(
+                    f"load_adapter: {file} has bias={_short(value)}, want 'none'; {elsewhere}"
+                )
+        elif key == "init_lora_weights":
+            if value is not None and not any(value == start for start in _PLAIN_STARTS):
+                raise ValueError(
+                    f"load_adapter: {file} has init_lora_weights={_short(value)}, which changes "
+                    "the base weights, want a plain LoRA adapter; PEFT's save_pretrained with "
+                    "path_initial_model_for_weight_conversion writes one"
+                )
+        elif key not in _HARMLESS and value not in (None, False, [], {}, ""):
+            want = "False" if isinstance(value, bool) else "None"
+            raise ValueError(
+                f"load_adapter: {file} has {_short(key)[1:-1]}={_short(value)}, want {want}; "
+                f"{elsewhere}"
+            )
+
+
+def _check_values(file: Path, config: dict) -> None:
+    """ValueError for a value of the wrong kind or out of range."""
+    op = f"load_adapter: {file}:"
+    _check_value(op, "lora_alpha", config.get("lora_alpha"))
+    for key in ("r", "lora_dropout", "use_rslora"):
+        if key in config:
+            _check_value(op, key, config[key])
+    for key, kind in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = config.get(key)
+        if patterns is None:
+            continue
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{op} {key} is {_short(patterns)}, want names and values, {{}}")
+        for pattern, value in patterns.items():
+            if not _is_regex(rf"(.*\.)?({pattern})$"):
+                raise ValueError(f"{op} {key} holds {_short(pattern)}, want a regular expression")
+            _check_value(op, kind, value, f"{key}[{_short(pattern)}]")
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and not _is_regex(targets):
+        raise ValueError(f"{op} target_modules is {_short(targets)}, want a regular expression")
 
 
 def _per_layer(config: dict, key: str, name: str, default):
@@ -599,8 +707,20 @@ def _per_layer(config: dict, key: str, name: str, default):
     return default
 
 
-def _read_pairs(model: nn.Module, path: Path, config: dict) -> dict[str, tuple]:
-    """Layer name -> (lora_A, lora_B) of an adapter file."""
+def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"load_adapter: {file} has {tensor.dtype} in {name}, want floating values")
+    if not tensor.double().isfinite().all():
+        raise ValueError(f"load_adapter: {file} has a NaN or Inf in {name}")
+    if not tensor.to(dtype).isfinite().all():
+        raise ValueError(
+            f"load_adapter: {file} has {tensor.double().abs().max().item():g} in {name}, want "
+            f"values that {dtype} can hold"
+        )
+
+
+def _read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
+    """Layer name -> (lora_A, lora_B) of an adapter file; dtype_of: name -> dtype they will have."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -626,8 +746,7 @@ def _read_pairs(model: nn.Module, path: Path, config: dict) -> dict[str, tuple]:
         for key in ("lora_A", "lora_B"):
             if key not in half:
                 raise ValueError(f"load_adapter: {file} has no {key} for {name}, want A and B")
-            if not half[key].isfinite().all():
-                raise ValueError(f"load_adapter: {file} has a NaN or Inf in {name}.{key}")
+            _check_tensor(file, f"{name}.{key}", half[key], dtype_of(name))
     if not halves:
         raise ValueError(
             f"load_adapter: {file} holds no LoRA weights, want {_PREFIX}*.lora_A.weight"

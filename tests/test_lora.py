@@ -186,7 +186,20 @@ def test_unknown_architecture_and_unmatched_switch_list_the_layers():
     [
         ({"r": 0}, "r is 0, want an integer of 1 or more"),
         ({"r": 2.0}, "r is 2.0"),
+        ({"r": True}, "r is True, want an integer of 1 or more"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": -1}, "lora_alpha is -1, want a positive number"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', want a positive number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a positive number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, want a positive number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": 10**5000}, "lora_alpha is an integer of 16610 bits"),
+        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1', want a probability in [0, 1)"),
+        ({"lora_dropout": None}, "lora_dropout is None"),
+        ({"use_rslora": 1}, "use_rslora is 1, want True or False"),
+        ({"target_modules": "("}, "target_modules is '(', want a regular expression"),
+        ({"target_modules": 5}, "target_modules holds 5, want names"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules holds 1, want names"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"bias": "all"}, "bias is 'all', want \"none\""),
         ({"query": False, "value": False}, "every switch is off"),
@@ -382,14 +395,98 @@ def edit_config(path, **changes):
         ({"use_dora": True}, "has use_dora=True, want False; peft.PeftModel"),
         ({"bias": "all"}, "has bias='all', want 'none'"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save=['lm_head'], want None"),
-        ({"lora_alpha": None}, "has lora_alpha None, want a number"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "has lora_alpha 'x', want a number"),
+        ({"lora_alpha": None}, "lora_alpha is None, want a positive number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a positive number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": -8}, "lora_alpha is -8, want a positive number"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, want a positive number"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', want a positive number"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] is 'x', want a positive"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj'], want names and values"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern holds '(', want a regular expression"),
+        ({"rank_pattern": {"q_proj": 2}}, "has lora_A [4, 64] and the config says r = 2"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern['q_proj'] is 1.5, want an integer"),
+        ({"r": True}, "r is True, want an integer"),
+        ({"r": "4"}, "r is '4', want an integer"),
+        ({"r": 8}, "has lora_A [4, 64] and the config says r = 8"),
+        ({"lora_dropout": "0"}, "lora_dropout is '0', want a probability"),
+        ({"lora_dropout": None}, "lora_dropout is None, want a probability"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0, want a probability"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', want True or False"),
+        ({"target_modules": "("}, "target_modules is '(', want a regular expression"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa', which changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "has init_lora_weights='olora'"),
+        ({"init_lora_weights": "corda"}, "has init_lora_weights='corda'"),
+        ({"init_lora_weights": "lora_ga"}, "has init_lora_weights='lora_ga'"),
+        ({"init_lora_weights": "loftq"}, "has init_lora_weights='loftq'"),
+        ({"init_lora_weights": ["x"]}, "has init_lora_weights=['x']"),
+        ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens=[1, 2], want None"),
+        ({"use_qalora": True}, "has use_qalora=True, want False"),
+        ({"use_bdlora": {"nblocks": 2}}, "has use_bdlora={'nblocks': 2}, want None"),
+        ({"arrow_config": {"top_k": 3}}, "has arrow_config={'top_k': 3}, want None"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "has layer_replication=[[0, 2], [1, 2]]"),
+        ({"velora_config": {"x": 1}}, "has velora_config={'x': 1}, want None"),
+        ({"kasa_config": {"x": 1}}, "has kasa_config={'x': 1}, want None"),
+        ({"monteclora_config": {"x": 1}}, "has monteclora_config={'x': 1}, want None"),
+        ({"lora_bias": True}, "has lora_bias=True, want False"),
+        ({"target_parameters": ["w"]}, "has target_parameters=['w'], want None"),
+        ({"trainable_token_indices": [3]}, "has trainable_token_indices=[3], want None"),
+        ({"use_next_years_idea": 2}, "has use_next_years_idea=2, want None; peft"),
     ],
 )
 def test_foreign_configs_are_refused(adapter, changes, message):
     edit_config(adapter, **changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_adapter(quantized(), adapter)
+
+
+def test_every_field_of_pefts_config_is_judged():
+    # A PEFT with a new field fails here: it is harmless, or a value of it must be refused.
+    from qlora_ext import lora
+
+    plain = peft.LoraConfig().to_dict()
+    lora._check_plain("file", plain)
+    refused = {
+        *("bias", "modules_to_save", "init_lora_weights", "megatron_config", "lora_bias"),
+        *("trainable_token_indices", "corda_config", "lora_ga_config", "use_dora"),
+        *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"),
+        *("layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config"),
+        "ensure_weight_tying",
+    }
+    assert set(plain) <= refused | lora._HARMLESS
+    for key in refused & set(plain):
+        with pytest.raises(ValueError, match=f"has {key}='x'"):
+            lora._check_plain("file", {**plain, key: "x"})
+
+
+@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal"])
+def test_starts_that_keep_the_base_load(start, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    model = quantized()
+    wrapped = peft.get_peft_model(dequantized(model), config).eval()
+    wrapped.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(tiny.logits(model), peft_logits(wrapped), rtol=1e-4, atol=1e-4)
+
+
+def test_values_beyond_the_adapters_dtype_are_refused(adapter):
+    def big(value, dtype):
+        return lambda t: t.update({f"{Q}.lora_A.weight": torch.full((4, 64), value, dtype=dtype)})
+
+    edit_weights(adapter, big(1e5, torch.float32))
+    with pytest.raises(
+        ValueError, match=r"has 100000 in .*lora_A, want values that torch\.float16"
+    ):
+        load_adapter(quantized(), adapter, lora_dtype=torch.float16)
+    edit_weights(adapter, big(1e300, torch.float64))
+    with pytest.raises(ValueError, match=r"has 1e\+300 in .*want values that torch\.float32"):
+        load_adapter(quantized(), adapter)
+    edit_weights(adapter, big(1, torch.int32))
+    with pytest.raises(ValueError, match=r"has torch\.int32 in .*lora_A, want floating values"):
+        load_adapter(quantized(), adapter)
+    with pytest.raises(TypeError, match=r"load_adapter: lora_dtype is torch\.int32"):
+        load_adapter(quantized(), adapter, lora_dtype=torch.int32)
 
 
 def edit_weights(path, change):
