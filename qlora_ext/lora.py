@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from .nn import (
     Linear4bit,
     LoraLinear,
     LoraLinear4bit,
+    PanelLinear,
     _Lora,
+    _Packed4bit,
     check_lora_rank,
     is_conv1d,
+    is_plain_linear,
 )
 from .nn import linear_shape as _linear_shape
 
@@ -322,10 +326,29 @@ def _target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     return [name for name in linears if name in chosen]
 
 
+def _is_adaptable(module: nn.Module) -> bool:
+    """Whether an adapter can stand in for module: a layer of ours, or a plain one."""
+    return isinstance(module, _Packed4bit) or type(module) is PanelLinear or is_plain_linear(module)
+
+
 def _explicit_targets(model, targets, linears) -> list[str]:
     if targets == "all-linear":
         head = output_embeddings(model)
-        return [name for name, module in linears.items() if module is not head]
+        names = [name for name, module in linears.items() if module is not head]
+        odd = [n for n in names if not _is_adaptable(linears[n])]
+        if odd:
+            shown = ", ".join(f"{n} ({type(linears[n]).__name__})" for n in odd[:5])
+            more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+            warnings.warn(
+                f'add_lora: "all-linear" leaves out {shown}{more}: a subclass of nn.Linear may '
+                "compute something else than x W^T + b",
+                stacklevel=4,
+            )
+        if len(odd) == len(names):
+            raise ValueError(
+                f'add_lora: target_modules="all-linear" finds no layer to adapt; {_found(model)}'
+            )
+        return [name for name in names if name not in odd]
     if isinstance(targets, str):
         names = [name for name in linears if re.fullmatch(targets, name)]
         if not names:
@@ -355,9 +378,14 @@ def _adapters(model: nn.Module) -> dict[str, _Lora]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _Lora)}
 
 
-def _refuse_peft(op: str, model: nn.Module) -> None:
+def _check_model(op: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is a {type(model).__name__}, want an nn.Module")
+    if isinstance(model, (nn.Linear, nn.Embedding)) or is_conv1d(model):
+        raise TypeError(
+            f"{op}: model is a single {type(model).__name__}, want a model that contains layers; "
+            "LoraLinear4bit.from_linear adapts one layer"
+        )
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise TypeError(
@@ -374,7 +402,10 @@ def _with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
             f"add_lora: {name} is an unquantized Conv1D, want a 4-bit layer or an nn.Linear; "
             "quantize_model packs it"
         )
-    return LoraLinear.from_linear(base, **settings)
+    try:
+        return LoraLinear.from_linear(base, **settings)
+    except TypeError as error:
+        raise TypeError(f"add_lora: {name}: {error}") from None
 
 
 def add_lora(
@@ -395,8 +426,9 @@ def add_lora(
         model.
 
     Raises:
-        TypeError: config is not a LoraConfig; the model carries PEFT's adapters; a target is an
-            unquantized Conv1D.
+        TypeError: config is not a LoraConfig; model is a single layer or carries PEFT's adapters; a
+            target is an unquantized Conv1D, or a subclass of nn.Linear whose forward may compute
+            something else ("all-linear" leaves those out and warns).
         ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
             architecture, or a switch or name that matches nothing, with the linear layers found; a
             part of a fused query-key-value layer. The model is then as it was.
@@ -404,7 +436,7 @@ def add_lora(
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_lora: config is a {type(config).__name__}, want qlora_ext.LoraConfig")
-    _refuse_peft("add_lora", model)
+    _check_model("add_lora", model)
     if present := _adapters(model):
         raise ValueError(
             f"add_lora: {next(iter(present))} has an adapter already, want a model without; "
@@ -497,7 +529,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """
     from safetensors.torch import save_file
 
-    _refuse_peft("save_adapter", model)
+    _check_model("save_adapter", model)
     adapters = _adapters(model)
     if not adapters:
         raise ValueError("save_adapter: model has no adapters, want one that add_lora was given")
@@ -564,7 +596,7 @@ def load_adapter(
             an A without its B, a shape that does not fit, a file that is damaged. The model is then
             as it was.
     """
-    _refuse_peft("load_adapter", model)
+    _check_model("load_adapter", model)
     if lora_dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"load_adapter: lora_dtype is {lora_dtype}, want float32, float16 or bfloat16"

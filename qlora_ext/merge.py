@@ -10,12 +10,19 @@ from torch import nn
 from . import ops
 from .experts import Experts4bit, dense_experts
 from .models import places_of, progress, replace_module
-from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, PanelLinear, _Lora, _Packed4bit
+from .nn import (
+    FLOAT_DTYPES,
+    Embedding4bit,
+    Linear4bit,
+    LoraLinear,
+    PanelLinear,
+    _Lora,
+    _Packed4bit,
+    is_conv1d,
+)
 from .quantized_tensor import QuantizedTensor, dequantize_4bit
 
 __all__ = ["merge_and_unload"]
-
-FLOAT16_MAX = 65504.0
 
 
 def merge_and_unload(
@@ -37,9 +44,10 @@ def merge_and_unload(
         model, whose parameters require gradients as those of a freshly loaded model do.
 
     Raises:
-        TypeError: dtype is another one; the model carries PEFT's adapters.
+        TypeError: dtype is another one; model is a single layer or carries PEFT's adapters.
         ValueError: no adapters: merged already, or never added.
-        OverflowError: float16 cannot hold a value, naming the layer. The model is then as it was.
+        OverflowError: a merged value is a NaN or beyond dtype's range, or another parameter is
+            beyond float16's, naming the layer. The model is then as it was.
     """
     if dtype not in FLOAT_DTYPES:
         raise TypeError(
@@ -47,8 +55,7 @@ def merge_and_unload(
             "torch.bfloat16 or torch.float32"
         )
     _check_adapters(model)
-    if dtype == torch.float16:
-        _check_float16(model)
+    _check_range(model, dtype)
     head = _tied_head(model)
     names = _layers_to_replace(model)
     places = places_of(model)
@@ -65,6 +72,11 @@ def merge_and_unload(
 def _check_adapters(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"merge_and_unload: model is a {type(model).__name__}, want an nn.Module")
+    if isinstance(model, (nn.Linear, nn.Embedding, Experts4bit)) or is_conv1d(model):
+        raise TypeError(
+            f"merge_and_unload: model is a single {type(model).__name__}, want a model that "
+            "contains layers; put it in an nn.Sequential to merge one layer"
+        )
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if type(module).__module__.startswith("peft."):
@@ -158,7 +170,7 @@ def _is_saved(module: nn.Module, key: str) -> bool:
     return key not in module._non_persistent_buffers_set
 
 
-# float16 ------------------------------------------------------------------------------------------
+# Range --------------------------------------------------------------------------------------------
 
 
 def _weight_bound(q: QuantizedTensor) -> float:
@@ -173,37 +185,46 @@ def _weight_bound(q: QuantizedTensor) -> float:
     return values * scale + mean
 
 
-def _check_float16(model: nn.Module) -> None:
-    """OverflowError, before anything is changed, if a merged value exceeds float16's range."""
+def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
+    """OverflowError, before anything is changed, if a merged value is not finite in dtype.
+
+    Parameters that are not merged are only looked at for float16, whose range is small.
+    """
+    most = torch.finfo(dtype).max
     for name, module in model.named_modules():
         own = dict(module._parameters)
         if isinstance(module, (_Packed4bit, _Lora)):
-            packed = isinstance(module, _Packed4bit)
             weight = own.pop("weight")
+            if weight.is_meta:
+                continue
+            packed = isinstance(module, _Packed4bit)
             bound = _weight_bound(module.quantized) if packed else weight.abs().max().item()
             if isinstance(module, _Lora):
                 A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
                 # |B A| <= (row norms of B) * (column norms of A), by Cauchy-Schwarz.
                 bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
             # The product itself is made only where the cheap bound does not settle it.
-            if not bound < FLOAT16_MAX / 2:
-                _check_values(f"{name}.weight", _merged_weight(module, torch.float32))
+            if not bound < most / 2:
+                _check_values(f"{name}.weight", _merged_weight(module, torch.float32), dtype)
         for key, parameter in own.items():
-            if parameter is not None and parameter.is_floating_point() and "lora_" not in key:
-                _check_values(f"{name}.{key}", parameter)
+            if parameter is None or not parameter.is_floating_point() or "lora_" in key:
+                continue
+            if dtype == torch.float16:
+                _check_values(f"{name}.{key}", parameter, dtype)
 
 
-def _check_values(name: str, tensor: torch.Tensor) -> None:
+def _check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     if tensor.numel() == 0 or tensor.is_meta:
         return
-    largest = tensor.detach().abs().max().item()
-    if largest >= 65520.0:  # rounds to an infinity
-        raise OverflowError(
-            f"merge_and_unload: {name} holds {largest:g}, want at most {FLOAT16_MAX:g} for "
-            "torch.float16; merge to torch.bfloat16 or torch.float32"
-        )
-    if largest != largest:
+    largest = tensor.detach().abs().max()
+    if largest.isnan():
         raise OverflowError(f"merge_and_unload: {name} holds a NaN, want finite values")
+    if not largest.to(dtype).isfinite():
+        wider = "; merge to torch.bfloat16 or torch.float32" if dtype == torch.float16 else ""
+        raise OverflowError(
+            f"merge_and_unload: {name} holds {largest.item():g}, want at most "
+            f"{torch.finfo(dtype).max:g} for {dtype}{wider}"
+        )
 
 
 # transformers' bookkeeping ------------------------------------------------------------------------

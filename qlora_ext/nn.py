@@ -608,11 +608,17 @@ class LoraLinear(_Lora, nn.Linear):
         use_rslora=False,
         lora_dtype=torch.float32,
     ):
-        """Adds an adapter to an nn.Linear. TypeError for another module, ValueError for a bad r."""
-        if not isinstance(linear, nn.Linear) or isinstance(linear, (_Packed4bit, _Lora)):
+        """Adds an adapter to a plain nn.Linear or a PanelLinear.
+
+        Raises:
+            TypeError: another module; a subclass of nn.Linear may compute something else.
+            ValueError: a bad r.
+        """
+        is_plain = is_plain_linear(linear) and not is_conv1d(linear)
+        if not is_plain and type(linear) is not PanelLinear:
             raise TypeError(
-                f"{cls.__name__}: linear is a {type(linear).__name__}, want an nn.Linear with a "
-                "dense weight and no adapter"
+                f"{cls.__name__}: linear is a {type(linear).__name__}, want a plain nn.Linear with "
+                "a dense weight and no adapter"
             )
         self = cls.__new__(cls)
         _share(linear, self)

@@ -227,6 +227,37 @@ def test_bad_models_are_refused_and_left_alone():
         add_lora(tiny.make("gpt2"), LoraConfig(target_modules=["c_attn"]))
 
 
+def test_a_single_layer_is_no_model(tmp_path):
+    layer = Linear4bit(64, 64)
+    with pytest.raises(TypeError, match="add_lora: model is a single Linear4bit, want a model"):
+        add_lora(layer, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(TypeError, match="load_adapter: model is a single Linear, want a model"):
+        load_adapter(nn.Linear(64, 64), tmp_path)
+    with pytest.raises(TypeError, match="save_adapter: model is a single LoraLinear4bit, want"):
+        save_adapter(LoraLinear4bit(64, 64), tmp_path)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+    model = nn.Sequential(nn.Linear(64, 64), Doubling(64, 64))
+    x = torch.randn(3, 64)
+    want = model(x)
+    for targets in (["1"], "1"):
+        with pytest.raises(TypeError, match="add_lora: 1: LoraLinear: linear is a Doubling, want"):
+            add_lora(model, LoraConfig(target_modules=targets))
+    assert type(model[1]) is Doubling and type(model[0]) is nn.Linear
+    with pytest.warns(UserWarning, match=r'"all-linear" leaves out 1 \(Doubling\)'):
+        add_lora(model, LoraConfig(target_modules="all-linear"))
+    assert type(model[0]) is LoraLinear and type(model[1]) is Doubling
+    assert torch.equal(model(x), want)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="finds no layer to adapt"):
+        add_lora(nn.Sequential(Doubling(64, 64)), LoraConfig(target_modules="all-linear"))
+
+
 def test_print_trainable_parameters_counts_logical_weights(capsys):
     model = tiny.make("llama")
     total = sum(p.numel() for p in model.parameters())

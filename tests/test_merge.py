@@ -223,3 +223,25 @@ def test_one_layer():
     layer = LoraLinear4bit(64, 16, r=2)
     model = merge(nn.Sequential(layer, nn.ReLU()), torch.float32)
     assert type(model[0]) is nn.Linear and model[0].bias is not None
+
+
+def test_a_single_layer_is_no_model():
+    layer = LoraLinear4bit(64, 64)
+    with pytest.raises(TypeError, match="model is a single LoraLinear4bit, want a model that"):
+        merge(layer)
+    assert type(merge(nn.Sequential(layer))[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("head", [False, True])
+def test_merged_weights_that_are_not_finite_are_refused(dtype, value, head):
+    model = trained(config=LoraConfig(query=not head, value=False, head=head, r=4))
+    name = "lm_head" if head else "model.layers.1.self_attn.q_proj"
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        layer.lora_B[3] = value
+        layer.lora_A[:] = 5.0
+    with pytest.raises(OverflowError, match=rf"{name}\.weight holds (a NaN|inf), want"):
+        merge(model, dtype)
+    assert model.get_submodule(name) is layer
