@@ -383,6 +383,48 @@ def test_unknown_setting():
         qlora_ext.QLoraExtConfig(blocksize=63)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("std_factor", "x"),
+        ("companding_k", None),
+        ("companding_k", True),
+        ("modules_to_not_convert", 5),
+        ("modules_to_not_convert", ["q_proj", None]),
+    ],
+)
+def test_setting_of_another_type(copy_of_packed, setting, value):
+    with pytest.raises(ValueError, match=f"{setting} got"):
+        qlora_ext.QLoraExtConfig(**{setting: value})
+    config = json.loads((copy_of_packed / "config.json").read_text())
+    config["quantization_config"][setting] = value
+    (copy_of_packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{setting} got"):
+        load(copy_of_packed)
+
+
+def test_one_name_to_leave_alone(llama):
+    config = qlora_ext.QLoraExtConfig(modules_to_not_convert="q_proj")
+    assert config.modules_to_not_convert == ["q_proj"]
+    model = load(llama, quantization_config=config)
+    assert len(packed_layers(model)) == 2 * 6
+    config.modules_to_not_convert = "k_proj"  # set afterwards
+    assert "model.layers.0.self_attn.q_proj" in packed_layers(
+        load(llama, quantization_config=config)
+    )
+
+
+def test_a_name_that_matches_nothing_is_named(llama, packed):
+    config = qlora_ext.QLoraExtConfig(modules_to_not_convert=["down_prj", "up_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="modules_to_not_convert has 'down_prj', which") as caught:
+        load(llama, quantization_config=config)
+    assert not any("up_proj" in str(w.message) for w in caught)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QLoraExtConfig")
+        load(llama, quantization_config=qlora_ext.QLoraExtConfig())
+        load(packed[0])
+
+
 def test_two_configs(packed):
     path, _ = packed
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
@@ -448,6 +490,14 @@ def test_truncated_weight(copy_of_packed):
     name = "model.layers.0.mlp.up_proj.weight"
     edit_checkpoint(copy_of_packed, lambda t: t.update({name: t[name][:10].clone()}))
     with pytest.raises(RuntimeError):
+        load(copy_of_packed)
+
+
+@pytest.mark.parametrize("key", ["weight", "weight_absmax", "weight_codebook"])
+def test_floats_under_a_packed_key(copy_of_packed, key):
+    name = f"model.layers.0.mlp.up_proj.{key}"
+    edit_checkpoint(copy_of_packed, lambda t: t.update({name: torch.randn(t[name].shape)}))
+    with pytest.raises(ValueError, match=rf"up_proj\.{key}: dtype got F32, want U8"):
         load(copy_of_packed)
 
 

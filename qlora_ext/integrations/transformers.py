@@ -33,12 +33,33 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
-from ..models import replace_module, use_dense_panels
+from ..models import move_hooks, read_by_parent, replace_module, use_dense_panels
 from ..nn import Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit
 
 QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
+_PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
+
+
+def _names(modules_to_not_convert: Any) -> list[str] | None:
+    """`modules_to_not_convert` as a list; a string is one name.
+
+    Raises:
+        ValueError: something else than names.
+    """
+    names = modules_to_not_convert
+    if names is None:
+        return None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) and name for name in names
+    ):
+        raise ValueError(
+            f"QLoraExtConfig: modules_to_not_convert got {modules_to_not_convert!r}, want a list "
+            "of names of layers"
+        )
+    return sorted(names) if isinstance(names, (set, frozenset)) else list(names)
 
 
 class QLoraExtConfig(QuantizationConfigMixin):
@@ -49,8 +70,9 @@ class QLoraExtConfig(QuantizationConfigMixin):
         blocksize: weights per scale, a power of two from 32 to 4096; None is one scale a weight.
         double_quant: store the scales in 8 bits (4.127 bits per weight at block 64, else 4.5).
         modules_to_not_convert: names (ends, starts or regular expressions, as transformers matches
-            them) of layers to leave alone, besides the output head, tied weights and what the
-            model class protects in fp32, which are always left alone.
+            them) of layers to leave alone, or one such name, besides the output head, tied weights
+            and what the model class protects in fp32, which are always left alone. One that matches
+            nothing is named in a warning.
         checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed, which
             `qlora_ext.from_pretrained` sets by itself; what we save is in 'qlora_ext'.
         settings: the other fields of `QuantConfig`: normalization, codebook, companding,
@@ -65,7 +87,7 @@ class QLoraExtConfig(QuantizationConfigMixin):
         quant_type: str = "nf4",
         blocksize: int | None = 64,
         double_quant: bool = True,
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: list[str] | str | None = None,
         checkpoint_format: str = "qlora_ext",
         **settings: Any,
     ):
@@ -80,7 +102,11 @@ class QLoraExtConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.checkpoint_format = checkpoint_format
-        self.modules_to_not_convert = modules_to_not_convert
+        self.modules_to_not_convert = _names(modules_to_not_convert)
+        for name in ("companding_k", "std_factor"):
+            value = settings.get(name, 1.0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"QLoraExtConfig: {name} got {value!r}, want a number")
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
 
@@ -277,13 +303,16 @@ class QLoraExtHfQuantizer(HfQuantizer):
         def is_stored(name: str) -> bool:
             return any(key == name or key.endswith(f".{name}") for key in stored)
 
-        kept = set(self.quantization_config.modules_to_not_convert or [])
+        kept = set(_names(self.quantization_config.modules_to_not_convert) or [])
         by_default = set(get_keys_to_not_convert(model))
+        read_past = read_by_parent(model)
+        by_default |= {name for name, module in model.named_modules() if id(module) in read_past}
         if self.pre_quantized:
             # The saved list says what was kept. A class with another head (or none) than the one
             # that was saved has other defaults.
             kept |= {name for name in by_default if not is_stored(name)}
         else:
+            _warn_of_unmatched(model, kept - by_default)
             kept |= by_default
             kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
             kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
@@ -304,6 +333,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             for part in layer.modules():
                 part._is_hf_initialized = True
             model.set_submodule(name, layer)
+            move_hooks(module, layer)
             packed += 1
         if packed == 0:
             raise ValueError(
@@ -585,15 +615,43 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
 
 
 def _packed_layers(checkpoint_files) -> set[str]:
-    """Names of the layers that the checkpoint holds packed, as the checkpoint spells them."""
-    suffix = ".weight_absmax"
-    names = set()
+    """Names of the layers that the checkpoint holds packed, as the checkpoint spells them.
+
+    Raises:
+        ValueError: a tensor of such a layer that is not bytes. transformers would cast it.
+    """
+    dtypes = {}  # key -> dtype as safetensors names it
     for file in checkpoint_files or []:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 keys = tensors.keys()
-            names |= {key.removesuffix(suffix) for key in keys if key.endswith(suffix)}
+                dtypes |= {key: tensors.get_slice(key).get_dtype() for key in keys}
+    suffix = ".weight_absmax"
+    names = {key.removesuffix(suffix) for key in dtypes if key.endswith(suffix)}
+    for key, dtype in dtypes.items():
+        layer, _, kind = key.rpartition(".")
+        if layer in names and kind in _PACKED_KEYS and dtype != "U8":
+            raise ValueError(
+                f"{key}: dtype got {dtype}, want U8, packed bytes; the checkpoint was changed "
+                "after it was saved"
+            )
     return names
+
+
+def _warn_of_unmatched(model, names: set[str]) -> None:
+    """Warns of names to leave alone that match no module; a head may go by another name."""
+    modules = [name for name, _ in model.named_modules()]
+    unmatched = sorted(
+        name
+        for name in names - {"lm_head"}
+        if all(should_convert_module(module, [name]) for module in modules)
+    )
+    if unmatched:
+        warnings.warn(
+            f"QLoraExtConfig: modules_to_not_convert has {', '.join(map(repr, unmatched))}, which "
+            f"matches no module of {type(model).__name__}: nothing is left alone by it",
+            stacklevel=3,
+        )
 
 
 def _holds_experts(stored: set[str], name: str) -> bool:
