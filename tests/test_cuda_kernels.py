@@ -19,7 +19,7 @@ from cases import (
 from conftest import _load
 
 import qlora_ext
-from qlora_ext import QuantConfig
+from qlora_ext import QuantConfig, QuantizedTensor
 from qlora_ext import reference as R
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -138,6 +138,23 @@ def test_a_large_codebook_fits_fp16(kernels):
     y = kernels.ops.gemm_4bit(x.half().to(kernels.device), *q.op_args())
     want = x.half().double() @ torch.from_numpy(R.dequantize_4bit(array)).double().T
     assert ((y.cpu().double() - want).norm() / want.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("power", [-140, -120, 105, 120, 127])
+def test_a_codebook_at_the_ends_of_fp32_fits_fp16(kernels, power):
+    """Levels up to 2^power, and scales that bring the weights to about 1 or as near as fp32 goes:
+    no entry of the 16-bit table overflows, none vanishes."""
+    levels = tuple((i - 7.5) / 7.5 * 2.0**power for i in range(16))
+    packed = torch.randint(256, (32, 32), dtype=torch.uint8)
+    scales = torch.full((32,), 2.0 ** min(-power, 127)).view(torch.uint8)
+    q = QuantizedTensor(
+        packed, scales, None, None, torch.Size((32, 64)), quant_type="custom", codebook=levels
+    )
+    w4 = [a.to(kernels.device) if isinstance(a, torch.Tensor) else a for a in q.op_args()]
+    x = torch.randn(4, 64).half()
+    y = kernels.ops.gemm_4bit(x.to(kernels.device), *w4).cpu().double()
+    want = x.double() @ qlora_ext.dequantize_4bit(q, FP32).double().T
+    assert ((y - want).norm() / want.norm()).item() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

@@ -5,8 +5,8 @@
 // means (normalization "standard"), rows that are not 16-byte aligned.
 // Moves   the packed weight once per 64 rows of x. Floor: 2 M N K flops at the FFMA rate (33 T
 //         products/s on H100); the decode adds ~20 instructions per weight and 64 rows.
-// Layout  tile.cuh's 64x64x16; the weight is decoded element by element on its way to shared
-// memory. Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
+// Layout  tile.cuh's 64x64x16; the weight is decoded one by one on its way to shared memory.
+// Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
 // Not yet run on silicon.
 #pragma once
 

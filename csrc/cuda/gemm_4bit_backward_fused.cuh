@@ -17,7 +17,8 @@
 // Scales  one for 64 columns of a row, decoded once per stage and thread, one stage ahead.
 // Warps   8: four runs of 64 columns by two halves of each stage's 64 rows n, added at the end.
 //         Blocks along n (splits) write parts that reduce_parts adds in order.
-// Bypass  dS A is R / 16 more mma steps into the same accumulators; dS and A are rounded to T.
+// Bypass  dS A is R / 16 more mma steps into the same accumulators; dS and A are rounded to T: with
+//         fp16, a dS beyond 65504 becomes Inf.
 // Shared  65536 table + stages of 8192 W + 128 B a row of dY: 92416 bytes at 32 rows (2 stages),
 //         116992 at 64 (3 stages). sm_75: a 2 KiB table of single values instead.
 // Not yet run on silicon.

@@ -2,13 +2,11 @@
 // way from the checkpoint's bytes to mma fragments. One kernel for decode (M = 1) to a few hundred.
 //
 // Moves   the packed weight once per kTileM rows of x (0.516 B/weight), x once per kTileN columns.
-// Floor   M <= 16: the weight's bytes over bandwidth, 4096x14336 10.1 us, 8192x8192 11.5 us on
-// H100.
+// Floor   M <= 16: the weight's bytes over bandwidth: 4096x14336 10.1 us, 8192x8192 11.5 us (H100).
 //         From M ~ 69 (H100) the tensor cores: mma.sync reaches ~63% of Hopper's peak.
 // MMA     m16n8k16 with the weight as A (16 rows n) and x as B (8 rows m), so that M = 8 wastes
 //         nothing and M = 1 costs no more instructions than M = 8. fp32 accumulators.
-// k order k is permuted inside each run of 64: lane t of a quad owns elements 16t .. 16t + 15 of
-// it,
+// k order k is permuted inside each run of 64: lane t of a quad owns its elements 16t .. 16t + 15,
 //         8 consecutive bytes of W and 32 of x, and mma step j takes 4j .. 4j + 3 from each lane.
 // Decode  pair table: a whole byte selects two 16-bit values. The table has one copy per bank, so
 //         look-ups never conflict, and 256 bytes between entries, so that one PRMT (table offset =
@@ -20,10 +18,10 @@
 // Warps   8: each owns 32 rows n and one run of 64 k of every stage; warps along k hold partial
 //         sums that are added in order at the end. Blocks along k (splits) write partial sums to
 //         the workspace, which reduce_parts adds in order.
-// Bypass  S B^T is R / 16 more mma steps into the same accumulators; S and B are rounded to T.
+// Bypass  S B^T is R / 16 more mma steps into the same accumulators; S and B are rounded to T: with
+//         fp16, an S beyond 65504 becomes Inf.
 // Rounding the codebook, times a factor that makes its errors small and cancel (table_factor.cuh),
-// is
-//         rounded to T; scale, sums and bias are fp32; y is rounded once.
+//         is rounded to T; scale, sums and bias are fp32; y is rounded once.
 // Shared  65536 table + packed stages, 32768 x (65536 at 64 rows), 2304 scales: 100608 bytes, two
 //         blocks per SM on H100, one on A100 and on sm_86/89/120 (limit 101376).
 // Not yet run on silicon.

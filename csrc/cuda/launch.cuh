@@ -62,7 +62,7 @@ inline bool debug_launches() {
   return debug;
 }
 
-// "gemm_4bit_small_m<Sm80, __half, 4>" from the compiler's own name of this function.
+// "gemm_4bit_fused<Sm80, __half, 4, true>" from the compiler's own name of this function.
 template <auto kernel>
 std::string kernel_name() {
   const std::string name = __PRETTY_FUNCTION__;

@@ -51,10 +51,11 @@ float rounded(float v) {
   }
 }
 
-// Tries 4096 factors that bring the largest value into [1, 2), so that any codebook fits fp16, and
-// takes the one whose RMS error + 64 * mean error is least (64: the root of a typical K, by which
-// an error in the mean grows faster than a random one), at three widths of the weights'
-// distribution, since real ones are only roughly normal.
+// Tries 4096 factors that bring the largest value into [1, 2), so that any codebook fits fp16 (from
+// 2^127 on into [2, 4): the factor's reciprocal has to be an fp32 number too), and takes the one
+// whose RMS error + 64 * mean error is least (64: the root of a typical K, by which an error in the
+// mean grows faster than a random one), at three widths of the weights' distribution, since real
+// ones are only roughly normal.
 template <class T>
 float search_table_factor(const float* values, int64_t blocksize) {
   constexpr int kWidths = 3;
@@ -62,7 +63,7 @@ float search_table_factor(const float* values, int64_t blocksize) {
   float largest = 0;
   for (int code = 0; code < 16; ++code) largest = std::max(largest, std::fabs(values[code]));
   if (largest == 0) return 1;
-  const float power = std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -100, 100));
+  const float power = std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -126, 126));
   double shares[kWidths][16];
   for (int w = 0; w < kWidths; ++w) {
     code_shares(values, sigma * largest * (0.75 + 0.25 * w), shares[w]);
@@ -95,28 +96,29 @@ float search_table_factor(const float* values, int64_t blocksize) {
 }
 
 // The search takes about a millisecond, so each thread remembers the last few: models use one or
-// two codebooks.
+// two codebooks. Blocks count as the power of two below, and from 2^20 on as one size, so that
+// scales per tensor do not need an entry for each shape.
 template <class T>
 float table_factor(const float* values, int64_t blocksize) {
   struct Entry {
     float values[16];
-    int64_t blocksize = -1;
+    int shift = -1;
     float factor = 0;
   };
+  const int shift = std::min(log2_floor(std::max<int64_t>(blocksize, 1)), 20);
   constexpr int kEntries = 8;
   static thread_local Entry entries[kEntries];
   static thread_local int next = 0;
   for (const Entry& entry : entries) {
-    if (entry.blocksize == blocksize &&
-        std::memcmp(entry.values, values, sizeof(entry.values)) == 0) {
+    if (entry.shift == shift && std::memcmp(entry.values, values, sizeof(entry.values)) == 0) {
       return entry.factor;
     }
   }
   Entry& entry = entries[next];
   next = (next + 1) % kEntries;
   std::memcpy(entry.values, values, sizeof(entry.values));
-  entry.blocksize = blocksize;
-  entry.factor = search_table_factor<T>(values, blocksize);
+  entry.shift = shift;
+  entry.factor = search_table_factor<T>(values, int64_t{1} << shift);
   return entry.factor;
 }
 
