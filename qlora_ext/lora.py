@@ -360,14 +360,17 @@ def _explicit_targets(model, targets, linears) -> list[str]:
     return [name for name in linears if any(_ends_with(name, target) for target in targets)]
 
 
-def _shorten(model: nn.Module, names: list[str]) -> list[str]:
-    """Ends of names that match exactly these of all modules' names, or the full names."""
+def _shorten(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Ends of names that match exactly these of all modules' names, the full names, or, where one
+    of them is also the end of another module's name, a regular expression."""
     everything = [name for name, _ in model.named_modules()]
     for parts in (1, 2):
         endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
         matched = [n for n in everything if any(_ends_with(n, ending) for ending in endings)]
         if sorted(matched) == sorted(names):
             return endings
+    if any(_ends_with(n, name) for n in set(everything) - set(names) for name in names):
+        return "|".join(re.escape(name) for name in names)
     return list(names)
 
 
@@ -545,9 +548,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
         "use_rslora": first.use_rslora,
         "bias": "none",
         "target_modules": _shorten(model, list(adapters)),
-        "rank_pattern": {n: m.r for n, m in adapters.items() if m.r != first.r},
+        "rank_pattern": {_exactly(n): m.r for n, m in adapters.items() if m.r != first.r},
         "alpha_pattern": {
-            n: m.lora_alpha for n, m in adapters.items() if m.lora_alpha != first.lora_alpha
+            _exactly(n): m.lora_alpha
+            for n, m in adapters.items()
+            if m.lora_alpha != first.lora_alpha
         },
         "fan_in_fan_out": conv1d == {True},
         "init_lora_weights": True,
@@ -729,6 +734,11 @@ def _check_values(file: Path, config: dict) -> None:
     targets = config.get("target_modules")
     if isinstance(targets, str) and not _is_regex(targets):
         raise ValueError(f"{op} target_modules is {_short(targets)}, want a regular expression")
+
+
+def _exactly(name: str) -> str:
+    """A pattern for this layer alone: without ^ it would match the end of other names too."""
+    return f"^{re.escape(name)}"
 
 
 def _per_layer(config: dict, key: str, name: str, default):

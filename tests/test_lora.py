@@ -342,6 +342,43 @@ def test_patterns_of_rank_and_alpha(tmp_path):
     torch.testing.assert_close(peft_logits(again), peft_logits(wrapped), rtol=1e-4, atol=1e-4)
 
 
+class Nested(nn.Module):
+    """A layer `a`, and a layer `b.a` whose name ends alike."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.b = nn.ModuleDict({"a": nn.Linear(64, 64)})
+        self.a = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.a(self.b["a"](x))
+
+
+def test_names_that_end_alike_keep_their_own_settings(tmp_path):
+    x = torch.randn(3, 64)
+    model = Nested()
+    model.b["a"] = LoraLinear.from_linear(model.b["a"], r=4, lora_alpha=8)
+    model.a = LoraLinear.from_linear(model.a, r=2, lora_alpha=64)
+    want = randomize(model)(x)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(Nested(), tmp_path)
+    assert (loaded.a.r, loaded.a.lora_alpha) == (2, 64)
+    assert (loaded.b["a"].r, loaded.b["a"].lora_alpha) == (4, 8)
+    torch.testing.assert_close(loaded(x), want)
+    theirs = peft.PeftModel.from_pretrained(Nested(), tmp_path).eval()
+    torch.testing.assert_close(theirs(x), want)
+    # An adapter on `a` alone.
+    model = Nested()
+    model.a = LoraLinear.from_linear(model.a, r=4, lora_alpha=8)
+    want = randomize(model)(x)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Nested(), tmp_path).eval()
+    assert theirs.targeted_module_names == ["a"]
+    torch.testing.assert_close(theirs(x), want)
+    torch.testing.assert_close(load_adapter(Nested(), tmp_path)(x), want)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word")
 def test_head_adapter_both_ways(tied, tmp_path):
