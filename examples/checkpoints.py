@@ -37,10 +37,16 @@ def write_json(path: Path, value) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Calls `fill(folder)` on an empty folder beside `path`, then puts that in `path`'s place."""
+    """Calls `fill(folder)` on an empty folder beside `path`, then puts that in `path`'s place.
+
+    Whatever is raised, the folder that was there before is there again. A kill between the two
+    renames leaves it beside, as `.NAME.old`, and the next call puts it back first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
+    if old.exists() and not path.exists():
+        old.rename(path)
     partial.mkdir()
     try:
         fill(partial)
@@ -48,9 +54,14 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
         if path.exists():
             path.rename(old)
         partial.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():  # else `old` holds the only whole one
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, state: dict) -> Path:

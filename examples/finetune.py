@@ -314,7 +314,9 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             for name, parameter in trained.items():
                 parameter.copy_(resumed["adapter"][name])
         optimizer.load_state_dict(resumed["optimizer"])
-        torch.set_rng_state(resumed["rng"])  # dropout goes on with the numbers it would have drawn
+        set_random_states(resumed, args)  # dropout goes on with the numbers it would have drawn
+        if resumed.get("scaler"):  # empty where there is nothing to scale
+            scaler.load_state_dict(resumed["scaler"])
         steps, step = resumed["steps"], resumed["step"]
 
     def save() -> None:
@@ -323,7 +325,8 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             "steps": steps,
             "adapter": {name: p.detach().cpu() for name, p in trained.items()},
             "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "scaler": scaler.state_dict(),
+            **random_states(args),
             **report.to_resume(),
         }
         try:
@@ -378,6 +381,20 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             if step % args.checkpoint_every == 0 or step == steps:
                 save()
     bar.close()
+
+
+def random_states(args) -> dict:
+    """The states of the generators that a run on this device draws from."""
+    states = {"rng": torch.get_rng_state()}
+    if torch.device(args.device).type == "cuda":
+        states["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+    return states
+
+
+def set_random_states(states: dict, args) -> None:
+    torch.set_rng_state(states["rng"])
+    if "cuda_rng" in states:
+        torch.cuda.set_rng_state(states["cuda_rng"], args.device)
 
 
 def fitting_steps(steps: int, seconds: float, args) -> int:

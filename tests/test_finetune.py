@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,30 @@ def test_a_folder_is_replaced_whole(example, tmp_path):
     assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["adapter"]
 
 
+@pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()], ids=repr)
+def test_a_failed_rename_loses_no_folder(example, tmp_path, monkeypatch, error):
+    write_folder = example("checkpoints").write_folder
+    target = tmp_path / "adapter"
+    write_folder(target, lambda folder: (folder / "a").write_text("old"))
+    real = Path.rename
+
+    def rename(self, to):
+        if self.name == ".adapter.partial":
+            raise error
+        return real(self, to)
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(Path, "rename", rename)
+        write_folder(target, lambda folder: (folder / "a").write_text("new"))
+    assert (target / "a").read_text() == "old" and os.listdir(tmp_path) == ["adapter"]
+
+    # As a kill between the renames leaves it, and then a disk that is full.
+    target.rename(tmp_path / ".adapter.old")
+    with pytest.raises(ZeroDivisionError):
+        write_folder(target, lambda folder: 1 / 0)
+    assert (target / "a").read_text() == "old" and os.listdir(tmp_path) == ["adapter"]
+
+
 def test_steps_fit_the_time(example, capsys):
     module = example("finetune")
     args = module.parse_arguments(["--minutes", "5"])
@@ -221,6 +246,52 @@ def test_an_interrupted_run_goes_on(tiny_model, pairs_file, tmp_path, example, m
     assert reports[1]["training"]["resumed_at"] == [after]
 
 
+class Table(torch.nn.Module):
+    """Stands in for a language model of 8 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(8, 8)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+def test_a_resumed_run_has_the_scale_and_the_generators_that_it_had(example, tmp_path, monkeypatch):
+    """fp16's loss scale and, on CUDA, that device's generator, which a stand-in plays here."""
+    module, instructions = example("finetune"), example("instructions")
+    scalers, cuda = [], {"state": torch.arange(16, dtype=torch.uint8)}
+
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, device, **settings):
+            super().__init__("cpu", init_scale=8.0, growth_interval=1, **settings)
+            scalers.append(self)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: cuda["state"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, device: cuda.update(state=s))
+    monkeypatch.setattr(module, "on_device", lambda batch, args: batch)
+    monkeypatch.setattr(
+        module, "lower_precision", lambda device, dtype: torch.autocast("cpu", dtype)
+    )
+    args = module.parse_arguments(
+        ["--steps", "3", "--output", str(tmp_path), "--batch-size", "2", "--device", "cuda"]
+    )
+    report = module.Report(args)
+    report.precision = {"chosen": "fp16"}
+    batches = instructions.Batches([([1, 2, 3], [1, 2, 3])] * 4, 2, seed=0, pad_id=0)
+    module.train(Table(), batches, args, report, None)
+    assert scalers[0].get_scale() == 8.0 * 2**3
+
+    state, _ = module.checkpoints.load_newest(tmp_path / "checkpoints")
+    cuda["state"] = torch.zeros(16, dtype=torch.uint8)
+    torch.manual_seed(99)
+    module.train(Table(), batches, args, report, state)  # no step is left to take
+    assert scalers[1].get_scale() == 8.0 * 2**3
+    assert torch.equal(cuda["state"], torch.arange(16, dtype=torch.uint8))
+    assert torch.equal(torch.get_rng_state(), state["rng"])
+
+
 def test_training_goes_on_without_a_place_for_checkpoints(example, tmp_path, monkeypatch, capsys):
     """A full disk costs a checkpoint and says so; it does not end the training."""
     module, instructions = example("finetune"), example("instructions")
@@ -230,22 +301,12 @@ def test_training_goes_on_without_a_place_for_checkpoints(example, tmp_path, mon
     report = module.Report(args)
     report.precision = {"chosen": "fp32"}
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = torch.nn.Embedding(8, 8)
-
-        def forward(self, input_ids, attention_mask):
-            from types import SimpleNamespace
-
-            return SimpleNamespace(logits=self.table(input_ids))
-
     def full_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module.checkpoints, "write_file", full_disk)
     batches = instructions.Batches([([1, 2, 3], [1, 2, 3])] * 4, 2, seed=0, pad_id=0)
-    module.train(Model(), batches, args, report, None)
+    module.train(Table(), batches, args, report, None)
     assert len(report.history) == 2
     assert "checkpoint of step 1 could not be written" in capsys.readouterr().out
 
