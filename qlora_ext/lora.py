@@ -67,11 +67,12 @@ OPT = Family(("out_proj",), ("fc1", "fc2"), **_QKV)
 BLOOM = Family(
     ("self_attention.dense",), ("dense_h_to_4h", "dense_4h_to_h"), fused="query_key_value"
 )
-STARCODER2 = Family(("o_proj",), ("c_fc", "c_proj"), **_QKV)
+STARCODER2 = Family(("o_proj",), ("mlp.c_fc", "mlp.c_proj"), **_QKV)
 NEMOTRON = Family(("o_proj",), ("up_proj", "down_proj"), **_QKV)
 T5 = Family(("o",), ("wi", "wi_0", "wi_1", "wo"), query=("q",), key=("k",), value=("v",))
 
-# config.model_type -> family. A new architecture goes here: one line.
+# config.model_type -> family. A new architecture goes here: one line. No name may be the end of
+# another family's name for another switch: LoraConfig.to_peft() without a model takes them all.
 FAMILIES = {
     **dict.fromkeys(["llama", "mistral", "ministral", "mixtral", "smollm3", "stablelm"], LLAMA),
     **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "cohere"], LLAMA),
@@ -199,8 +200,13 @@ class LoraConfig:
         """The same as a peft.LoraConfig (needs peft).
 
         Args:
-            model: the model it is for. Without one, the switches become the layer names of every
-                architecture this module knows; PEFT then adapts those it finds.
+            model: the model it is for; PEFT then adapts the layers that add_lora would. Without
+                one, the switches become the layer names of every architecture this module knows,
+                of which PEFT adapts those it finds; a layer that fuses query, key and value is
+                among them where all three are on.
+
+        Raises:
+            ValueError: as add_lora, with a model.
         """
         import peft
 

@@ -429,6 +429,38 @@ def test_to_peft():
     assert set(whole.to_peft(tiny.make("gpt_neox")).target_modules) >= {"query_key_value"}
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_to_peft_without_a_model_adapts_what_add_lora_does(family):
+    if family in ("mixtral", "qwen3_moe"):
+        pytest.skip("packed experts have no name in PEFT")
+    model = quantized(family)
+    off = {"query": False, "value": False}
+    attention = {"query": True, "key": True, "value": True}
+    for switches in ({**off, "mlp": True}, {**off, "projection": True}, attention):
+        config = LoraConfig(**switches)
+        ours = add_lora(copy.deepcopy(model), config)
+        want = [n for n, m in ours.named_modules() if isinstance(m, (LoraLinear, LoraLinear4bit))]
+        for theirs in (config.to_peft(), config.to_peft(model)):
+            wrapped = peft.get_peft_model(copy.deepcopy(model), theirs)
+            assert wrapped.targeted_module_names == want
+
+
+def test_no_name_of_a_family_is_anothers_for_another_switch():
+    from qlora_ext.lora import FAMILIES, _ends_with
+
+    switches = ("query", "key", "value", "projection", "mlp")
+    names = {(s, name) for f in FAMILIES.values() for s in switches for name in getattr(f, s)}
+    names |= {("fused", f.fused) for f in FAMILIES.values() if f.fused}
+    for switch, name in names:
+        for other, its_name in names:
+            assert switch == other or not _ends_with(its_name, name), (switch, name, other)
+
+
+def test_to_peft_with_a_model_names_its_fused_layer():
+    with pytest.raises(ValueError, match=r"selects a part of .*qkv_proj, which computes query"):
+        LoraConfig().to_peft(tiny.make("phi3"))
+
+
 def test_resuming_overwrites_the_adapter(tmp_path):
     model = randomize(add_lora(quantized(), LoraConfig(r=4)))
     save_adapter(model, tmp_path)
