@@ -52,7 +52,7 @@ def command(*arguments, **settings):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=REPOSITORY,
+        cwd=REPOSITORY / "tests",
         **settings,
     )
 
@@ -259,7 +259,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path):
         "main()\n"
     )
     arguments = ["quantize", str(llama), str(out), "--max-shard-size", "20KB"]
-    process = subprocess.Popen([sys.executable, "-c", slow, *arguments], cwd=REPOSITORY)
+    process = subprocess.Popen([sys.executable, "-c", slow, *arguments], cwd=REPOSITORY / "tests")
     deadline = time.time() + 60
     while len(list(partial.glob("model-*.safetensors"))) < 2 and time.time() < deadline:
         time.sleep(0.02)
@@ -414,7 +414,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
     def limited(code, *arguments):
         text = LIMITED.format(arguments=list(map(str, arguments)), allowed=allowed, code=code)
         return subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, cwd=REPOSITORY
+            [sys.executable, "-c", text], capture_output=True, text=True, cwd=REPOSITORY / "tests"
         )
 
     result = limited("app.run()", "quantize", source, out, "--max-shard-size", "20MB")
@@ -520,7 +520,7 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     run("quantize", llama, tmp_path / "base")
     adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
     said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--four-bit")
-    assert "keeps about 5%" in said
+    assert "keeps 5 to 10%" in said
     assert "weights in bfloat16" in said
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
