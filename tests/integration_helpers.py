@@ -73,7 +73,7 @@ def run_python(code: str, *, without: tuple[str, ...] = (), timeout: int = 240) 
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=REPOSITORY,
+        cwd=REPOSITORY / "tests",  # in the checkout itself, qlora_ext is the uncompiled source
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert result.returncode == 0, result.stderr[-4000:]
