@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from .experts import Experts4bit
-from .models import linear_names, num_parameters, output_embeddings, places_of, replace_module
+from .models import (
+    linear_names,
+    num_parameters,
+    output_embeddings,
+    places_of,
+    read_by_parent,
+    replace_module,
+)
 from .nn import (
     FLOAT_DTYPES,
     Linear4bit,
@@ -470,8 +477,14 @@ def add_lora(
 def _install(model: nn.Module, settings: dict[str, dict]) -> None:
     """Replaces the named layers by ones with an adapter; all or none of them."""
     new = {}
+    past_forward = read_by_parent(model)
     for name, keywords in settings.items():
         base = model.get_submodule(name)
+        if id(base) in past_forward:
+            raise ValueError(
+                f"add_lora: the torch module around {name} reads its weight past its forward, and "
+                "would leave the adapter out; want target_modules without it"
+            )
         N, K = _linear_shape(base)
         check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
         new[name] = (base, _with_adapter(name, base, **keywords))
@@ -710,7 +723,7 @@ def _check_plain(file: Path, config: dict) -> None:
                 raise ValueError(
                     f"load_adapter: {file} has init_lora_weights={_short(value)}, which changes "
                     "the base weights, want a plain LoRA adapter; PEFT's save_pretrained with "
-                    "path_initial_model_for_weight_conversion writes one"
+                    "path_initial_model_for_weight_conversion writes one (not for loftq)"
                 )
         elif key not in _HARMLESS and value not in (None, False, [], {}, ""):
             want = "False" if isinstance(value, bool) else "None"

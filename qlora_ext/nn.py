@@ -460,7 +460,7 @@ def _share(source: nn.Module, target: nn.Module) -> None:
 def check_lora_rank(name: str, r: int, in_features: int, out_features: int) -> None:
     """ValueError unless 1 <= r <= min(in_features, out_features): a larger r adds no rank."""
     most = min(in_features, out_features)
-    if not isinstance(r, int) or not 1 <= r <= most:
+    if type(r) is not int or not 1 <= r <= most:
         raise ValueError(
             f"{name}: r is {r!r}, want an integer from 1 to min(in_features, out_features) = "
             f"{most} for a [{out_features}, {in_features}] weight"
@@ -476,9 +476,9 @@ class _Lora(nn.Module):
     def _init_lora(self, r, lora_alpha, lora_dropout, use_rslora, device, lora_dtype) -> None:
         name = type(self).__name__
         check_lora_rank(name, r, self.in_features, self.out_features)
-        if not 0 <= lora_dropout < 1:
+        if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
             raise ValueError(
-                f"{name}: lora_dropout is {lora_dropout}, want a probability in [0, 1)"
+                f"{name}: lora_dropout is {lora_dropout!r}, want a probability in [0, 1)"
             )
         if lora_dtype not in FLOAT_DTYPES:
             raise TypeError(

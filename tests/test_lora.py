@@ -237,6 +237,13 @@ def test_a_single_layer_is_no_model(tmp_path):
         save_adapter(LoraLinear4bit(64, 64), tmp_path)
 
 
+def test_bad_settings_of_one_layer():
+    with pytest.raises(ValueError, match="LoraLinear4bit: r is True, want an integer from 1"):
+        LoraLinear4bit(64, 64, r=True)
+    with pytest.raises(ValueError, match="LoraLinear: lora_dropout is '0', want a probability"):
+        LoraLinear.from_linear(nn.Linear(64, 64), lora_dropout="0")
+
+
 class Doubling(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
