@@ -9,7 +9,7 @@ import pytest
 import torch
 from integration_helpers import ids, logits, run_python, tiny_llama
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import qlora_ext
 from qlora_ext.models import use_dense_panels
@@ -432,6 +432,8 @@ def test_two_configs(packed):
 
 
 def test_nan_weight_is_named(llama, tmp_path, caplog):
+    import transformers
+
     model = load(llama)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
