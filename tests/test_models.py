@@ -172,6 +172,9 @@ def test_layers_that_torch_reads_past_their_forward_stay():
             quantize(model)
         assert torch.equal(model["encoder"](x), want)
     assert packed_names(model) == ["up"]
+    with pytest.raises(ValueError, match=r"around encoder\.layers\.0\.linear1 reads its weight"):
+        add_lora(model, LoraConfig(target_modules=["up", "linear1"]))
+    assert add_lora(model, LoraConfig(target_modules=["up"])) is model
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`", "ignore:quantize_model")
