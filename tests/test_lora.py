@@ -452,7 +452,7 @@ def test_to_peft_without_a_model_adapts_what_add_lora_does(family):
             assert wrapped.targeted_module_names == want
 
 
-def test_no_name_of_a_family_is_anothers_for_another_switch():
+def test_no_family_gives_a_name_another_switch():
     from qlora_ext.lora import FAMILIES, _ends_with
 
     switches = ("query", "key", "value", "projection", "mlp")
