@@ -58,7 +58,13 @@ class QuantConfig:
                     f"QuantConfig: {argument} is {getattr(self, argument)!r}, want {want}"
                 )
 
+        def is_number(value) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
         check(self.quant_type in QUANT_TYPES, "quant_type", f"one of {QUANT_TYPES}")
+        check(isinstance(self.double_quant, bool), "double_quant", "True or False")
+        check(is_number(self.companding_k), "companding_k", "a number")
+        check(is_number(self.std_factor), "std_factor", "a number")
         check(
             self.blocksize is None
             or (type(self.blocksize) is int and self.blocksize in BLOCKSIZES),
@@ -68,7 +74,13 @@ class QuantConfig:
         check(self.normalization in NORMALIZATIONS, "normalization", f"one of {NORMALIZATIONS}")
         check(self.companding in COMPANDINGS, "companding", f"one of {COMPANDINGS}")
         if self.codebook is not None:
-            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
+            values = self.codebook.tolist() if hasattr(self.codebook, "tolist") else self.codebook
+            check(
+                isinstance(values, (list, tuple)) and all(is_number(v) for v in values),
+                "codebook",
+                "a list of 16 numbers, or None",
+            )
+            object.__setattr__(self, "codebook", tuple(float(v) for v in values))
         check(
             (self.quant_type == "custom") == (self.codebook is not None),
             "codebook",
@@ -515,9 +527,19 @@ def dequantize_4bit(
     of q.shape to write into. Raises RuntimeError if the statistics do not fit the shape, or `out`
     does not; ValueError if `dtype` contradicts `out`.
     """
+    if out is not None and out.requires_grad:
+        raise ValueError("dequantize_4bit: out requires grad, want a tensor that does not")
     if out is not None and dtype is not None and dtype != out.dtype:
         raise ValueError(f"dequantize_4bit: dtype is {dtype}, want out's {out.dtype} (or None)")
-    return ops.dequantize_4bit(q.op_args(), dtype or q.dtype, out)
+    return ops.dequantize_4bit(_op_args("dequantize_4bit", q), dtype or q.dtype, out)
+
+
+def _op_args(function: str, q: QuantizedTensor) -> ops.W4:
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(
+            f"{function}: q is a {type(q).__name__}, want a QuantizedTensor, as quantize_4bit makes"
+        )
+    return q.op_args()
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -540,7 +562,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     x and bias; the saved tensors are the packed bytes. Raises RuntimeError naming a shape, dtype or
     device that does not fit.
     """
-    return ops.gemm_4bit(_autocast(x), q.op_args(), bias)
+    return ops.gemm_4bit(_autocast(x), _op_args("linear_4bit", q), bias)
 
 
 def lora_linear_4bit(
@@ -560,7 +582,7 @@ def lora_linear_4bit(
     pass 0 for evaluation. Otherwise as `linear_4bit`; differentiable in x, lora_A, lora_B, bias.
     """
     x = _autocast(x)
-    args = q.op_args()
+    args = _op_args("lora_linear_4bit", q)
     if dropout == 0.0:
         return ops.lora_gemm_4bit(x, args, lora_A, lora_B, scaling, bias)
     dropped = torch.nn.functional.dropout(x, dropout, training=True)
@@ -579,4 +601,4 @@ def merge_lora_4bit(
     lora_A [r, K], lora_B [N, r] of one dtype. Raises RuntimeError for shapes that do not fit. A sum
     beyond float16's range becomes an infinity here; merge_and_unload names the layer instead.
     """
-    return ops.merge_lora_4bit(q.op_args(), lora_A, lora_B, scaling, dtype)
+    return ops.merge_lora_4bit(_op_args("merge_lora_4bit", q), lora_A, lora_B, scaling, dtype)

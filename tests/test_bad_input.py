@@ -68,6 +68,10 @@ def test_quantize_refuses(weight, error, message):
             "codebook value 0 is inf, want a finite",
         ),
         ({"std_factor": 0.0}, "std_factor is 0.0, want a factor"),
+        ({"std_factor": "x"}, "std_factor is 'x', want a number"),
+        ({"companding_k": None}, "companding_k is None, want a number"),
+        ({"double_quant": "yes"}, "double_quant is 'yes', want True or False"),
+        ({"quant_type": "custom", "codebook": 5}, "codebook is 5, want a list of 16 numbers"),
     ],
     ids=str,
 )
@@ -222,6 +226,22 @@ def test_out_and_dtype():
         qlora_ext.dequantize_4bit(q, torch.float64)
     with pytest.raises(TypeError, match=r"to: dtype is torch.float64"):
         q.to(torch.float64)
+
+
+def test_a_dense_weight_where_a_quantized_one_is_wanted():
+    dense = torch.randn(48, 64)
+    x, A, B = torch.randn(2, 64), torch.randn(4, 64), torch.randn(48, 4)
+    with pytest.raises(TypeError, match="linear_4bit: q is a Tensor, want a QuantizedTensor"):
+        qlora_ext.linear_4bit(x, dense)
+    with pytest.raises(TypeError, match="lora_linear_4bit: q is a Tensor"):
+        qlora_ext.lora_linear_4bit(x, dense, A, B, 1.0)
+    with pytest.raises(TypeError, match="merge_lora_4bit: q is a Tensor"):
+        qlora_ext.merge_lora_4bit(dense, A, B, 1.0)
+    with pytest.raises(TypeError, match="dequantize_4bit: q is a Tensor"):
+        qlora_ext.dequantize_4bit(dense)
+    q = make_weight((48, 64), CONFIGS["nf4"])[1]
+    with pytest.raises(ValueError, match="dequantize_4bit: out requires grad"):
+        qlora_ext.dequantize_4bit(q, out=torch.empty(48, 64, requires_grad=True))
 
 
 def test_embedding_indices():

@@ -57,8 +57,8 @@ _merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False
 def merging_to_4bit():
     """Within this context PEFT's merges requantize the result instead of leaving 16 bits.
 
-    Requantizing a short fine-tune's weights was measured to keep 4-5% of its gain: the change of a
-    weight is far below the distance of two 4-bit levels. Each merge warns of it.
+    Requantizing a short fine-tune's weights was measured to keep 5 to 10% of its gain: the change
+    of a weight is far below the distance of two 4-bit levels. Each merge warns of it.
     """
     token = _merge_to_4bit.set(True)
     try:
@@ -90,7 +90,7 @@ def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
     stand_in = dense_linear(packed, weight.dtype, weight)
     if _merge_to_4bit.get():
         warnings.warn(
-            "qlora_ext: merging into 4 bits by requantizing keeps about 5% of a short fine-tune's "
+            "qlora_ext: merging into 4 bits by requantizing keeps 5 to 10% of a short fine-tune's "
             "gain; merge outside merging_to_4bit() to get 16 bits",
             stacklevel=4,
         )
