@@ -221,6 +221,7 @@ def _through_state_dict(module, assign):
 
 
 def test_safetensors_round_trip(tmp_path):
+    pytest.importorskip("safetensors")
     from safetensors.torch import load_file, save_file
 
     layer = LoraLinear4bit.from_linear(dense_layer(7, 33), r=2)
