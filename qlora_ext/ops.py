@@ -54,7 +54,8 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
     (torch.library.register_autograd costs 50 us a call; csrc/schemas.h has the argument order.)"""
     arguments = getattr(_ops, name).default._schema.arguments
     defaults = [a.default_value for a in arguments]
-    first = [a.name for a in arguments].index("packed") if name != "lora_shrink" else None
+    names = [a.name for a in arguments]
+    first = names.index("packed") if "packed" in names else None  # lora_shrink has no 4-bit weight
 
     def autograd(*args):
         args = (*args, *defaults[len(args) :])
