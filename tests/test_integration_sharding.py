@@ -1,47 +1,16 @@
 """PEFT on packed layers under accelerate's FSDP2, two gloo processes on the CPU against one."""
 
-import os
-import socket
-import subprocess
 import sys
 import types
-from pathlib import Path
 
+import processes
 import pytest
 
 
 def test_two_processes_train_as_one(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                # Torch names the interface by the host's name, which need not resolve.
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [worker.communicate(timeout=180)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output)
+    processes.run(__file__, str(tmp_path))
 
 
 # What each process runs ----------------------------------------------------------------------
@@ -133,11 +102,7 @@ def refuse(path) -> None:
 
 
 if __name__ == "__main__":
-    import torch.distributed
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    torch.distributed.init_process_group("gloo")
-    for each in (False, True):
-        train(each)
-    refuse(sys.argv[1])
-    torch.distributed.destroy_process_group()
+    with processes.group():
+        for each in (False, True):
+            train(each)
+        refuse(sys.argv[1])

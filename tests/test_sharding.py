@@ -1,11 +1,6 @@
 """DDP and FSDP2 with packed layers, two gloo processes on the CPU against one process."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
+import processes
 import pytest
 
 MODES = ["ddp", "fsdp2", "fsdp2_bfloat16"]
@@ -13,34 +8,7 @@ MODES = ["ddp", "fsdp2", "fsdp2_bfloat16"]
 
 def test_two_processes_train_as_one():
     pytest.importorskip("transformers")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                # Torch names the interface by the host's name, which need not resolve.
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [worker.communicate(timeout=180)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output)
+    processes.run(__file__)
 
 
 # What each process runs ---------------------------------------------------------------------------
@@ -126,10 +94,6 @@ def train(mode):
 
 
 if __name__ == "__main__":
-    import torch.distributed
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    torch.distributed.init_process_group("gloo")
-    for each in MODES:
-        train(each)
-    torch.distributed.destroy_process_group()
+    with processes.group():
+        for each in MODES:
+            train(each)
