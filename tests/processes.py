@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine: the test starts them, each runs the rest of the test's file."""
+"""Two gloo processes on this machine: a test starts them, each runs the rest of that test's file."""
 
 import contextlib
 import os
@@ -43,10 +43,10 @@ def run(script: str, *arguments: str, count: int = 2) -> None:
 def group():
     """What each process runs its part in. Ends the process: nothing after the block is run.
 
-    Gloo's threads free the tensors of finished collectives, for which they need the interpreter. One
-    that asks for it while Python shuts down is ended by Python inside a destructor, and the
-    process aborts ("terminate called without an active exception"; 2 of 50 runs on torch 2.13). So
-    a process whose work is done leaves without that shutdown.
+    Gloo's threads free the tensors of finished collectives, for which they need the interpreter.
+    One that asks for it while Python shuts down is ended by Python inside a destructor, and the
+    process aborts ("terminate called without an active exception"; 2 of 50 runs on torch 2.13).
+    So a process whose work is done leaves without that shutdown.
     """
     import torch.distributed
 
