@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine: a test starts them, each runs the rest of that test's file."""
+"""Two gloo processes on this machine: a test starts them, each runs the rest of its file."""
 
 import contextlib
 import os
