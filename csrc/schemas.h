@@ -38,9 +38,10 @@ constexpr const char* kSchemas[] = {
     "lora_shrink_backward(Tensor dS, Tensor x, Tensor lora_A, float scaling, bool need_dx) -> (Tensor dx, Tensor dA)",
     // dS = dY B, dB = dY^T S: two products.
     "lora_expand_backward(Tensor dY, Tensor lora_S, Tensor lora_B) -> (Tensor dS, Tensor dB)",
-    // y = x W^T + bias + scaling (x A^T) B^T; S is returned for the backward.
+    // y = x W^T + bias + scaling (x A^T) B^T; S is returned for the backward. lora_S is S where the
+    // caller has it already (columns of one lora_shrink for q, k and v); the S returned is then [0].
     "lora_gemm_4bit(Tensor x, " QLORA_EXT_W4
-    ", Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None) "
+    ", Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None, Tensor? lora_S=None) "
     "-> (Tensor y, Tensor S)",
     "lora_gemm_4bit_backward(Tensor dY, Tensor x, Tensor lora_S, " QLORA_EXT_W4
     ", Tensor lora_A, Tensor lora_B, "

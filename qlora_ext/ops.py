@@ -309,11 +309,10 @@ def _(
     lora_B,
     scaling,
     bias=None,
+    lora_S=None,
 ):
-    return (
-        x.new_empty((*x.shape[:-1], shape[0])),
-        x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32),
-    )
+    S_shape = (*x.shape[:-1], lora_A.shape[0]) if lora_S is None else (0,)
+    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(S_shape, dtype=torch.float32)
 
 
 @_register_fake("qlora_ext::lora_gemm_4bit_backward")
@@ -347,10 +346,11 @@ class _LoraGemm4bit(torch.autograd.Function):
     dX = [dY | dS] [W; A] beside dB = dY^T S and dA = dS^T x."""
 
     @staticmethod
-    def forward(ctx, x, w4, lora_A, lora_B, scaling, bias):
+    def forward(ctx, x, w4, lora_A, lora_B, scaling, bias, lora_S):
         with _below_autograd():
-            y, S = _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)
-        ctx.save_for_backward(x, S, *w4[:4], lora_A, lora_B)
+            y, S = _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias, lora_S)
+        given = S if lora_S is None else lora_S
+        ctx.save_for_backward(x, given, *w4[:4], lora_A, lora_B)
         ctx.static = w4[4:]
         ctx.scaling = scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -373,19 +373,19 @@ class _LoraGemm4bit(torch.autograd.Function):
             dX = _ops.gemm_4bit_backward.default(dY, *w4, dS * ctx.scaling, A)
         if need[5]:
             dbias = _bias_gradient(dY, ctx.bias_dtype)
-        return dX if need[0] else None, None, dA, dB, None, dbias
+        return dX if need[0] else None, None, dA, dB, None, dbias, None
 
 
-def _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias):
+def _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias, lora_S=None):
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
         or lora_B.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _lora_gemm_4bit_apply(x, w4, lora_A, lora_B, scaling, bias)
+        return _lora_gemm_4bit_apply(x, w4, lora_A, lora_B, scaling, bias, lora_S)
     with _below_autograd():
-        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)
+        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias, lora_S)
 
 
 _lora_gemm_4bit_apply = _direct_apply(_LoraGemm4bit)
@@ -393,16 +393,25 @@ _register_autograd("lora_gemm_4bit", _lora_gemm_4bit_eager)
 
 
 def lora_gemm_4bit(
-    x: Tensor, w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None
+    x: Tensor,
+    w4: W4,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    lora_S: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + scaling (x A^T) B^T, the bypass as extra K of the same accumulator.
 
     x [..., K] fp32, bf16 or fp16; lora_A [r, K] and lora_B [N, r] of one dtype (fp32 is what
-    fine-tuning wants); the bypass is accumulated and kept in fp32.
+    fine-tuning wants); the bypass is accumulated and kept in fp32. lora_S is scaling x A^T where
+    the caller has it (fp32 [..., r]; columns of one `lora_shrink` over several layers' A's are read
+    in place). It stands for that function of x and A, whose gradients are the same as without it:
+    it gets no gradient of its own, and another value in it would make them wrong.
     """
     if torch.compiler.is_compiling():
-        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias)[0]
-    return _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias)[0]
+        return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias, lora_S)[0]
+    return _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias, lora_S)[0]
 
 
 # merge_lora_4bit ----------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def sample_calls():
         (OPS.lora_expand_backward.default, (dY, S.detach(), b)),
         (OPS.lora_gemm_4bit.default, (x, *w4, A, B, 2.0)),
         (OPS.lora_gemm_4bit.default, (x, *w4, A, B, 2.0, bias)),
+        (OPS.lora_gemm_4bit.default, (x, *w4, A, B, 2.0, bias, dS)),
         (OPS.lora_gemm_4bit_backward.default, (dY, x0, S.detach(), *w4, a, b, 2.0, True)),
         (OPS.lora_gemm_4bit_backward.default, (dY, x0, S.detach(), *w4, a, b, 2.0, False)),
         (OPS.merge_lora_4bit.default, (*w4, a, b, 2.0, torch.float16)),
@@ -75,10 +76,10 @@ def sample_calls():
     ]
 
 
-@pytest.mark.parametrize("index", range(25))
+@pytest.mark.parametrize("index", range(26))
 def test_opcheck(index):
     calls = sample_calls()
-    assert len(calls) == 25
+    assert len(calls) == 26
     op, args = calls[index]
     torch.library.opcheck(op, args)
 
@@ -138,6 +139,36 @@ def test_composed_ops_have_the_fused_ops_gradients():
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("route", ["eager", "op"])
+def test_given_S_is_the_function_of_x_and_A_that_it_stands_for(route, dtype):
+    """Three layers on columns of one lora_shrink: outputs and gradients of x, A, B and bias are bit
+    for bit those of three layers that compute their own; S needs no gradient."""
+    layers = [
+        lora_inputs(M=70, N=N, K=96, r=r, dtype=dtype) for N, r in ((48, 4), (16, 8), (33, 3))
+    ]
+    x = layers[0][2]
+
+    def call(q, A, B, bias, S=None):
+        if route == "eager":
+            return ops.lora_gemm_4bit(x, q.op_args(), A, B, 2.0, bias, S)
+        return OPS.lora_gemm_4bit(x, *q.op_args(), A, B, 2.0, bias, S)[0]
+
+    with torch.no_grad():
+        columns = ops.lora_shrink(x, torch.cat([A for _, _, _, A, _, _ in layers]), 2.0)
+    columns = columns.split([4, 8, 3], dim=1)
+    for (_, q, _, A, B, bias), S in zip(layers, columns, strict=True):
+        want, got = call(q, A, B, bias), call(q, A, B, bias, S)
+        assert_same_bytes(got, want, "y")
+        dY = torch.randn_like(want)
+        gradients = [torch.autograd.grad(y, (x, A, B, bias), dY) for y in (got, want)]
+        for name, g, w in zip(("x", "A", "B", "bias"), *gradients, strict=True):
+            assert_same_bytes(g, w, f"gradient of {name}")
+    _, q, _, A, B, bias = layers[0]
+    with torch.no_grad():
+        assert_same_bytes(call(q, A, B, bias, columns[0]), call(q, A, B, bias), "y, no gradients")
 
 
 @pytest.mark.parametrize("frozen", ["x", "AB", "xA", "all"])

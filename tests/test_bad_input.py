@@ -110,7 +110,13 @@ def bad_call(**changes):
         **changes,
     }
     return ops.lora_gemm_4bit(
-        call["x"], call["q"].op_args(), call["A"], call["B"], 1.0, call["bias"]
+        call["x"],
+        call["q"].op_args(),
+        call["A"],
+        call["B"],
+        1.0,
+        call["bias"],
+        call.get("lora_S"),
     )
 
 
@@ -134,6 +140,9 @@ def bad_call(**changes):
         ({"B": torch.randn(48, 4).bfloat16()}, "lora_B has dtype bfloat16, want lora_A's float32"),
         ({"bias": torch.randn(47)}, r"bias has shape \[47\], want \[48\]"),
         ({"bias": torch.zeros(48, dtype=torch.int8)}, "bias has dtype int8"),
+        ({"lora_S": torch.randn(5, 3)}, r"lora_S has shape \[5, 3\], want 5 rows of 4"),
+        ({"lora_S": torch.randn(4, 4)}, r"lora_S has shape \[4, 4\], want 5 rows of 4"),
+        ({"lora_S": torch.randn(5, 4).bfloat16()}, "lora_S has dtype bfloat16, want float32"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -262,12 +271,13 @@ def test_meta_tensors_give_shapes():
     assert qlora_ext.linear_4bit(torch.empty(2, 3, 64, device="meta"), q).shape == (2, 3, 48)
 
 
-@pytest.mark.parametrize("argument", ["x", "absmax", "bias", "lora_A", "lora_B"])
+@pytest.mark.parametrize("argument", ["x", "absmax", "bias", "lora_A", "lora_B", "lora_S"])
 def test_a_meta_tensor_among_others(argument):
     """The fake would run, and return memory that nothing wrote."""
     q = make_weight((48, 64), CONFIGS["nf4"])[1]
     call = {"x": torch.randn(5, 64), "bias": torch.randn(48)}
     call |= {"lora_A": torch.randn(4, 64), "lora_B": torch.randn(48, 4)}
+    call |= {"lora_S": torch.randn(5, 4)}
     if argument == "absmax":
         q = dataclasses.replace(q, absmax=q.absmax.to("meta"))
         with pytest.raises(RuntimeError, match="dequantize_4bit: absmax is on meta, want cpu"):
@@ -276,7 +286,13 @@ def test_a_meta_tensor_among_others(argument):
         call[argument] = call[argument].to("meta")
     with pytest.raises(RuntimeError, match=r"(lora_gemm_4bit|lora_shrink): .* is on .*, want "):
         ops.lora_gemm_4bit(
-            call["x"], q.op_args(), call["lora_A"], call["lora_B"], 1.0, call["bias"]
+            call["x"],
+            q.op_args(),
+            call["lora_A"],
+            call["lora_B"],
+            1.0,
+            call["bias"],
+            call["lora_S"],
         )
 
 

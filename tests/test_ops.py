@@ -171,12 +171,18 @@ def test_lora_gemm(backend, shape, dtype, lora_dtype):
     # The same through precomputed S, as layers that share an input do; S a column slice.
     wide = torch.cat([torch.full_like(S, torch.nan), S], dim=1)[:, r:]
     assert_same_bytes(backend.ops.gemm_4bit(x, *q.op_args(), bias, wide, B), y, "y from S")
+    given = backend.ops.lora_gemm_4bit(x, *q.op_args(), A, B, scaling, bias, wide)
+    assert_same_bytes(given[0], y, "y with S given")
+    assert given[1].shape == (0,) and given[1].dtype == torch.float32
 
     dY = as_input(torch.randn(shape[0], shape[1]), dtype, backend)
     dX, dA, dB = backend.ops.lora_gemm_4bit_backward(dY, x, S, *q.op_args(), A, B, scaling, True)
     want_dX, want_dA, want_dB = R.lora_linear_4bit_backward(
         np64(dY), np64(x), array, np64(A), np64(B), scaling
     )
+    sliced = backend.ops.lora_gemm_4bit_backward(dY, x, wide, *q.op_args(), A, B, scaling, True)
+    for got, want_bytes, name in zip(sliced, (dX, dA, dB), ("dX", "dA", "dB"), strict=True):
+        assert_same_bytes(got, want_bytes, f"{name} from columns of S")
     dS = scaling * dY.float() @ B.float()
     assert dA.dtype == dB.dtype == lora_dtype
     assert_close(dX, dY @ W + (dS @ A.float()).to(dtype), want_dX, "dX", tolerance)

@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
                                           int64_t blocksize, const std::string& quant_type,
                                           const OptionalFloats& codebook, const Tensor& lora_A,
                                           const Tensor& lora_B, double scaling,
-                                          const OptionalTensor& bias) {
+                                          const OptionalTensor& bias,
+                                          const OptionalTensor& lora_S) {
   constexpr const char* op = "lora_gemm_4bit";
   const DeviceScope scope(x);
   check_matrix(op, shape);
@@ -121,6 +122,10 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
   input_rows(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
+  // An op must not return its argument, nor is there need to: who gave S keeps it.
+  if (lora_S) {
+    return {gemm_forward(op, x, w, bias, lora_S, lora_B, scope), empty({0}, ScalarType::Float, x)};
+  }
   const Tensor S = lora_shrink(x, lora_A, scaling);
   return {gemm_forward(op, x, w, bias, S, lora_B, scope), S};
 }
