@@ -107,14 +107,11 @@ Tensor gemm_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
   return gemm_forward(op, x, w, bias, lora_S, lora_B, scope);
 }
 
-std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
-                                          const Tensor& absmax, const OptionalTensor& nested,
-                                          const OptionalTensor& mean, const Ints& shape,
-                                          int64_t blocksize, const std::string& quant_type,
-                                          const OptionalFloats& codebook, const Tensor& lora_A,
-                                          const Tensor& lora_B, double scaling,
-                                          const OptionalTensor& bias,
-                                          const OptionalTensor& lora_S) {
+std::tuple<Tensor, Tensor> lora_gemm_4bit(
+    const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested,
+    const OptionalTensor& mean, const Ints& shape, int64_t blocksize, const std::string& quant_type,
+    const OptionalFloats& codebook, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const OptionalTensor& bias, const OptionalTensor& lora_S) {
   constexpr const char* op = "lora_gemm_4bit";
   const DeviceScope scope(x);
   check_matrix(op, shape);

@@ -61,8 +61,7 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(const Tensor& x, const Tensor& packed,
                                           int64_t blocksize, const std::string& quant_type,
                                           const OptionalFloats& codebook, const Tensor& lora_A,
                                           const Tensor& lora_B, double scaling,
-                                          const OptionalTensor& bias,
-                                          const OptionalTensor& lora_S);
+                                          const OptionalTensor& bias, const OptionalTensor& lora_S);
 std::tuple<Tensor, Tensor, Tensor> lora_gemm_4bit_backward(
     const Tensor& dY, const Tensor& x, const Tensor& lora_S, const Tensor& packed,
     const Tensor& absmax, const OptionalTensor& nested, const OptionalTensor& mean,
