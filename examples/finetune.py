@@ -3,6 +3,7 @@
     python examples/finetune.py                         # SmolLM2-135M on Python's own docstrings
     python examples/finetune.py --model NAME_OR_FOLDER --data pairs.jsonl
     python examples/finetune.py --preset full --model ... --data ...   # the customary settings
+    torchrun --nproc-per-node 2 examples/finetune.py ...    # each batch shared by two processes
 
 Leaves in --output: report.json, loss.png, adapter/ (PEFT's format) and merged/ (a plain
 transformers model). An interrupted run goes on where it stopped when the same command is given
@@ -27,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import checkpoints
 import instructions
+import parallel
 import smollm2
 import torch
 import torch.nn.functional as F
@@ -110,16 +112,19 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
-    if args.batch_size % args.micro_batch_size:
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % (args.micro_batch_size * args.processes):
+        several = f" x {args.processes} processes" if args.processes > 1 else ""
         parser.error(
             f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
-            f"{args.micro_batch_size}"
+            f"{args.micro_batch_size}{several}"
         )
     return args
 
 
 def main() -> None:
     args = parse_arguments()
+    parallel.start(args.device)
     transformers.utils.logging.disable_progress_bar()
     report = Report(args)
     torch.manual_seed(args.seed)
@@ -136,7 +141,7 @@ def main() -> None:
 
     with report.timed("quantize"):
         config = qlora_ext.QuantConfig(quant_type=args.quant_type, blocksize=args.blocksize)
-        model = qlora_ext.quantize_model(model, config)
+        model = qlora_ext.quantize_model(model, config, progress_bar=parallel.is_first())
     say(f"{model.quantization_report}")
 
     if resumed is None:
@@ -146,7 +151,8 @@ def main() -> None:
         report.answers["before"] = answer(model, tokenizer, report.prompt, args)
 
     model = qlora_ext.add_lora(model, lora_config(args))
-    qlora_ext.print_trainable_parameters(model)
+    if parallel.is_first():
+        qlora_ext.print_trainable_parameters(model)
     report.take_memory(model)
     with report.timed("train_and_checkpoints"):
         train(model, train_pairs, args, report, resumed)
@@ -155,11 +161,10 @@ def main() -> None:
         report.losses["trained"] = evaluate(model, held_out, args)
     say(f"Held-out loss after training: {report.losses['trained']:.4f}")
     report.answers["after"] = answer(model, tokenizer, report.prompt, args)
-    checkpoints.write_folder(
-        args.output / "adapter", lambda folder: qlora_ext.save_adapter(model, folder)
-    )
+    write_folder(args.output / "adapter", lambda folder: qlora_ext.save_adapter(model, folder))
     merge(model, tokenizer, held_out, args, report)
-    report.finish()
+    if parallel.is_first():
+        report.finish()
 
 
 # --- before training
@@ -173,6 +178,7 @@ def choose_precision(args, report) -> None:
         report.precision = {"chosen": args.precision, "why": "--precision"}
         return
     seconds = {name: seconds_of_layer(args.device, PRECISIONS[name]) for name in ("fp32", "bf16")}
+    seconds = parallel.from_first(seconds)
     chosen = "bf16" if seconds["bf16"] * 1.2 < seconds["fp32"] else "fp32"
     times = ", ".join(f"{1e3 * taken:.1f} ms in {name}" for name, taken in seconds.items())
     why = f"a 4-bit layer and a dense one, forward and backward, took {times}"
@@ -206,7 +212,9 @@ def load_base(args, report):
     name = args.model
     if name is None:
         with report.timed("convert"):  # next to nothing where it was converted before
-            name = smollm2.folder(args.cache)
+            if parallel.is_first():
+                name = smollm2.folder(args.cache)
+            name = parallel.from_first(name)
     with report.timed("load"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -278,14 +286,13 @@ def on_device(batch: dict, args) -> dict:
 
 @torch.no_grad()
 def evaluate(model, batches: list[dict], args) -> float:
-    """Mean cross entropy per answer token, in nats."""
+    """Mean cross entropy per answer token, in nats; each process takes some of the batches."""
     was_training = model.training
     model.eval()
-    total = sum(
-        token_losses(model, on_device(b, args)).item()
-        for b in tqdm(batches, desc="evaluating", leave=False, file=sys.stdout)
-    )
+    bar = progress(desc="evaluating", leave=False, iterable=parallel.share(batches))
+    own = sum(token_losses(model, on_device(b, args)).item() for b in bar)
     model.train(was_training)
+    (total,) = parallel.total(own)
     return total / sum(map(labelled, batches))
 
 
@@ -305,6 +312,9 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
+    wrapped = parallel.wrapped(model)
+    if parallel.rank():
+        torch.manual_seed(args.seed + parallel.rank())  # each process drops other inputs out
     precision = PRECISIONS[report.precision["chosen"]]
     scaler = torch.amp.GradScaler(args.device, enabled=precision == torch.float16)
     per_step = args.batch_size // args.micro_batch_size
@@ -314,7 +324,8 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             for name, parameter in trained.items():
                 parameter.copy_(resumed["adapter"][name])
         optimizer.load_state_dict(resumed["optimizer"])
-        set_random_states(resumed, args)  # dropout goes on with the numbers it would have drawn
+        # Dropout goes on with the numbers it would have drawn.
+        set_random_states(resumed["random"][parallel.rank()], args)
         if resumed.get("scaler"):  # empty where there is nothing to scale
             scaler.load_state_dict(resumed["scaler"])
         steps, step = resumed["steps"], resumed["step"]
@@ -326,16 +337,18 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             "adapter": {name: p.detach().cpu() for name, p in trained.items()},
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
-            **random_states(args),
+            "random": parallel.gathered(random_states(args)),
             **report.to_resume(),
         }
+        if not parallel.is_first():
+            return
         try:
             report.last_checkpoint = checkpoints.save_checkpoint(args.output / "checkpoints", state)
         except OSError as e:  # training is worth more than this checkpoint; the one before it stays
             say(f"The checkpoint of step {step} could not be written ({e}); training goes on")
 
     model.train()
-    bar = tqdm(total=steps, initial=step, desc="training", file=sys.stdout)
+    bar = progress(total=steps, initial=step, desc="training")
     durations = []
     with stop_signals() as stopped:
         while step < steps:
@@ -345,11 +358,15 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * rate(step, steps, args)
             loss = 0.0
-            for batch in micro_batches:
-                with lower_precision(args.device, precision):
-                    share = token_losses(model, on_device(batch, args)) / answer_tokens
-                scaler.scale(share).backward()
+            own = parallel.share(micro_batches)
+            for i, batch in enumerate(own):
+                with parallel.averaging(wrapped, now=i == len(own) - 1):
+                    with lower_precision(args.device, precision):
+                        share = token_losses(wrapped, on_device(batch, args)) / answer_tokens
+                    # Averaged over the processes, gradients are to be summed over them.
+                    scaler.scale(share * parallel.count()).backward()
                 loss += share.item()
+            (loss,) = parallel.total(loss)
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
             scaler.step(optimizer)
@@ -369,9 +386,10 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             bar.update()
             # Three steps tell the pace; the first is left out, since it also warms caches up.
             if len(durations) == 4 and resumed is None and not args.steps_given and args.minutes:
-                steps = bar.total = fitting_steps(steps, sorted(durations[1:])[1], args)
+                pace = parallel.from_first(sorted(durations[1:])[1])
+                steps = bar.total = fitting_steps(steps, pace, args)
                 bar.refresh()
-            if stopped:
+            if any(parallel.total(bool(stopped))):  # of whichever process was told
                 save()
                 bar.close()
                 raise SystemExit(
@@ -430,6 +448,8 @@ def stop_signals():
 @torch.no_grad()
 def answer(model, tokenizer, prompt: str, args) -> str:
     """What the model says to `prompt`, taking its likeliest token each time."""
+    if not parallel.is_first():
+        return ""
     was_training = model.training
     model.eval()
     ids = torch.tensor([instructions.prompt_ids(tokenizer, prompt)], device=args.device)
@@ -458,7 +478,7 @@ def merge(model, tokenizer, held_out, args, report) -> None:
             merged = qlora_ext.merge_and_unload(copy.deepcopy(model), dtype, progress_bar=False)
         if name == "fp16":
             with report.timed("save_merged"):
-                checkpoints.write_folder(
+                write_folder(
                     args.output / "merged",
                     lambda folder, merged=merged: (
                         merged.save_pretrained(folder),
@@ -487,7 +507,10 @@ def find_checkpoint(args, report) -> dict | None:
     """The state that this run goes on from, or None."""
     if args.fresh:
         return None
-    found = checkpoints.load_newest(args.output / "checkpoints")
+    found = None
+    if parallel.is_first():
+        found = checkpoints.load_newest(args.output / "checkpoints")
+    found = parallel.from_first(found)
     if found is None:
         return None
     state, path = found
@@ -694,9 +717,21 @@ def plot(path: Path, history: list[dict], losses: dict) -> None:
     checkpoints.write_file(path, image.getvalue())
 
 
+def write_folder(path: Path, fill) -> None:
+    """`checkpoints.write_folder` by the first process."""
+    if parallel.is_first():
+        checkpoints.write_folder(path, fill)
+
+
+def progress(**settings) -> tqdm:
+    """A progress bar, of the first process."""
+    return tqdm(**settings, file=sys.stdout, disable=not parallel.is_first())
+
+
 def say(text: str) -> None:
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    if parallel.is_first():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -707,3 +742,4 @@ if __name__ == "__main__":
             f"{type(e).__name__}: {e}\nCheckpoints are written whole or not at all: the same "
             "command goes on from the last one, if there is one."
         ) from e
+    parallel.finish()

@@ -50,13 +50,23 @@ def pairs_file(tmp_path_factory) -> Path:
     return path
 
 
-def finetune(tiny_model, pairs_file, output, *more, ends=0) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable, EXAMPLES / "finetune.py", "--model", tiny_model, "--data", pairs_file,
-        "--output", output, "--batch-size", 4, "--micro-batch-size", 2, "--eval-pairs", 8,
-        "--warmup", 2, "--checkpoint-every", 2, "--precision", "fp32", *more,
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+def arguments(tiny_model, pairs_file, output, *more) -> list[str]:
+    return list(map(str, [
+        "--model", tiny_model, "--data", pairs_file, "--output", output, "--batch-size", 4,
+        "--micro-batch-size", 2, "--eval-pairs", 8, "--warmup", 2, "--checkpoint-every", 2,
+        "--precision", "fp32", *more,
+    ]))  # fmt: skip
+
+
+def finetune(*settings, ends=0, by=(EXAMPLES / "finetune.py",)) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, *map(str, by), *arguments(*settings)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # Torch names the interface by the host's name, which need not resolve.
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )
     assert done.returncode == ends, done.stdout + done.stderr
     return done
 
@@ -228,10 +238,8 @@ def test_an_interrupted_run_goes_on(tiny_model, pairs_file, tmp_path, example, m
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match=f"after step {after}"):
         patched.setattr(module.Report, "step_done", step_done)
-        patched.setattr(sys, "argv", ["finetune.py", *map(str, [
-            "--model", tiny_model, "--data", pairs_file, "--output", parts, "--batch-size", 4,
-            "--micro-batch-size", 2, "--eval-pairs", 8, "--warmup", 2, "--checkpoint-every", 2,
-            "--precision", "fp32", "--steps", 6])])  # fmt: skip
+        command = ["finetune.py", *arguments(tiny_model, pairs_file, parts, "--steps", 6)]
+        patched.setattr(sys, "argv", command)
         module.main()
     assert list((parts / "checkpoints").glob(f"step-{after:06d}.pt"))
 
@@ -244,6 +252,57 @@ def test_an_interrupted_run_goes_on(tiny_model, pairs_file, tmp_path, example, m
     assert histories[0] == histories[1]
     assert reports[0]["held_out_loss"] == reports[1]["held_out_loss"]
     assert reports[1]["training"]["resumed_at"] == [after]
+
+
+def test_torchrun_trains_as_one_process(tiny_model, pairs_file, tmp_path, example):
+    """Two processes share each batch; one of them is told to stop, and both go on from there."""
+    settings = ("--steps", 3, "--dropout", 0, "--learning-rate", "1e-2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finetune(tiny_model, pairs_file, one, *settings)
+
+    stops = tmp_path / "stops.py"  # the example, stopped in its second process after a step
+    stops.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import finetune\n"
+        "real = finetune.Report.step_done\n"
+        "def step_done(self, *measured):\n"
+        "    real(self, *measured)\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "finetune.Report.step_done = step_done\n"
+        "finetune.main()\n"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    said = finetune(tiny_model, pairs_file, two, *settings, by=(*torchrun, stops), ends=1)
+    assert "Interrupted after step 1 of 3" in said.stderr
+    state = torch.load(two / "checkpoints" / "step-000001.pt")
+    first, second = (states["rng"] for states in state["random"])
+    assert not torch.equal(first, second)
+    # One process has other random numbers to go on with: refused.
+    module = example("finetune")
+    args = module.parse_arguments(arguments(tiny_model, pairs_file, two, *settings))
+    with pytest.raises(SystemExit, match="processes was 2, is 1"):
+        module.find_checkpoint(args, module.Report(args))
+
+    by = (*torchrun, EXAMPLES / "finetune.py")
+    said = finetune(tiny_model, pairs_file, two, *settings, by=by).stdout
+    assert said.count("Going on from step 1 of 3") == 1  # one process speaks
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
+    assert reports[1]["training"]["resumed_at"] == [1]
+    for name, loss in reports[0]["held_out_loss"].items():
+        assert reports[1]["held_out_loss"][name] == pytest.approx(loss, rel=1e-5), name
+    histories = [[step["loss"] for step in r["training"]["history"]] for r in reports]
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5)
+    assert sorted(os.listdir(two)) == sorted(os.listdir(one))
+
+
+def test_a_batch_is_shared_evenly(example, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        example("finetune").parse_arguments(["--batch-size", "6", "--micro-batch-size", "2"])
+    said = capsys.readouterr().err
+    assert "--batch-size 6 is not a multiple of --micro-batch-size 2 x 2 processes" in said
 
 
 class Table(torch.nn.Module):
@@ -289,7 +348,7 @@ def test_a_resumed_run_has_the_scale_and_the_generators_that_it_had(example, tmp
     module.train(Table(), batches, args, report, state)  # no step is left to take
     assert scalers[1].get_scale() == 8.0 * 2**3
     assert torch.equal(cuda["state"], torch.arange(16, dtype=torch.uint8))
-    assert torch.equal(torch.get_rng_state(), state["rng"])
+    assert torch.equal(torch.get_rng_state(), state["random"][0]["rng"])
 
 
 def test_training_goes_on_without_a_place_for_checkpoints(example, tmp_path, monkeypatch, capsys):

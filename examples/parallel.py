@@ -1,0 +1,100 @@
+"""Several processes that share each batch, as `torchrun` starts them (DDP).
+
+Without torchrun there is one process, and each function here is its plain case.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from qlora_ext.experts import Experts4bit
+
+
+def start(device: str) -> None:
+    """Joins the other processes, if there are any; on CUDA each takes the GPU of its number."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+
+
+def finish(status: int = 0) -> None:
+    """Ends a process that is one of several; returns where there is one.
+
+    Python's own shutdown is left out: gloo's threads free the tensors of finished collectives, and
+    one that asks for the interpreter while it shuts down aborts the process (torch 2.13).
+    """
+    if not dist.is_initialized():
+        return
+    if status == 0:
+        dist.barrier()  # the first process is still writing when the others are done
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return rank() == 0
+
+
+def share(items: list) -> list:
+    """The items that are this process's own: each belongs to one process."""
+    return items[rank() :: count()]
+
+
+def total(*values: float) -> list[float]:
+    """Each value summed over all processes."""
+    if count() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def from_first(value):
+    """The first process's value, in all of them."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(value) -> list:
+    """Every process's value, by rank."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model whose backward pass averages gradients over all processes.
+
+    An expert that no token was sent to has no gradient, for which DDP has to search.
+    """
+    if count() == 1:
+        return model
+    experts = any(isinstance(m, Experts4bit) for m in model.modules())
+    return DistributedDataParallel(model, find_unused_parameters=experts)
+
+
+def averaging(model: torch.nn.Module, now: bool):
+    """Backward passes below this point average gradients now, or leave them for a later one."""
+    return contextlib.nullcontext() if now or count() == 1 else model.no_sync()
