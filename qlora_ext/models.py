@@ -23,7 +23,6 @@ from .nn import (
     _Packed4bit,
     is_conv1d,
     is_plain_linear,
-    panels_pay,
 )
 from .quantized_tensor import QuantConfig
 
@@ -485,7 +484,7 @@ def quantize_model(
         modules_to_not_convert: names, or dotted parts of names, of layers to leave alone.
         quantize_embeddings: pack untied nn.Embedding tables too.
         dense_panels: make the nn.Linear layers that stay dense PanelLinear, which compute in fp32
-            panels; None does so where the CPU has no instructions for their dtype.
+            panels: True always, False never, None where this CPU has no instructions for the dtype.
         progress_bar: show a tqdm bar.
 
     Returns:
@@ -551,15 +550,18 @@ def quantize_model(
 
 
 def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
-    """Makes a model's plain nn.Linear layers PanelLinear, in place.
+    """Makes a model's plain nn.Linear layers on a CPU PanelLinear, in place.
 
     Args:
-        panels: True for all of them, False for none, None where torch's own product with the weight
-            is slow on this machine. Parameters, ties and the state dict stay what they are.
+        panels: True: they use panels for bf16 and fp16 always; None: where torch's own product is
+            slow on this machine, which each call decides; False changes nothing. Parameters, ties
+            and the state dict stay what they are.
     """
+    if panels is False:
+        return
     for layer in [m for m in model.modules() if type(m) is nn.Linear]:
-        if panels_pay(layer.weight) if panels is None else panels:
-            replace_module(model, layer, PanelLinear.from_linear(layer))
+        if panels or (layer.weight.device.type == "cpu" and layer.weight.is_floating_point()):
+            replace_module(model, layer, PanelLinear.from_linear(layer, always=bool(panels)))
 
 
 def linear_names(model: nn.Module) -> list[str]:

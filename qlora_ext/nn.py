@@ -397,23 +397,25 @@ def _check_source(name: str, linear: nn.Module) -> None:
 # Unquantized layers -------------------------------------------------------------------------------
 
 
-def panels_pay(weight: torch.Tensor) -> bool:
-    """Whether torch's own product with this dense weight is slow on this machine: bf16 or fp16 on a
-    CPU without the instructions for it. (One core, 1536 x 576 and 8192 x 576, 192 rows: forward 5x
-    slower than through fp32 panels, backward 40x; with avx512_bf16, bf16 is 2x faster. 2026-11.)"""
-    if weight.device.type != "cpu":
-        return False
-    if weight.dtype == torch.bfloat16:
-        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return weight.dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported()
+def _slow_on_cpu() -> frozenset[torch.dtype]:
+    """The dtypes that this CPU has no instructions for, so that torch's own products are slow. (One
+    core, 1536 x 576 and 8192 x 576, 192 rows: forward 5x slower than through fp32 panels, backward
+    40x; with avx512_bf16, bf16 is 2x faster. 2026-11.)"""
+    bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    float16 = torch.cpu._is_amx_fp16_supported()
+    slow = {torch.bfloat16: not bfloat16, torch.float16: not float16}
+    return frozenset(dtype for dtype, is_slow in slow.items() if is_slow)
 
 
-def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
-    """x W^T + b through fp32 panels where that is faster than torch's own product."""
-    low = weight.dtype in (torch.bfloat16, torch.float16) and x.dtype is weight.dtype
+SLOW_ON_CPU = _slow_on_cpu()
+
+
+def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias, always: bool) -> torch.Tensor:
+    """x W^T + b, through fp32 panels where that is faster than torch's own product, or always."""
+    low = weight.dtype in (SLOW_ON_CPU if not always else (torch.bfloat16, torch.float16))
     # A backward to come decides for the panels: it gains most.
     many = x.numel() >= 4 * weight.shape[1] or (x.requires_grad and torch.is_grad_enabled())
-    if low and many and x.device.type == "cpu":
+    if low and x.dtype is weight.dtype and many and x.device.type == "cpu":
         return ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -422,27 +424,31 @@ class PanelLinear(nn.Linear):
     """An unquantized nn.Linear (a language model's head) that is fast in bf16 and fp16 on any CPU.
 
     Its products, forward and backward, decode panels of the weight to fp32 where torch's own would
-    run without instructions for the dtype. Parameters and state dict are nn.Linear's own, so a tied
-    weight stays tied. x: [..., in_features] -> [..., out_features] in x's dtype.
+    run without instructions for the dtype. Each call decides: the weight may be cast or moved.
+    Parameters and state dict are nn.Linear's own, so a tied weight stays tied.
+    x: [..., in_features] -> [..., out_features] in x's dtype.
     """
 
-    panels = True
+    always_panels = False
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear):
-        """The same layer, sharing its parameters. TypeError for anything but a plain nn.Linear."""
+    def from_linear(cls, linear: nn.Linear, always: bool = False):
+        """The same layer, sharing its parameters; always: also where torch's product is fast.
+
+        TypeError for anything but a plain nn.Linear.
+        """
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"{cls.__name__}: linear is a {type(linear).__name__}, want a plain nn.Linear"
             )
         self = cls.__new__(cls)
         _share(linear, self)
-        self.panels = True  # on the instance, for an adapter to take over
+        self.always_panels = always  # on the instance, for an adapter to take over
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features]."""
-        return _panel_product(x, self.weight, self.bias)
+        return _panel_product(x, self.weight, self.bias, self.always_panels)
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
@@ -493,7 +499,15 @@ class _Lora(nn.Module):
         self.lora_B = nn.Parameter(lora_A.new_zeros(self.out_features, r))
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
-        """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+        """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+
+        ValueError unless lora_alpha is a finite, positive number, as LoraConfig wants it.
+        """
+        number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
+        if not number or not 0 < lora_alpha < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}: lora_alpha is {lora_alpha!r}, want a finite number above 0"
+            )
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
@@ -595,7 +609,7 @@ class LoraLinear(_Lora, nn.Linear):
     LoraLinear4bit; x: [..., in_features] -> [..., out_features].
     """
 
-    panels = False  # whether it was made from a PanelLinear
+    always_panels = None  # a PanelLinear's, where it was made from one
 
     @classmethod
     def from_linear(
@@ -627,8 +641,10 @@ class LoraLinear(_Lora, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features]."""
-        product = _panel_product if self.panels else F.linear
-        y = product(x, self.weight, self.bias)
+        if self.always_panels is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = _panel_product(x, self.weight, self.bias, self.always_panels)
         dropped = F.dropout(x, self.lora_dropout, self.training)
         S = F.linear(dropped.to(self.lora_A.dtype), self.lora_A)
         return y + (F.linear(S, self.lora_B) * self.scaling).to(y.dtype)

@@ -12,8 +12,7 @@ from integration_helpers import ids, logits, run_python, tiny_llama
 pytest.importorskip("transformers")
 
 import qlora_ext
-from qlora_ext.models import use_dense_panels
-from qlora_ext.nn import Linear4bit
+from qlora_ext.nn import Linear4bit, PanelLinear
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_loading_packs_what_quantize_4bit_packs(llama, packed):
         assert torch.equal(got.packed, want.packed), name
         assert torch.equal(got.absmax, want.absmax), name
         assert torch.equal(got.nested, want.nested), name
-    assert type(model.lm_head) is torch.nn.Linear
+    assert type(model.lm_head) is PanelLinear
 
 
 def test_logits_are_those_of_the_dequantized_model(llama, packed):
@@ -275,7 +274,6 @@ def test_reload_in_another_dtype(packed, dtype):
     # .to() also rounds the rotary frequencies, which loading keeps in float32.
     cast.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     assert_same_bytes(cast, model)
-    use_dense_panels(cast)  # as loading does, for the dtype that was loaded
     assert torch.equal(logits(again), logits(cast))
     # A layer that was packed, saved and read in another dtype is the same function.
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -346,7 +344,7 @@ def test_another_head_on_a_packed_base(packed):
     base = AutoModel.from_pretrained(path)
     assert_same_bytes(base.layers, model.model.layers)
     classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
-    assert type(classifier.score) is torch.nn.Linear
+    assert type(classifier.score) is PanelLinear
     assert_same_bytes(classifier.model.layers, model.model.layers)
 
 

@@ -18,7 +18,7 @@ from qlora_ext import (
     quantize_model,
     save_adapter,
 )
-from qlora_ext.nn import Linear4bit, LoraLinear, LoraLinear4bit
+from qlora_ext.nn import Linear4bit, LoraLinear, LoraLinear4bit, PanelLinear
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -147,7 +147,7 @@ def test_explicit_targets():
     pattern = LoraConfig(target_modules=r".*\.layers\.0\..*_proj")
     assert len(adapted_names(add_lora(copy.deepcopy(model), pattern))) == 7
     everywhere = add_lora(model, LoraConfig(target_modules="all-linear"))
-    assert len(adapted_names(everywhere)) == 7 and type(everywhere.lm_head) is nn.Linear
+    assert len(adapted_names(everywhere)) == 7 and type(everywhere.lm_head) is PanelLinear
 
 
 def test_adapter_dtype():

@@ -122,7 +122,7 @@ def test_protected_layers_stay_and_are_reported():
         UserWarning, match=r"block\.\*\.layer\.\*\.DenseReluDense\.wo \(kept in fp32"
     ):
         quantize(model)
-    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is nn.Linear
+    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is PanelLinear
     assert isinstance(model.encoder.block[0].layer[1].DenseReluDense.wi, Linear4bit)
 
 
@@ -234,7 +234,7 @@ def test_hooks_on_experts_follow():
 def test_task_head_stays():
     config = transformers.LlamaConfig(**tiny.LLAMA, num_labels=3)
     model = quantize(transformers.LlamaForSequenceClassification(config))
-    assert type(model.score) is nn.Linear and len(packed_names(model)) == 14
+    assert type(model.score) is PanelLinear and len(packed_names(model)) == 14
 
 
 def test_shared_module_is_replaced_everywhere():
@@ -416,11 +416,10 @@ def test_non_finite_weight_names_its_layer():
         quantize(model)
 
 
-def test_loading_takes_dense_panels_where_they_pay(tmp_path, monkeypatch):
+def test_loading_takes_dense_panels(tmp_path):
     import qlora_ext
 
     tiny.make("llama", torch.float16).save_pretrained(tmp_path)
-    monkeypatch.setattr("qlora_ext.models.panels_pay", lambda weight: True)
     model = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float16, quantization_config=qlora_ext.QLoraExtConfig()
     )

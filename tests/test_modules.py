@@ -366,6 +366,9 @@ def test_bad_lora_arguments_are_refused():
     base = Linear4bit.from_linear(dense_layer(16, 64))
     with pytest.raises(ValueError, match="lora_dropout is 1"):
         LoraLinear4bit.from_linear(base, lora_dropout=1)
+    for alpha in (0, -1, float("nan"), float("inf"), "16", True):
+        with pytest.raises(ValueError, match=r"lora_alpha is .*, want a finite number above 0"):
+            LoraLinear4bit.from_linear(base, lora_alpha=alpha)
     with pytest.raises(TypeError, match=r"lora_dtype is torch\.float64"):
         LoraLinear4bit.from_linear(base, lora_dtype=torch.float64)
     with pytest.raises(TypeError, match="config is given for a layer that is quantized already"):
@@ -573,7 +576,7 @@ def test_exports():
 @pytest.mark.parametrize("rows", [1, 5])
 def test_panel_linear_is_nn_linear(dtype, rows):
     dense = dense_layer(16, 64, dtype=dtype)
-    layer = PanelLinear.from_linear(dense)
+    layer = PanelLinear.from_linear(dense, always=True)
     assert layer.weight is dense.weight and layer.bias is dense.bias
     assert layer.state_dict().keys() == dense.state_dict().keys()
     dY = seeded(rows, 16, seed=2, dtype=dtype)
@@ -596,10 +599,26 @@ def test_panel_linear_under_autocast_and_with_an_adapter():
     layer = PanelLinear.from_linear(dense_layer(16, 64))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(seeded(5, 64)).dtype == torch.bfloat16
-    low = PanelLinear.from_linear(dense_layer(16, 64, dtype=torch.bfloat16))
+    low = PanelLinear.from_linear(dense_layer(16, 64, dtype=torch.bfloat16), always=True)
     adapted_head = LoraLinear.from_linear(low, r=2)
-    assert adapted_head.panels and adapted_head.weight is low.weight
+    assert adapted_head.always_panels and adapted_head.weight is low.weight
     x = seeded(5, 64, dtype=torch.bfloat16).requires_grad_()
     assert torch.equal(adapted_head(x), low(x))
     with pytest.raises(TypeError, match="linear is a PanelLinear, want a plain"):
         PanelLinear.from_linear(low)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_panel_linear_decides_at_each_call(slow, monkeypatch):
+    slow_dtypes = frozenset([torch.float16] if slow else [])
+    monkeypatch.setattr("qlora_ext.nn.SLOW_ON_CPU", slow_dtypes)
+    layer = PanelLinear.from_linear(dense_layer(16, 64))
+    adapted = LoraLinear.from_linear(layer, r=2)
+    calls = []
+    monkeypatch.setattr("qlora_ext.nn.ops.linear", lambda *args: calls.append(1) or args[0])
+    for module in (layer, adapted):
+        assert module(seeded(5, 64)).shape == (5, 16)
+    assert not calls
+    layer.half()(seeded(5, 64, dtype=torch.float16))
+    layer.bfloat16()(seeded(5, 64, dtype=torch.bfloat16))
+    assert len(calls) == slow
