@@ -25,6 +25,10 @@ SETTINGS = {
     "nf4-nested": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "nf4": {"bnb_4bit_quant_type": "nf4"},
     "fp4-nested": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "fp4-fp32-storage": {
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_quant_storage": torch.float32,
+    },
     "nf4-bf16-storage": {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,

@@ -1,17 +1,57 @@
 """DDP and FSDP2 with packed layers, two gloo processes on the CPU against one process."""
 
+import sys
+
 import processes
 import pytest
 
-MODES = ["ddp", "fsdp2", "fsdp2_bfloat16"]
+MODES = ["ddp", "ddp_experts", "fsdp2", "fsdp2_bfloat16", "fsdp2_offload"]
 
 
-def test_two_processes_train_as_one():
+def test_two_processes_train_as_one_and_go_on_from_a_checkpoint(tmp_path):
     pytest.importorskip("transformers")
-    processes.run(__file__)
+    processes.run(__file__, str(tmp_path / "checkpoint"))
 
 
 # What each process runs ---------------------------------------------------------------------------
+
+
+def build(family="llama", seed=0):
+    """A packed tiny model with adapters that are not zero."""
+    import tiny_models as tiny
+    import torch
+
+    from qlora_ext import LoraConfig, add_lora, quantize_model
+
+    model = quantize_model(tiny.make(family), progress_bar=False)
+    add_lora(model, LoraConfig(key=True, projection=True, mlp=True, lora_dropout=0.0))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def shard(model, mode):
+    """FSDP2 over each layer and the model."""
+    import torch
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    low = torch.bfloat16 if mode == "fsdp2_bfloat16" else None
+    settings = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=False) if mode == "fsdp2_offload" else OffloadPolicy()
+        ),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **settings)
+    return fully_shard(model, **settings)
 
 
 def train(mode):
@@ -24,39 +64,26 @@ def train(mode):
         set_model_state_dict,
     )
 
-    from qlora_ext import LoraConfig, add_lora, quantize_model
-
-    def build():
-        model = quantize_model(tiny.make("llama"), progress_bar=False)
-        add_lora(model, LoraConfig(key=True, projection=True, mlp=True, lora_dropout=0.0))
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.1, generator=generator)
-        return model
-
     def full(tensor):
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
+    family = "mixtral" if mode == "ddp_experts" else "llama"
     rank = dist.get_rank()
-    ids = tiny.inputs(build())["input_ids"]  # one row for each process
-    one = build()
+    ids = tiny.inputs(build(family))["input_ids"]  # one row for each process
+    one = build(family)
     one_loss = one(input_ids=ids, labels=ids).loss
     one_loss.backward()
 
-    model = build()
+    model = build(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wrapped = model
-    if mode == "ddp":
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    if mode.startswith("ddp"):
+        # An expert that no token was sent to has no gradient in that process.
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=family == "mixtral"
+        )
     else:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        low = torch.bfloat16 if mode.endswith("bfloat16") else None
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-        for layer in model.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+        shard(model, mode)
         local = sum(p.to_local().nbytes for p in model.parameters())
         assert local <= 0.51 * sum(p.nbytes for p in one.parameters())
 
@@ -68,7 +95,7 @@ def train(mode):
     tolerance = 2e-2 if mode.endswith("bfloat16") else 1e-5
     torch.testing.assert_close(mean / 2, one_loss.detach(), rtol=tolerance, atol=tolerance)
     gradients = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
-    assert len(gradients) == 28
+    assert len(gradients) == 28 if family == "llama" else len(gradients) > 16
     largest = max(g.abs().max() for g in gradients.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in gradients)
@@ -81,8 +108,8 @@ def train(mode):
         if tensor.dtype == torch.uint8:
             assert torch.equal(full(tensor), before[name]), name
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    again = build()
-    if mode == "ddp" or rank == 0:
+    again = build(family)
+    if mode.startswith("ddp") or rank == 0:
         again.load_state_dict(gathered)
         assert torch.equal(tiny.logits(again), tiny.logits(one))
     set_model_state_dict(model, dict(before), options=StateDictOptions(full_state_dict=True))
@@ -90,10 +117,48 @@ def train(mode):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     optimizer.step()
     moved = sum(not torch.equal(full(t), before[n]) for n, t in model.state_dict().items())
-    assert moved == 28, moved
+    assert moved == len(gradients), moved
+
+
+def resume(folder):
+    """Sharded model and optimizer through a checkpoint on disk into others: the same next steps."""
+    import tiny_models as tiny
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    ids = tiny.inputs(build())["input_ids"][dist.get_rank()][None]
+
+    def made(seed):
+        model = shard(build(seed=seed), "fsdp2_bfloat16")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model, torch.optim.AdamW(trained, lr=1e-2)
+
+    def step(model, optimizer):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def state(model, optimizer):
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+    first, other = made(seed=0), made(seed=1)
+    for _ in range(2):
+        step(*first)
+    dcp.save(state(*first), checkpoint_id=folder)
+    read = state(*other)
+    dcp.load(read, checkpoint_id=folder)
+    set_state_dict(*other, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    assert [step(*first) for _ in range(2)] == [step(*other) for _ in range(2)]
+    for (name, one), two in zip(first[0].state_dict().items(), other[0].state_dict().values()):
+        assert torch.equal(one.to_local(), two.to_local()), name
 
 
 if __name__ == "__main__":
     with processes.group():
         for each in MODES:
             train(each)
+        resume(sys.argv[1])
