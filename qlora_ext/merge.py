@@ -210,7 +210,11 @@ def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
             if parameter is None or not parameter.is_floating_point() or "lora_" in key:
                 continue
             if dtype == torch.float16:
-                _check_values(f"{name}.{key}", parameter, dtype)
+                _check_values(f"{name}.{key}".lstrip("."), parameter, dtype)
+        for key, buffer in module._buffers.items() if dtype == torch.float16 else ():
+            if buffer is not None and buffer.is_floating_point() and _is_saved(module, key):
+                # A mask's infinities stay what they are.
+                _check_values(f"{name}.{key}".lstrip("."), buffer[buffer.isfinite()], dtype)
 
 
 def _check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """merge_and_unload: exact sums, one rounding, and a plain model at the end."""
 
+import copy
 import re
 import weakref
 
@@ -231,6 +232,19 @@ def test_a_single_layer_is_no_model():
     with pytest.raises(TypeError, match="model is a single LoraLinear4bit, want a model that"):
         merge(layer)
     assert type(merge(nn.Sequential(layer))[0]) is nn.Linear
+
+
+def test_a_saved_buffer_beyond_float16_is_refused():
+    model = trained()
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    model.register_buffer("scratch", torch.tensor([1e9]), persistent=False)
+    bad = copy.deepcopy(model)
+    bad.register_buffer("bias_table", torch.tensor([1e9]))
+    with pytest.raises(OverflowError, match=r": bias_table holds 1e\+09, want at most 65504"):
+        merge(bad)
+    merge(model)
+    assert model.mask[1] == -torch.inf and model.mask.dtype == torch.float16
+    assert model.scratch == 1e9
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
