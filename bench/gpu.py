@@ -44,6 +44,7 @@ LAYERS = {
     "Qwen2.5-7B mlp up": (18944, 3584),
 }
 FOCUS = ("Llama-8B mlp up", "Llama-70B q", "Llama-8B q")  # the bars' shapes, measured first
+COPY_BYTES, MATMUL_SIZE = 1 << 30, 8192  # what this run's own ceilings are measured with
 
 
 # ---------------------------------------------------------------- timing
@@ -110,12 +111,13 @@ class Bench:
         self.bnb = bnb
 
     def ceilings(self):
-        """Bytes per second of a device copy (read plus written), flops of an 8192^3 bf16 matmul."""
-        a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        """Bytes per second of a device copy (read plus written), flops of a bf16 matmul."""
+        n = MATMUL_SIZE
+        a = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
         b = torch.empty_like(a)
-        x, w = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+        x, w = (torch.randn(n, n, device="cuda", dtype=BF16) for _ in range(2))
         times, _ = compare({"copy": lambda i: b.copy_(a), "matmul": lambda i: x @ w}, 2, 9)
-        return 2 * a.numel() / times["copy"] * 1e6, 2 * 8192**3 / times["matmul"] * 1e6
+        return 2 * a.numel() / times["copy"] * 1e6, 2 * n**3 / times["matmul"] * 1e6
 
     def floor(self, moved: float, flops: float = 0.0) -> float:
         return 1e6 * max(moved / self.copy, flops / self.matmul)
@@ -246,6 +248,9 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
         "ours": lambda i: ops.lora_gemm_4bit(x, *w.ours[i], A, B, SCALING),
         "dense bf16": lambda i: F.linear(x, w.bf16(i)),
         "dense bf16+LoRA": lambda i: unfused(F.linear(x, w.bf16(i))),
+        "dequantize+cuBLAS+LoRA": lambda i: unfused(
+            F.linear(x, ops.dequantize_4bit(*w.ours[i], BF16))
+        ),
     }
     if w.peer:
         import bitsandbytes
@@ -265,6 +270,7 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
     contenders = {
         "ours": lambda i: ops.lora_gemm_4bit_backward(dY, x, S, *w.ours[i], A, B, SCALING, True),
         "dense bf16+LoRA": lambda i: unfused_backward(w.bf16(i)),
+        "dequantize+cuBLAS+LoRA": lambda i: unfused_backward(ops.dequantize_4bit(*w.ours[i], BF16)),
     }
     if w.peer:
         contenders["bitsandbytes+LoRA"] = lambda i: unfused_backward(

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "kernel_report"
 PAGE = ROOT / "docs" / "kernel_report.md"
-ARCHS = ("8.0", "9.0a")
+ARCHS = ("7.5", "8.0", "9.0a")
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -74,8 +74,13 @@ KERNELS = {
     "merge_lora_4bit_tile": ("kTileThreads", "sizeof(TileSmem)", None),
 }
 
-# Registers, threads, shared bytes (of which 1024 are taken for each block), blocks of one SM.
-SM_LIMITS = {"8.0": (65536, 2048, 167936, 32), "9.0a": (65536, 2048, 233472, 32)}
+# Of one SM: registers, threads, shared bytes, blocks; and the shared bytes that each block costs
+# beside its own.
+SM_LIMITS = {
+    "7.5": (65536, 1024, 65536, 16, 0),
+    "8.0": (65536, 2048, 167936, 32, 1024),
+    "9.0a": (65536, 2048, 233472, 32, 1024),
+}
 
 
 # ---------------------------------------------------------------- tools
@@ -157,7 +162,7 @@ class Kernel:
     name: str
     arch: str
     registers: int
-    stack: int  # bytes per thread: spills and indexed arrays
+    stack: int  # bytes per thread: spills, indexed arrays, what a printf prints
     code: list
     threads: int = 0
     shared: int = 0
@@ -178,12 +183,19 @@ class Kernel:
         return len([i for _, i in self.code if opcode(i) not in ("NOP", "BRA")]) <= 3
 
     @property
+    def spills(self):
+        """Whether anything is read back from the stack. The arguments of the sentence that an
+        index out of range prints are only written there."""
+        return self.stack > 0 and count([i for _, i in self.code], "LDL") > 0
+
+    @property
     def blocks_per_sm(self):
-        registers, threads, shared, blocks = SM_LIMITS[self.arch]
+        registers, threads, shared, blocks, cost = SM_LIMITS[self.arch]
         warps = -(-self.threads // 32)
         per_warp = -(-self.registers * 32 // 256) * 256
         by_registers = registers // per_warp // warps
-        return min(by_registers, threads // self.threads, shared // (self.shared + 1024), blocks)
+        by_shared = shared // max(self.shared + cost, 1)
+        return min(by_registers, threads // self.threads, by_shared, blocks)
 
     @property
     def occupancy(self):
@@ -381,7 +393,7 @@ BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of tabl
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", choices=ARCHS, help="default: 8.0 and 9.0a")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all of them")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
     parser.add_argument(
         "--write", action="store_true", help="replace the table in docs/kernel_report.md"

@@ -276,6 +276,20 @@ def test_three_chunks(kernels, dtype, lines, depth, lora, direction):
     assert_close(got, low, want, "y" if forward else "dX", tolerance)
 
 
+@pytest.mark.parametrize("K", [64, 41])
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+def test_an_index_out_of_range_stops_the_kernel(kernels, K, bad):
+    """By a sentence and a trap, as torch's own embedding: nothing is read through the index, and
+    nothing waits for the check."""
+    if kernels.name != "simt":
+        pytest.skip("a trap ends the process's CUDA context")
+    q = qlora_ext.quantize_4bit(random_weight((9, K)))
+    indices = torch.tensor([[0, 8], [bad, 3]])
+    says = rf"embedding_4bit: .*: indices has {bad} at flat position 2, want values in \[0, 9\)"
+    with pytest.raises(RuntimeError, match=says):
+        kernels.ops.embedding_4bit(indices, *q.op_args(), FP32)
+
+
 def test_lora_products_of_8_million_rows(kernels):
     """More tiles of 128 rows than a grid has along y."""
     if kernels.name != "simt":

@@ -8,6 +8,10 @@ namespace qlora_ext::host {
 
 DeviceScope::DeviceScope(const Tensor&) {}
 DeviceScope::~DeviceScope() = default;
+bool DeviceScope::is_capturing() const { return false; }
+int64_t DeviceScope::read(const Tensor& flag) const {
+  return *static_cast<const int64_t*>(flag.data_ptr());
+}
 
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta) {

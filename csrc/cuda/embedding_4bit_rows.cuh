@@ -3,7 +3,8 @@
 // Moves   K * 0.516 B in and K * sizeof(T) out per index. Floor: those bytes over bandwidth.
 // Layout  as dequantize_4bit_vector (K a multiple of 32, so rows start on a 16-byte chunk); the
 //         output's chunks are consecutive, each comes from the row its index names.
-// Checks  an index outside [0, N) traps, as torch's own embedding does: no synchronization.
+// Checks  an index outside [0, N) prints a sentence and traps, as torch's own embedding does: no
+//         synchronization, and nothing is read through it.
 // Not yet run on silicon.
 #pragma once
 
@@ -13,7 +14,7 @@ namespace qlora_ext {
 
 __device__ __forceinline__ int64_t checked_row(const Embedding4bitParams& p, int64_t i) {
   const int64_t row = __ldg(reinterpret_cast<const long long*>(p.indices) + i);
-  if (row < 0 || row >= p.weight.N) ptx::trap();
+  if (row < 0 || row >= p.weight.N) ptx::trap_index("embedding_4bit", row, i, p.weight.N);
   return row;
 }
 

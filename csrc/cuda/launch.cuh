@@ -53,7 +53,8 @@ inline DeviceInfo read_device(int device) {
   return info;
 }
 
-// QLORA_EXT_DEBUG=1: synchronize and check after each launch.
+// QLORA_EXT_DEBUG=1: synchronize and check after each launch (but under capture, where nothing
+// runs).
 inline bool debug_launches() {
   static const bool debug = [] {
     const char* value = std::getenv("QLORA_EXT_DEBUG");
@@ -94,6 +95,13 @@ inline const DeviceInfo& device_info() {
   return *info;
 }
 
+// Whether the stream (a cudaStream_t) is being captured into a graph.
+inline bool stream_is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // Launches kernel(args...) with `shared_bytes` of dynamic shared memory on `stream`, a
 // cudaStream_t. A grid with a zero extent is nothing to do. Args are converted to the kernel's
 // parameter types.
@@ -115,10 +123,7 @@ struct Launcher<kernel> {
       cudaGetLastError();  // reported here, so it does not surface in somebody else's check
       return detail::launch_error(detail::kernel_name<kernel>(), "launch", status);
     }
-    if (detail::debug_launches()) {
-      cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-      cudaStreamIsCapturing(cuda_stream, &capture);
-      if (capture != cudaStreamCaptureStatusNone) return nullptr;  // nothing runs yet
+    if (detail::debug_launches() && !stream_is_capturing(stream)) {
       status = cudaStreamSynchronize(cuda_stream);
       if (status != cudaSuccess) {
         return detail::launch_error(detail::kernel_name<kernel>(), "run", status);

@@ -11,7 +11,7 @@
 //   - no `__shared__` variable: a kernel has a struct, reached by ptx::shared_memory<Smem>();
 //   - no `<<<>>>`, no `asm`, no `__CUDA_ARCH__`; launch through launch_kernel<kernel>(...);
 //   - a kernel that depends on the architecture takes a tag (Sm75, Sm80, Sm90a) as a template
-//     argument and begins with `if constexpr (!ptx::is_compiled<Arch>()) return;`;
+//     argument and begins with `if constexpr (!ptx::is_compiled<Arch, Smem>()) return;`;
 //   - blocks do not wait for each other: a block may count arrivals (atomicAdd after
 //     __threadfence) and the last one may reduce, but nothing spins;
 //   - lanes exchange values only through *_sync intrinsics, ldmatrix, mma, or shared memory with
@@ -25,6 +25,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 
 namespace qlora_ext {
@@ -42,11 +43,15 @@ struct Sm90a {  // bulk copies, mbarrier, wgmma: compute_90a only, not newer arc
 
 namespace ptx {
 
-// True where a kernel variant for Arch has a body. Each device binary holds exactly one of Sm75
-// and Sm80, and Sm90a only if it was compiled for sm_90a; other variants are empty kernels.
-template <class Arch>
+// True where a kernel variant for Arch with this shared memory has a body. Each device binary holds
+// exactly one of Sm75 and Sm80, and Sm90a only if it was compiled for sm_90a; other variants are
+// empty kernels. So are variants that ask for more shared memory than a block may have on any
+// device that runs this binary (those for 8.6 run on 8.7 too, which has as much as 8.0): dispatch,
+// which asks the device, never launches them.
+template <class Arch, class Smem = char>
 __host__ __device__ constexpr bool is_compiled() {
 #if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Smem) > (__CUDA_ARCH__ >= 1200 ? 101376 : 232448)) return false;
   if constexpr (std::is_same_v<Arch, Sm75>) return __CUDA_ARCH__ < 800;
   if constexpr (std::is_same_v<Arch, Sm80>) return __CUDA_ARCH__ >= 800;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -93,6 +98,16 @@ __device__ __forceinline__ bool elect_one() {
 
 // Stops the whole grid with an error ("unspecified launch failure" or "an illegal instruction").
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
+// Says on the host's standard output, at its next synchronization, which index was out of range,
+// and stops the grid. Not inlined: the kernel that calls it has no stack for printf's arguments.
+[[noreturn]] static __device__ __noinline__ void trap_index(const char* op, long long index,
+                                                            long long position, long long rows) {
+  printf("%s: indices has %lld at flat position %lld, want values in [0, %lld)\n", op, index,
+         position, rows);
+  trap();
+  __builtin_unreachable();
+}
 
 // ---------------------------------------------------------------- bits
 
@@ -151,17 +166,24 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
 
 #if __CUDA_ARCH__ < 800
 namespace detail {
+// Built up by words, whose indices are constants: a byte array would be kept in local memory.
 template <class Vector>
 __device__ __forceinline__ void copy_now(uint32_t shared, const void* global, int valid_bytes) {
-  alignas(Vector) unsigned char bytes[sizeof(Vector)] = {};
+  constexpr int kWords = sizeof(Vector) / 4;
+  Vector vector;
   if (valid_bytes >= static_cast<int>(sizeof(Vector))) {
-    *reinterpret_cast<Vector*>(bytes) = *static_cast<const Vector*>(global);
+    vector = *static_cast<const Vector*>(global);
   } else {
-    for (int i = 0; i < valid_bytes; ++i) {
-      bytes[i] = static_cast<const unsigned char*>(global)[i];
+    uint32_t words[kWords] = {};
+#pragma unroll
+    for (int i = 0; i < 4 * kWords; ++i) {
+      if (i >= valid_bytes) continue;
+      words[i / 4] |= static_cast<uint32_t>(static_cast<const unsigned char*>(global)[i])
+                      << (8 * (i % 4));
     }
+    memcpy(&vector, words, sizeof(Vector));
   }
-  *static_cast<Vector*>(__cvta_shared_to_generic(shared)) = *reinterpret_cast<Vector*>(bytes);
+  *static_cast<Vector*>(__cvta_shared_to_generic(shared)) = vector;
 }
 }  // namespace detail
 #endif

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 #include "../host/common.h"
+#include "cuda/launch.cuh"
 
 namespace qlora_ext::host {
 
@@ -17,6 +18,14 @@ DeviceScope::DeviceScope(const Tensor& tensor) {
 }
 
 DeviceScope::~DeviceScope() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }
+
+bool DeviceScope::is_capturing() const { return stream_is_capturing(stream_); }
+
+int64_t DeviceScope::read(const Tensor& flag) const {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const Tensor on_host = torch::stable::to(flag, cpu);
+  return *static_cast<const int64_t*>(on_host.data_ptr());
+}
 
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta) {

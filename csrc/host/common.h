@@ -14,7 +14,8 @@
 
 namespace qlora_ext::host {
 
-// Makes the tensor's device current while it lives. Each backend's register.cpp defines it.
+// Makes the tensor's device current while it lives, and asks its current stream. Each backend's
+// register.cpp defines it.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor);
@@ -22,6 +23,13 @@ class DeviceScope {
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
   void* stream() const { return stream_; }
+
+  // Whether the stream is being captured into a CUDA graph: what waits for the device cannot be.
+  bool is_capturing() const;
+
+  // The one element of an int64 tensor that the stream's work has written. Waits for the device,
+  // and is the only thing in the library that does.
+  int64_t read(const Tensor& flag) const;
 
  private:
   void* stream_ = nullptr;  // the caller's current cudaStream_t; null on the CPU

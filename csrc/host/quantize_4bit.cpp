@@ -22,15 +22,6 @@ struct BadIndex {
     torch::stable::fill_(flag, static_cast<double>(none));
   }
   int64_t* data() const { return static_cast<int64_t*>(flag.data_ptr()); }
-
-  // Waits for the device: the one synchronization in the library.
-  int64_t read() const {
-    const Tensor on_host =
-        flag.is_cpu()
-            ? flag
-            : torch::stable::to(flag, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    return *static_cast<const int64_t*>(on_host.data_ptr());
-  }
 };
 
 Ints unravel(int64_t flat, const Tensor& tensor) {
@@ -65,6 +56,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t b
   p.codebook = as_codebook(op, quant_type, codebook, companding, companding_k);
 
   const DeviceScope scope(weight);
+  QLORA_CHECK(!scope.is_capturing(), op,
+              "the current stream is being captured into a CUDA graph, want the weight quantized "
+              "before: a flag for NaN is read back from the GPU");
   const Tensor source = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
   const Tensor packed = empty({(p.numel + 1) / 2}, ScalarType::Byte, weight);
   const Tensor absmax = empty({4 * p.num_blocks}, ScalarType::Byte, weight);
@@ -81,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t b
   const Tensor scratch = workspace(launch::workspace_quantize_4bit(p), weight);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::quantize_4bit(p, scope.stream()));
-  const int64_t first_bad = bad.read();
+  const int64_t first_bad = scope.read(bad.flag);
   QLORA_CHECK(first_bad >= p.numel, op, "weight has a NaN or an infinity at index ",
               list_string(unravel(first_bad, weight)), ", want finite values");
   return {packed, absmax, mean};

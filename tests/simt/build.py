@@ -287,6 +287,12 @@ def harness(name, sanitize=None, *, shared=False):
         return _link(_compile_all(jobs), target, extra, sanitize)
 
 
+def program(name):
+    """Builds tests/simt/<name>.cu by itself, without the machine; its path."""
+    with _locked():
+        return _link(_compile_all([(SIMT / f"{name}.cu", _flags(None))]), BUILD / name, [], None)
+
+
 # ---------------------------------------------------------------- running
 
 
@@ -321,6 +327,15 @@ def why_not(sanitize):
     return result.stderr.strip() or "it does not start" if result.returncode != 0 else None
 
 
+def require(sanitize):
+    """Skips the test that is running where a sanitizer does not work, or, where the environment has
+    SIMT_REQUIRE_SANITIZERS=1, as it has in continuous integration, fails it."""
+    import pytest
+
+    if reason := why_not(sanitize):
+        (pytest.fail if os.environ.get("SIMT_REQUIRE_SANITIZERS") == "1" else pytest.skip)(reason)
+
+
 def sanitizer_environment(sanitize):
     """Builds the sanitized library; what a Python process needs in its environment to load it."""
     options = {
@@ -348,6 +363,7 @@ class Simt:
         self._machine = ctypes.CDLL(str(path))
         self._machine.simt_kernels.restype = ctypes.c_char_p
         self._machine.simt_set_last_blocks.argtypes = [ctypes.c_int64]
+        self._machine.simt_synchronizations.restype = ctypes.c_int64
         self._libc = ctypes.CDLL(None)
 
     def __getattr__(self, op):
@@ -365,7 +381,7 @@ class Simt:
 
     @contextlib.contextmanager
     def device(self, arch=80, sm_count=4):
-        """Dispatch sees this architecture (75, 80, 86, 89, 90) and number of SMs."""
+        """Dispatch sees this architecture (75, 80, 86, 89, 90, 120) and number of SMs."""
         before = self._machine.simt_arch(), self._machine.simt_sm_count()
         self._machine.simt_set_device(arch, sm_count)
         try:
@@ -391,6 +407,19 @@ class Simt:
             self._machine.simt_set_poison(0xFF)
             self._machine.simt_set_poison_stacks(0)
             self._machine.simt_set_reverse(0)
+
+    @contextlib.contextmanager
+    def capture(self):
+        """As under a CUDA graph's capture: a synchronization is an error."""
+        self._machine.simt_set_capturing(1)
+        try:
+            yield
+        finally:
+            self._machine.simt_set_capturing(0)
+
+    def synchronizations(self):
+        """How often an op has waited for the device so far."""
+        return self._machine.simt_synchronizations()
 
     @contextlib.contextmanager
     def last_blocks(self, count):

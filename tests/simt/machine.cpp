@@ -212,6 +212,7 @@ struct Machine {
   bool reverse = false;
   int64_t last_blocks = 0;  // 0: all of them
   Device device{80, 4, 0};
+  Stream stream{};
 };
 
 Machine& machine() {
@@ -551,7 +552,7 @@ std::vector<std::unique_ptr<Kernel>>& kernels() {
 }
 
 int shared_limit(int arch) {
-  if (arch >= 90) return 227 * 1024;
+  if (arch >= 90 && arch < 120) return 227 * 1024;
   if (arch == 80 || arch == 87) return 163 * 1024;
   if (arch >= 86) return 99 * 1024;
   return 64 * 1024;
@@ -1154,6 +1155,8 @@ const Device& device() {
   return m.device;
 }
 
+Stream& stream() { return machine().stream; }
+
 namespace {
 
 const char* sentence(const std::string& text) {
@@ -1305,5 +1308,7 @@ SIMT_EXPORT void simt_set_device(int arch, int sm_count) {
 }
 SIMT_EXPORT int simt_arch() { return device().arch; }
 SIMT_EXPORT int simt_sm_count() { return device().sm_count; }
+SIMT_EXPORT void simt_set_capturing(int capturing) { stream().capturing = capturing != 0; }
+SIMT_EXPORT int64_t simt_synchronizations() { return stream().synchronizations; }
 // Runs only the last n blocks of every grid; 0 is all.
 SIMT_EXPORT void simt_set_last_blocks(int64_t n) { machine().last_blocks = n; }

@@ -2,6 +2,7 @@
 // CUDA kernels run by the emulated machine.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "cuda/launch.cuh"
 #include "host/common.h"
 #include "schemas.h"
 
@@ -9,6 +10,12 @@ namespace qlora_ext::host {
 
 DeviceScope::DeviceScope(const Tensor&) {}
 DeviceScope::~DeviceScope() = default;
+bool DeviceScope::is_capturing() const { return stream_is_capturing(stream_); }
+int64_t DeviceScope::read(const Tensor& flag) const {
+  QLORA_CHECK(!is_capturing(), "simt", "a synchronization while the stream is being captured");
+  ++simt::stream().synchronizations;
+  return *static_cast<const int64_t*>(flag.data_ptr());
+}
 
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta) {

@@ -63,8 +63,8 @@ PLANTED = {
 
 def run(planted, sanitize=None, pattern=PATTERNS[0]):
     options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    if sanitize and (reason := build.why_not(sanitize)):
-        pytest.skip(reason)
+    if sanitize:
+        build.require(sanitize)
     fixed = build.fixed_addresses() if sanitize == "thread" else []
     command = [*fixed, str(build.harness("planted", sanitize)), planted]
     return subprocess.run(
@@ -74,6 +74,16 @@ def run(planted, sanitize=None, pattern=PATTERNS[0]):
         timeout=120,
         env={**os.environ, **options, **pattern},
     )
+
+
+def test_a_missing_sanitizer_skips_but_fails_where_it_is_required(monkeypatch):
+    monkeypatch.setattr(build, "why_not", lambda sanitize: f"no {sanitize} here")
+    monkeypatch.delenv("SIMT_REQUIRE_SANITIZERS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no thread here"):
+        build.require("thread")
+    monkeypatch.setenv("SIMT_REQUIRE_SANITIZERS", "1")
+    with pytest.raises(pytest.fail.Exception, match="no thread here"):
+        build.require("thread")
 
 
 def test_every_planted_bug_has_a_verdict():

@@ -47,6 +47,7 @@ FORBIDDEN = {
     r"<<<": "kernels are launched by launch_kernel<kernel>(...)",
     r"#include\s*<cuda": "CUDA's headers are included by ptx.cuh and launch.cuh",
     r'#include\s*"(ptx|launch)\.cuh"': 'write "cuda/ptx.cuh": the emulator shadows that path',
+    r"\bcuda[A-Z]\w*\s*\(": "CUDA's runtime is called by launch.cuh, whose calls are known",
     r"\batomicAdd\s*\(\s*(float|double)": "sums by float atomics depend on the order of blocks",
 }
 
@@ -55,6 +56,28 @@ FORBIDDEN = {
 def test_kernels_keep_the_rules(path):
     for pattern, rule in FORBIDDEN.items():
         assert not re.search(pattern, code(path)), f"{path.name}: {rule}"
+
+
+def test_no_call_allocates_copies_or_synchronizes():
+    """All calls of CUDA's runtime; that of cudaStreamSynchronize is QLORA_EXT_DEBUG's alone, as
+    test_simt_launching.py shows. Host code reads memory back in one function of register.cpp."""
+    calls = declared(CUDA / "launch.cuh", r"\b(cuda[A-Z]\w*)\s*\(")
+    assert calls == {
+        "cudaDeviceGetAttribute",
+        "cudaFuncGetAttributes",
+        "cudaFuncSetAttribute",
+        "cudaGetDevice",
+        "cudaGetErrorName",
+        "cudaGetErrorString",
+        "cudaGetLastError",
+        "cudaLaunchKernel",
+        "cudaStreamIsCapturing",
+        "cudaStreamSynchronize",
+    }
+    to_host = r"DeviceType::CPU|\bcuda[A-Z]\w*\s*\(|aoti_torch_item|copy_\("
+    hosts = [*(build.ROOT / "csrc" / "host").iterdir(), CUDA / "register.cpp"]
+    assert [path.name for path in hosts if re.search(to_host, code(path))] == ["register.cpp"]
+    assert len(re.findall(to_host, code(CUDA / "register.cpp"))) == 1
 
 
 @pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)

@@ -33,6 +33,8 @@ inline const DeviceInfo& device_info() {
   return info;
 }
 
+inline bool stream_is_capturing(void*) { return simt::stream().capturing; }
+
 namespace detail {
 
 template <auto kernel>

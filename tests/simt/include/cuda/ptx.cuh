@@ -24,7 +24,7 @@ struct Sm90a {
 namespace ptx {
 
 // The emulator runs every variant.
-template <class Arch>
+template <class Arch, class Smem = char>
 constexpr bool is_compiled() {
   return true;
 }
@@ -39,6 +39,10 @@ inline Smem& shared_memory() {
 inline uint32_t shared_address(const void* pointer) { return simt::shared_address(pointer); }
 inline bool elect_one() { return simt::current->lane == 0; }
 inline void trap() { simt::fail("trap"); }
+inline void trap_index(const char* op, long long index, long long position, long long rows) {
+  simt::fail("%s: indices has %lld at flat position %lld, want values in [0, %lld)", op, index,
+             position, rows);
+}
 
 // ---------------------------------------------------------------- bits
 inline uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t selector) {

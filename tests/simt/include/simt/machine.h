@@ -113,4 +113,11 @@ struct Device {
 };
 const Device& device();
 
+// The one stream, on which everything runs at once.
+struct Stream {
+  bool capturing;            // as if into a graph
+  int64_t synchronizations;  // so far
+};
+Stream& stream();
+
 }  // namespace qlora_ext::simt
