@@ -491,6 +491,9 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
     places = places_of(model)
     for base, module in new.values():
         replace_module(model, base, module, places)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # transformers' Trainer asks it whether there is anything to train
+        quantizer.has_adapters = True
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

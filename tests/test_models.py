@@ -1,5 +1,6 @@
 """quantize_model, its report, memory_report and num_parameters, on many architectures."""
 
+import shutil
 import weakref
 
 import pytest
@@ -427,12 +428,56 @@ def test_loading_takes_dense_panels(tmp_path):
     assert type(model.dequantize().lm_head) is nn.Linear
 
 
-def test_saving_a_model_with_adapters_writes_its_base_and_says_so(tmp_path):
+def test_saving_a_model_with_adapters_loses_nothing_and_says_so(tmp_path):
     model = quantize(tiny.make("llama"))
     want = tiny.logits(model)
     add_lora(model)
-    with pytest.warns(UserWarning, match=r"without the adapters of add_lora; .*save_adapter"):
+    with pytest.warns(UserWarning, match="holds the quantized base and the adapters of add_lora"):
         model.save_pretrained(tmp_path)
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["missing_keys"]
+    adapters = {name for name in model.state_dict() if "lora_" in name}
+    assert len(adapters) == 8 and not info["missing_keys"]
+    assert set(info["unexpected_keys"]) == adapters
     assert torch.equal(tiny.logits(again), want)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_transformers_trainer_trains_and_resumes_our_adapters(loaded, tmp_path):
+    import qlora_ext
+
+    tiny.make("llama").save_pretrained(tmp_path / "base")
+
+    def train(steps, **resume):
+        torch.manual_seed(0)
+        if loaded:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "base", quantization_config=qlora_ext.QLoraExtConfig()
+            )
+        else:
+            model = quantize(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+        add_lora(model, LoraConfig(lora_dropout=0.0))
+        rows = tiny.inputs(model)["input_ids"]
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path / "run"),
+                max_steps=steps,
+                per_device_train_batch_size=1,
+                learning_rate=1e-2,
+                lr_scheduler_type="constant",
+                save_steps=2,
+                report_to=[],
+                use_cpu=True,
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        )
+        trainer.train(**resume)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    half = train(2)
+    resumed = train(4, resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "run")
+    whole = train(4)
+    for name, value in whole.items():
+        assert not torch.equal(value, half[name])
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)

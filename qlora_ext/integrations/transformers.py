@@ -278,20 +278,15 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         if self.saves_as == "bitsandbytes":
             return _bitsandbytes_state_dict(model), {}
-        adapters = {
-            f"{name}.{key}"
-            for name, module in model.named_modules()
-            if isinstance(module, _Lora)
-            for key in ("lora_A", "lora_B")
-        }
-        if not adapters:
-            return None, {}
-        warnings.warn(
-            "save_pretrained: writing the quantized base without the adapters of add_lora; "
-            "qlora_ext.save_adapter(model, path) writes those",
-            stacklevel=3,
-        )
-        return {key: t for key, t in model.state_dict().items() if key not in adapters}, {}
+        if any(isinstance(module, _Lora) for module in model.modules()):
+            # They are kept: a checkpoint of Trainer's is resumed from this file.
+            warnings.warn(
+                "save_pretrained: the file holds the quantized base and the adapters of add_lora; "
+                "from_pretrained reads the base of it alone. qlora_ext.save_adapter(model, path) "
+                "writes what load_adapter and PEFT read",
+                stacklevel=3,
+            )
+        return None, {}
 
     def _process_model_before_weight_loading(
         self, model, dtype=None, checkpoint_files=None, **kwargs
@@ -430,6 +425,13 @@ class QLoraExtHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    has_adapters = False  # add_lora's; Trainer knows PEFT's by itself
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # Trainer's question whether a quantized model that is no PeftModel has weights to train.
+        return self.has_adapters
 
     @property
     def is_compileable(self) -> bool:
