@@ -1,8 +1,8 @@
 // y = x W^T + bias + S B^T with W in 4 bits; fp32 accumulation, one rounding.
 //
-// Up to kMaxDotRows rows of x: W streams through once, decoded in registers, one dot product per
-// row of W (bound by look-ups, then by memory). More rows: W is decoded, transposed, into panels
-// that stay in L1, and the LoRA bypass is one more contraction block after the weight's.
+// Few rows of x: W streams through once, decoded in registers, dot products with each row of W
+// (docs/cpu.md has what bounds them). More rows: W is decoded, transposed, into panels that stay in
+// L1, and the LoRA bypass is one more contraction block after the weight's.
 #include "matmul.h"
 #include "scales.h"
 
@@ -13,8 +13,9 @@ namespace {
 constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
 constexpr int64_t kRegionTiles = 2;    // 32 rows of W a task
 constexpr int64_t kUnpackedRows = 16;  // up to here x is used where it lies: no workspace
-constexpr int64_t kDotRegion = 16;     // rows of W a task, for few rows of x
-constexpr int64_t kDotDepth = 2048;    // x converted at a time: 32 KB of stack for 4 rows
+constexpr int64_t kFewRows = 8;        // up to here dot products
+constexpr int64_t kDotRegion = 32;     // rows of W a task, for few rows of x
+constexpr int64_t kDotAlign = 128;     // x is cut where every instruction set's groups end
 
 int64_t grain_of(const Gemm4bitParams& p, int64_t rows, int64_t columns) {
   const int64_t macs = rows * columns * std::max<int64_t>(1, p.weight.K);
@@ -30,49 +31,56 @@ void load_bias(const Gemm4bitParams& p, int64_t n, int64_t count, float* bias) {
 
 // ---- few rows of x ----
 
-// sums[m] += S[m, :] . B[n, :].
-void add_bypass(const Gemm4bitParams& p, int64_t n, float* sums) {
+// sums[m] += S[row + m, :] . B[n, :] for `rows` rows.
+void add_bypass(const Gemm4bitParams& p, int64_t n, int64_t row, int64_t rows, float* sums) {
   float lora_B[kDepth];
   for (int64_t r = 0; r < p.R; r += kDepth) {
     const int64_t depth = std::min(kDepth, p.R - r);
     kernels().to_float(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, depth, lora_B);
-    for (int64_t m = 0; m < p.M; ++m) {
-      const float* lora_S = p.lora_S + m * p.S_stride + r;
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* lora_S = p.lora_S + (row + m) * p.S_stride + r;
       for (int64_t i = 0; i < depth; ++i) sums[m] += lora_S[i] * lora_B[i];
     }
   }
 }
 
-// Columns [region.column, + columns) of y for all M <= kMaxDotRows rows.
-void few_rows_region(const Gemm4bitParams& p, const Region& region) {
-  alignas(64) float converted[kMaxDotRows * kDotDepth];
+// Columns [region.column, + columns) of y for rows [row, row + rows), rows <= kMaxDotRows.
+void dot_rows_region(const Gemm4bitParams& p, const Region& region, int64_t row, int64_t rows) {
+  alignas(64) float converted[kMaxDotElements];
   float sums[kDotRegion][kMaxDotRows] = {};
   const int64_t K = p.weight.K;
-  for (int64_t k = 0; k < K; k += kDotDepth) {
-    const int64_t depth = std::min(kDotDepth, K - k);
-    const float* x = static_cast<const float*>(p.x) + k;
+  const int64_t most = kMaxDotElements / rows / kDotAlign * kDotAlign;
+  for (int64_t k = 0; k < K; k += most) {
+    const int64_t depth = std::min(most, K - k);
+    const float* x = static_cast<const float*>(element(p.x, p.dtype, row * p.x_stride + k));
     int64_t x_stride = p.x_stride;
     if (p.dtype != DType::kFloat32) {
-      for (int64_t m = 0; m < p.M; ++m) {
-        kernels().to_float(element(p.x, p.dtype, m * p.x_stride + k), p.dtype, depth,
-                           converted + m * kDotDepth);
+      for (int64_t m = 0; m < rows; ++m) {
+        kernels().to_float(element(p.x, p.dtype, (row + m) * p.x_stride + k), p.dtype, depth,
+                           converted + m * depth);
       }
       x = converted;
-      x_stride = kDotDepth;
+      x_stride = depth;
     }
-    for (int64_t i = 0; i < region.columns; ++i) {
-      const int64_t first = (region.column + i) * K + k;
-      kernels().dot(p.weight, first, depth, x, x_stride, p.M, sums[i]);
-    }
+    kernels().dot(p.weight, region.column, region.columns, k, depth, x, x_stride, rows, sums);
   }
   float bias[kDotRegion];
   load_bias(p, region.column, region.columns, bias);
-  for (int64_t i = 0; i < region.columns; ++i) add_bypass(p, region.column + i, sums[i]);
-  for (int64_t m = 0; m < p.M; ++m) {
-    float row[kDotRegion];
-    for (int64_t i = 0; i < region.columns; ++i) row[i] = sums[i][m] + bias[i];
-    void* y = element(p.y, p.dtype, m * p.weight.N + region.column);
-    kernels().from_float(row, region.columns, p.dtype, y);
+  for (int64_t i = 0; i < region.columns; ++i) {
+    add_bypass(p, region.column + i, row, rows, sums[i]);
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    float values[kDotRegion];
+    for (int64_t i = 0; i < region.columns; ++i) values[i] = sums[i][m] + bias[i];
+    void* y = element(p.y, p.dtype, (row + m) * p.weight.N + region.column);
+    kernels().from_float(values, region.columns, p.dtype, y);
+  }
+}
+
+// The region's weights are decoded once for each kMaxDotRows rows; after the first they are cached.
+void few_rows_region(const Gemm4bitParams& p, const Region& region) {
+  for (int64_t row = 0; row < p.M; row += kMaxDotRows) {
+    dot_rows_region(p, region, row, std::min(kMaxDotRows, p.M - row));
   }
 }
 
@@ -108,6 +116,11 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
 
 Left all_rows(const Gemm4bitParams& p) { return rows_of(p.x, p.dtype, p.x_stride, p.weight.K); }
 
+// Two passes of dot products beat panels, but not panels multiplied in bf16.
+bool has_few_rows(const Gemm4bitParams& p) {
+  return p.M <= (multiplies_bf16(all_rows(p)) ? kMaxDotRows : kFewRows);
+}
+
 bool packs(const Gemm4bitParams& p) { return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p)); }
 
 void many_rows(const Gemm4bitParams& p) {
@@ -132,7 +145,7 @@ void many_rows(const Gemm4bitParams& p) {
 const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
   if (const char* error = cpu::cpu_path_error()) return error;
   if (p.M == 0 || p.weight.N == 0) return nullptr;
-  if (p.M <= cpu::kMaxDotRows) {
+  if (cpu::has_few_rows(p)) {
     cpu::for_each_region(p.M, p.weight.N, p.M, cpu::kDotRegion,
                          cpu::grain_of(p, p.M, cpu::kDotRegion),
                          [&](const cpu::Region& region) { cpu::few_rows_region(p, region); });

@@ -13,10 +13,10 @@ namespace {
 constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
 constexpr int64_t kRegionTiles = 2;    // 32 columns of the result a task
 
-// out [M, columns] = left * right + bias; fill delivers panels of the right operand.
+// out [M, columns] = left * right + bias, which may be null; fill delivers panels of `right`.
 template <class Fill>
-void multiply(const Left& left, int64_t M, int64_t columns, const Fill& fill, const float* bias,
-              DType dtype, void* out, void* workspace) {
+void multiply(const Left& left, int64_t M, int64_t columns, const Fill& fill, const void* bias,
+              DType bias_dtype, DType dtype, void* out, void* workspace) {
   const int64_t chunk = chunk_rows(M, left.depth, kRegionTiles);
   const int64_t width = kRegionTiles * kPanelWidth;
   for (int64_t row = 0; row < M; row += chunk) {
@@ -28,11 +28,14 @@ void multiply(const Left& left, int64_t M, int64_t columns, const Fill& fill, co
                       Accumulators sums;
                       clear(region, sums);
                       add_product(packed, region, fill, sums);
+                      float added[kRegionTiles * kPanelWidth] = {};
+                      if (bias != nullptr) {
+                        kernels().to_float(element(bias, bias_dtype, region.column), bias_dtype,
+                                           region.columns, added);
+                      }
                       store(region, sums, dtype, columns, element(out, dtype, row * columns),
                             [&](int64_t, float* values) {
-                              if (bias == nullptr) return;
-                              for (int64_t c = 0; c < region.columns; ++c)
-                                values[c] += bias[region.column + c];
+                              for (int64_t c = 0; c < region.columns; ++c) values[c] += added[c];
                             });
                     });
   }
@@ -49,19 +52,13 @@ const char* launch::linear(const LinearParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
   if (p.M == 0 || p.N == 0) return nullptr;
-  // The bias in fp32, behind the packed rows.
-  float* bias = nullptr;
-  if (p.bias != nullptr) {
-    bias = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + workspace_of(p.M, p.K));
-    kernels().to_float(p.bias, p.bias_dtype, p.N, bias);
-  }
   multiply(
       rows_of(p.x, p.dtype, p.x_stride, p.K), p.M, p.N,
       [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
         kernels().pack_columns(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
                                width, depth, panel);
       },
-      bias, p.dtype, p.y, p.workspace);
+      p.bias, p.bias_dtype, p.dtype, p.y, p.workspace);
   return nullptr;
 }
 
@@ -75,14 +72,11 @@ const char* launch::linear_backward(const LinearBackwardParams& p, void*) {
         kernels().pack_rows(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
                             width, depth, panel);
       },
-      nullptr, p.dtype, p.dX, p.workspace);
+      nullptr, DType::kFloat32, p.dtype, p.dX, p.workspace);
   return nullptr;
 }
 
-int64_t launch::workspace_linear(const LinearParams& p) {
-  const int64_t bias_bytes = p.bias != nullptr ? p.N * static_cast<int64_t>(sizeof(float)) : 0;
-  return cpu::workspace_of(p.M, p.K) + bias_bytes;
-}
+int64_t launch::workspace_linear(const LinearParams& p) { return cpu::workspace_of(p.M, p.K); }
 
 int64_t launch::workspace_linear_backward(const LinearBackwardParams& p) {
   return cpu::workspace_of(p.M, p.N);

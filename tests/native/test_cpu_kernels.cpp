@@ -638,6 +638,26 @@ void test_half() {
   }
 }
 
+// No shape takes more than 16 MB of workspace, whatever its bias adds.
+void test_workspace() {
+  const int64_t most = int64_t{16} << 20;
+  LinearParams p{};
+  const float bias = 0.0f;
+  p.bias = &bias;
+  LinearBackwardParams backward{};
+  Gemm4bitParams gemm{};
+  for (int64_t M : {1, 384, 100000}) {
+    for (int64_t K : {576, 4096, 300000}) {
+      p.M = backward.M = gemm.M = M;
+      p.K = backward.N = gemm.weight.K = K;
+      p.N = backward.K = gemm.weight.N = 10000000;
+      CHECK(launch::workspace_linear(p) <= most, "linear: workspace");
+      CHECK(launch::workspace_linear_backward(backward) <= most, "linear_backward: workspace");
+      CHECK(launch::workspace_gemm_4bit(gemm) <= most, "gemm_4bit: workspace");
+    }
+  }
+}
+
 // ---- the list ----
 
 void test_weights() {
@@ -661,6 +681,8 @@ void test_weights() {
       {200, 331, 0, "fp4", standard, false},
       {260, 300, 4096, "nf4", standard, true},
       {7, 2050, 2048, "nf4", absmax, true},
+      {3, 4288, 64, "nf4", absmax, true},  // x in two pieces, the last an odd number of groups
+      {35, 1280, 128, "fp4", absmax, false},
   };
   int turn = 0;
   for (const Case& c : cases) {
@@ -671,7 +693,7 @@ void test_weights() {
       if (w.size() > 200) w.set(200, -0.0f);
       const Weight q = quantize(c, w);
       test_decode(q);
-      for (int64_t M : {0, 1, 3, 4, 5, 7, 16, 17, 50}) {
+      for (int64_t M : {0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 50}) {
         const DType lora = kDTypes[turn % 3];
         const int64_t R = turn % 4 == 0 ? 0 : turn % 4 == 1 ? 8 : turn % 4 == 2 ? 3 : 17;
         const Shape s{M, R, dtype, lora, turn % 2 == 0};
@@ -718,6 +740,7 @@ int main() {
   }
   test_half();
   test_bad_weights();
+  test_workspace();
   test_embedding_index();
   test_weights();
   test_adapters();

@@ -612,9 +612,10 @@ float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// Any shape: each row's blocks in turn, each with the codebook that it scales.
 template <int kRows>
-void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
-              int64_t x_stride, float* sums) {
+void dot_any(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
+             float* sums) {
   __m256 acc[kRows][2];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
@@ -647,13 +648,127 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
   for (int m = 0; m < kRows; ++m) sums[m] += sum_lanes(_mm256_add_ps(acc[m][0], acc[m][1]));
 }
 
-void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
-         int64_t M, float* sums) {
+// The codebook in fp32 as four planes of bytes, the lowest first.
+struct BytePlanes {
+  __m256i plane[4];
+
+  explicit BytePlanes(const float values[16]) {
+    alignas(16) uint8_t bytes[4][16];
+    for (int code = 0; code < 16; ++code) {
+      for (int i = 0; i < 4; ++i) {
+        bytes[i][code] = static_cast<uint8_t>(float_bits(values[code]) >> (8 * i));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[i]));
+      plane[i] = _mm256_broadcastsi128_si256(half);
+    }
+  }
+};
+
+// out[0 ... 3] = the values of 32 codes, a byte each; out[j] has those of bytes 4j ... 4j + 3 of the
+// lower 16, then those of the upper 16. A byte shuffle looks up 32 bytes, so that a value costs
+// 3/8 of a shuffle, where permutes of fp32 lanes and their blend cost 5/8 of such instructions.
+void look_up_32(const BytePlanes& planes, __m256i codes, __m256 out[4]) {
+  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], codes);
+  const __m256i b1 = _mm256_shuffle_epi8(planes.plane[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(planes.plane[2], codes);
+  const __m256i b3 = _mm256_shuffle_epi8(planes.plane[3], codes);
+  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+  out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+  out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+  out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+  out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
+// x in the order in which look_up_32 delivers a group: 32 even elements, then 32 odd ones.
+void arrange_group(const float* x, float* arranged) {
+  const auto halves = [&](int64_t at) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + at)),
+                                _mm_loadu_ps(x + kGroup / 2 + at), 1);
+  };
+  for (int64_t j = 0; j < 4; ++j) {
+    const __m256 lower = halves(8 * j), upper = halves(8 * j + 4);
+    _mm256_store_ps(arranged + 8 * j, _mm256_shuffle_ps(lower, upper, 0x88));
+    _mm256_store_ps(arranged + kGroup / 2 + 8 * j, _mm256_shuffle_ps(lower, upper, 0xdd));
+  }
+}
+
+// One row of W with kRows rows of x, arranged: [depth / kGroup][kRows][kGroup].
+template <int kRows>
+void dot_groups(const BytePlanes& planes, const uint8_t* packed, const float* scales, int64_t ahead,
+                int64_t depth, const float* x, float* sums) {
+  constexpr int kChains = kRows <= 2 ? 2 : 1;  // enough of them hide the FMA's latency
+  const __m256i nibble = _mm256_set1_epi8(15);
+  __m256 total[kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) total[m] = _mm256_setzero_ps();
+  for (int64_t d = 0; d < depth; d += kGroup, packed += kGroup / 2, x += kRows * kGroup) {
+    prefetch(packed + ahead);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    __m256 sum[kRows][kChains];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      for (int c = 0; c < kChains; ++c) sum[m][c] = _mm256_setzero_ps();
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      __m256 values[4];
+      const __m256i codes = odd ? bytes : _mm256_srli_epi16(bytes, 4);
+      look_up_32(planes, _mm256_and_si256(codes, nibble), values);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          const __m256 left = _mm256_load_ps(x + m * kGroup + odd * (kGroup / 2) + 8 * j);
+          sum[m][j % kChains] = _mm256_fmadd_ps(left, values[j], sum[m][j % kChains]);
+        }
+      }
+    }
+    const __m256 scale = _mm256_broadcast_ss(scales + d / kGroup);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const __m256 whole = kChains == 2 ? _mm256_add_ps(sum[m][0], sum[m][1]) : sum[m][0];
+      total[m] = _mm256_fmadd_ps(whole, scale, total[m]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) sums[m] += sum_lanes(total[m]);
+}
+
+template <int kRows>
+void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
+              const float* x, int64_t x_stride, float (*sums)[kMaxDotRows]) {
+  if (!has_groups(weight, k, depth)) {
+    for (int64_t n = 0; n < rows; ++n) {
+      dot_any<kRows>(weight, (row + n) * weight.K + k, depth, x, x_stride, sums[n]);
+    }
+    return;
+  }
+  alignas(32) float arranged[kMaxDotElements];
+  for (int m = 0; m < kRows; ++m) {
+    for (int64_t d = 0; d < depth; d += kGroup) {
+      arrange_group(x + m * x_stride + d, arranged + d * kRows + m * kGroup);
+    }
+  }
+  const BytePlanes planes(weight.values);
+  float scales[kMaxDotElements / kGroup];
+  const int64_t ahead = prefetch_distance(weight, depth);
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t first = (row + n) * weight.K + k;
+    group_scales(weight, first, depth / kGroup, scales);
+    dot_groups<kRows>(planes, weight.packed + first / 2, scales, ahead, depth, arranged, sums[n]);
+  }
+}
+
+void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
+         const float* x, int64_t x_stride, int64_t M, float (*sums)[kMaxDotRows]) {
   switch (M) {
-    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
-    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
-    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
-    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
+    case 1: return dot_rows<1>(weight, row, rows, k, depth, x, x_stride, sums);
+    case 2: return dot_rows<2>(weight, row, rows, k, depth, x, x_stride, sums);
+    case 3: return dot_rows<3>(weight, row, rows, k, depth, x, x_stride, sums);
+    case 4: return dot_rows<4>(weight, row, rows, k, depth, x, x_stride, sums);
   }
 }
 

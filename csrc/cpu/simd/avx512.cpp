@@ -248,9 +248,10 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
 
 // ---- products ----
 
+// Any shape: each row's blocks in turn, each with the codebook that it scales.
 template <int kRows>
-void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
-              int64_t x_stride, float* sums) {
+void dot_any(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
+             float* sums) {
   __m512 acc[kRows][2];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
@@ -283,13 +284,120 @@ void dot_rows(const PackedWeight& weight, int64_t first, int64_t n, const float*
   }
 }
 
-void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
-         int64_t M, float* sums) {
+// Two groups are decoded together: 64 bytes, of which a shift moves each 32-bit lane's next code
+// into place. Lane l of shift i has element 8 * l + (i ^ 1), since even elements are high nibbles.
+constexpr int64_t kPair = 2 * kGroup;
+
+// x in that order: arranged[16 * i + l] = x[8 * l + (i ^ 1)].
+void arrange_pair(const float* x, float* arranged) {
+  // Lane 4 * i + l takes element i (of four) of lane l (of four) from two vectors, two lanes each.
+  const __m512i firsts =
+      _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  const __m512i seconds = _mm512_add_epi32(firsts, _mm512_set1_epi32(4));
+#pragma GCC unroll 2
+  for (int64_t half = 0; half < 2; ++half) {
+    const __m512i index = half == 0 ? firsts : seconds;
+    const auto quarter = [&](int64_t q) {
+      return _mm512_permutex2var_ps(_mm512_loadu_ps(x + 32 * q), index,
+                                    _mm512_loadu_ps(x + 32 * q + 16));
+    };
+    const __m512 q0 = quarter(0), q1 = quarter(1), q2 = quarter(2), q3 = quarter(3);
+    const __m512 low01 = _mm512_shuffle_f32x4(q0, q1, 0x44);
+    const __m512 low23 = _mm512_shuffle_f32x4(q2, q3, 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(q0, q1, 0xee);
+    const __m512 high23 = _mm512_shuffle_f32x4(q2, q3, 0xee);
+    float* const out = arranged + half * 4 * kLanes;
+    _mm512_store_ps(out + 1 * kLanes, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_store_ps(out + 0 * kLanes, _mm512_shuffle_f32x4(low01, low23, 0xdd));
+    _mm512_store_ps(out + 3 * kLanes, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_store_ps(out + 2 * kLanes, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+  }
+}
+
+// total[m] += x[m] . W for the two groups in `bytes`; x is arranged, [kRows][kPair].
+template <int kRows>
+void add_pair(__m512i bytes, __m512 table, const float scales[2], const float* x,
+              __m512 total[kRows]) {
+  const __m512 lower = _mm512_set1_ps(scales[0]);
+  const __m512 scale = _mm512_mask_mov_ps(lower, 0xff00, _mm512_set1_ps(scales[1]));
+  __m512 sum[kRows][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 value = look_up(table, _mm512_srli_epi32(bytes, 4 * i));
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 left = _mm512_load_ps(x + m * kPair + i * kLanes);
+      sum[m][i % 2] =
+          i < 2 ? _mm512_mul_ps(left, value) : _mm512_fmadd_ps(left, value, sum[m][i % 2]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    total[m] = _mm512_fmadd_ps(_mm512_add_ps(sum[m][0], sum[m][1]), scale, total[m]);
+  }
+}
+
+// One row of W with kRows rows of x, arranged: [depth / kPair][kRows][kPair], where a group of zeros
+// follows an odd number of groups.
+template <int kRows>
+void dot_groups(__m512 table, const uint8_t* packed, const float* scales, int64_t ahead,
+                int64_t depth, const float* x, float* sums) {
+  __m512 total[kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) total[m] = _mm512_setzero_ps();
+  int64_t d = 0;
+  for (; d + kPair <= depth; d += kPair) {
+    prefetch(packed + d / 2 + ahead);
+    const __m512i bytes = _mm512_loadu_si512(packed + d / 2);
+    add_pair<kRows>(bytes, table, scales + d / kGroup, x + d * kRows, total);
+  }
+  if (d < depth) {
+    const __m256i* last = reinterpret_cast<const __m256i*>(packed + d / 2);
+    const __m512i bytes = _mm512_zextsi256_si512(_mm256_loadu_si256(last));
+    add_pair<kRows>(bytes, table, scales + d / kGroup, x + d * kRows, total);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) sums[m] += _mm512_reduce_add_ps(total[m]);
+}
+
+template <int kRows>
+void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
+              const float* x, int64_t x_stride, float (*sums)[kMaxDotRows]) {
+  if (!has_groups(weight, k, depth)) {
+    for (int64_t n = 0; n < rows; ++n) {
+      dot_any<kRows>(weight, (row + n) * weight.K + k, depth, x, x_stride, sums[n]);
+    }
+    return;
+  }
+  alignas(64) float arranged[kMaxDotElements + kMaxDotRows * kGroup];
+  for (int m = 0; m < kRows; ++m) {
+    const float* left = x + m * x_stride;
+    float* out = arranged + m * kPair;
+    int64_t d = 0;
+    for (; d + kPair <= depth; d += kPair) arrange_pair(left + d, out + d * kRows);
+    if (d == depth) continue;
+    float last[kPair] = {};
+    std::copy_n(left + d, kGroup, last);
+    arrange_pair(last, out + d * kRows);
+  }
+  const __m512 table = _mm512_loadu_ps(weight.values);
+  float scales[kMaxDotElements / kGroup + 1];
+  scales[depth / kGroup] = 0.0f;  // the padding's
+  const int64_t ahead = prefetch_distance(weight, depth);
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t first = (row + n) * weight.K + k;
+    group_scales(weight, first, depth / kGroup, scales);
+    dot_groups<kRows>(table, weight.packed + first / 2, scales, ahead, depth, arranged, sums[n]);
+  }
+}
+
+void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
+         const float* x, int64_t x_stride, int64_t M, float (*sums)[kMaxDotRows]) {
   switch (M) {
-    case 1: return dot_rows<1>(weight, first, n, x, x_stride, sums);
-    case 2: return dot_rows<2>(weight, first, n, x, x_stride, sums);
-    case 3: return dot_rows<3>(weight, first, n, x, x_stride, sums);
-    case 4: return dot_rows<4>(weight, first, n, x, x_stride, sums);
+    case 1: return dot_rows<1>(weight, row, rows, k, depth, x, x_stride, sums);
+    case 2: return dot_rows<2>(weight, row, rows, k, depth, x, x_stride, sums);
+    case 3: return dot_rows<3>(weight, row, rows, k, depth, x, x_stride, sums);
+    case 4: return dot_rows<4>(weight, row, rows, k, depth, x, x_stride, sums);
   }
 }
 

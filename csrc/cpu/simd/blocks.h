@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../../params.h"
+#include "../scales.h"
 
 namespace qlora_ext::cpu {
 namespace {
@@ -29,6 +30,34 @@ inline void for_each_block(const PackedWeight& weight, int64_t first, int64_t n,
     run(at, end, block);
     at = end;
   }
+}
+
+// Elements that share a scale wherever rows and blocks divide by them: `dot` decodes them with the
+// codebook as it is, and scales their sum.
+constexpr int64_t kGroup = 64;
+
+inline bool has_groups(const PackedWeight& weight, int64_t k, int64_t depth) {
+  return weight.mean == nullptr && (weight.K | weight.blocksize | k | depth) % kGroup == 0;
+}
+
+// scale[g] = the scale of elements [first + g * kGroup, first + (g + 1) * kGroup).
+inline void group_scales(const PackedWeight& weight, int64_t first, int64_t groups, float* scale) {
+  if (weight.blocksize != kGroup || weight.absmax != nullptr) {
+    for (int64_t g = 0; g < groups; ++g) {
+      scale[g] = block_scale(weight, block_of(weight, first + g * kGroup));
+    }
+    return;
+  }
+  const int64_t block = first / kGroup;
+  for (int64_t g = 0; g < groups; ++g) {
+    scale[g] = nested_scale(weight.absmax_code[block + g], weight.nested, block + g);
+  }
+}
+
+// How many bytes ahead of the codes in use `dot` fetches: along the row, or where only a part of each
+// row is read, the same part of a later row.
+inline int64_t prefetch_distance(const PackedWeight& weight, int64_t depth) {
+  return depth == weight.K ? 1024 : 4 * weight.K / 2;
 }
 
 }  // namespace

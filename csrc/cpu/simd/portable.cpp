@@ -150,17 +150,20 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
   }
 }
 
-void dot(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
-         int64_t M, float* sums) {
-  for_each_block(weight, first, n, [&](int64_t at, int64_t count, const float* table) {
-    for (int64_t m = 0; m < M; ++m) {
-      float sum = 0.0f;
-      for (int64_t i = at; i < at + count; ++i) {
-        sum += x[m * x_stride + i] * table[code_at(weight.packed, first + i)];
+void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
+         const float* x, int64_t x_stride, int64_t M, float (*sums)[kMaxDotRows]) {
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t first = (row + n) * weight.K + k;
+    for_each_block(weight, first, depth, [&](int64_t at, int64_t count, const float* table) {
+      for (int64_t m = 0; m < M; ++m) {
+        float sum = 0.0f;
+        for (int64_t i = at; i < at + count; ++i) {
+          sum += x[m * x_stride + i] * table[code_at(weight.packed, first + i)];
+        }
+        sums[n][m] += sum;
       }
-      sums[m] += sum;
-    }
-  });
+    });
+  }
 }
 
 void pack_rows(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,

@@ -12,8 +12,9 @@ namespace qlora_ext::cpu {
 constexpr int64_t kPanelWidth = 16;
 // Most of the contraction that a panel holds: 16 KB of L1.
 constexpr int64_t kDepth = 256;
-// Rows of x that `dot` takes at once.
+// Rows of x that `dot` takes at once, and how much of x: 16 KB.
 constexpr int64_t kMaxDotRows = 4;
+constexpr int64_t kMaxDotElements = 4096;
 
 // How a weight becomes the argument of the codebook's decision: v = (w - mean) * inverse_scale.
 struct Normalizer {
@@ -48,9 +49,10 @@ struct Kernels {
   // panel[d][c] = W[row + d][k + c] for c < width <= kPanelWidth, d < depth <= kDepth; else 0.
   void (*decode_rows)(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                       int64_t depth, float* panel);
-  // sums[m] += sum over i < n of x[m][i] * w[first + i], for m < M <= kMaxDotRows.
-  void (*dot)(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
-              int64_t x_stride, int64_t M, float* sums);
+  // sums[n][m] += sum over d < depth of x[m * x_stride + d] * W[row + n][k + d], for n < rows and
+  // m < M <= kMaxDotRows, where M * depth <= kMaxDotElements.
+  void (*dot)(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
+              const float* x, int64_t x_stride, int64_t M, float (*sums)[kMaxDotRows]);
 
   // panel[d][c] = src[d * stride + c] for c < width, zero beyond.
   void (*pack_rows)(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,
