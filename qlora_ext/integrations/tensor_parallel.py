@@ -1,0 +1,171 @@
+"""Tensor parallelism for packed layers: styles for torch's `parallelize_module`.
+
+    plan = {
+        "model.layers.*.self_attn.q_proj": ColwiseParallel4bit(),
+        "model.layers.*.self_attn.o_proj": RowwiseParallel4bit(), ...
+    }
+    parallelize_module(model, mesh, plan)
+
+A column-parallel layer holds N / world rows of W [N, K] and gives these columns of y; a
+row-parallel one holds K / world columns of W, takes the same part of x, and sums y over the
+processes. Packed bytes are cut between blocks, so that the weights stay exactly what they were.
+Cutting a double-quantized scale would cut its group of 256, so scales are kept in fp32: 4.5 bits
+per weight at blocks of 64 instead of 4.127.
+
+Parameters become DTensors: an optimizer, `clip_grad_norm_` and torch.distributed.checkpoint see
+whole tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from .. import ops
+from ..nn import Linear4bit, LoraLinear4bit
+
+__all__ = ["ColwiseParallel4bit", "ParallelLinear4bit", "RowwiseParallel4bit"]
+
+
+def _sum(x: torch.Tensor, group) -> torch.Tensor:
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+
+
+class _Copied(torch.autograd.Function):
+    """x as it is, in every process; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _sum(gradient, ctx.group), None
+
+
+class _Summed(torch.autograd.Function):
+    """x summed over the processes, whose gradient is that of each term."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class ParallelLinear4bit(nn.Module):
+    """What a Linear4bit or LoraLinear4bit becomes, in place, under one of the styles below.
+
+    Parameters, all DTensors over the mesh: `weight` uint8 [N, K / 2]; `weight_absmax` (and
+    `weight_mean`) uint8 [N, 4 K / blocksize], bytes of fp32; `bias` [N]; `lora_A` [r, K] and
+    `lora_B` [N, r]. Column-parallel: x [..., K] -> [..., N / world]. Row-parallel:
+    x [..., K / world] -> [..., N], the sum.
+    """
+
+    _input = Linear4bit._input
+
+    @staticmethod
+    def convert(layer: Linear4bit, mesh, rowwise: bool) -> None:
+        """Turns layer into a ParallelLinear4bit that holds this process's part.
+
+        Raises:
+            TypeError: not a Linear4bit or LoraLinear4bit.
+            ValueError: the layer cannot be cut between blocks.
+        """
+        if type(layer) not in (Linear4bit, LoraLinear4bit):
+            raise TypeError(
+                f"tensor parallel: the layer is a {type(layer).__name__}, want a Linear4bit or a "
+                "LoraLinear4bit; PEFT's adapters cannot be cut: use add_lora"
+            )
+        q, world = layer.quantized, mesh.size()
+        N, K = q.shape
+        step = q.blocksize * (world if rowwise else 1)  # 0: one scale for the whole weight
+        if not step or K % step or (not rowwise and N % world):
+            want = (
+                f"K a multiple of blocksize x {world}"
+                if rowwise
+                else (f"K a multiple of blocksize and N of {world}")
+            )
+            raise ValueError(
+                f"tensor parallel: a [{N}, {K}] weight with blocksize={q.blocksize or None} cannot "
+                f"be cut into {world} parts by {'columns' if rowwise else 'rows'}, want {want}"
+            )
+        absmax = q.absmax
+        if q.nested is not None:
+            absmax = torch.ops.qlora_ext.dequantize_absmax(absmax, q.nested).view(torch.uint8)
+        along = Shard(1) if rowwise else Shard(0)
+        parts = {
+            "weight": (q.packed.reshape(N, K // 2), along),
+            "weight_absmax": (absmax.reshape(N, -1), along),
+            "weight_mean": (None if q.mean is None else q.mean.reshape(N, -1), along),
+            "bias": (layer.bias, Replicate() if rowwise else along),
+        }
+        if isinstance(layer, LoraLinear4bit):
+            parts["lora_A"] = (layer.lora_A, along if rowwise else Replicate())
+            parts["lora_B"] = (layer.lora_B, Replicate() if rowwise else along)
+        trained = {name: p.requires_grad for name, p in layer.named_parameters()}
+        layer._parameters.clear()
+        layer.__class__ = ParallelLinear4bit
+        layer.rowwise, layer.mesh = rowwise, mesh
+        shape = (N, K // world) if rowwise else (N // world, K)
+        layer.format = (None, shape, q.blocksize, q.quant_type, q.codebook)
+        for name, (tensor, placement) in parts.items():
+            if tensor is not None:
+                tensor = nn.Parameter(
+                    distribute_tensor(tensor.detach(), mesh, [placement]), trained.get(name, False)
+                )
+            layer.register_parameter(name, tensor)
+
+    def _own(self, name: str, copied: bool = False) -> torch.Tensor | None:
+        """This process's part of a parameter; copied: each has the whole, and part of its use."""
+        parameter: DTensor | None = self._parameters.get(name)
+        if parameter is None:
+            return None
+        own = parameter.to_local()
+        return _Copied.apply(own, self.mesh) if copied else own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features] or this process's part of it; see the class."""
+        x = self._input(x)
+        if not self.rowwise:
+            x = _Copied.apply(x, self.mesh)
+        nested, *format = self.format
+        w4 = (self._own("weight"), self._own("weight_absmax"), nested, self._own("weight_mean"))
+        bias = self._own("bias")
+        S = B = None
+        if "lora_A" in self._parameters:
+            A = self._own("lora_A", copied=not self.rowwise)
+            B = self._own("lora_B", copied=self.rowwise)
+            S = ops.lora_shrink(F.dropout(x, self.lora_dropout, self.training), A, self.scaling)
+        y = ops.gemm_4bit(x, (*w4, *format), None if self.rowwise else bias, S, B)
+        if not self.rowwise:
+            return y
+        y = _Summed.apply(y, self.mesh)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        cut = "columns" if self.rowwise else "rows"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {cut} of W cut"
+
+
+class ColwiseParallel4bit(ParallelStyle):
+    """Cuts a packed layer's outputs: N a multiple of the processes, K of the block size."""
+
+    def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
+        ParallelLinear4bit.convert(module, device_mesh, rowwise=False)
+        return module
+
+
+class RowwiseParallel4bit(ParallelStyle):
+    """Cuts a packed layer's inputs: K / processes a multiple of the block size."""
+
+    def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
+        ParallelLinear4bit.convert(module, device_mesh, rowwise=True)
+        return module
