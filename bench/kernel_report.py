@@ -68,8 +68,8 @@ KERNELS = {
     "gemm_4bit_backward_fused": (f"{BACKWARD}::kThreads", "sizeof(BackwardSmem<{0}, {2}>)", "64"),
     "gemm_4bit_backward_any": ("kTileThreads", "sizeof(TileSmem)", None),
     "reduce_parts": ("256", "0", None),
-    "lora_rows_mma": ("kLoraThreads", "sizeof(LoraRowsSmem<{1}, {2}>)", None),
-    "lora_columns_mma": ("kLoraThreads", "sizeof(LoraColumnsSmem<{1}, {2}>)", None),
+    "lora_rows_mma": ("kLoraThreads", "sizeof(LoraRowsSmem<{2}>)", None),
+    "lora_columns_mma": ("kLoraThreads", "sizeof(LoraColumnsSmem<{2}>)", None),
     "lora_tile": ("kTileThreads", "sizeof(TileSmem)", None),
     "merge_lora_4bit_tile": ("kTileThreads", "sizeof(TileSmem)", None),
 }

@@ -302,14 +302,34 @@ def test_lora_products_of_8_million_rows(kernels):
     torch.testing.assert_close(S[-5:].double(), tail.double() @ A.double().T, atol=1e-4, rtol=1e-4)
 
 
-def test_lora_products_keep_inf(kernels):
+def test_lora_products_in_fp16_keep_fp32s_range(kernels):
+    """x and dY in fp16, down to its subnormals, times values far outside fp16's range."""
+    x, dY = (torch.randn(70, n).half() * scale for n, scale in ((128, 1e-6), (64, 1e4)))
+    A, B = torch.randn(16, 128) * 1e8, torch.randn(64, 16) * 1e-9
+    S, dS = torch.randn(70, 16) * 1e7, torch.randn(70, 16) * 1e-12
+    to = lambda t: t.to(kernels.device)  # noqa: E731
+    with on(kernels, (80, 4)):
+        got = [
+            kernels.ops.lora_shrink(to(x), to(A), 1.0),
+            kernels.ops.lora_shrink_backward(to(dS), to(x), to(A), 1.0, False)[1],
+            *kernels.ops.lora_expand_backward(to(dY), to(S), to(B)),
+        ]
+    x, dY, A, B, S, dS = (t.double() for t in (x, dY, A, B, S, dS))
+    for name, g, w in zip(
+        ("S", "dA", "dS", "dB"), got, (x @ A.T, dS.T @ x, dY @ B, dY.T @ S), strict=True
+    ):
+        assert ((g.cpu().double() - w).norm() / w.norm()).item() <= 2e-5, name
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_lora_products_keep_inf(kernels, dtype):
     """An Inf in an fp32 adapter or dS meets no lo half that would make it NaN."""
     x, dY = torch.rand(9, 64) + 0.5, torch.rand(9, 40) + 0.5
     A, B, S = torch.rand(4, 64), torch.rand(40, 4), torch.rand(9, 4)
     A[1, 3] = B[7, 2] = S[5, 1] = float("inf")
     A[2, 3] = torch.finfo(FP32).max  # rounds to Inf in bf16
     to = lambda t: t.to(kernels.device)  # noqa: E731
-    x, dY = to(x.to(BF16)), to(dY.to(BF16))
+    x, dY = to(x.to(dtype)), to(dY.to(dtype))
     got = kernels.ops.lora_shrink(x, to(A), 1.0)
     assert got[:, 1:3].isinf().all() and got[:, [0, 3]].isfinite().all()
     dA = kernels.ops.lora_shrink_backward(to(S), x, to(A), 1.0, False)[1]

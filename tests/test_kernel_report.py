@@ -46,7 +46,7 @@ AMPERE = ("8.0", "9.0a")  # cp.async, m16n8k16
 def test_every_kernel_is_compiled_for_every_architecture(kernels):
     assert {k.base for k in kernels} == set(report.KERNELS)
     for base in report.KERNELS:
-        # bf16 alone, on tensor cores: not on 7.5, where dispatch takes lora_tile.
+        # In bf16 on tensor cores, which 7.5 has not: there dispatch takes lora_tile.
         of(kernels, base, AMPERE if base in ("lora_rows_mma", "lora_columns_mma") else report.ARCHS)
 
 

@@ -13,7 +13,7 @@
 //         byte * 256 + lane * 4) and one LDS decode two weights. The packed stages fill the other
 //         128 bytes of each 256.
 // Scales  64 elements along k share one scale (blocksize a multiple of 64, K too), so the scale
-//         multiplies the accumulator of four mma: fp32, 1/16 FFMA per weight and 8 rows. Nested
+//         multiplies the accumulator of four mma: fp32, 1/8 FFMA per weight and 8 rows. Nested
 //         scales are decoded once per stage and thread, one stage ahead, without FMA.
 // Warps   8: each owns 32 rows n and one run of 64 k of every stage; warps along k hold partial
 //         sums that are added in order at the end. Blocks along k (splits) write partial sums to

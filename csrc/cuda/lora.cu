@@ -27,9 +27,10 @@ Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth, int64_t s
   return {mma, parts, per_part, parts > 1 ? parts * numel * 4 : 0};
 }
 
-// Tensor cores take a bf16 x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
+// Tensor cores take a 16-bit x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
+// fp16 too is multiplied as bf16, which 7.5 has not.
 bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
-  return dtype == DType::kBFloat16 && device_info().arch >= 80 && is_aligned(big, 16) &&
+  return dtype != DType::kFloat32 && device_info().arch >= 80 && is_aligned(big, 16) &&
          stride % 8 == 0 && cols % 8 == 0;
 }
 
@@ -61,18 +62,24 @@ Plan plan_product(const Product& p) {
   return plan_parts(false, tiles, numel, p.depth(), kTileDepth);
 }
 
-template <int kRankTiles>
+template <class T, int kRankTiles>
 const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void* stream) {
-  using T = __nv_bfloat16;
   const unsigned ranks = grid_blocks(ceil_div(p.small.rows, 8 * kRankTiles));
   const unsigned tiles = grid_blocks(ceil_div(p.length(), kLoraTile));
   const unsigned z = static_cast<unsigned>(parts);
   if (p.over_rows) {
     return launch_kernel<lora_columns_mma<Sm80, T, kRankTiles>>(
-        dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraColumnsSmem<T, kRankTiles>), stream, mma);
+        dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraColumnsSmem<kRankTiles>), stream, mma);
   }
   return launch_kernel<lora_rows_mma<Sm80, T, kRankTiles>>(
-      dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraRowsSmem<T, kRankTiles>), stream, mma);
+      dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraRowsSmem<kRankTiles>), stream, mma);
+}
+
+template <int kRankTiles>
+const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void* stream) {
+  return p.big.dtype == DType::kFloat16
+             ? launch_mma<__half, kRankTiles>(p, mma, parts, stream)
+             : launch_mma<__nv_bfloat16, kRankTiles>(p, mma, parts, stream);
 }
 
 const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream) {

@@ -1,16 +1,19 @@
-// lora_rows_mma and lora_columns_mma: the LoRA products with one long operand (x or dY, bf16) and
-// one of a small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
+// lora_rows_mma and lora_columns_mma: the LoRA products with one long operand (x or dY, bf16 or fp16)
+// and one of a small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
 //
 //   rows     out[m, r] = scale * sum over d of big[m, d] small[r, d]    S = x A^T, dS = dY B
 //   columns  out[c, r] = scale * sum over m of big[m, c] small[r, m]    dA = dS^T x, dB = dY^T S
 //
 // Moves   the long operand once per 32 ranks; the small one once per 128 rows (or columns) of it.
 // Floor   the long operand's bytes over bandwidth: M = 2048, K = 4096 is 5.6 us on H100.
-// MMA     m16n8k16: 16 rows (columns) of the long operand by 8 ranks. fp32 accumulators.
-// Rounding none of consequence: the long operand is exact, the small one is split into hi + lo,
-//         both bf16 (two mma), which keeps 16 bits of it; fp32 adapters stay nearly fp32. Not for
-//         fp16, whose range a gradient's lo half would leave. Inf in the small operand has no lo
-//         half and stays Inf; Inf in the long one times lo (zero, or of the other sign) is NaN.
+// MMA     m16n8k16 of bf16: 16 rows (columns) of the long operand by 8 ranks. fp32 accumulators.
+// Rounding none of consequence: the small operand is split into hi + lo, both bf16 (two mma), which
+//         keeps 16 bits of it; fp32 adapters stay nearly fp32. A long operand in bf16 is exact. One
+//         in fp16 is split too, exactly (11 bits in 8 and 3), since fp16 has not the range for the
+//         small operand's halves: a gradient's lo would vanish, an S beyond 65504 be Inf. That is a
+//         third mma; lo times lo, 2^-17 of the product, is left out. Inf in the small operand has
+//         no lo half and stays Inf; Inf in the long one times lo (zero, or of the other sign) is
+//         NaN.
 // Layout  rows: no shared memory for the long operand: a lane loads 32 consecutive bytes of its two
 //         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the
 //         next 64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
@@ -27,7 +30,7 @@ constexpr int kLoraTile = 128;  // rows, or columns, of the long operand per blo
 constexpr int kLoraStep = 64;   // of the contraction per step
 
 struct LoraMma {
-  const void* big;  // bf16, rows big_stride apart, 16-byte aligned, big_stride a multiple of 8
+  const void* big;  // T, rows big_stride apart, 16-byte aligned, big_stride a multiple of 8
   int64_t big_stride;
   int64_t big_rows;        // M
   int64_t big_cols;        // K or N, a multiple of 8
@@ -42,28 +45,67 @@ struct LoraMma {
 };
 
 // The small operand's [ranks, 64] tile as hi and lo halves; rows padded by one 16-byte access.
-template <class T, int kRankTiles>
+template <int kRankTiles>
 struct SmallTile {
   static constexpr int kRanks = 8 * kRankTiles;
   static constexpr int kPitch = kLoraStep + 8;
-  T half[2][kRanks][kPitch];  // [hi, lo]
+  __nv_bfloat16 half[2][kRanks][kPitch];  // [hi, lo]
 };
 
-template <class T, int kRankTiles>
+template <int kRankTiles>
 struct LoraRowsSmem {
-  SmallTile<T, kRankTiles> small[2];
+  SmallTile<kRankTiles> small[2];
 };
 
-template <class T, int kRankTiles>
+template <int kRankTiles>
 struct LoraColumnsSmem {
   static constexpr int kStages = 3;
-  SmallTile<T, kRankTiles> small[2];
-  T big[kStages][kLoraStep][kLoraTile];  // 16-byte units, unit ^ (row & 7)
+  SmallTile<kRankTiles> small[2];
+  uint16_t big[kStages][kLoraStep][kLoraTile];  // 16-byte units, unit ^ (row & 7)
 };
+
+// What v's bf16 half leaves of it: nothing of Inf, of NaN or of what rounds to Inf.
+__device__ __forceinline__ float rest_of(float v, float high) {
+  const float rest = __fsub_rn(v, high);
+  return fabsf(rest) <= 1e38f ? rest : 0.0f;
+}
+
+// A fragment of the long operand as bf16: one that is fp16 as two, whose sum is exact.
+template <class T>
+struct BigFragment {
+  static constexpr int kHalves = std::is_same_v<T, __half> ? 2 : 1;
+  uint32_t half[kHalves][4];
+
+  __device__ __forceinline__ explicit BigFragment(const uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kHalves == 1) {
+        half[0][i] = a[i];
+      } else {
+        const float low = __half2float(__ushort_as_half(static_cast<unsigned short>(a[i])));
+        const float high = __half2float(__ushort_as_half(static_cast<unsigned short>(a[i] >> 16)));
+        half[0][i] = pack_pair<__nv_bfloat16>(low, high);
+        half[1][i] =
+            pack_pair<__nv_bfloat16>(rest_of(low, __uint_as_float(half[0][i] << 16)),
+                                     rest_of(high, __uint_as_float(half[0][i] & 0xffff0000u)));
+      }
+    }
+  }
+};
+
+// acc += the long operand times a half of the small one: its hi (0) meets both of the long one's.
+template <class Arch, class T>
+__device__ __forceinline__ void multiply_halves(float (&acc)[4], const BigFragment<T>& big,
+                                                const uint32_t (&small)[2], int small_half) {
+  ptx::mma_k16<Arch, __nv_bfloat16>(acc, big.half[0], small);
+  if constexpr (BigFragment<T>::kHalves == 2) {
+    if (small_half == 0) ptx::mma_k16<Arch, __nv_bfloat16>(acc, big.half[1], small);
+  }
+}
 
 // This thread's share of the small tiles, in registers between load and store: elements that lie a
 // fixed distance apart, neighbours in memory belonging to neighbouring threads.
-template <class T, int kRankTiles>
+template <int kRankTiles>
 struct SmallLoader {
   static constexpr int kRanks = 8 * kRankTiles;
   static constexpr int kCount = kRanks * kLoraStep / kLoraThreads;  // 2 to 8
@@ -109,20 +151,30 @@ struct SmallLoader {
     first += kLoraStep * small.depth_stride;
   }
 
-  __device__ __forceinline__ void store(SmallTile<T, kRankTiles>& tile) const {
+  // With T fp16 what is no finite bf16 goes into lo, which meets one half of the long operand: hi
+  // meets both, of which the second may be zero, and Inf times zero is NaN.
+  template <class T>
+  __device__ __forceinline__ void store(SmallTile<kRankTiles>& tile) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int r = rank + i * rank_step, d = depth + i * depth_step;
-      const T high = from_float<T>(v[i]);
+      const __nv_bfloat16 high = __float2bfloat16_rn(v[i]);
+      const __nv_bfloat16 rest = __float2bfloat16_rn(rest_of(v[i], to_float(high)));
       tile.half[0][r][d] = high;
-      const float rest = __fsub_rn(v[i], to_float(high));
-      tile.half[1][r][d] = from_float<T>(fabsf(rest) <= 1e38f ? rest : 0.0f);  // Inf has no lo half
+      tile.half[1][r][d] = rest;
+      if constexpr (std::is_same_v<T, __half>) {
+        if (fabsf(to_float(high)) <= 3.4e38f) continue;
+        tile.half[0][r][d] = __float2bfloat16_rn(0.0f);
+        tile.half[1][r][d] = high;
+      }
     }
   }
 };
 
-// A 16-bit adapter has no lo half.
+// A bf16 adapter has no lo half; but see store().
+template <class T>
 __device__ __forceinline__ int halves_of(const DenseOperand& small) {
+  if (std::is_same_v<T, __half>) return 2;
   return small.dtype == DType::kFloat32 || small.dtype == DType::kFloat16 ? 2 : 1;
 }
 
@@ -163,13 +215,13 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_ro
   if constexpr (!ptx::is_compiled<Arch>()) {
     return;
   } else {
-    auto& s = ptx::shared_memory<LoraRowsSmem<T, kRankTiles>>();
+    auto& s = ptx::shared_memory<LoraRowsSmem<kRankTiles>>();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kLoraTile;
     const int64_t rank0 = static_cast<int64_t>(blockIdx.y) * 8 * kRankTiles;
     const int64_t begin = blockIdx.z * p.depth_per_part;
     const int64_t end = min(begin + p.depth_per_part, p.big_cols);
-    const int halves = halves_of(p.small);
+    const int halves = halves_of<T>(p.small);
     const T* rows[2];
     bool valid[2];
 #pragma unroll
@@ -194,33 +246,37 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_ro
     };
     float acc[kRankTiles][4];
     clear(acc);
-    SmallLoader<T, kRankTiles> loader(p.small, rank0, begin);
+    SmallLoader<kRankTiles> loader(p.small, rank0, begin);
     loader.load(end - begin);
     load_rows(begin);
-    loader.store(s.small[0]);
+    loader.template store<T>(s.small[0]);
     __syncthreads();
     int buffer = 0;
     for (int64_t d0 = begin; d0 < end; d0 += kLoraStep) {
       const uint4 now[2][2] = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
       load_rows(d0 + kLoraStep);
       loader.load(end - d0 - kLoraStep);
-      const uint32_t a[4][4] = {{now[0][0].x, now[1][0].x, now[0][0].y, now[1][0].y},
-                                {now[0][0].z, now[1][0].z, now[0][0].w, now[1][0].w},
-                                {now[0][1].x, now[1][1].x, now[0][1].y, now[1][1].y},
-                                {now[0][1].z, now[1][1].z, now[0][1].w, now[1][1].w}};
+      const BigFragment<T> a[4] = {
+          BigFragment<T>({now[0][0].x, now[1][0].x, now[0][0].y, now[1][0].y}),
+          BigFragment<T>({now[0][0].z, now[1][0].z, now[0][0].w, now[1][0].w}),
+          BigFragment<T>({now[0][1].x, now[1][1].x, now[0][1].y, now[1][1].y}),
+          BigFragment<T>({now[0][1].z, now[1][1].z, now[0][1].w, now[1][1].w})};
       for (int half = 0; half < halves; ++half) {
 #pragma unroll
         for (int tile = 0; tile < kRankTiles; ++tile) {
-          const T* small = &s.small[buffer].half[half][tile * 8 + g][t * 16];
+          const __nv_bfloat16* small = &s.small[buffer].half[half][tile * 8 + g][t * 16];
           const uint4 low = reinterpret_cast<const uint4*>(small)[0];
           const uint4 high = reinterpret_cast<const uint4*>(small)[1];
           const uint32_t b[4][2] = {
               {low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
 #pragma unroll
-          for (int step = 0; step < 4; ++step) ptx::mma_k16<Arch, T>(acc[tile], a[step], b[step]);
+          for (int step = 0; step < 4; ++step) {
+            multiply_halves<Arch>(acc[tile], a[step], b[step], half);
+          }
         }
       }
-      loader.store(s.small[buffer ^ 1]);  // read last before the barrier of the turn before
+      loader.template store<T>(
+          s.small[buffer ^ 1]);  // read last before the barrier of the turn before
       __syncthreads();
       buffer ^= 1;
     }
@@ -234,7 +290,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
   if constexpr (!ptx::is_compiled<Arch>()) {
     return;
   } else {
-    using Smem = LoraColumnsSmem<T, kRankTiles>;
+    using Smem = LoraColumnsSmem<kRankTiles>;
     constexpr int kAhead = Smem::kStages - 1;
     constexpr int kUnits = kLoraTile / 8;             // 16-byte units of a row
     constexpr int kCopyRows = kLoraThreads / kUnits;  // rows of one copy by all
@@ -245,7 +301,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
     const int64_t rank0 = static_cast<int64_t>(blockIdx.y) * 8 * kRankTiles;
     const int64_t begin = blockIdx.z * p.depth_per_part;
     const int64_t end = min(begin + p.depth_per_part, p.big_rows);
-    const int halves = halves_of(p.small);
+    const int halves = halves_of<T>(p.small);
 
     const int unit = threadIdx.x % kUnits, copy_row = threadIdx.x / kUnits;
     const bool in_columns = col0 + unit * 8 < p.big_cols;
@@ -272,10 +328,10 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
 
     float acc[kRankTiles][4];
     clear(acc);
-    SmallLoader<T, kRankTiles> loader(p.small, rank0, begin);
+    SmallLoader<kRankTiles> loader(p.small, rank0, begin);
     for (int stage = 0; stage < kAhead; ++stage) copy_stage(begin + stage * kLoraStep, stage);
     loader.load(end - begin);
-    loader.store(s.small[0]);
+    loader.template store<T>(s.small[0]);
     int slot = 0, buffer = 0;
     for (int64_t m0 = begin; m0 < end; m0 += kLoraStep) {
       ptx::cp_async_wait<kAhead - 1>();
@@ -284,19 +340,21 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
       loader.load(end - m0 - kLoraStep);
 #pragma unroll
       for (int step = 0; step < kLoraStep / 16; ++step) {
-        uint32_t a[4];
-        ptx::ldmatrix_x4_trans(a, read + (slot * kLoraStep + step * 16) * (kLoraTile * 2));
+        uint32_t loaded[4];
+        ptx::ldmatrix_x4_trans(loaded, read + (slot * kLoraStep + step * 16) * (kLoraTile * 2));
+        const BigFragment<T> a(loaded);
         for (int half = 0; half < halves; ++half) {
 #pragma unroll
           for (int tile = 0; tile < kRankTiles; ++tile) {
-            const T* small = &s.small[buffer].half[half][tile * 8 + g][step * 16 + t * 2];
+            const __nv_bfloat16* small =
+                &s.small[buffer].half[half][tile * 8 + g][step * 16 + t * 2];
             const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(small),
                                    *reinterpret_cast<const uint32_t*>(small + 8)};
-            ptx::mma_k16<Arch, T>(acc[tile], a, b);
+            multiply_halves<Arch>(acc[tile], a, b, half);
           }
         }
       }
-      loader.store(s.small[buffer ^ 1]);
+      loader.template store<T>(s.small[buffer ^ 1]);
       slot = slot == kAhead ? 0 : slot + 1;
       buffer ^= 1;
     }

@@ -3,6 +3,7 @@ two poison patterns and both orders of lanes, equal to the CPU backend, missed w
 clean under AddressSanitizer, UBSan and ThreadSanitizer."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_every_reachable_kernel_is_launched(simt):
         run_case(simt, case)
     never = [name for name, launches in simt.kernels().items() if launches == 0]
     assert not never, "add cases to sweep.py that launch these, or remove them from dispatch"
+
+
+def test_the_page_lists_these_kernels(simt):
+    """docs/kernel_coverage.md; `python tests/simt/coverage.py --write` renews it."""
+    page = (build.ROOT / "docs" / "kernel_coverage.md").read_text()
+    assert set(re.findall(r"^\| `([^`]+)` \|", page, re.M)) == set(simt.kernels())
+    assert f"{len(CASES)} cases" in page and "NOT NOTICED" not in page
 
 
 def test_a_kernel_turned_off_is_missed(simt):
