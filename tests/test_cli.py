@@ -3,6 +3,7 @@ disks, damaged files, memory limits, and what each command prints."""
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -672,6 +673,47 @@ def test_estimate_counts_on_meta_what_a_real_step_saves(llama):
         model.train()(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
     nbytes = sum(nbytes for nbytes, _, _ in real.values())
     assert nbytes == pytest.approx(found.parts["saved for the backward pass"], rel=0.05)
+
+
+def peak_of(step) -> int:
+    """The most bytes that torch's CPU allocator holds at once in step(), beyond those before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, vocabulary", [("llama", 8000), ("gemma3", 500), ("mixtral", 500)])
+def test_estimate_is_near_what_a_step_allocates(name, vocabulary, checkpointing):
+    """Forward and backward in bfloat16 on the CPU, against the estimate: docs/cli.md's factors."""
+    config = tiny_models.make(
+        name, vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        max_position_embeddings=128,
+    ).config  # fmt: skip
+    lora = qlora_ext.LoraConfig(r=8, target_modules="all-linear")
+    found = estimate.estimate(
+        config, seq=128, batch=2, quant=qlora_ext.QuantConfig(), lora=lora,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    model.config.use_cache = False
+    qlora_ext.add_lora(qlora_ext.quantize_model(model, progress_bar=False), lora)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
+    ids = torch.randint(3, vocabulary, (2, 128))
+    peak = peak_of(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    parts = ("saved for the backward pass", "logits and their gradients", "their gradients (fp32)")
+    assert 0.85 < peak / sum(found.parts[part] for part in parts) < 1.2
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found.parts["their gradients (fp32)"] == sum(p.nbytes for p in trained)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert moments == found.parts["optimizer"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "qwen3_moe", "gemma3", "bloom"])

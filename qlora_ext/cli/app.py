@@ -360,7 +360,7 @@ def estimate(
         "+ what one\nforward pass in bfloat16 saves for the backward pass, counted per tensor with "
         "attention saved as flash\nkernels save it"
         + (" (checkpointing: one input per layer, and one whole layer)" if checkpointing else "")
-        + " + logits and their fp32 gradient)\n"
+        + " + logits and two fp32 gradients)\n"
         f"x {1 + work.SLACK:.2f} + {size(work.CONTEXT)}. An estimate: kernels' workspaces and "
         "fragmentation differ from run to run.\n"
     )

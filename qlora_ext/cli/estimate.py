@@ -60,7 +60,7 @@ class Saved:
     layer: int  # the largest repeated layer's share
     layers: int  # how many there are
     layer_input: int  # what checkpointing keeps per layer
-    logits: int  # bytes of the logits and the gradient in fp32
+    logits: int  # bytes of the logits, and of two gradients in fp32: the loss's backward has two
 
 
 class _SavesLikeFlash(torch.autograd.Function):
@@ -164,7 +164,7 @@ def saved_bytes(model: nn.Module, seq: int) -> Saved:
         layer=max(layers.values(), default=0),
         layers=len(layers),
         layer_input=seq * hidden * model.dtype.itemsize,
-        logits=logits.numel() * (logits.element_size() + 4),
+        logits=logits.numel() * (logits.element_size() + 8),
     )
 
 
@@ -236,7 +236,9 @@ def estimate(
     saved = saved_bytes(model, seq)
     if checkpointing:
         outside = saved.total - saved.layer * saved.layers
-        activations = saved.layers * saved.layer_input + saved.layer + max(outside, 0)
+        # A layer is computed again when the logits' gradients are gone.
+        again = max(saved.layer - saved.logits, 0)
+        activations = saved.layers * saved.layer_input + again + max(outside, 0)
     else:
         activations = saved.total
     packed = base.parts["4-bit weights"] + base.parts["4-bit statistics"]
@@ -247,6 +249,6 @@ def estimate(
         "their gradients (fp32)": 4 * trained,
         "optimizer": optimizer_bytes * trained,
         "saved for the backward pass": activations * batch,
-        "logits and their gradient": saved.logits * batch,
+        "logits and their gradients": saved.logits * batch,
     }
     return Estimate(parts, activations + saved.logits, batch)
