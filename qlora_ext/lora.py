@@ -36,6 +36,7 @@ from .nn import (
     is_plain_linear,
 )
 from .nn import linear_shape as _linear_shape
+from .shared_input import share_input
 
 __all__ = [
     "LoraConfig",
@@ -491,6 +492,8 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
     places = places_of(model)
     for base, module in new.values():
         replace_module(model, base, module, places)
+        for parent, key in places[id(base)]:
+            share_input(parent, key)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:  # transformers' Trainer asks it whether there is anything to train
         quantizer.has_adapters = True

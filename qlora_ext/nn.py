@@ -27,6 +27,7 @@ from torch import nn
 
 from . import _C, ops
 from .quantized_tensor import QuantConfig, QuantizedTensor, quantize_with
+from .shared_input import SharedInput
 
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
@@ -522,6 +523,8 @@ class LoraLinear4bit(_Lora, Linear4bit):
     lora_A [r, in_features] and lora_B [out_features, r] are trainable, float32 unless lora_dtype
     says otherwise, whatever x's dtype is; scaling = lora_alpha / r. Dropout acts on the bypass's
     input only, in training. The bypass is part of the packed product: no [M, N] temporary.
+    Layers that add_lora finds to share an input (q, k, v; gate, up) compute x A^T once, and share
+    the dropout mask (shared_input.py).
 
     Args:
         in_features, out_features, bias, config, device, dtype: as for Linear4bit.
@@ -532,6 +535,9 @@ class LoraLinear4bit(_Lora, Linear4bit):
     Raises:
         ValueError: r or lora_dropout out of range. TypeError: as Linear4bit, or a bad lora_dtype.
     """
+
+    shared_input: SharedInput | None = None
+    shared_name = ""
 
     def __init__(
         self,
@@ -588,14 +594,28 @@ class LoraLinear4bit(_Lora, Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
-        x = self._input(x)
         p = self._parameters
-        if self.lora_dropout and self.training:
-            # The bypass sees another x than the weight does, so its product is made apart.
-            dropped = F.dropout(x, self.lora_dropout)
-            S = ops.lora_shrink(dropped, p["lora_A"], self.scaling)
-            return ops.gemm_4bit(x, self._w4(), p["bias"], S, p["lora_B"])
-        return ops.lora_gemm_4bit(x, self._w4(), p["lora_A"], p["lora_B"], self.scaling, p["bias"])
+        lora_A = p["lora_A"]
+        dropout = self.lora_dropout if self.training else 0.0
+        group = None if torch.compiler.is_compiling() else self.shared_input
+        if group is not None and group.pays(x, dropout):
+            x, dropped, S = group.take(self, x, self._input, lora_A, self.scaling, dropout)
+        else:
+            x, S = self._input(x), None
+            dropped = F.dropout(x, dropout) if dropout else None
+        if dropped is None:
+            return ops.lora_gemm_4bit(
+                x, self._w4(), lora_A, p["lora_B"], self.scaling, p["bias"], S
+            )
+        # The bypass sees another x than the weight does, so its product is made apart.
+        if S is None:
+            S = ops.lora_shrink(dropped, lora_A, self.scaling)
+        return ops.gemm_4bit(x, self._w4(), p["bias"], S, p["lora_B"])
+
+    def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
+        """(lora_A, scaling) if the layer now drops its input with this probability, else None."""
+        own = self.lora_dropout if self.training else 0.0
+        return (self._parameters["lora_A"], self.scaling) if own == dropout else None
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._lora_repr()

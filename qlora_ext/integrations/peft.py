@@ -45,6 +45,7 @@ from peft.utils.integrations import dequantize_module_weight
 from .. import ops
 from ..nn import Embedding4bit, Linear4bit, _Lora
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
+from ..shared_input import SharedInput, share_input
 from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
 
 # Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
@@ -131,8 +132,12 @@ class LoraLinear4bit(PeftLoraLinear):
 
     Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
     the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
-    hooks take PEFT's general path.
+    hooks take PEFT's general path. Layers that share an input (q, k, v; gate, up), each with one
+    active adapter and no dropout, compute x A^T once.
     """
+
+    shared_input: SharedInput | None = None
+    shared_name = ""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
         self._name = target_name
@@ -185,12 +190,26 @@ class LoraLinear4bit(PeftLoraLinear):
         lora_A, lora_B, scaling = self._stacked(names)
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
-        x = base._input(x)
         dropout = self._dropout(names[0])
         if dropout == 0.0:
-            return ops.lora_gemm_4bit(x, base._w4(), lora_A, lora_B, scaling, bias)
+            S = None
+            group = None if torch.compiler.is_compiling() else self.shared_input
+            if group is not None and len(names) == 1 and group.pays(x, dropout):
+                x, _, S = group.take(self, x, base._input, lora_A, scaling, dropout)
+            else:
+                x = base._input(x)
+            return ops.lora_gemm_4bit(x, base._w4(), lora_A, lora_B, scaling, bias, S)
+        x = base._input(x)
         S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
         return ops.gemm_4bit(x, base._w4(), bias, S, lora_B)
+
+    def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
+        """(lora_A, scaling) of the one adapter that the fused op would run, if it drops nothing."""
+        names = self._fused_adapters()
+        if dropout or names is None or len(names) > 1 or self._dropout(names[0]):
+            return None
+        lora_A, _, scaling = self._stacked(names)
+        return lora_A, scaling
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Several adapters as one: A [sum of r, in], B [out, sum of r], scaling."""
@@ -433,7 +452,11 @@ def _refuse_packed(original):
                     f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
                     "of one kind only"
                 )
-        return original(self, config, adapter_name, target, *args, **kwargs)
+        original(self, config, adapter_name, target, *args, **kwargs)
+        given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
+        name, parent = given.get("target_name"), given.get("parent")
+        if parent is not None and isinstance(parent._modules.get(name), LoraLinear4bit):
+            share_input(parent, name)
 
     return _create_and_replace
 
