@@ -19,6 +19,7 @@ def run(script: str, *arguments: str, count: int = 2) -> None:
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(count),
+                    "LOCAL_WORLD_SIZE": str(count),
                     # A file to meet at: no port that another program could take first.
                     "MEETING_PLACE": f"{folder}/store",
                     "OMP_NUM_THREADS": "1",

@@ -439,6 +439,33 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
 # merge --------------------------------------------------------------------------------------------
 
 
+def test_an_interrupted_merge_goes_on_and_leaves_its_inputs(llama, tmp_path, monkeypatch):
+    from qlora_ext.cli import stream
+
+    base = tmp_path / "base"
+    run("quantize", llama, base)
+    adapter = make_adapter(load(base), tmp_path / "adapter")
+    inputs = digest(base), digest(adapter)
+    arguments = ["merge", base, adapter, tmp_path / "out", "--max-shard-size", "40KB"]
+    calls = []
+    convert = stream.Job._convert
+
+    def interrupted(self, piece):
+        calls.append(piece)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return convert(self, piece)
+
+    monkeypatch.setattr(stream.Job, "_convert", interrupted)
+    said = run(*arguments, ok=False)
+    assert re.search(r"interrupted: [1-9]\d* of \d+ shards are finished and kept", said)
+    assert not (tmp_path / "out").exists()
+    assert re.search("going on: [1-9]", run(*arguments))
+    assert (digest(base), digest(adapter)) == inputs
+    run("merge", base, adapter, tmp_path / "at-once", "--max-shard-size", "40KB")
+    assert digest(tmp_path / "out") == digest(tmp_path / "at-once")
+
+
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
 def test_merge_is_merge_and_unload(name, head, tmp_path):

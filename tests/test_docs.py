@@ -136,3 +136,12 @@ def test_links_lead_somewhere():
             target = page.parent / name if name else page
             assert target.exists(), (page.name, link)
             assert not anchor or anchor in anchors(target), (page.name, link)
+
+
+def test_promises_name_tests_that_exist():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("the test that shows it")[1].split("##")[0]
+    sharding = (DOCS / "sharding.md").read_text()
+    names = re.findall(r"`((?:simt/)?test_\w+\.py)`", table + sharding)
+    assert len(names) > 25
+    for name in names:
+        assert (ROOT / "tests" / name).exists(), name

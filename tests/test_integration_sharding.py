@@ -1,4 +1,4 @@
-"""PEFT on packed layers under accelerate's FSDP2, two gloo processes on the CPU against one."""
+"""accelerate's FSDP2 and TRL's DDP on packed layers, two gloo processes on the CPU against one."""
 
 import sys
 import types
@@ -10,6 +10,8 @@ import pytest
 def test_two_processes_train_as_one(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
     processes.run(__file__, str(tmp_path))
 
 
@@ -101,8 +103,61 @@ def refuse(path) -> None:
             )
 
 
+def train_with_trl(path) -> None:
+    """SFTTrainer under DDP: as many rows a step as the processes have, one adapter in all."""
+    import torch
+    import torch.distributed as dist
+    import transformers
+    from datasets import Dataset
+    from integration_helpers import tiny_llama, tiny_tokenizer
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    import qlora_ext
+
+    base = f"{path}/base"
+    if dist.get_rank() == 0:
+        tiny_tokenizer(tiny_llama(base))
+    dist.barrier()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [f"{i} plus {i} is {2 * i}." for i in range(8)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=qlora_ext.QLoraExtConfig(), dtype=torch.float32
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"text": rows}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        args=SFTConfig(
+            output_dir=f"{path}/run", max_steps=3, per_device_train_batch_size=2, use_cpu=True,
+            learning_rate=1e-2, bf16=False, ddp_backend="gloo", report_to="none", save_steps=3,
+            logging_steps=1, gradient_checkpointing=False,
+        ),
+    )  # fmt: skip
+    assert trainer.args.world_size == 2
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    assert trainer.state.epoch == 1.5  # 3 steps of 2 x 2 rows, of 8
+    seen = 0
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:
+            mean = parameter.detach().clone()
+            dist.all_reduce(mean)
+            assert torch.equal(mean / 2, parameter), name
+            assert "lora_B" not in name or parameter.abs().max() > 0, name
+            seen += 1
+        elif parameter.dtype == torch.uint8:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, before[plain]), name
+    assert seen == 28
+
+
 if __name__ == "__main__":
     with processes.group():
         for each in (False, True):
             train(each)
         refuse(sys.argv[1])
+        train_with_trl(sys.argv[1])
