@@ -16,7 +16,6 @@ has the distribution that it would have alone, and the product stays one.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -122,7 +121,6 @@ def _mode(x: Tensor, dropout: float) -> tuple:
         autocast,
         x.requires_grad,
         torch.is_grad_enabled(),
-        threading.get_ident(),
         _stream(x),
         # A checkpointed region has hooks of its own: what one region computes is no other's.
         _hooks() if dropout else None,

@@ -316,28 +316,73 @@ def test_nothing_stale_is_used(change):
             assert_same(got, [parent.k_proj(given), parent.v_proj(given)])
 
 
-def test_a_change_of_mode_starts_anew():
-    """Gradients, autocast and training switched between two layers of a group."""
-    parent = Parent(dropout=0.5)
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast("cpu", dtype=dtype)
+
+
+MODES = {  # of the first layer's call, of the second's; a cast of x is what would lack a gradient
+    "autocast on": ([], [autocast]),
+    "autocast off": ([autocast], []),
+    "autocast to another dtype": ([autocast], [lambda: autocast(torch.float16)]),
+    "gradients on": ([autocast, torch.no_grad], [autocast]),
+    "inference mode off": ([autocast, torch.inference_mode], [autocast]),
+}
+
+
+@pytest.mark.parametrize("first, then", MODES.values(), ids=MODES)
+def test_a_change_of_mode_starts_anew(first, then):
+    parent = Parent()
     x = torch.randn(5, 64, requires_grad=True)
+
+    def gradients():
+        for name, modes in (("q_proj", first), ("k_proj", then)):
+            with contextlib.ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
+                y = getattr(parent, name)(x)
+        return [y, *torch.autograd.grad(y.float().sum(), (x, *trained(parent.k_proj)))]
+
+    got = gradients()
+    with unshared():
+        assert_same(got, gradients())
+
+
+def test_x_that_comes_to_need_a_gradient_starts_anew():
+    parent = Parent()
+    x = torch.randn(5, 64)
+    with autocast():
+        parent.q_proj(x)
+        (gradient,) = torch.autograd.grad(parent.k_proj(x.requires_grad_()).float().sum(), x)
+        with unshared():
+            (want,) = torch.autograd.grad(parent.k_proj(x).float().sum(), x)
+    assert torch.equal(gradient, want)
+
+
+def test_training_and_evaluation_between_layers():
+    parent = Parent(dropout=0.5)
+    x = torch.randn(5, 64)
     parent.q_proj(x)
     parent.eval()
+    got = parent.k_proj(x)
     with unshared():
-        want = parent.k_proj(x)
-    assert torch.equal(parent.k_proj(x), want)
-    with torch.no_grad():
-        parent.q_proj(x)
-    y = parent.k_proj(x)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    with unshared():
-        assert torch.equal(gradient, torch.autograd.grad(parent.k_proj(x).sum(), x)[0])
+        assert torch.equal(got, parent.k_proj(x))
+
+
+def test_the_gradient_goes_to_the_parameter_that_the_layer_has_now():
+    """Under dropout S has a gradient: another Parameter over the same memory is another A."""
+    parent = Parent(dropout=0.5)
+    x = torch.randn(5, 64)
     parent.q_proj(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert parent.k_proj(x).dtype == torch.bfloat16
-    with torch.inference_mode():
-        inside = torch.randn(5, 64)
-        assert parent(inside).shape == (5, 128)
-        assert parent(x).shape == (5, 128)
+    parent.k_proj.lora_A = nn.Parameter(parent.k_proj.lora_A.detach())
+    parent.k_proj(x).sum().backward()
+    assert parent.k_proj.lora_A.grad is not None
+
+
+def test_inference_tensors_share_nothing():
+    parent = Parent()
+    with torch.inference_mode(), Counted() as counted:
+        parent(torch.randn(5, 64))
+    assert counted.ranks == []
 
 
 def test_another_stream_is_not_waited_for(monkeypatch):
