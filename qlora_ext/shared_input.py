@@ -36,8 +36,9 @@ SAME_INPUT = (
 
 # Elements of x from which one product costs less than a product in each layer: without dropout,
 # where the calls around it must be repaid by reading x once, and with, where two masks in three
-# are not drawn. (One core, q, k and v of 576 inputs, r = 8: equal at 80,000 and 1,000. 2026-11.)
-MIN_ELEMENTS = 131072
+# are not drawn. (One core, 576 inputs, r = 8: q, k and v equal at 80,000 and 1,000, gate and up at
+# 160,000 and 5,000. 2026-11.)
+MIN_ELEMENTS = 262144
 MIN_ELEMENTS_DROPOUT = 8192
 
 

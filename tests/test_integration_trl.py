@@ -145,6 +145,16 @@ def test_training_shares_the_product_of_q_k_v_and_gate_up(folder, tmp_path, monk
     assert (given.count(True), given.count(False)) == (2 * 2 * 5, 2 * 2 * 2)
 
 
+def test_report_to_tensorboard(folder, tmp_path, monkeypatch):
+    """The callback writes the losses, and the configs of model and arguments as text."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    sft = trainer(folder, tmp_path, max_steps=2, report_to="tensorboard")
+    sft.train()
+    (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    written = events.read_bytes()
+    assert b"train/loss" in written and b"qlora_ext" in written
+
+
 def test_checkpointing_does_not_change_the_losses(folder, tmp_path):
     runs = []
     for checkpointing in [False, True]:

@@ -376,6 +376,28 @@ def test_whole_model_compiles_as_one_graph_for_any_length():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_whole_model_exports():
+    model = quantize(tiny.make("llama"))
+    add_lora(model, LoraConfig(key=True, mlp=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model.eval()
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    ids = tiny.inputs(model, length=9)["input_ids"]
+    length = {1: torch.export.Dim("length", min=2, max=32)}
+    program = torch.export.export(Logits(), (ids,), dynamic_shapes=(length,), strict=False)
+    ids = tiny.inputs(model, length=17)["input_ids"]
+    torch.testing.assert_close(program.module()(ids), Logits()(ids))
+
+
 # Bad arguments ------------------------------------------------------------------------------------
 
 
