@@ -173,6 +173,8 @@ define compile_cuda
 	  --no-build-isolation --no-deps -w build/$(2) .
 	.venv-torch-$(TORCH_NEWER)/bin/python -m pip install -q --no-deps --force-reinstall build/$(2)/qlora_ext-*.whl
 	cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python -m qlora_ext
+	@cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python -c 'import qlora_ext; \
+	  i = qlora_ext.build_info(); assert i["cuda_live"], i["cuda_why_not"]'
 endef
 
 cuda: .venv-torch-$(TORCH_NEWER)/ready

@@ -6,6 +6,7 @@ USE_CUDA=0|1 overrides; TORCH_CUDA_ARCH_LIST chooses architectures.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -40,6 +41,13 @@ def toolkit_root():
     return os.path.realpath(top.group(1).strip()) if top else None
 
 
+def toolkit_version(root):
+    """(major, minor) that the toolkit's nvcc states; (0, 0) if it states none."""
+    nvcc = os.path.join(root, "bin", "nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return tuple(map(int, (re.findall(r"release (\d+)\.(\d+)", said) or [(0, 0)])[0]))
+
+
 def wants_cuda(toolkit):
     """Whether to build the CUDA backend; ends with one sentence if it was asked for in vain."""
     asked = os.environ.get("USE_CUDA", "")
@@ -50,7 +58,7 @@ def wants_cuda(toolkit):
     version = torch.version.cuda
     if asked == "0":
         missing = "USE_CUDA to be 1 or unset"
-    elif sys.platform != "linux" or torch.version.hip:
+    elif sys.platform != "linux" or platform.machine() != "x86_64" or torch.version.hip:
         missing = "CUDA on linux-x86_64 (ROCm and other systems are not supported)"
     elif version is None:
         missing = f"a CUDA build of torch (torch {torch.__version__} is a CPU build)"
@@ -58,6 +66,8 @@ def wants_cuda(toolkit):
         missing = f"CUDA 12.8 or newer (torch {torch.__version__} was built for {version})"
     elif toolkit is None:
         missing = "nvcc on the PATH"
+    elif toolkit_version(toolkit) < (12, 8):
+        missing = f"nvcc of CUDA 12.8 or newer (that of {toolkit} is older)"
     else:
         return True
     if asked == "1":

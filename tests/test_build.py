@@ -34,13 +34,16 @@ def setup_module(monkeypatch):
     return run
 
 
-def fake_nvcc(folder: Path, top: Path) -> str:
+def fake_nvcc(folder: Path, top: Path, release: str = "13.0") -> str:
     """A folder with a wrapper script for an nvcc that lies elsewhere, as some machines have."""
     top.mkdir()
     script = folder / "nvcc"
     script.write_text(f'#!/bin/sh\necho "#$ TOP={top}/bin/.." >&2\n')
     script.chmod(0o755)
     (top / "bin").mkdir()
+    real = top / "bin" / "nvcc"
+    real.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    real.chmod(0o755)
     return f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin"
 
 
@@ -65,6 +68,22 @@ def test_use_cuda_in_vain_is_one_sentence(setup_module, tmp_path, torch_cuda, se
     with pytest.raises(SystemExit) as stopped:
         setup_module(torch_cuda=torch_cuda, path=str(tmp_path), USE_CUDA="1")
     assert sentence in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_an_older_toolkit_is_refused_by_a_sentence(setup_module, tmp_path):
+    (tmp_path / "bin").mkdir()
+    path = fake_nvcc(tmp_path / "bin", tmp_path / "toolkit", "12.6")
+    with pytest.raises(SystemExit, match=r"USE_CUDA=1 needs nvcc of CUDA 12\.8 or newer \(that of"):
+        setup_module(torch_cuda="13.0", path=path, USE_CUDA="1")
+    module, called = setup_module(torch_cuda="13.0", path=path)
+    assert len(called["ext_modules"]) == 1  # unasked, the CPU backend alone
+    assert module["toolkit_version"](module["TOOLKIT"]) == (12, 6)
+
+
+def test_another_processor_is_refused_by_a_sentence(setup_module, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(SystemExit, match="USE_CUDA=1 needs CUDA on linux-x86_64"):
+        setup_module(torch_cuda="13.0", USE_CUDA="1")
 
 
 def test_rocm_is_refused_by_a_sentence(setup_module, monkeypatch):
@@ -96,7 +115,7 @@ def test_without_torch_it_says_what_to_run():
 
 
 def test_setup_is_short():
-    assert len(SETUP.read_text().splitlines()) <= 110
+    assert len(SETUP.read_text().splitlines()) <= 115
 
 
 # What was built -----------------------------------------------------------------------------
