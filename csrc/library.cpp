@@ -1,8 +1,13 @@
 // The extension module: defines the ops' schemas (schemas.h) and a few plain functions.
 // pybind11 serves these functions alone; ops go through torch's stable ABI, so that one build
 // keeps working when torch is upgraded.
+// torch 2.11 has a copy of pybind11 that refuses files which target the stable ABI.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"

@@ -72,6 +72,12 @@ def test_device_files_include_no_torch_and_keep_the_rules():
                 assert word not in text, f"{path.name} has {word}"
 
 
+def test_the_page_lists_these_kernels(kernels):
+    """docs/kernel_report.md; `python bench/kernel_report.py --write` renews it."""
+    rows = re.findall(r"^\| `([^`]+)` \| (\S+) \|", report.PAGE.read_text(), re.M)
+    assert set(rows) == {(k.name, k.arch) for k in kernels} and len(rows) == len(set(rows))
+
+
 def test_no_spills(kernels):
     """The embedding's kernels have a stack for the sentence that they trap with, and never read
     it."""

@@ -15,7 +15,7 @@ int64_t DeviceScope::read(const Tensor& flag) const {
 
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 }
 

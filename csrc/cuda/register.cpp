@@ -12,9 +12,9 @@ namespace qlora_ext::host {
 DeviceScope::DeviceScope(const Tensor& tensor) {
   const int32_t device = tensor.get_device_index();
   CUDAGuardHandle guard;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
   guard_ = guard;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
 }
 
 DeviceScope::~DeviceScope() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }
@@ -29,7 +29,7 @@ int64_t DeviceScope::read(const Tensor& flag) const {
 
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 }
 

@@ -50,7 +50,7 @@ Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like) {
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_device_index(like.get(), &device_index);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
