@@ -328,6 +328,21 @@ def test_disk_offload_of_a_packed_model(packed, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_cpu_offload(packed):
+    """accelerate keeps weights elsewhere and brings each layer's in for its forward pass."""
+    from accelerate import cpu_offload
+
+    model = copy.deepcopy(packed[1])
+    qlora_ext.add_lora(model, qlora_ext.LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    want = logits(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    assert torch.equal(logits(model), want)
+
+
 def test_disk_offload_while_packing_is_refused(llama):
     with pytest.raises(ValueError, match="device_map sends layers to disk"):
         load(

@@ -121,6 +121,15 @@ def train(mode):
     assert moved == len(gradients), moved
 
 
+def refuse():
+    """The first FSDP joins tensors of one dtype, which packed and other weights are not."""
+    import torch
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with pytest.raises(ValueError, match="Must flatten tensors with uniform dtype"):
+        FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=True)
+
+
 def resume(folder):
     """Sharded model and optimizer through a checkpoint on disk into others: the same next steps."""
     import tiny_models as tiny
@@ -162,4 +171,5 @@ if __name__ == "__main__":
     with processes.group():
         for each in MODES:
             train(each)
+        refuse()
         resume(sys.argv[1])
