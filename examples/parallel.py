@@ -23,7 +23,7 @@ def start(device: str) -> None:
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
 
 
-def finish(status: int = 0) -> None:
+def finish() -> None:
     """Ends a process that is one of several; returns where there is one.
 
     Python's own shutdown is left out: gloo's threads free the tensors of finished collectives, and
@@ -31,12 +31,11 @@ def finish(status: int = 0) -> None:
     """
     if not dist.is_initialized():
         return
-    if status == 0:
-        dist.barrier()  # the first process is still writing when the others are done
-        dist.destroy_process_group()
+    dist.barrier()  # the first process is still writing when the others are done
+    dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(0)
 
 
 def rank() -> int:

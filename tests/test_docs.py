@@ -145,3 +145,11 @@ def test_promises_name_tests_that_exist():
     assert len(names) > 25
     for name in names:
         assert (ROOT / "tests" / name).exists(), name
+
+
+def test_tested_versions_are_those_that_the_plug_ins_expect():
+    from qlora_ext.integrations import TESTED, bitsandbytes
+
+    table = (DOCS / "integrations.md").read_text().split("## Tested versions")[1].split("##")[0]
+    for name, series in {**TESTED, "bitsandbytes": bitsandbytes.TESTED}.items():
+        assert re.search(rf"^\| {name} \| {re.escape(series)}\b", table, re.M | re.I), name

@@ -273,7 +273,9 @@ def test_torchrun_trains_as_one_process(tiny_model, pairs_file, tmp_path, exampl
         "finetune.Report.step_done = step_done\n"
         "finetune.main()\n"
     )
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    # By address: the host's name need not resolve.
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+                "--nproc-per-node", 2)  # fmt: skip
     said = finetune(tiny_model, pairs_file, two, *settings, by=(*torchrun, stops), ends=1)
     assert "Interrupted after step 1 of 3" in said.stderr
     state = torch.load(two / "checkpoints" / "step-000001.pt")
