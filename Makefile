@@ -17,7 +17,8 @@ TORCH_OLDER ?= 2.13.0
 # What a change of torch could break: everything that reaches the compiled library. What stands above
 # it (transformers, PEFT) isn't installed there; the emulator's build is its own.
 ABI_TESTS ?= test_ops.py test_autograd.py test_bad_input.py test_properties.py test_linear.py \
-             test_cpu_paths.py test_modules.py test_build.py test_docs.py -m 'not slow' -k 'not simt'
+             test_cpu_paths.py test_modules.py test_shared_input.py test_build.py test_docs.py \
+             -m 'not slow' -k 'not simt'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
 
