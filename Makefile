@@ -19,6 +19,11 @@ TORCH_OLDER ?= 2.13.0
 ABI_TESTS ?= test_ops.py test_autograd.py test_bad_input.py test_properties.py test_linear.py \
              test_cpu_paths.py test_modules.py test_shared_input.py test_build.py test_docs.py \
              -m 'not slow' -k 'not simt'
+# What test-paths runs on the CPU paths that this CPU would not choose: all that reaches the kernels,
+# less what costs time elsewhere (torch.compile's compilation, T5).
+PATH_TESTS ?= test_ops.py test_autograd.py test_properties.py test_bad_input.py test_modules.py \
+              test_linear.py test_real_weights.py test_bitsandbytes.py test_lora.py \
+              -m 'not slow' -k 'not simt and not cuda and not compile and not t5'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
 
@@ -48,11 +53,12 @@ extras = -c "import sys; from setuptools.config.pyprojecttoml import read_config
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-abi native cuda archs bench info lint format clean distclean FORCE
+.PHONY: help finetune test test-all test-paths test-abi native cuda archs bench info lint format clean distclean FORCE
 
 help:
 	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
-	@echo 'make test       the tests (minutes)'
+	@echo 'make test       the tests (minutes), with the best path that this CPU has'
+	@echo 'make test-paths the tests of the kernels again, on the portable and on the AVX2 path'
 	@echo 'make test-all   the longer suites too'
 	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
 	@echo 'make native     the CPU kernels without torch, under ASan and UBSan, on each path of this CPU'
@@ -74,7 +80,11 @@ test: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	cd tests && '$(PY_ABS)' -m pytest $(ARGS)
 
-bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
+test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
+	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo); do echo "== QLORA_EXT_CPU=$$path"; \
+	  (cd tests && QLORA_EXT_CPU=$$path '$(PY_ABS)' -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
+
+bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo
 	$(PY) bench/cpu.py $(ARGS)
 
 info: $(STATE)/built
@@ -115,7 +125,7 @@ $(STATE)/built: $(SOURCES) $(STATE)/torch
 	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-build
 	@touch $@
 
-$(STATE)/train $(STATE)/test: $(STATE)/%: pyproject.toml $(STATE)/torch
+$(STATE)/train $(STATE)/test $(STATE)/bench: $(STATE)/%: pyproject.toml $(STATE)/torch
 	@$(PY) $(call extras,$*) > $@.txt
 	@start=$$(date +%s); echo "pip install '.[$*]' (its requirements)"; \
 	$(PY) -m pip install -q -r $@.txt && echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-$*

@@ -1,21 +1,34 @@
-"""The CPU backend against bitsandbytes and torch's dense layers: `make bench`.
+"""The CPU backend against bitsandbytes, torchao's NF4 and torch's dense layers: `make bench`.
 
 Every row times all contenders in turn, round after round in one process, into memory that was
-touched before, and gives medians; the table is printed and left as JSON and PNG in bench/results/.
-`ratio` columns say how many times faster we are. `--avx2` limits every contender to AVX2 (ours by
-QLORA_EXT_CPU, torch's by its libraries' own switches), the machine that the bars were written for.
-On a machine that others use, `--cpu-time` counts one thread's CPU time instead of the clock's.
+touched before, and gives medians. `ratio` says how many times faster we are. Two parts, each in a
+process of its own:
 
-    python bench/cpu.py [--avx2] [--cpu-time] [--quick] [--no-model] [--rounds 7] [--threads 2]
+- `native`: every contender with what this CPU has;
+- `avx2`: every contender limited to AVX2 (ours by QLORA_EXT_CPU, torch's by its libraries' own
+  switches, bitsandbytes by its own cached answer to "is there AVX-512?"), the machine that the bars
+  were written for. Left out where the CPU has nothing beyond AVX2.
+
+The result is one JSON and one PNG, bench/results/cpu-<machine>-<date>. On a machine that others
+use, `--cpu-time` counts one thread's CPU time instead of the clock's.
+
+    python bench/cpu.py                       # all of it
+    python bench/cpu.py --quick --no-model    # fewer shapes, no model
+    python bench/cpu.py --part avx2           # one part, printed only
+    python bench/cpu.py --table RESULTS.json  # its tables into docs/cpu.md
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import datetime
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +37,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 AVX2 = {
     "QLORA_EXT_CPU": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -37,7 +51,9 @@ TOUCHED = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 SLOW = 5.0  # seconds: a call that takes longer is timed once
-OURS, BNB = "ours", "bitsandbytes"
+BUDGET = 2.0  # seconds for a row: fewer rounds where calls are long, but three at least
+OURS, BNB, AO, DENSE = "ours", "bitsandbytes", "torchao", "dense"
+TABLE_SHAPE = (4096, 4096)  # the shape that has bars
 
 
 @dataclasses.dataclass
@@ -48,20 +64,24 @@ class Row:
     shape: str
     ms: dict[str, float]
     bars: dict[str, float]  # contender -> how many times faster than it we are to be
+    note: str = ""
 
     def ratio(self, contender: str) -> float:
         """How many times faster we are than a contender."""
         return self.ms[contender] / self.ms[OURS]
 
+    def held(self) -> dict[str, bool]:
+        """Whether each bar is met, of those whose contender ran."""
+        return {name: self.ratio(name) >= bar for name, bar in self.bars.items() if name in self.ms}
+
     def verdict(self) -> str:
-        """Which bars are met: 'yes', or what was reached where one is not."""
+        """'met', or what was reached where a bar is not; nothing for a row without bars."""
         missed = [
-            f"{name} {self.ratio(name):.2f}x of {bar:.2f}x"
-            for name, bar in self.bars.items()
-            if name in self.ms and self.ratio(name) < bar
+            f"{name} {self.ratio(name):.2f}x of {self.bars[name]:.2f}x"
+            for name, met in self.held().items()
+            if not met
         ]
-        held = [name for name in self.bars if name in self.ms]
-        return "" if not held else "no: " + ", ".join(missed) if missed else "yes"
+        return "" if not self.held() else "MISSED: " + ", ".join(missed) if missed else "met"
 
 
 clock = time.perf_counter
@@ -76,7 +96,8 @@ def interleave(contenders: dict[str, Callable], rounds: int) -> dict[str, float]
         call()
         warm[name] = clock() - start
     fast = [name for name in contenders if warm[name] < SLOW]
-    for _ in range(rounds):
+    turn = sum(warm[name] for name in fast) or 1.0
+    for _ in range(min(rounds, max(3, int(BUDGET / turn)))):
         for name in fast:
             repeats = max(1, int(2e-3 / max(warm[name], 1e-6)))
             start = clock()
@@ -84,11 +105,6 @@ def interleave(contenders: dict[str, Callable], rounds: int) -> dict[str, float]
                 contenders[name]()
             times[name].append((clock() - start) / repeats)
     return {name: 1e3 * statistics.median(times[name] or [warm[name]]) for name in contenders}
-
-
-def load() -> float:
-    """Runnable processes, averaged over the last minute."""
-    return os.getloadavg()[0]
 
 
 def cpu_name() -> str:
@@ -99,6 +115,70 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+class Others:
+    """How busy the machine was with other processes: the share of its CPU time they took."""
+
+    def __init__(self):
+        self.busy, self.own, self.start = self._busy(), self._own(), time.perf_counter()
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds that all CPUs were busy, since boot."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0
+        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:]]
+        return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        """Seconds of this process and of the children that it waited for."""
+        return sum(os.times()[:4])
+
+    def share(self) -> float:
+        """Of all CPUs' time since the beginning."""
+        spent = self._busy() - self.busy - (self._own() - self.own)
+        return max(0.0, spent / ((time.perf_counter() - self.start) * os.cpu_count()))
+
+
+def limit_bitsandbytes() -> str:
+    """Makes bitsandbytes take its path for CPUs without AVX-512, which has no switch: its library
+    asks the CPU once and caches the answer in static variables, which `nm` locates. Returns what
+    it uses from then on."""
+    from bitsandbytes.cextension import lib
+
+    library = getattr(lib, "_lib", lib)
+    anchor = "cquantize_blockwise_cpu_fp32"
+    try:
+        listing = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "AVX-512 (no `nm` here to limit it with)"
+    symbols = [line.split() for line in listing.stdout.splitlines() if len(line.split()) == 3]
+    address = {name: int(at, 16) for at, _, name in symbols}
+    answers = [name for name in address if name.startswith("_ZZ") and "has_avx512" in name]
+    asked = [name for name in address if name.startswith("_ZGVZ") and "has_avx512" in name]
+    if not answers or anchor not in address:
+        return "AVX-512 (its library has no such variables)"
+    base = ctypes.cast(getattr(library, anchor), ctypes.c_void_p).value - address[anchor]
+    for name in answers:
+        ctypes.c_bool.from_address(base + address[name]).value = False
+    for name in asked:
+        ctypes.c_uint8.from_address(base + address[name]).value = 1
+    return "no AVX-512"
+
+
+def torchao_nf4():
+    """torchao's module for NF4, or None; it moved between versions."""
+    import importlib
+
+    for name in ("quantization.quantize_.workflows.nf4.nf4_tensor", "dtypes.nf4tensor"):
+        try:
+            return importlib.import_module(f"torchao.{name}")
+        except ImportError:
+            continue
+    return None
 
 
 # Ops ----------------------------------------------------------------------------------------------
@@ -117,10 +197,14 @@ class Ops:
         self.torch, self.bnb, self.rounds, self.dtype = torch, bnb, rounds, dtype
         self.N, self.K = N, K
         self.name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        self.fp32 = dtype == torch.float32
         self.weight = (torch.randn(N, K) * 0.02).to(dtype)
         self.w4 = qlora_ext.quantize_4bit(self.weight).op_args()
         self.packed, self.state = self.bnb_quantize()
         self.ops = torch.ops.qlora_ext
+        # torchao is slow enough that the table's shape in fp32 will do.
+        self.ao = torchao_nf4() if self.fp32 and (N, K) == TABLE_SHAPE else None
+        self.nf4 = self.ao and self.ao.to_nf4(self.weight, 64, 256)
 
     def bnb_quantize(self):
         return self.bnb.quantize_4bit(
@@ -130,7 +214,7 @@ class Ops:
     def row(self, case: str, contenders: dict[str, Callable], bars: dict[str, float]) -> Row:
         """Times one case; `bars` apply to the table's own shape."""
         ms = interleave(contenders, self.rounds)
-        bars = bars if (self.N, self.K) == (4096, 4096) else {}
+        bars = bars if (self.N, self.K) == TABLE_SHAPE else {}
         return Row(f"{case} {self.name}", f"{self.N}x{self.K}", ms, bars)
 
     def quantize(self) -> Row:
@@ -142,7 +226,10 @@ class Ops:
             )
             self.ops.quantize_absmax(absmax)
 
-        return self.row("quantize", {OURS: ours, BNB: self.bnb_quantize}, {BNB: 10})
+        contenders = {OURS: ours, BNB: self.bnb_quantize}
+        if self.ao:
+            contenders[AO] = lambda: self.ao.to_nf4(self.weight, 64, 256)
+        return self.row("quantize", contenders, {BNB: 10})
 
     def dequantize(self) -> Row:
         """Into touched memory; bitsandbytes takes no `out=` on a CPU, the allocator keeps its."""
@@ -152,7 +239,9 @@ class Ops:
             BNB: lambda: self.bnb.dequantize_4bit(self.packed, self.state),
             "write": lambda: other.fill_(1.0),
         }
-        return self.row("dequantize", contenders, {BNB: 3, "write": 1 / 1.3})
+        if self.ao:
+            contenders[AO] = self.nf4.get_original_weight
+        return self.row("dequantize", contenders, {BNB: 3})
 
     def linear(self, M: int) -> Row:
         """y = x W^T, no gradient."""
@@ -164,23 +253,24 @@ class Ops:
         contenders = {
             OURS: lambda: self.ops.gemm_4bit(x, *self.w4),
             BNB: lambda: bitsandbytes.matmul_4bit(x, transposed, quant_state=self.state),
-            "dense": lambda: F.linear(x, self.weight),
+            DENSE: lambda: F.linear(x, self.weight),
         }
-        fp32 = self.dtype == torch.float32
-        if not fp32:
+        if self.ao and M in (1, 16, 256):
+            contenders[AO] = lambda: self.ao.linear_nf4(x, self.nf4)
+        if not self.fp32 and (self.N, self.K) == TABLE_SHAPE:
             x32, w32 = x.float(), self.weight.float()
             contenders["ours fp32"] = lambda: self.ops.gemm_4bit(x32, *self.w4)
             contenders["dense fp32"] = lambda: F.linear(x32, w32)
         if M == 1:
-            bars = {BNB: 20, "dense": 2} if fp32 else {BNB: 12, "dense": 1}
+            bars = {BNB: 20, DENSE: 2} if self.fp32 else {BNB: 12, DENSE: 1}
         elif M == 16:
-            bars = (
-                {BNB: 5, "dense": 1} if fp32 else {BNB: 5, "dense fp32": 1, "ours fp32": 1 / 1.15}
-            )
-        elif M > 16:
-            bars = {BNB: 1.15, "dense": 1 / 1.1} if fp32 and M >= 256 else {"ours fp32": 1 / 1.15}
+            bars = {BNB: 5, DENSE: 1} if self.fp32 else {BNB: 5, "dense fp32": 1}
+        elif self.fp32:
+            bars = {BNB: 1.15, DENSE: 1 / 1.1} if M in (256, 512) else {}
         else:
             bars = {}
+        if not self.fp32 and M >= 16:
+            bars["ours fp32"] = 1 / 1.15
         return self.row(f"linear M={M}", contenders, bars)
 
     def backward(self, M: int) -> Row:
@@ -189,16 +279,17 @@ class Ops:
         dY = torch.randn(M, self.N).to(self.dtype)
         contenders = {
             OURS: lambda: self.ops.gemm_4bit_backward(dY, *self.w4),
-            BNB: lambda: dY @ self.bnb.dequantize_4bit(self.packed, self.state),
-            "dense": lambda: dY @ self.weight,
+            DENSE: lambda: dY @ self.weight,
         }
+        # Where torch's product takes a minute, one contender that waits for it is enough.
+        if self.fp32 or not slow_bf16():
+            contenders[BNB] = lambda: dY @ self.bnb.dequantize_4bit(self.packed, self.state)
         bars = {}
-        if self.dtype != torch.float32:
+        if not self.fp32:
             dY32 = dY.float()
             contenders["ours fp32"] = lambda: self.ops.gemm_4bit_backward(dY32, *self.w4)
-            slow_dense = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" or not has_bf16()
-            bars = {"ours fp32": 1 / 1.15, **({"dense": 20} if slow_dense else {})}
-        return self.row(f"backward dX M={M}", contenders, bars)
+            bars = {"ours fp32": 1 / 1.15, **({DENSE: 20} if slow_bf16() else {})}
+        return self.row(f"dX M={M}", contenders, bars)
 
     def lora(self, M: int, r: int = 8) -> Row:
         """y = x W^T + s (x A^T) B^T against the three products of an unfused layer."""
@@ -217,9 +308,31 @@ class Ops:
         contenders = {
             OURS: lambda: self.ops.lora_gemm_4bit(x, *self.w4, A, B, 2.0),
             BNB: bnb,
-            "dense": lambda: F.linear(x, self.weight) + F.linear(F.linear(x, a), b) * 2.0,
+            DENSE: lambda: F.linear(x, self.weight) + F.linear(F.linear(x, a), b) * 2.0,
         }
         return self.row(f"linear + LoRA r={r} M={M}", contenders, {})
+
+    def lora_backward(self, M: int, r: int = 8) -> Row:
+        """dX, dA and dB of that layer."""
+        torch = self.torch
+        x, dY = torch.randn(M, self.K).to(self.dtype), torch.randn(M, self.N).to(self.dtype)
+        A, B = torch.randn(r, self.K), torch.randn(self.N, r)
+        a, b = A.to(self.dtype), B.to(self.dtype)
+        S = x.float() @ A.t() * 2.0
+        s = S.to(self.dtype)
+
+        def unfused(weight):
+            dS = dY @ b * 2.0
+            return dY @ weight() + dS @ a, dS.t() @ x, dY.t() @ s
+
+        contenders = {
+            OURS: lambda: self.ops.lora_gemm_4bit_backward(dY, x, S, *self.w4, A, B, 2.0, True),
+            BNB: lambda: unfused(lambda: self.bnb.dequantize_4bit(self.packed, self.state)),
+            DENSE: lambda: unfused(lambda: self.weight),
+        }
+        if not self.fp32 and slow_bf16():
+            contenders = {OURS: contenders[OURS]}
+        return self.row(f"dX, dA, dB of LoRA r={r} M={M}", contenders, {})
 
     def merge(self, r: int = 8) -> Row:
         """dequantize(W) + s B A into fp16."""
@@ -244,25 +357,38 @@ def has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def op_rows(quick: bool, rounds: int):
-    """The table's shape in full, then real layers' shapes."""
+def slow_bf16() -> bool:
+    """Whether torch's bf16 runs without instructions for it."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" or not has_bf16()
+
+
+def op_rows(quick: bool, part: str, rounds: int):
+    """The table's shape in full, then real layers' shapes with whatever this CPU has."""
     import torch
 
+    Ms = (1, 16, 256) if quick else (1, 4, 16, 64, 256, 512, 2048)
     for dtype in (torch.float32, torch.bfloat16):
-        square = Ops(4096, 4096, dtype, rounds)
+        square = Ops(*TABLE_SHAPE, dtype, rounds)
         yield square.quantize()
         yield square.dequantize()
-        for M in (1, 16, 256) if quick else (1, 4, 16, 64, 256, 512, 2048):
-            yield square.linear(M)
-        if not quick or dtype == torch.float32:
+        for M in Ms:
+            # bf16 without its instructions takes seconds there, and says no more than M = 512.
+            if M < 2048 or square.fp32 or not slow_bf16():
+                yield square.linear(M)
+        if not quick or square.fp32:
             yield square.backward(512)
-        yield square.lora(512)
+        for M in (1, 512):
+            yield square.lora(M)
+        yield square.lora_backward(512)
         yield square.merge()
-    for N, K in () if quick else ((11008, 4096), (576, 576), (1536, 576), (576, 1536)):
-        layer = Ops(N, K, torch.float32, rounds)
-        for M in (1, 16, 384):
-            yield layer.linear(M)
-        yield layer.backward(384)
+    if quick or part != "native":
+        return
+    for N, K in ((4096, 11008), (576, 576), (1536, 576), (576, 1536)):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = Ops(N, K, dtype, rounds)
+            for M in Ms:
+                yield layer.linear(M)
+            yield layer.backward(512)
 
 
 def overhead_rows(rounds: int):
@@ -360,46 +486,51 @@ def model_rows(rounds: int, dtypes: tuple[str, ...]):
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    names = (OURS, BNB, DENSE)
+    shape = "SmolLM2-135M"
+    our_fp32 = {}
     for label in dtypes:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[label]
-        shape = "SmolLM2-135M"
         with tempfile.TemporaryDirectory() as folder:
             smollm2(dtype).save_pretrained(folder)
-            models, loads = {}, {}
-            for name in (OURS, BNB, "dense"):
-                start = clock()
+            models = {}
+
+            def loading(name, folder=folder, models=models, dtype=dtype):
                 models[name] = load_as(name, folder, dtype)
-                loads[name] = 1e3 * (clock() - start)
-            quantizing = {name: loads[name] - loads["dense"] for name in (OURS, BNB)}
+
+            loads = interleave({name: lambda n=name: loading(n) for name in names}, 3)
             yield Row(f"load {label}", shape, loads, {})
-            yield Row(f"load {label}, less the dense load", shape, quantizing, {BNB: 10})
+            quantizing = {name: max(1.0, loads[name] - loads[DENSE]) for name in (OURS, BNB)}
+            yield Row(
+                f"quantize on load {label}", shape, quantizing, {BNB: 10}, "load - dense load"
+            )
 
             steps = {name: training_step(with_adapters(model)) for name, model in models.items()}
-            if label == "fp32":
-                bars = {BNB: 1.0, "dense": 1.0}
-            else:
-                bars = {BNB: 15.0} if slow_bf16() else {}
-            times = interleave(steps, max(1, rounds // 2))
-            yield Row(f"training step {label}", shape, times, bars)
+            bars = {BNB: 1.0, DENSE: 1.0} if label == "fp32" else {}
+            if label == "bf16" and slow_bf16():
+                bars = {BNB: 15.0}
+                del steps[DENSE]  # as slow as bitsandbytes: a minute or two
+            times = interleave(steps, max(3, rounds // 2))
+            times.update(our_fp32)
+            our_fp32 = {"ours fp32": times[OURS]}
+            tokens = ", ".join(f"{name} {2 * 192e3 / ms:.0f}" for name, ms in times.items())
+            yield Row(f"training step {label}", shape, times, bars, f"tokens/s: {tokens}")
 
             # Loaded again: for eval() bitsandbytes repacks its weights, and then cannot train.
-            del models, steps
-            models = {name: load_as(name, folder, dtype) for name in (OURS, BNB, "dense")}
+            del steps
+            models.clear()
+            models = {name: load_as(name, folder, dtype) for name in names}
             prompt = torch.randint(0, 49152, (1, 16))
             generate = {name: generation(model, prompt) for name, model in models.items()}
-            times = interleave(generate, max(1, rounds // 2))
-            yield Row(f"generate 16 tokens {label}", shape, times, {})
+            times = interleave(generate, max(3, rounds // 2))
+            tokens = ", ".join(f"{name} {16e3 / ms:.1f}" for name, ms in times.items())
+            yield Row(f"generate 16 tokens {label}", shape, times, {}, f"tokens/s: {tokens}")
 
 
 def generation(model, prompt):
     """Greedy generation of 16 tokens after a prompt of 16."""
     length = {"max_new_tokens": 16, "min_new_tokens": 16}
     return lambda: model.generate(prompt, do_sample=False, **length)
-
-
-def slow_bf16() -> bool:
-    """Whether torch's bf16 runs without instructions for it: then its step is compared."""
-    return os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" or not has_bf16()
 
 
 def peak_memory(name: str, folder: str) -> float:
@@ -436,9 +567,9 @@ def profile(rounds: int) -> dict[str, float]:
     """Bandwidth and arithmetic reached, beside what plain copies and products reach here."""
     import torch
 
-    from qlora_ext import quantize_4bit
+    from qlora_ext import build_info, quantize_4bit
 
-    N = K = 4096
+    N, K = TABLE_SHAPE
     weight = torch.randn(N, K)
     w4 = quantize_4bit(weight).op_args()
     target = torch.empty_like(weight)
@@ -447,6 +578,8 @@ def profile(rounds: int) -> dict[str, float]:
     ms = interleave(
         {
             "copy": lambda: target.copy_(weight),
+            "read": lambda: torch.mv(weight, x[0]),
+            "write": lambda: target.fill_(1.0),
             "decode": lambda: ops.dequantize_4bit.out(*w4, out=target),
             "M=1": lambda: ops.gemm_4bit(x, *w4),
             "M=512": lambda: ops.gemm_4bit(X, *w4),
@@ -455,14 +588,54 @@ def profile(rounds: int) -> dict[str, float]:
         rounds,
     )
     gb, gflop = 1e-6, 1e-6
-    return {
-        "copy GB/s": 2 * 4 * N * K * gb / ms["copy"],
-        "dequantize fp32 GB/s": (4 + 0.516) * N * K * gb / ms["decode"],
+    result = {
+        "plain copy GB/s (read + write)": 2 * 4 * N * K * gb / ms["copy"],
+        "plain read GB/s (dense fp32 at M=1)": 4 * N * K * gb / ms["read"],
+        "plain write GB/s (fill)": 4 * N * K * gb / ms["write"],
+        "dequantize fp32 GB/s (read + write)": (4 + 0.516) * N * K * gb / ms["decode"],
         "linear M=1 GB/s of packed bytes": 0.516 * N * K * gb / ms["M=1"],
         "linear M=1 weights per ns": N * K * 1e-6 / ms["M=1"],
         "linear M=512 GFLOP/s": 2 * 512 * N * K * gflop / ms["M=512"],
         "dense M=512 GFLOP/s": 2 * 512 * N * K * gflop / ms["dense M=512"],
     }
+    for rows, count in instructions_per_weight(build_info()["cpu_path"]).items():
+        result[f"linear M={rows} instructions per weight (inner loop)"] = count
+    return result
+
+
+def instructions_per_weight(path: str) -> dict[int, float]:
+    """Instructions a weight in the loop of the dot product with 1 and with 4 rows of x, read from
+    the disassembled library; empty where there is no objdump, or no such loop."""
+    import qlora_ext
+
+    if shutil.which("objdump") is None or not path.startswith("avx"):
+        return {}
+    library = next(Path(qlora_ext.__file__).parent.glob("_C.*.so"))
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    # The look-up that is each path's own, and the weights that one turn of its loop decodes.
+    mark, weights = ("zmm", 128) if path.startswith("avx512") else ("vpshufb", 64)
+    result = {}
+    for rows in (1, 4):
+        for body in re.findall(rf"dot_rows<{rows}>\([^\n]*>:\n(.*?)\n\n", text, re.DOTALL):
+            lines = re.findall(r"^\s*([0-9a-f]+):\t(.*)$", body, re.MULTILINE)
+            at = {address: i for i, (address, _) in enumerate(lines)}
+            jumps = [
+                (at[target], i)
+                for i, (_, code) in enumerate(lines)
+                for target in re.findall(r"^j\w+\s+([0-9a-f]+)\b", code)
+                if at.get(target, i) < i
+            ]
+            for first, last in jumps:
+                loop = [code for _, code in lines[first : last + 1]]
+                innermost = not any(first <= f and e < last for f, e in jumps)
+                whole = all(any(w in code for code in loop) for w in (mark, "prefetch", "vfmadd"))
+                groups = sum("prefetch" in code for code in loop)
+                # dot_any decodes 32 weights a turn, and has fewer look-ups than a group.
+                lookups = sum(bool(re.match("vpshufb|vpermps", code)) for code in loop)
+                if innermost and whole and lookups == 8 * groups:
+                    result[rows] = len(loop) / (weights * groups)
+    return result
 
 
 # Reports ------------------------------------------------------------------------------------------
@@ -473,82 +646,144 @@ def print_row(row: Row) -> None:
     others = "  ".join(
         f"{name} {ms:.2f} ({row.ratio(name):.2f}x)" for name, ms in row.ms.items() if name != OURS
     )
-    print(
-        f"{row.case:32s} {row.shape:13s} ours {row.ms[OURS]:9.3f} ms  {others}  {row.verdict()}",
-        flush=True,
-    )
+    line = f"{row.case:30s} {row.shape:13s} ours {row.ms[OURS]:9.3f} ms  {others}  "
+    print(f"{line}{row.verdict()}  {row.note}".rstrip(), flush=True)
 
 
-def plot(rows: list[Row], title: str, path: Path) -> None:
+def plot(parts: dict[str, dict], title: str, path: Path) -> None:
     """Ratios as bars: how many times faster than bitsandbytes and than torch's dense layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 0.28 * len(rows) + 1.5))
-    for offset, name, colour in ((-0.2, BNB, "tab:blue"), (0.2, "dense", "tab:orange")):
-        points = [(i, row.ratio(name)) for i, row in enumerate(rows) if name in row.ms]
-        axes.barh(
-            [i + offset for i, _ in points], [r for _, r in points], 0.38, color=colour, label=name
-        )
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(rows)), [f"{row.case}  {row.shape}" for row in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("times faster than")
-    axes.set_title(title, fontsize=9)
-    axes.legend()
+    tallest = max(len(part["rows"]) for part in parts.values())
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(8 * len(parts), 0.2 * tallest + 1.5), squeeze=False
+    )
+    colours = ((-0.2, BNB, "tab:blue"), (0.2, DENSE, "tab:orange"))
+    for axis, (name, part) in zip(axes[0], parts.items(), strict=True):
+        rows = as_rows(part)
+        for offset, contender, colour in colours:
+            points = [
+                (i, row.ratio(contender)) for i, row in enumerate(rows) if contender in row.ms
+            ]
+            heights = [i + offset for i, _ in points]
+            axis.barh(heights, [r for _, r in points], 0.38, color=colour, label=contender)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_yticks(range(len(rows)), [f"{row.case}  {row.shape}" for row in rows], fontsize=6)
+        axis.set_ylim(len(rows), -1)
+        axis.set_xlabel("times faster than")
+        axis.set_title(f"{name}: our path {part['machine']['path']}", fontsize=9)
+        axis.legend(loc="lower right")
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Runs the table that the arguments ask for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--avx2", action="store_true", help="limit every contender to AVX2")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread, its CPU time")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--no-ops", action="store_true", help="only the model's rows")
-    parser.add_argument("--no-model", action="store_true", help="only the ops' rows")
-    parser.add_argument("--model-dtypes", default="fp32,bf16", help="dtypes of the model's rows")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument(
-        "--measure-memory", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS
-    )
-    args = parser.parse_args()
-    if args.measure_memory:
-        return measure_memory(*args.measure_memory)
-    settings = {**TOUCHED, **(AVX2 if args.avx2 else {})}
-    if any(os.environ.get(key) != value for key, value in settings.items()):
-        os.environ.update(settings)  # read when the libraries load: start again with them set
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    if args.cpu_time:
-        global clock
-        clock, args.threads = time.process_time, 1
+def as_rows(part: dict) -> list[Row]:
+    """The rows of one part of a results file."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    return [Row(**{name: row[name] for name in names}) for row in part["rows"]]
 
+
+def verdicts(rows: list[Row]) -> str:
+    """How many bars were met, and which were not."""
+    held = [met for row in rows for met in row.held().values()]
+    missed = [
+        f"{row.case}: {row.verdict()[8:]}" for row in rows if row.verdict() not in ("", "met")
+    ]
+    return "\n".join([f"{sum(held)} of {len(held)} bars met", *missed])
+
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def number(ms: float) -> str:
+    """Three digits."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def markdown(record: dict, source: str) -> str:
+    """The tables of a results file: bars first, then all other rows, then the profile."""
+    machine = record["parts"]["native"]["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads ({machine['clock']} time), "
+        f"{record['date']}, torch {machine['torch']}, bitsandbytes {machine['bitsandbytes']}, "
+        f"torchao {machine['torchao']}. "
+        f"Other processes took {100 * record['others']:.0f}% of the machine meanwhile.",
+        f"From `{source}`; milliseconds, and in brackets how many times faster we are.",
+    ]
+    for name, part in record["parts"].items():
+        rows, path = as_rows(part), part["machine"]["path"]
+        limit = "what this CPU has" if name == "native" else "AVX2 at most, on every side"
+        uses = part["machine"]["bitsandbytes uses"]
+        lines += ["", f"### {name}: {limit} (our path: {path}; bitsandbytes: {uses})", ""]
+        lines += [f"{verdicts(rows).splitlines()[0]}.", ""]
+        lines += ["| case | shape | ours | bitsandbytes | dense | others | bars |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row in rows:
+            cells = {
+                other: f"{number(row.ms[other])} ({row.ratio(other):.2g}x)"
+                for other in row.ms
+                if other != OURS
+            }
+            rest = ", ".join(f"{k} {v}" for k, v in cells.items() if k not in (BNB, DENSE))
+            bars = ", ".join(
+                f"{'' if met else '**'}{other} {row.bars[other]:.2g}x"
+                f"{' met' if met else f': {row.ratio(other):.2f}x**'}"
+                for other, met in row.held().items()
+            )
+            columns = (cells.get(BNB, ""), cells.get(DENSE, ""), rest, bars)
+            lines.append(
+                f"| {row.case} | {row.shape} | {number(row.ms[OURS])} | "
+                + " | ".join(columns)
+                + " |"
+            )
+        if part["peak_memory_gb"]:
+            peaks = ", ".join(f"{k} {v:.2f} GB" for k, v in part["peak_memory_gb"].items())
+            lines += ["", f"Peak memory of loading the model and one fp32 training step: {peaks}."]
+        if part["profile"]:
+            lines += ["", f"| where the time goes ({name}) | |", "|---|---|"]
+            lines += [f"| {key} | {value:.3g} |" for key, value in part["profile"].items()]
+    return "\n".join(lines)
+
+
+def write_table(results: Path, document: Path) -> None:
+    """Puts a results file's tables between the marks of a document."""
+    table = markdown(json.loads(results.read_text()), f"bench/results/{results.name}")
+    before, rest = document.read_text().split(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    print(f"wrote the tables of {results} into {document}")
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def run_part(args: argparse.Namespace) -> dict:
+    """One part's rows, in this process, whose libraries have been limited already."""
     import bitsandbytes
     import torch
 
     import qlora_ext
 
     torch.set_num_threads(args.threads)
+    ao = torchao_nf4()
     machine = {
         "cpu": cpu_name(),
         "threads": args.threads,
-        "clock": "CPU time" if args.cpu_time else "wall",
+        "clock": "one thread's CPU" if args.cpu_time else "wall",
         "path": qlora_ext.build_info()["cpu_path"],
-        "limited to AVX2": args.avx2,
         "torch": torch.__version__,
         "bitsandbytes": bitsandbytes.__version__,
-        "load before": load(),
-        # bitsandbytes picks AVX-512 by itself and cannot be told not to; the bars were set against
-        # its scalar code, which is what a CPU without AVX-512 gets.
-        "bitsandbytes uses AVX-512": torch.cpu._is_avx512_supported(),
+        "bitsandbytes uses": limit_bitsandbytes()
+        if args.part == "avx2"
+        else "AVX-512"
+        if torch.cpu._is_avx512_supported()
+        else "no AVX-512",
+        "torchao": version("torchao") if ao else "not installed",
+        "load before": os.getloadavg()[0],
     }
     print(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
     rows, memory, where = [], {}, {}
@@ -559,39 +794,104 @@ def main() -> None:
             print_row(row)
 
     if not args.no_ops:
-        collect(op_rows(args.quick, args.rounds))
+        collect(op_rows(args.quick, args.part, args.rounds))
         collect(overhead_rows(args.rounds))
         where = profile(args.rounds)
-        print("  ".join(f"{key} {value:.1f}" for key, value in where.items()))
+        print("\n".join(f"{key}: {value:.3g}" for key, value in where.items()))
     if not args.no_model:
         collect(model_rows(args.rounds, tuple(args.model_dtypes.split(","))))
-        memory = memory_table()
-        print(
-            "peak memory of a training step:",
-            "  ".join(f"{k} {v:.2f} GB" for k, v in memory.items()),
-        )
-    machine["load after"] = load()
-
-    missed = [row for row in rows if row.verdict().startswith("no")]
-    busy = f"{machine['load before']:.1f} before, {machine['load after']:.1f} after"
-    print(f"load average {busy}; {args.threads} threads")
-    print(f"{len(missed)} of {sum(bool(r.verdict()) for r in rows)} bars missed")
-    args.out.mkdir(parents=True, exist_ok=True)
-    kinds = {"avx2": args.avx2, "cpu_time": args.cpu_time, "model": args.no_ops}
-    stem = args.out / "_".join(["cpu", *(kind for kind, on in kinds.items() if on)])
-    record = {
+        if args.part == "native":
+            memory = memory_table()
+            peaks = "  ".join(f"{name} {gb:.2f} GB" for name, gb in memory.items())
+            print("peak memory of a training step:", peaks)
+    machine["load after"] = os.getloadavg()[0]
+    return {
         "machine": machine,
         "rows": [{**dataclasses.asdict(row), "verdict": row.verdict()} for row in rows],
         "peak_memory_gb": memory,
         "profile": where,
     }
+
+
+def version(package: str) -> str:
+    """An installed package's version."""
+    from importlib.metadata import version as installed
+
+    return installed(package)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Every part in a process of its own; one JSON and one PNG of all."""
+    import torch
+
+    others, start = Others(), time.perf_counter()
+    parts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("native", "avx2") if torch.cpu._is_avx512_supported() else ("native",):
+            print(f"== {part}", flush=True)
+            result = Path(folder) / "part.json"
+            again = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--json", str(result)]
+            subprocess.run(again, check=True)
+            parts[part] = json.loads(result.read_text())
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "seconds": round(time.perf_counter() - start),
+        "others": others.share(),
+        "parts": parts,
+    }
+    machine = parts["native"]["machine"]
+    for name, part in parts.items():
+        print(f"== {name} ({part['machine']['path']}): {verdicts(as_rows(part))}")
+    busy = f"load {machine['load before']:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
+    print(f"other processes took {100 * record['others']:.0f}% of the machine ({busy})")
+    args.out.mkdir(parents=True, exist_ok=True)
+    cpu = re.sub(r"\W+", "-", machine["cpu"].replace("Processor", "")).strip("-").lower()
+    stem = args.out / f"cpu-{cpu}-{os.cpu_count()}-cores-{record['date']}"
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(
-        rows,
-        f"{machine['cpu']}, {args.threads} threads, {machine['path']}",
-        stem.with_suffix(".png"),
+    title = f"{machine['cpu']}, {args.threads} threads, {record['date']}"
+    plot(parts, title, stem.with_suffix(".png"))
+    print(f"wrote {stem}.json and .png in {record['seconds']} s")
+
+
+def main() -> None:
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(f"wrote {stem}.json and .png")
+    parser.add_argument("--part", choices=("native", "avx2"), help="only this, and no files")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, its CPU time")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--no-ops", action="store_true", help="only the model's rows")
+    parser.add_argument("--no-model", action="store_true", help="only the ops' rows")
+    parser.add_argument("--model-dtypes", default="fp32,bf16", help="dtypes of the model's rows")
+    parser.add_argument("--rounds", type=int, default=9, help="at most, for each row")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="write its tables and end")
+    parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "cpu.md", help="for --table")
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure-memory", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS
+    )
+    args = parser.parse_args()
+    if args.table:
+        return write_table(args.table, args.doc)
+    if args.measure_memory:
+        return measure_memory(*args.measure_memory)
+    if args.cpu_time:
+        global clock
+        clock, args.threads = time.process_time, 1
+    if args.part is None:
+        return run_all(args)
+    settings = {**TOUCHED, **(AVX2 if args.part == "avx2" else {})}
+    if any(os.environ.get(key) != value for key, value in settings.items()):
+        os.environ.update(settings)  # read when the libraries load: start again with them set
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    result = run_part(args)
+    if args.json:
+        args.json.write_text(json.dumps(result))
+    else:
+        print(verdicts(as_rows(result)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 // The inner kernels with AVX2, FMA and F16C: 8 weights to a vector.
 //
-// A weight's 4-bit code becomes its value by two 8-entry register permutes and a blend on the
-// code's top bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
+// A weight's 4-bit code becomes its value by byte shuffles of the codebook's four planes of bytes
+// where many follow each other, else by two 8-entry register permutes and a blend on the code's top
+// bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
 // whose bits are the format, never do (the build passes -ffp-contract=off).
 //
 // Headers with external linkage stand before the target pragma, so that no inline function that
@@ -35,8 +36,15 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kPrefetch = 1024;    // bytes along a row
 constexpr int64_t kPrefetchRows = 16;  // rows down a column
 
+constexpr int64_t kLineCodes = 128;  // codes of a cache line
+
 void prefetch(const uint8_t* packed) {
   _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
+}
+
+// A panel reads two lines of each row, too few for the hardware's prefetcher: the next panel's.
+void prefetch_rows(const uint8_t* packed, int64_t row_bytes, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) prefetch(packed + row * row_bytes);
 }
 
 // ---- fp16 and bf16 ----
@@ -387,6 +395,40 @@ void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, v
   return decode_halves(weight, first, n, dtype, static_cast<uint16_t*>(out));
 }
 
+// The codebook in fp32 as four planes of bytes, the lowest first.
+struct BytePlanes {
+  __m256i plane[4];
+
+  explicit BytePlanes(const float values[16]) {
+    alignas(16) uint8_t bytes[4][16];
+    for (int code = 0; code < 16; ++code) {
+      for (int i = 0; i < 4; ++i) {
+        bytes[i][code] = static_cast<uint8_t>(float_bits(values[code]) >> (8 * i));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[i]));
+      plane[i] = _mm256_broadcastsi128_si256(half);
+    }
+  }
+};
+
+// out[0 ... 3] = the values of 32 codes, a byte each; out[j] has those of bytes 4j ... 4j + 3 of the
+// lower 16, then those of the upper 16. A byte shuffle looks up 32 bytes, so that a value costs
+// 3/8 of a shuffle, where permutes of fp32 lanes and their blend cost 5/8 of such instructions.
+void look_up_32(const BytePlanes& planes, __m256i codes, __m256 out[4]) {
+  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], codes);
+  const __m256i b1 = _mm256_shuffle_epi8(planes.plane[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(planes.plane[2], codes);
+  const __m256i b3 = _mm256_shuffle_epi8(planes.plane[3], codes);
+  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+  out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+  out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+  out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+  out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
 // ---- panels ----
 
 // dst[i * kPanelWidth + c] = src[c * stride + i] for i, c < 8.
@@ -516,30 +558,36 @@ __m256i load_row_ends(const uint8_t* packed, int64_t row_bytes) {
                            lanes[7]);
 }
 
-// panel[i][0..7] = the i-th of eight codes of eight rows. Even elements are high nibbles.
+// panel[i][0..7] = the i-th of eight codes of eight rows, whose four bytes are a lane each. Even
+// elements are high nibbles.
 template <bool kMean>
-void decode_eight(__m256i bytes, const Table& table, __m256 scale, __m256 mean, float* panel) {
-  const auto put = [&](int64_t i, __m256i codes) {
-    __m256 value = _mm256_mul_ps(look_up(table, codes), scale);
-    if (kMean) value = _mm256_add_ps(value, mean);
-    _mm256_store_ps(panel + i * kPanelWidth, value);
-  };
-  put(0, _mm256_srli_epi32(bytes, 4));
-  put(1, bytes);
-  put(2, _mm256_srli_epi32(bytes, 12));
-  put(3, _mm256_srli_epi32(bytes, 8));
-  put(4, _mm256_srli_epi32(bytes, 20));
-  put(5, _mm256_srli_epi32(bytes, 16));
-  put(6, _mm256_srli_epi32(bytes, 28));
-  put(7, _mm256_srli_epi32(bytes, 24));
+void decode_eight(__m256i bytes, const BytePlanes& planes, __m256 scale, __m256 mean,
+                  float* panel) {
+  // Four rows' first bytes, then their second ones: look_up_32 then delivers a byte of all rows.
+  const __m256i by_byte = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i ordered = _mm256_shuffle_epi8(bytes, by_byte);
+  const __m256i nibble = _mm256_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int64_t odd = 0; odd < 2; ++odd) {
+    __m256 values[4];
+    const __m256i codes = odd ? ordered : _mm256_srli_epi16(ordered, 4);
+    look_up_32(planes, _mm256_and_si256(codes, nibble), values);
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < 4; ++byte) {
+      __m256 value = _mm256_mul_ps(values[byte], scale);
+      if (kMean) value = _mm256_add_ps(value, mean);
+      _mm256_store_ps(panel + (2 * byte + odd) * kPanelWidth, value);
+    }
+  }
 }
 
 // panel[d][0..7] = W[row + lane][k + d] for eight rows whose bytes and blocks divide by 8 elements:
-// once their bytes are transposed, a shift moves each row's next code into place.
+// their bytes are transposed, then looked up.
 template <bool kMean>
 void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth,
                           float* panel) {
-  const Table table(weight.values);
+  const BytePlanes planes(weight.values);
   const uint8_t* packed = weight.packed + (row * weight.K + k) / 2;
   const RowScales scales(weight, row, k, depth);
   int64_t stretch = 0;
@@ -547,10 +595,11 @@ void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, in
     if (d >= scales.end[stretch]) ++stretch;
     const __m256 scale = _mm256_load_ps(scales.scale[stretch]);
     const __m256 mean = kMean ? _mm256_load_ps(scales.mean[stretch]) : _mm256_setzero_ps();
-    decode_eight<kMean>(bytes, table, scale, mean, panel + d * kPanelWidth);
+    decode_eight<kMean>(bytes, planes, scale, mean, panel + d * kPanelWidth);
   };
   int64_t d = 0;
   for (; d + 64 <= depth; d += 64) {
+    if (d % kLineCodes == 0) prefetch_rows(packed + (d + kDepth) / 2, weight.K / 2, kLanes);
     __m256i bytes[8];
     load_rows(packed + d / 2, weight.K / 2, bytes);
 #pragma GCC unroll 8
@@ -646,40 +695,6 @@ void dot_any(const PackedWeight& weight, int64_t first, int64_t n, const float* 
   });
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) sums[m] += sum_lanes(_mm256_add_ps(acc[m][0], acc[m][1]));
-}
-
-// The codebook in fp32 as four planes of bytes, the lowest first.
-struct BytePlanes {
-  __m256i plane[4];
-
-  explicit BytePlanes(const float values[16]) {
-    alignas(16) uint8_t bytes[4][16];
-    for (int code = 0; code < 16; ++code) {
-      for (int i = 0; i < 4; ++i) {
-        bytes[i][code] = static_cast<uint8_t>(float_bits(values[code]) >> (8 * i));
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes[i]));
-      plane[i] = _mm256_broadcastsi128_si256(half);
-    }
-  }
-};
-
-// out[0 ... 3] = the values of 32 codes, a byte each; out[j] has those of bytes 4j ... 4j + 3 of the
-// lower 16, then those of the upper 16. A byte shuffle looks up 32 bytes, so that a value costs
-// 3/8 of a shuffle, where permutes of fp32 lanes and their blend cost 5/8 of such instructions.
-void look_up_32(const BytePlanes& planes, __m256i codes, __m256 out[4]) {
-  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], codes);
-  const __m256i b1 = _mm256_shuffle_epi8(planes.plane[1], codes);
-  const __m256i b2 = _mm256_shuffle_epi8(planes.plane[2], codes);
-  const __m256i b3 = _mm256_shuffle_epi8(planes.plane[3], codes);
-  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
-  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
-  out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
-  out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
-  out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
-  out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
 }
 
 // x in the order in which look_up_32 delivers a group: 32 even elements, then 32 odd ones.

@@ -40,8 +40,15 @@ static_assert(kLanes == kPanelWidth, "a panel's row is one vector");
 constexpr int64_t kPrefetch = 1024;    // bytes along a row
 constexpr int64_t kPrefetchRows = 16;  // rows down a column
 
+constexpr int64_t kLineCodes = 128;  // codes of a cache line
+
 void prefetch(const uint8_t* packed) {
   _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
+}
+
+// A panel reads two lines of each row, too few for the hardware's prefetcher: the next panel's.
+void prefetch_rows(const uint8_t* packed, int64_t row_bytes, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) prefetch(packed + row * row_bytes);
 }
 
 // ---- codes and values ----
@@ -207,6 +214,7 @@ void decode_sixteen_columns(const PackedWeight& weight, int64_t row, int64_t k, 
   const RowScales scales(weight, row, k, depth);
   int64_t stretch = 0;
   for (int64_t d = 0; d < depth; d += 32) {
+    if (d % kLineCodes == 0) prefetch_rows(packed + (d + kDepth) / 2, weight.K / 2, kLanes);
     __m512i bytes[4];
     load_rows(packed + d / 2, weight.K / 2, bytes);
 #pragma GCC unroll 4
