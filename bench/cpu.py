@@ -702,14 +702,14 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 def number(ms: float) -> str:
     """Three digits."""
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+    return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 0.1 else 4}f}"
 
 
 def markdown(record: dict, source: str) -> str:
     """The tables of a results file: bars first, then all other rows, then the profile."""
     machine = record["parts"]["native"]["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads ({machine['clock']} time), "
+        f"{machine['cpu']}, threads: {machine['threads']} ({machine['clock']} time), "
         f"{record['date']}, torch {machine['torch']}, bitsandbytes {machine['bitsandbytes']}, "
         f"torchao {machine['torchao']}. "
         f"Other processes took {100 * record['others']:.0f}% of the machine meanwhile.",
@@ -848,7 +848,7 @@ def run_all(args: argparse.Namespace) -> None:
     cpu = re.sub(r"\W+", "-", machine["cpu"].replace("Processor", "")).strip("-").lower()
     stem = args.out / f"cpu-{cpu}-{os.cpu_count()}-cores-{record['date']}"
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    title = f"{machine['cpu']}, {args.threads} threads, {record['date']}"
+    title = f"{machine['cpu']}, threads: {machine['threads']}, {record['date']}"
     plot(parts, title, stem.with_suffix(".png"))
     print(f"wrote {stem}.json and .png in {record['seconds']} s")
 
