@@ -548,7 +548,7 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     run("quantize", llama, tmp_path / "base")
     adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
     said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--four-bit")
-    assert "keeps 5 to 10%" in said
+    assert "keeps 5 to 10%" in said and "(--calibration) keeps nearly all" in said
     assert "weights in bfloat16" in said
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
@@ -569,8 +569,14 @@ def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path):
     got = tiny_models.logits(merged)
     assert (got - want).norm() < (before - want).norm()
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    assert "for a 4-bit BASE" in run("merge", llama, adapter, tmp_path / "o", "--calibration",
-                                     tmp_path / "text.txt", ok=False)  # fmt: skip
+    # An unquantized base is packed first.
+    command = ["merge", llama, adapter, tmp_path / "o", "--calibration", tmp_path / "text.txt"]
+    assert "want --four-bit as well" in run(*command, ok=False)
+    assert "--embeddings do not go" in run(*command, "--four-bit", "--embeddings", ok=False)
+    run(*command, "--four-bit")
+    same, theirs = tensors(tmp_path / "o"), tensors(tmp_path / "out")
+    assert same.keys() == theirs.keys()
+    assert all(torch.equal(same[key], theirs[key]) for key in same)
 
 
 def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):

@@ -210,7 +210,7 @@ def merge(
     ] = False,
     calibration: Annotated[
         Optional[Path],  # noqa: UP045 (typer reads it at run time)
-        typer.Option(help="Text file: merge into the codes of a 4-bit BASE by what it sees there."),
+        typer.Option(help="Text file: merge into 4 bits by what the layers see on it."),
     ] = None,
     quant_type: Type = QuantType.nf4,
     blocksize: Block = 64,
@@ -225,8 +225,11 @@ def merge(
 
     Each sum W + s B A is made in fp32 and rounded once, to 16 bits or, with --four-bit, to 4. BASE
     may be unquantized or in 4 bits (qlora_ext's or bitsandbytes'). From 4 bits the result is dense,
-    since packing the sum again would lose most of what was trained, unless --calibration gives text
-    like that which the model is for: then the 4-bit model is loaded whole and its codes are fitted.
+    since packing the sum again would lose most of what was trained.
+
+    With --calibration, text like that which the model is for, the result is in 4 bits and keeps
+    most, from a BASE in 4 bits or, with --four-bit, an unquantized one. The model runs, so it is in
+    memory whole: packed, and with up to 1 GiB of statistics and what a forward pass takes.
     """
     config = quant_config(quant_type, blocksize, double_quant)
     limit = parse_size(max_shard_size)
@@ -240,12 +243,19 @@ def merge(
         raise CliError("--dtype is of a dense result and --four-bit makes none: want one of them")
     folder, adapter_folder = find_folder(base), find_folder(adapter)
     if calibration is not None:
-        if stored_method(read_config(folder)) is None:
+        if dtype is not Dtype.auto or embeddings:
             raise CliError(
-                f"{base} is unquantized, and --calibration is for a 4-bit BASE: want --four-bit"
+                "--dtype and --embeddings do not go with --calibration: its result is in 4 bits, "
+                "its embeddings as they were"
+            )
+        if stored_method(read_config(folder)) is None and not four_bit:
+            raise CliError(
+                f"{base} is unquantized, and --calibration is for 4 bits: want --four-bit as well"
             )
         with output(out, force, restart, folder) as target:
-            tokens = work.calibrated(folder, adapter_folder, calibration, target)
+            tokens = work.calibrated(
+                folder, adapter_folder, calibration, target, config, keep or []
+            )
         say(f"{out}: merged into 4 bits by {tokens:,} tokens of {calibration}")
         return
     with output(out, force, restart, folder) as target:

@@ -79,8 +79,11 @@ class Chat:
         return said
 
 
-def load_model(folder: Path, four_bit: bool, device: str):
-    """A model in whatever format its folder is, on a device."""
+def load_model(folder: Path, four_bit, device: str):
+    """A model in whatever format its folder is, on a device.
+
+    four_bit: whether to pack an unquantized one, or the QLoraExtConfig to pack it with.
+    """
     from ..integrations.transformers import QLoraExtConfig, from_pretrained
 
     try:
@@ -90,7 +93,7 @@ def load_model(folder: Path, four_bit: bool, device: str):
         if method in ("qlora_ext", "bitsandbytes"):
             return from_pretrained(folder, **settings)
         if method is None and four_bit:
-            settings["quantization_config"] = QLoraExtConfig()
+            settings["quantization_config"] = QLoraExtConfig() if four_bit is True else four_bit
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise CliError(f"{folder}: {str(error).strip().splitlines()[0]}") from None

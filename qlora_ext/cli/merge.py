@@ -27,8 +27,9 @@ from .stream import PACKED, Job
 # Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
 REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps 5 to 10% of what a short "
-    "fine-tune gained, so a dense model is written. --four-bit keeps it with the unquantized model "
-    "as BASE, or with text like that which the model is for (--calibration)"
+    "fine-tune gained, so a dense model is written. Text like that which the model is for "
+    "(--calibration) keeps nearly all in 4 bits; --four-bit with the unquantized model as BASE, "
+    "about nine tenths"
 )
 PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -294,26 +295,29 @@ CALIBRATION_TOKENS = 8192  # some 5,000 do (docs/merging.md)
 CALIBRATION_LENGTH = 512  # of each sample
 
 
-def calibrated(base: Path, adapter_folder: Path, text: Path, output: Output) -> int:
-    """Merges into the 4-bit base's own codes by what its layers see on a text; docs/merging.md.
+def calibrated(
+    base: Path,
+    adapter_folder: Path,
+    text: Path,
+    output: Output,
+    settings: QuantConfig,
+    keep: list[str],
+) -> int:
+    """Merges into a 4-bit base's own codes by what its layers see on a text; docs/merging.md.
 
     The model runs, so it is in memory whole, in 4 bits. Returns how many tokens were used.
+
+    Args:
+        settings, keep: to pack an unquantized base with, as in quantize_model.
     """
+    from ..integrations.transformers import QLoraExtConfig
     from ..lora import load_adapter
     from ..merge_4bit import merge_into_4bit
-    from .chat import load_model, load_tokenizer
+    from .chat import load_model
 
-    try:
-        words = text.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CliError(f"{text} cannot be read as text: {error}") from None
-    tokenizer = load_tokenizer([base])
-    tokenizer.model_max_length = 10**9  # no warning: samples are cut below
-    ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
-    samples = [part for part in ids.split(CALIBRATION_LENGTH, dim=1) if part.numel()]
-    if not samples:
-        raise CliError(f"{text} is empty, want some pages of text like that the model is for")
-    model = load_model(base, False, "cpu" if not torch.cuda.is_available() else "cuda")
+    samples = _samples(base, text)
+    packing = QLoraExtConfig(modules_to_not_convert=keep or None, **settings.to_dict())
+    model = load_model(base, packing, "cpu" if not torch.cuda.is_available() else "cuda")
     try:
         model = load_adapter(model, adapter_folder)
         model = merge_into_4bit(model, calibration=samples, progress_bar=sys.stderr.isatty())
@@ -327,4 +331,21 @@ def calibrated(base: Path, adapter_folder: Path, text: Path, output: Output) -> 
         output.complete()
     except (OSError, SafetensorError) as error:
         raise CliError(f"{output.folder} cannot be written ({error})") from None
-    return ids.numel()
+    return sum(part.numel() for part in samples)
+
+
+def _samples(base: Path, text: Path) -> list[torch.Tensor]:
+    """The token ids of a text file, a sample each; CliError if there is none."""
+    from .chat import load_tokenizer
+
+    try:
+        words = text.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"{text} cannot be read as text: {error}") from None
+    tokenizer = load_tokenizer([base])
+    tokenizer.model_max_length = 10**9  # no warning: samples are cut below
+    ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
+    samples = [part for part in ids.split(CALIBRATION_LENGTH, dim=1) if part.numel()]
+    if not samples:
+        raise CliError(f"{text} is empty, want some pages of text like that the model is for")
+    return samples
