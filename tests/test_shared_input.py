@@ -172,7 +172,7 @@ def test_autocast_casts_x_once():
 def test_small_inputs_are_left_alone(monkeypatch):
     monkeypatch.undo()
     parent, dropping = Parent(), Parent(dropout=0.1)
-    for module, rows in ((parent, 4096), (dropping, 128)):
+    for module, rows in ((parent, 16384), (dropping, 128)):
         for M, shared in ((rows - 1, False), (rows, True)):
             with Counted() as counted:
                 module(torch.randn(M, 64))
