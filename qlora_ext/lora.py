@@ -472,7 +472,15 @@ def add_lora(
     for module in _adapters(model).values():
         module.lora_A.requires_grad_(True)
         module.lora_B.requires_grad_(True)
+    _tell_trainer(model)
     return model
+
+
+def _tell_trainer(model: nn.Module) -> None:
+    """transformers' Trainer asks the model's quantizer whether there is anything to train."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.has_adapters = any(m.lora_A.requires_grad for m in _adapters(model).values())
 
 
 def _install(model: nn.Module, settings: dict[str, dict]) -> None:
@@ -494,9 +502,6 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
         replace_module(model, base, module, places)
         for parent, key in places[id(base)]:
             share_input(parent, key)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:  # transformers' Trainer asks it whether there is anything to train
-        quantizer.has_adapters = True
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -683,6 +688,7 @@ def load_adapter(
             module.lora_B.copy_(pairs[name][1])
         module.lora_A.requires_grad_(trainable)
         module.lora_B.requires_grad_(trainable)
+    _tell_trainer(model)
     return model
 
 

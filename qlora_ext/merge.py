@@ -9,7 +9,7 @@ from torch import nn
 
 from . import ops
 from .experts import Experts4bit, dense_experts
-from .models import places_of, progress, replace_module
+from .models import own_config, places_of, progress, replace_module
 from .nn import (
     FLOAT_DTYPES,
     Embedding4bit,
@@ -64,7 +64,6 @@ def merge_and_unload(
         replace_module(model, old, dense_layer(old, dtype), places)
         del old
     _cast(model, dtype)
-    model.requires_grad_(True)
     _forget_quantization(model, dtype, untied=head)
     return model
 
@@ -155,14 +154,22 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts what is left one tensor at a time, so that tied parameters stay tied."""
+    """Casts what is left one tensor at a time, so that tied parameters and buffers stay tied."""
+    cast = {}
     for module in model.modules():
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
+            if _is_float(parameter):
                 parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(True)
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and _is_saved(module, key):
-                module._buffers[key] = buffer.to(dtype)
+            if _is_float(buffer) and _is_saved(module, key):
+                cast.setdefault(buffer, buffer.to(dtype))
+                module._buffers[key] = cast[buffer]
+
+
+def _is_float(tensor: torch.Tensor | None) -> bool:
+    """Whether it has a dtype that merging casts: not float8, which has a scale somewhere else."""
+    return tensor is not None and tensor.dtype in (*FLOAT_DTYPES, torch.float64)
 
 
 def _is_saved(module: nn.Module, key: str) -> bool:
@@ -207,14 +214,15 @@ def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
             if not bound < most / 2:
                 _check_values(f"{name}.weight", _merged_weight(module, torch.float32), dtype)
         for key, parameter in own.items():
-            if parameter is None or not parameter.is_floating_point() or "lora_" in key:
+            if not _is_float(parameter) or "lora_" in key:
                 continue
             if dtype == torch.float16:
                 _check_values(f"{name}.{key}".lstrip("."), parameter, dtype)
         for key, buffer in module._buffers.items() if dtype == torch.float16 else ():
-            if buffer is not None and buffer.is_floating_point() and _is_saved(module, key):
+            if _is_float(buffer) and _is_saved(module, key) and not buffer.is_meta:
+                values = buffer.to_dense() if buffer.layout != torch.strided else buffer
                 # A mask's infinities stay what they are.
-                _check_values(f"{name}.{key}".lstrip("."), buffer[buffer.isfinite()], dtype)
+                _check_values(f"{name}.{key}".lstrip("."), values[values.isfinite()], dtype)
 
 
 def _check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -249,6 +257,7 @@ def _forget_quantization(model: nn.Module, dtype: torch.dtype, untied: bool) -> 
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
     model.is_quantized = False
+    own_config(model)
     for config in (model.config, model.config.get_text_config()):
         for attribute in ("quantization_config", "_is_quantized"):
             if attribute in config.__dict__:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import re
@@ -601,5 +602,16 @@ def _tell_transformers(model: nn.Module, config: QuantConfig) -> None:
         if is_plain_linear(module) and not isinstance(module, _Packed4bit)
     ]
     settings = QLoraExtConfig(modules_to_not_convert=kept, **config.to_dict())
+    own_config(model)
     model.hf_quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
     model.config.quantization_config = model.hf_quantizer.quantization_config
+
+
+def own_config(model: nn.Module) -> None:
+    """Gives a transformers model a config of its own, where other models were made from it too."""
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and id(config) in copies:
+            module.config = copies[id(config)]

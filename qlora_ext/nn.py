@@ -33,6 +33,8 @@ __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "Panel
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D: a linear layer whose weight is [in, out]."""
@@ -95,7 +97,7 @@ class _Packed4bit(nn.Module):
         self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
         self._nested = config.double_quant and config.normalization != "none"
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
-        for key in ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook"):
+        for key in _PACKED_KEYS:
             self.register_parameter(key, None)
 
     def _sizes(self) -> dict[str, tuple[int, ...]]:
@@ -203,7 +205,7 @@ class _Packed4bit(nn.Module):
     def _check_state(self, state_dict, prefix: str) -> list[str]:
         """What is wrong with the packed tensors of a state dict, a sentence each."""
         name = type(self).__name__
-        if prefix + "weight" not in state_dict:
+        if not any(prefix + key in state_dict for key in _PACKED_KEYS):
             return []  # an adapter alone, say; torch reports the key if loading is strict
         errors = []
         for key, size in {**self._sizes(), "weight_codebook": (64,)}.items():
@@ -388,10 +390,20 @@ def _check_source(name: str, linear: nn.Module) -> None:
             f"{name}: linear's weight is parametrized ({', '.join(linear.parametrizations)}), want "
             "a plain one; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
         )
+    _check_own_weight(name, linear)
     if linear.weight.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: linear.weight has dtype {linear.weight.dtype}, want float32, float16 or "
             "bfloat16"
+        )
+
+
+def _check_own_weight(name: str, linear: nn.Module) -> None:
+    if linear._parameters.get("weight") is None:
+        raise TypeError(
+            f"{name}: linear.weight is computed from other parameters "
+            f"({', '.join(linear._parameters)}) by torch.nn.utils' weight_norm or spectral_norm, "
+            "want a parameter; remove_weight_norm or remove_spectral_norm makes it one"
         )
 
 
@@ -414,9 +426,14 @@ SLOW_ON_CPU = _slow_on_cpu()
 def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias, always: bool) -> torch.Tensor:
     """x W^T + b, through fp32 panels where that is faster than torch's own product, or always."""
     low = weight.dtype in (SLOW_ON_CPU if not always else (torch.bfloat16, torch.float16))
-    # A backward to come decides for the panels: it gains most.
-    many = x.numel() >= 4 * weight.shape[1] or (x.requires_grad and torch.is_grad_enabled())
-    if low and x.dtype is weight.dtype and many and x.device.type == "cpu":
+    if not low or x.dtype is not weight.dtype or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of torch's product
+        return F.linear(x, weight, bias)
+    # A backward to come decides for the panels: it gains most. A graph for any number of rows
+    # takes them too.
+    backward = x.requires_grad and torch.is_grad_enabled()
+    if backward or torch.compiler.is_compiling() or x.numel() >= 4 * weight.shape[1]:
         return ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -654,6 +671,7 @@ class LoraLinear(_Lora, nn.Linear):
                 f"{cls.__name__}: linear is a {type(linear).__name__}, want a plain nn.Linear with "
                 "a dense weight and no adapter"
             )
+        _check_own_weight(cls.__name__, linear)
         self = cls.__new__(cls)
         _share(linear, self)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)

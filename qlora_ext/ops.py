@@ -488,7 +488,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dX = _ops.linear_backward.default(dY, weight)
         if ctx.needs_input_grad[1]:
-            dW = (dY.flatten(0, -2).float().T @ x.flatten(0, -2).float()).to(weight.dtype)
+            N, K = weight.shape
+            dW = (dY.reshape(-1, N).float().T @ x.reshape(-1, K).float()).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             dbias = _bias_gradient(dY, ctx.bias_dtype)
         return dX, dW, dbias

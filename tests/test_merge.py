@@ -247,6 +247,34 @@ def test_a_saved_buffer_beyond_float16_is_refused():
     assert model.scratch == 1e9
 
 
+def test_tensors_that_merging_leaves_alone():
+    model = trained()
+    shared = torch.ones(2)
+    model.register_buffer("one", shared)
+    model.register_buffer("other", shared)
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    model.register_buffer("scaled", torch.ones(2).to(torch.float8_e4m3fn))
+    model.register_buffer("absent", torch.ones(2, device="meta"))
+    model.count = nn.Parameter(torch.tensor([3]), requires_grad=False)
+    merge(model)
+    assert model.one is model.other and model.one.dtype == torch.float16
+    assert model.sparse.is_sparse and model.sparse.dtype == torch.float16
+    assert model.scaled.dtype == torch.float8_e4m3fn and model.count.dtype == torch.int64
+    assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
+
+
+def test_models_made_from_one_config_object_stay_apart():
+    one = tiny.make("llama")
+    other = type(one)(one.config)
+    quantize_model(one, progress_bar=False)
+    assert not hasattr(other.config, "quantization_config")
+    add_lora(one)
+    merge(one)
+    assert other.config.dtype != torch.float16
+    one.config.use_cache = False
+    assert one.model.config is one.config and other.config.use_cache
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("head", [False, True])

@@ -503,3 +503,17 @@ def test_transformers_trainer_trains_and_resumes_our_adapters(loaded, tmp_path):
     for name, value in whole.items():
         assert not torch.equal(value, half[name])
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_trainer_is_told_of_adapters_that_train(trainable, tmp_path):
+    import qlora_ext
+
+    tiny.make("llama").save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = qlora_ext.QLoraExtConfig()
+    model = add_lora(load(tmp_path / "base", quantization_config=config))
+    qlora_ext.save_adapter(model, tmp_path / "adapter")
+    again = load(tmp_path / "base", quantization_config=config)
+    qlora_ext.load_adapter(again, tmp_path / "adapter", trainable=trainable)
+    assert again.hf_quantizer.is_qat_trainable == trainable

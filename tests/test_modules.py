@@ -622,3 +622,52 @@ def test_panel_linear_decides_at_each_call(slow, monkeypatch):
     layer.half()(seeded(5, 64, dtype=torch.float16))
     layer.bfloat16()(seeded(5, 64, dtype=torch.bfloat16))
     assert len(calls) == slow
+
+
+def test_panel_linear_under_autocast_answers_as_nn_linear():
+    dense = dense_layer(16, 64, dtype=torch.float16)
+    layer = PanelLinear.from_linear(dense, always=True)
+    for rows in (1, 5):
+        x = seeded(rows, 64, dtype=torch.float16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == dense(x).dtype == torch.bfloat16
+
+
+def test_panel_linear_takes_a_vector_and_trains_its_weight():
+    layer = PanelLinear.from_linear(dense_layer(16, 64, dtype=torch.bfloat16), always=True)
+    x = seeded(64, dtype=torch.bfloat16).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.detach().expand(16, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panel_linear_exports_for_any_number_of_rows(dtype):
+    layer = PanelLinear.from_linear(dense_layer(16, 64, dtype=dtype), always=True)
+    rows = torch.export.Dim("rows", min=1, max=60)
+    example = (seeded(8, 64, dtype=dtype),)
+    exported = torch.export.export(layer, example, dynamic_shapes=({0: rows},)).module()
+    for count in (1, 3, 50):
+        x = seeded(count, 64, dtype=dtype)
+        torch.testing.assert_close(exported(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_part_of_a_packed_state_is_refused_loosely_too():
+    layer = Linear4bit(64, 32)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    part = {"weight_nested": torch.full_like(layer.weight_nested, 255)}
+    with pytest.raises(RuntimeError, match="weight is missing, want uint8"):
+        layer.load_state_dict(part, strict=False)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    layer.load_state_dict({}, strict=False)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_weight_that_a_hook_computes_is_refused(norm):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = getattr(torch.nn.utils, norm)(nn.Linear(64, 32))
+    for make in (Linear4bit.from_linear, LoraLinear.from_linear):
+        with pytest.raises(TypeError, match=r"linear\.weight is computed from other parameters"):
+            make(layer)
