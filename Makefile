@@ -23,6 +23,7 @@ ABI_TESTS ?= test_ops.py test_autograd.py test_bad_input.py test_properties.py t
 # less what costs time elsewhere (torch.compile's compilation, T5).
 PATH_TESTS ?= test_ops.py test_autograd.py test_properties.py test_bad_input.py test_modules.py \
               test_linear.py test_real_weights.py test_bitsandbytes.py test_lora.py \
+              test_shared_input.py \
               -m 'not slow' -k 'not simt and not cuda and not compile and not t5'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0

@@ -3,15 +3,22 @@
 LoRA layers of one parent that may share their input are put in one `SharedInput`, by name. Whether
 they do is seen when they run: a layer that is called with the very tensor that a sibling was just
 called with takes its columns of the sibling's product, and any other call computes its own. So a
-group that is wrong costs a little work and never a wrong number.
+group that is wrong costs a little work and no wrong number.
 
     q(x)   S = scaling x [A_q; A_k; A_v]^T, of which q takes its columns
     k(x)   the same tensor, unchanged, in the same mode: takes its columns
     v(x)   the last one: S is forgotten
     o(z)   in no group
 
+"Unchanged" is what torch knows of x and of A: the count of writes, the address, dtype, shape and
+strides. A write that torch does not count (through `.data`, NumPy or another pointer), after one
+sibling's call and before the next one's, is not seen.
+
 In training with dropout, layers of add_lora that share x share the mask too: each layer's own mask
-has the distribution that it would have alone, and the product stays one.
+has the distribution that it would have alone, and the product stays one. That product has a
+gradient, so it is a part of the graph that the siblings have in common. A backward through one of
+them alone frees it for the others, unless it is given `retain_graph=True`; and a sibling that was
+computed for and not called gets a gradient of zeros for its A, not None.
 """
 
 from __future__ import annotations
@@ -53,22 +60,21 @@ class Member(Protocol):
         with this probability; None if it would do anything else."""
 
 
+def _state(tensor: Tensor) -> tuple:
+    """What tells, of one tensor, that nothing was written to it and that it is the same view."""
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class _Columns(NamedTuple):
     """A layer's columns of S, and the factor that they were computed with."""
 
     lora_A: Tensor
-    version: int
-    address: int
+    state: tuple
     scaling: float
     S: Tensor
 
     def belong_to(self, lora_A: Tensor, scaling: float) -> bool:
-        return (
-            self.lora_A is lora_A
-            and self.version == lora_A._version
-            and self.address == lora_A.data_ptr()
-            and self.scaling == scaling
-        )
+        return self.lora_A is lora_A and self.state == _state(lora_A) and self.scaling == scaling
 
 
 class _Entry:
@@ -76,8 +82,7 @@ class _Entry:
     keeps nothing once x is gone."""
 
     __slots__ = (
-        "__weakref__", "address", "columns", "dropped", "input", "leader", "mode", "takers",
-        "version", "x",
+        "__weakref__", "columns", "dropped", "input", "leader", "mode", "state", "takers", "x",
     )  # fmt: skip
 
     def __init__(self, x: Tensor, mode: tuple, leader: str):
@@ -89,8 +94,7 @@ class _Entry:
                 entry.clear()
 
         self.x = weakref.ref(x, forget)
-        self.version = x._version
-        self.address = x.data_ptr()
+        self.state = _state(x)
         self.leader = leader
         self.takers: set[str] = set()
         self.clear()
@@ -105,9 +109,8 @@ class _Entry:
     def serves(self, x: Tensor, mode: tuple, name: str) -> bool:
         return (
             self.x() is x
-            and self.version == x._version
-            and self.address == x.data_ptr()
             and self.mode == mode
+            and self.state == _state(x)
             and name not in self.takers
         )
 
@@ -178,8 +181,8 @@ class SharedInput:
         self._entry: _Entry | None = None
         # name -> who took columns when that layer was the first; the next product is for those.
         self._takers: dict[str, frozenset[str]] = {}
-        # The same as it was when that layer's A last changed, with what says that it changed.
-        self._settled: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
+        # The same as it was when that layer's A last changed, with the version that says so.
+        self._settled: dict[str, tuple[int, frozenset[str]]] = {}
 
     def __getstate__(self):
         return {"size": self.size}
@@ -275,7 +278,7 @@ class SharedInput:
                 # (q, k and v of 576 inputs, 512 rows, r = 8: apart they cost 5%. 2026-11.)
                 slices = [part.contiguous() for part in slices]
             for (key, (A, factor)), part in zip(factors.items(), slices, strict=True):
-                entry.columns[key] = _Columns(A, A._version, A.data_ptr(), factor, part)
+                entry.columns[key] = _Columns(A, _state(A), factor, part)
         self._entry = entry
         return entry
 
@@ -288,11 +291,13 @@ class SharedInput:
             takers = frozenset(self._members)
         if dropout:
             # The recomputation of a checkpoint must save what the first run saved, so under
-            # dropout, where S has a gradient, what was learned waits for the optimizer's step.
-            stamp = (lora_A._version, lora_A.data_ptr())
+            # dropout, where S has a gradient, what was learned waits for the optimizer's step. A
+            # new address is no step: a sharded A has one each time it is gathered. (Its version
+            # stays, so in its group nobody is left out.)
             settled = self._settled.get(name)
-            if settled is None or settled[0] != stamp:
-                self._settled[name] = settled = (stamp, takers)
+            recomputing = torch._C._current_graph_task_id() != -1
+            if settled is None or (settled[0] != lora_A._version and not recomputing):
+                self._settled[name] = settled = (lora_A._version, takers)
             takers = settled[1]
         factors = {}
         for key, reference in list(self._members.items()):

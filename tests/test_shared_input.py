@@ -254,6 +254,38 @@ def test_checkpointing_a_block(use_reentrant, dropout):
                 parameter.add_(0.1)
 
 
+BEFORE_THE_RECOMPUTATION = {
+    "gathered": lambda A: setattr(A, "data", A.data.clone()),  # as FSDP gathers A once more
+    "written": lambda A: A.detach().mul_(1),
+}
+
+
+@pytest.mark.parametrize("change", BEFORE_THE_RECOMPUTATION.values(), ids=BEFORE_THE_RECOMPUTATION)
+def test_checkpointing_while_the_group_learns(change):
+    """T5's cross-attention: q reads another x than k and v, which the first run finds out. The
+    recomputation must save tensors of the first run's shapes all the same."""
+    tiny = pytest.importorskip("tiny_models")
+    model = adapted_llama(dropout=0.3, name="t5")
+    model.config.use_cache = False
+    inputs = tiny.inputs(model)
+    inputs["labels"] = inputs["input_ids"]
+
+    def gradients(change):
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = model(**inputs).loss
+        for layer in (m for m in model.modules() if is_lora(m)):
+            change(layer.lora_A)
+        loss.backward()
+        return [loss, *(p.grad.clone() for p in trained(model))]
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = gradients(change)
+    model.gradient_checkpointing_disable()
+    for g, w in zip(got, gradients(lambda A: None), strict=True):
+        torch.testing.assert_close(g, w)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_each_layer(use_reentrant, dropout):
@@ -283,6 +315,39 @@ def run_backward(function, x, module, seed=3):
     return [y, x.grad, *(p.grad.clone() for p in trained(module))]
 
 
+def test_siblings_have_a_part_of_their_graphs_in_common():
+    """Under dropout, as layers have it that read an x with a graph of its own."""
+    parent = Parent(dropout=0.5)
+    x = torch.randn(5, 64, requires_grad=True)
+
+    def outputs(*names):
+        parent.zero_grad()
+        torch.manual_seed(3)
+        return [getattr(parent, name)(x).sum() for name in names]
+
+    def gradients():
+        return [p.grad.clone() for p in (x, *trained(parent))]
+
+    sum(outputs(*QKV)).backward()
+    want = gradients()
+    x.grad = None
+    q, k, v = outputs(*QKV)
+    q.backward(retain_graph=True)
+    k.backward(retain_graph=True)
+    v.backward()
+    for g, w in zip(gradients(), want, strict=True):
+        torch.testing.assert_close(g, w)
+    q, k = outputs("q_proj", "k_proj")
+    q.backward()
+    assert not parent.v_proj.lora_A.grad.any()  # computed for, not called
+    assert parent.v_proj.lora_B.grad is None
+    with pytest.raises(RuntimeError, match="a second time"):
+        k.backward()
+    parent = Parent()  # S has no gradient
+    for y in outputs(*QKV):
+        y.backward()
+
+
 # What is not shared -------------------------------------------------------------------------------
 
 CHANGES = {
@@ -290,8 +355,13 @@ CHANGES = {
     "an equal copy of x": lambda p, x: x.clone(),
     "x changed in place": lambda p, x: x.mul_(2),
     "x's memory replaced": lambda p, x: setattr(x, "data", torch.randn(5, 64)),
+    "x's strides": lambda p, x: setattr(x, "data", x.data.as_strided((5, 64), (1, 5))),
+    "x's shape": lambda p, x: setattr(x, "data", x.data[:3]),
     "A changed in place": lambda p, x: p.k_proj.lora_A.mul_(2),
     "A's memory replaced": lambda p, x: setattr(p.k_proj.lora_A, "data", torch.randn(4, 64)),
+    "A's strides": lambda p, x: setattr(
+        p.k_proj.lora_A, "data", p.k_proj.lora_A.data.as_strided((4, 64), (1, 4))
+    ),
     "another A": lambda p, x: setattr(p.k_proj, "lora_A", nn.Parameter(torch.randn(4, 64))),
     "another rank": lambda p, x: [
         setattr(p.k_proj, "lora_A", nn.Parameter(torch.randn(2, 64))),
