@@ -52,9 +52,7 @@ def wants_cuda(toolkit):
     """Whether to build the CUDA backend; ends with one sentence if it was asked for in vain."""
     asked = os.environ.get("USE_CUDA", "")
     if asked not in ("", "0", "1"):
-        sys.exit(
-            f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1, or unset to build what can be built"
-        )
+        sys.exit(f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1, or unset for what can be built")
     version = torch.version.cuda
     if asked == "0":
         missing = "USE_CUDA to be 1 or unset"
@@ -85,7 +83,6 @@ def sources(*folders):
 def extensions():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    include = [os.path.join(ROOT, "csrc")]
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA else ""
     cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
     cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, as of 2.11
@@ -93,14 +90,10 @@ def extensions():
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
     nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
     flags = {"cxx": cxx, "nvcc": nvcc}
-    cpu = ["csrc/library.cpp", *sources("host", "cpu")]
-    built = [CppExtension("qlora_ext._C", cpu, include_dirs=include, extra_compile_args=flags)]
-    if CUDA:
-        cuda = sources("host", "cuda")
-        built += [
-            CUDAExtension("qlora_ext._C_cuda", cuda, include_dirs=include, extra_compile_args=flags)
-        ]
-    return built
+    options = {"include_dirs": [os.path.join(ROOT, "csrc")], "extra_compile_args": flags}
+    cpu, cuda = ["csrc/library.cpp", *sources("host", "cpu")], sources("host", "cuda")
+    built = [CppExtension("qlora_ext._C", cpu, **options)]
+    return built + [CUDAExtension("qlora_ext._C_cuda", cuda, **options)] if CUDA else built
 
 
 TOOLKIT = toolkit_root()

@@ -731,7 +731,7 @@ def markdown(record: dict, source: str) -> str:
             }
             rest = ", ".join(f"{k} {v}" for k, v in cells.items() if k not in (BNB, DENSE))
             bars = ", ".join(
-                f"{'' if met else '**'}{other} {row.bars[other]:.2g}x"
+                f"{'' if met else '**'}{other} {round(row.bars[other], 2):g}x"
                 f"{' met' if met else f': {row.ratio(other):.2f}x**'}"
                 for other, met in row.held().items()
             )

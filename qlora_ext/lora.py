@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .checks import FLOAT_MAX, bad_regex, is_number, is_regex, short
 from .experts import Experts4bit
 from .models import (
     linear_names,
@@ -99,47 +100,26 @@ FAMILIES = {
 }
 
 _ATTENTION = ("query", "key", "value")
+_SWITCHES = (*_ATTENTION, "projection", "mlp", "head")
 
 
 # Configuration ------------------------------------------------------------------------------------
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
 # key -> (whether a value will do, what is wanted)
 _WANTED = {
     "r": (lambda v: type(v) is int and v >= 1, "an integer of 1 or more"),
-    "lora_alpha": (lambda v: _is_number(v) and 0 < v <= FLOAT_MAX, "a positive number"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
-    "use_rslora": (lambda v: isinstance(v, bool), "True or False"),
+    "lora_alpha": (lambda v: is_number(v) and 0 < v <= FLOAT_MAX, "a positive number"),
+    "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
+    **dict.fromkeys(("use_rslora", *_SWITCHES), (lambda v: isinstance(v, bool), "True or False")),
 }
-FLOAT_MAX = torch.finfo(torch.float32).max
-
-
-def _short(value) -> str:
-    """repr, cut where it is long; an integer of too many digits for repr by its sign."""
-    try:
-        text = repr(value)
-    except ValueError:
-        text = f"an integer of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _check_value(op: str, key: str, value, shown: str | None = None) -> None:
     """ValueError unless value will do for key; shown is how the sentence calls the key."""
     is_good, want = _WANTED[key]
     if not is_good(value):
-        raise ValueError(f"{op} {shown or key} is {_short(value)}, want {want}")
+        raise ValueError(f"{op} {shown or key} is {short(value)}, want {want}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +176,7 @@ class LoraConfig:
     @property
     def switches(self) -> tuple[str, ...]:
         """The switches that are on."""
-        names = (*_ATTENTION, "projection", "mlp", "head")
-        return tuple(name for name in names if getattr(self, name))
+        return tuple(name for name in _SWITCHES if getattr(self, name))
 
     @property
     def scaling(self) -> float:
@@ -250,16 +229,16 @@ class LoraConfig:
 
 def _check_targets(targets) -> None:
     """ValueError unless targets is None, a regular expression, or names."""
-    if isinstance(targets, str) and not _is_regex(targets):
+    if isinstance(targets, str) and not is_regex(targets):
         raise ValueError(
-            f"LoraConfig: target_modules is {_short(targets)}, want a regular expression; names "
+            f"LoraConfig: target_modules is {short(targets)}, want a regular expression; names "
             "go in a list"
         )
     names = [targets] if targets is None or isinstance(targets, str) else targets
     for name in names if isinstance(names, (list, tuple)) else [names]:
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(
-                f"LoraConfig: target_modules holds {_short(name)}, want names of layers (str)"
+                f"LoraConfig: target_modules holds {short(name)}, want names of layers (str)"
             )
 
 
@@ -627,9 +606,9 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing. TypeError: the model carries PEFT's adapters.
         ValueError: not a plain LoRA adapter (DoRA, PiSSA, trained biases or whole modules, a
-            setting that this module does not know), a value out of range, a layer the model lacks,
-            an A without its B, a shape that does not fit, a file that is damaged. The model is then
-            as it was.
+            setting that this module does not know), a value out of range, a regular expression
+            that could take long to match, a layer the model lacks, an A without its B, a shape that
+            does not fit, a file that is damaged. The model is then as it was.
     """
     _check_model("load_adapter", model)
     if lora_dtype not in FLOAT_DTYPES:
@@ -705,6 +684,9 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"load_adapter: {file} has peft_type {got!r}, want 'LORA'")
     _check_plain(file, config)
     _check_values(file, config)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        config[key] = {re.compile(rf"(.*\.)?({p})$"): value for p, value in patterns.items()}
     return config
 
 
@@ -728,19 +710,19 @@ def _check_plain(file: Path, config: dict) -> None:
         if key == "bias":
             if value not in ("none", None):
                 raise ValueError(
-                    f"load_adapter: {file} has bias={_short(value)}, want 'none'; {elsewhere}"
+                    f"load_adapter: {file} has bias={short(value)}, want 'none'; {elsewhere}"
                 )
         elif key == "init_lora_weights":
             if value is not None and not any(value == start for start in _PLAIN_STARTS):
                 raise ValueError(
-                    f"load_adapter: {file} has init_lora_weights={_short(value)}, which changes "
+                    f"load_adapter: {file} has init_lora_weights={short(value)}, which changes "
                     "the base weights, want a plain LoRA adapter; PEFT's save_pretrained with "
                     "path_initial_model_for_weight_conversion writes one (not for loftq)"
                 )
         elif key not in _HARMLESS and value not in (None, False, [], {}, ""):
             want = "False" if isinstance(value, bool) else "None"
             raise ValueError(
-                f"load_adapter: {file} has {_short(key)[1:-1]}={_short(value)}, want {want}; "
+                f"load_adapter: {file} has {short(key)[1:-1]}={short(value)}, want {want}; "
                 f"{elsewhere}"
             )
 
@@ -757,14 +739,14 @@ def _check_values(file: Path, config: dict) -> None:
         if patterns is None:
             continue
         if not isinstance(patterns, dict):
-            raise ValueError(f"{op} {key} is {_short(patterns)}, want names and values, {{}}")
+            raise ValueError(f"{op} {key} is {short(patterns)}, want names and values, {{}}")
+        if bad := bad_regex(patterns):
+            raise ValueError(f"{op} {key} holds {short(bad[0])}, want {bad[1]}")
         for pattern, value in patterns.items():
-            if not _is_regex(rf"(.*\.)?({pattern})$"):
-                raise ValueError(f"{op} {key} holds {_short(pattern)}, want a regular expression")
-            _check_value(op, kind, value, f"{key}[{_short(pattern)}]")
+            _check_value(op, kind, value, f"{key}[{short(pattern)}]")
     targets = config.get("target_modules")
-    if isinstance(targets, str) and not _is_regex(targets):
-        raise ValueError(f"{op} target_modules is {_short(targets)}, want a regular expression")
+    if isinstance(targets, str) and not is_regex(targets):
+        raise ValueError(f"{op} target_modules is {short(targets)}, want a regular expression")
 
 
 def _exactly(name: str) -> str:
@@ -774,8 +756,8 @@ def _exactly(name: str) -> str:
 
 def _per_layer(config: dict, key: str, name: str, default):
     """PEFT's patterns: a regular expression for the end of a layer's name, then its value."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+    for pattern, value in config[key].items():
+        if pattern.match(name):
             return value
     return default
 

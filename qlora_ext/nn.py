@@ -221,6 +221,10 @@ class _Packed4bit(nn.Module):
                     f"{name}: {prefix}{key} is {tensor.dtype} {list(tensor.shape)}, want uint8 "
                     f"{list(size)}{hint if key == 'weight' else ''}"
                 )
+            elif tensor.layout != torch.strided:
+                errors.append(
+                    f"{name}: {prefix}{key} has layout {tensor.layout}, want torch.strided"
+                )
             elif tuple(tensor.shape) != size:
                 errors.append(
                     f"{name}: {prefix}{key} has shape {list(tensor.shape)}, want {list(size)} for "
@@ -360,7 +364,8 @@ class Linear4bit(_Packed4bit, nn.Linear):
             )
         # One call without arguments first: asking by device costs a tenth of a small layer.
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            return x.to(torch.get_autocast_dtype(x.device.type))
+            # As torch's own linear, which leaves integers and float64 alone.
+            return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype in FLOAT_DTYPES else x
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

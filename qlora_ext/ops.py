@@ -68,7 +68,8 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
 
 def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without its Python wrapper, which takes 3 us of a tiny layer's 15 to look for
-    functorch's tensors. Where functorch works (vmap, torch.func.grad) the wrapper is called."""
+    functorch's tensors. Under its transforms (vmap, torch.func.grad), which these functions do not
+    support, the wrapper is called: it raises."""
     direct = super(torch.autograd.Function, function).apply
 
     def apply(*args):

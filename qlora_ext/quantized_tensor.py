@@ -17,12 +17,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _C, ops
+from .checks import is_number, short
 
 QUANT_TYPES = (*_C.codebooks(), "custom")
 NORMALIZATIONS = ("absmax", "standard", "none")
 COMPANDINGS = ("none", "logarithmic", "exponential")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOAT_DTYPES = tuple(_DTYPES.values())
 _NESTED_BLOCKSIZE = 256
 _FP32_MAX = torch.finfo(torch.float32).max
 
@@ -55,16 +57,13 @@ class QuantConfig:
         def check(ok: bool, argument: str, want: str):
             if not ok:
                 raise ValueError(
-                    f"QuantConfig: {argument} is {getattr(self, argument)!r}, want {want}"
+                    f"QuantConfig: {argument} is {short(getattr(self, argument))}, want {want}"
                 )
-
-        def is_number(value) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
 
         check(self.quant_type in QUANT_TYPES, "quant_type", f"one of {QUANT_TYPES}")
         check(isinstance(self.double_quant, bool), "double_quant", "True or False")
-        check(is_number(self.companding_k), "companding_k", "a number")
-        check(is_number(self.std_factor), "std_factor", "a number")
+        check(is_number(self.companding_k), "companding_k", "a number that fits a float")
+        check(is_number(self.std_factor), "std_factor", "a number that fits a float")
         check(
             self.blocksize is None
             or (type(self.blocksize) is int and self.blocksize in BLOCKSIZES),
@@ -78,7 +77,7 @@ class QuantConfig:
             check(
                 isinstance(values, (list, tuple)) and all(is_number(v) for v in values),
                 "codebook",
-                "a list of 16 numbers, or None",
+                "a list of 16 numbers that fit a float, or None",
             )
             object.__setattr__(self, "codebook", tuple(float(v) for v in values))
         check(
@@ -260,6 +259,8 @@ class _StateReader:
         self.prefix = prefix
 
     def fail(self, what: str) -> ValueError:
+        # JSON can hold half a surrogate pair, which no terminal takes.
+        what = what.encode("utf-8", "backslashreplace").decode()
         return ValueError(f"QuantizedTensor.from_state_dict: {self.prefix}: {what}")
 
     def tensor(self, suffix: str) -> Tensor:
@@ -275,6 +276,8 @@ class _StateReader:
         if not isinstance(value, Tensor) or value.device.type == "meta":
             got = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
             raise self.fail(f"{key} is {got}, want a tensor with data")
+        if value.layout != torch.strided:
+            raise self.fail(f"{key} has layout {value.layout}, want torch.strided")
         return value
 
     def near(self) -> list[str]:
@@ -284,7 +287,7 @@ class _StateReader:
         meta = self.read_meta()
         shape, numel, blocksize = self.read_sizes(meta)
         quant_type, codebook = self.read_codebook(meta)
-        packed = self.tensor("").contiguous().reshape(-1).view(torch.uint8)
+        packed = _as_bytes(self.tensor(""))
         if packed.numel() != (numel + 1) // 2:
             raise self.fail(
                 f"packed has {packed.numel()} bytes, want {(numel + 1) // 2} "
@@ -397,7 +400,14 @@ class _StateReader:
             )
         if not values.isfinite().all():
             raise self.fail(f"{suffix[1:]} holds a NaN or an infinity, want finite values")
-        return values.contiguous().reshape(-1).view(torch.uint8)
+        return _as_bytes(values)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().reshape(-1)
+    if flat.stride() != (1,):  # of one element: contiguous() leaves that
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 _TENSORS = ("packed", "absmax", "nested", "mean")
@@ -549,6 +559,7 @@ def _autocast(x: Tensor) -> Tensor:
         torch._C._is_any_autocast_enabled()
         and x.device.type != "meta"
         and torch.is_autocast_enabled(x.device.type)
+        and x.dtype in _FLOAT_DTYPES  # it leaves integers and float64 alone
     ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

@@ -239,6 +239,18 @@ def test_checkpointing(use_reentrant):
         assert_same_bytes(t.grad, w, "gradient")
 
 
+def test_functorch_is_refused():
+    """It has no rule for the ops' backward, and must not find one that it makes up."""
+    _, q, x, A, B, _ = lora_inputs()
+
+    def loss(x):
+        return qlora_ext.lora_linear_4bit(x, q, A, B, 2.0).sum()
+
+    for transformed in (torch.func.grad(loss), torch.vmap(loss)):
+        with pytest.raises(RuntimeError, match="must override the setup_context"):
+            transformed(x)
+
+
 # Autocast, threads --------------------------------------------------------------------------
 
 

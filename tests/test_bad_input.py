@@ -9,7 +9,8 @@ import torch
 from cases import CONFIGS, make_weight, random_weight
 
 import qlora_ext
-from qlora_ext import QuantConfig, QuantizedTensor, ops
+from qlora_ext import QuantConfig, QuantizedTensor, checks, ops
+from qlora_ext.nn import Linear4bit
 
 # quantize_4bit ------------------------------------------------------------------------------
 
@@ -70,10 +71,22 @@ def test_quantize_refuses(weight, error, message):
         ({"std_factor": 0.0}, "std_factor is 0.0, want a factor"),
         ({"std_factor": "x"}, "std_factor is 'x', want a number"),
         ({"companding_k": None}, "companding_k is None, want a number"),
+        ({"companding_k": 10**400}, "companding_k is 1000.* want a number that fits a float"),
+        ({"companding_k": -(10**400)}, "companding_k is -1000.* want a number that fits a float"),
+        ({"companding_k": 10**5000}, "companding_k is an integer of 16610 bits, want a number"),
+        ({"std_factor": 10**400}, "std_factor is 1000.* want a number that fits a float"),
+        (
+            {"quant_type": "custom", "codebook": [10**400] * 16},
+            "codebook is .1000.* want a list of 16 numbers that fit a float",
+        ),
+        (
+            {"quant_type": "custom", "codebook": [10**5000] * 16},
+            "codebook is a list with integers of thousands of digits, want a list",
+        ),
         ({"double_quant": "yes"}, "double_quant is 'yes', want True or False"),
         ({"quant_type": "custom", "codebook": 5}, "codebook is 5, want a list of 16 numbers"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match="QuantConfig: " + message):
@@ -400,12 +413,76 @@ def test_missing_key(key):
         ),
         (with_meta(dtype="float64"), "dtype is 'float64', want one of"),
         (with_meta(dtype=["float32"]), "dtype is .* want one of"),
+        (with_meta(shape="\ud800"), r"shape is \\ud800, want"),
+        (with_meta(nested_offset="\ud800"), r"nested_offset is \\ud800, want"),
+        (with_meta(blocksize="\udfff"), r"blocksize is \\udfff, want"),
+        (changed("w", lambda t: t.to_sparse()), "w has layout torch.sparse_coo, want torch.strid"),
+        (changed("w.absmax", lambda t: t.to_sparse()), "w.absmax has layout torch.sparse_coo"),
+        (changed("w.nested_absmax", lambda t: t.to_sparse()), "nested_absmax has layout"),
+        (changed("w.quant_map", lambda t: t.to_sparse()), "quant_map has layout"),
+        (
+            changed("w.quant_state.bitsandbytes__nf4", lambda t: t.to_sparse()),
+            "bitsandbytes__nf4 has layout torch.sparse_coo",
+        ),
     ],
-    ids=range(33),
+    ids=range(41),
 )
 def test_corrupt_or_hostile_state_dict(d, message):
-    with pytest.raises(ValueError, match="from_state_dict: w: .*" + message):
+    with pytest.raises(ValueError, match="from_state_dict: w: .*" + message) as error:
         QuantizedTensor.from_state_dict(d, "w")
+    str(error.value).encode()  # can be printed
+
+
+def test_strided_entries():
+    """A tensor of one element counts as contiguous whatever its stride is."""
+    d = entries()
+    want = QuantizedTensor.from_state_dict(d, "w")
+    for key in ("w", "w.absmax", "w.nested_absmax", "w.quant_map", "w.nested_quant_map"):
+        d[key] = torch.stack([d[key], d[key]], -1)[..., 0]
+    assert d["w.nested_absmax"].numel() == 1 and d["w.nested_absmax"].stride() == (2,)
+    got = QuantizedTensor.from_state_dict(d, "w")
+    assert torch.equal(qlora_ext.dequantize_4bit(got), qlora_ext.dequantize_4bit(want))
+
+
+@pytest.mark.parametrize("key", ["weight", "weight_absmax", "weight_nested", "weight_codebook"])
+def test_sparse_entries_of_a_module(key):
+    layer = Linear4bit(64, 48, bias=False)
+    d = layer.state_dict()
+    d[key] = d[key].to_sparse()
+    with pytest.raises(RuntimeError, match=f"Linear4bit: {key} has layout torch.sparse_coo, want"):
+        layer.load_state_dict(d)
+
+
+# Regular expressions from a file --------------------------------------------------------------
+
+QUICK = [
+    *("q_proj", "model.layers.0.self_attn.q_proj", r"^model\.layers\.0\.mlp", "^(?:a|b)", "h.1?0"),
+    *(r"model\.layers\.\d+\..*_proj", "(q|k|v)_proj", r".*\.(gate|up)_proj", "layers.[0-2].q_proj"),
+    *(r"layers\.(?!0\.)", "|".join(map(str, range(100))), r"[\]*+(]+x", "[]+*]a", r"\(\)*", ""),
+]
+SLOW = [
+    *("([a-z_]+)+!", "(a|a)*!", "(.*){9}!", "((a?)+)x", "(a)(b)*", "(?:a+)+!", ".*.*.*.*.*.*!"),
+    *("(.|.)" * 30, ".?" * 30 + "!", "(?x:#[\n(a+)+!#]\n)", "(?#[)(a+)+!(?#])", "(?P<n>a+)+!"),
+    *("a)+(b", "(?=.*)" * 4, "(" + "a|" * 1000 + ")" + "(" + "b|" * 1000 + ")"),
+]
+
+
+@pytest.mark.parametrize("pattern", QUICK)
+def test_regular_expressions_that_are_quick_to_match(pattern):
+    assert checks.bad_regex([pattern] * 3) is None
+
+
+@pytest.mark.parametrize("pattern", SLOW, ids=lambda p: p[:20])
+def test_regular_expressions_that_could_take_years(pattern):
+    got, want = checks.bad_regex(["q_proj", pattern])
+    assert got == pattern and want.startswith("a name, or a regular expression that is quick to m")
+
+
+def test_regular_expressions_share_one_budget():
+    assert checks.bad_regex(["model.layers.7.mlp.up_proj"] * 10000) is None
+    assert checks.bad_regex([".*a.*b.*c"] * 10000)[0] == ".*a.*b.*c"
+    for pattern in ["(", "a)", "[a", "*", "(" * 100000]:
+        assert checks.bad_regex([pattern]) == (pattern, "a regular expression")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -94,6 +94,37 @@ def test_it_reads_ours(quant_type, nested):
     )
 
 
+def read_by_it(q):
+    entries = q.state_dict("w")
+    state = {k.removeprefix("w."): v for k, v in entries.items() if k != "w"}
+    return F.dequantize_4bit(entries["w"], F.QuantState.from_dict(state, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("blocksize", [32, 128, 4096])
+def test_it_reads_our_block_sizes(blocksize):
+    # On a CPU it reads neither ours nor its own rightly where blocks of 128 and more cross rows.
+    q = qlora_ext.quantize_4bit(random_weight((64, 4096)), blocksize=blocksize)
+    assert_same_bytes(read_by_it(q), qlora_ext.dequantize_4bit(q), "dequantized")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_type": "linear"},
+        {"quant_type": "custom", "codebook": [i / 15 for i in range(16)]},
+        {"companding": "logarithmic"},
+        {"normalization": "standard"},
+        {"normalization": "none"},
+        {"blocksize": None},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values()))[:20],
+)
+def test_it_refuses_what_it_does_not_have(settings):
+    q = qlora_ext.quantize_4bit(random_weight((96, 576)) / 8, **settings)
+    with pytest.raises((AssertionError, ValueError)):
+        read_by_it(q)
+
+
 def test_keys_are_the_same():
     weight = random_weight((64, 128), torch.bfloat16)
     packed, state = bnb_quantize(weight, "nf4", 64, nested=True)

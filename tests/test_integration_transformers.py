@@ -416,6 +416,25 @@ def test_setting_of_another_type(copy_of_packed, setting, value):
         load(copy_of_packed)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("modules_to_not_convert", ["("], r"modules_to_not_convert has '\(', want a regular expr"),
+        ("modules_to_not_convert", ["(.+)+!"], r"modules_to_not_convert has .* that is quick to m"),
+        ("companding_k", 10**400, "companding_k got 1000.* want a number"),
+    ],
+    ids=range(3),
+)
+def test_hostile_settings(copy_of_packed, setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        qlora_ext.QLoraExtConfig(**{setting: value})
+    config = json.loads((copy_of_packed / "config.json").read_text())
+    config["quantization_config"][setting] = value
+    (copy_of_packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load(copy_of_packed)
+
+
 def test_one_name_to_leave_alone(llama):
     config = qlora_ext.QLoraExtConfig(modules_to_not_convert="q_proj")
     assert config.modules_to_not_convert == ["q_proj"]

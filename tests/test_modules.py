@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import qlora_ext
 from qlora_ext import QuantConfig
 from qlora_ext import reference as R
 from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit, PanelLinear
@@ -113,6 +114,19 @@ def test_output_dtype_follows_x_and_autocast(dtype):
     assert layer(seeded(2, 64, dtype=dtype)).dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(seeded(2, 64, dtype=torch.float32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_autocast_does_not_take_what_torchs_own_leaves_alone(dtype):
+    layer = Linear4bit.from_linear(dense_layer(16, 64))
+    adapted = LoraLinear4bit.from_linear(layer, r=2)
+    x = torch.ones(2, 64, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for module in (layer, adapted):
+            with pytest.raises(RuntimeError, match=f"x has dtype {str(dtype)[6:]}, want float32"):
+                module(x)
+        with pytest.raises(RuntimeError, match=f"x has dtype {str(dtype)[6:]}, want float32"):
+            qlora_ext.linear_4bit(x, layer.quantized)
 
 
 def test_empty_batch_and_no_bias():

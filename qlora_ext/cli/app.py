@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .. import _C
 from ..build_info import build_info
 from . import INSTALL
 from .errors import CliError, count, size
@@ -27,12 +28,7 @@ app = typer.Typer(
 )
 
 
-class QuantType(str, Enum):
-    """Codebooks by name."""
-
-    nf4 = "nf4"
-    fp4 = "fp4"
-    linear = "linear"
+QuantType = Enum("QuantType", {name: name for name in _C.codebooks()}, type=str)
 
 
 class Dtype(str, Enum):

@@ -31,6 +31,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checks import bad_regex, is_number, short
 from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
 from ..models import move_hooks, read_by_parent, replace_module, use_dense_panels
@@ -46,7 +47,7 @@ def _names(modules_to_not_convert: Any) -> list[str] | None:
     """`modules_to_not_convert` as a list; a string is one name.
 
     Raises:
-        ValueError: something else than names.
+        ValueError: something else than names, or regular expressions that are not quick to match.
     """
     names = modules_to_not_convert
     if names is None:
@@ -58,6 +59,10 @@ def _names(modules_to_not_convert: Any) -> list[str] | None:
         raise ValueError(
             f"QLoraExtConfig: modules_to_not_convert got {modules_to_not_convert!r}, want a list "
             "of names of layers"
+        )
+    if bad := bad_regex(names):
+        raise ValueError(
+            f"QLoraExtConfig: modules_to_not_convert has {short(bad[0])}, want {bad[1]}"
         )
     return sorted(names) if isinstance(names, (set, frozenset)) else list(names)
 
@@ -105,8 +110,8 @@ class QLoraExtConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _names(modules_to_not_convert)
         for name in ("companding_k", "std_factor"):
             value = settings.get(name, 1.0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"QLoraExtConfig: {name} got {value!r}, want a number")
+            if not is_number(value):
+                raise ValueError(f"QLoraExtConfig: {name} got {short(value)}, want a number")
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
 
