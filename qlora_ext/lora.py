@@ -17,6 +17,7 @@ from torch import nn
 from .checks import FLOAT_MAX, bad_regex, is_number, is_regex, short
 from .experts import Experts4bit
 from .models import (
+    check_whole,
     linear_names,
     num_parameters,
     output_embeddings,
@@ -536,12 +537,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
         The directory.
 
     Raises:
-        ValueError: no adapters (merged already?). TypeError: PEFT's adapters; use its own
-            save_pretrained. OSError: the directory cannot be made or written.
+        ValueError: no adapters (merged already?), or adapters that are sharded over processes
+            (DTensors). TypeError: PEFT's adapters; use its own save_pretrained. OSError: the
+            directory cannot be made or written.
     """
     from safetensors.torch import save_file
 
     _check_model("save_adapter", model)
+    check_whole("save_adapter", model, only="lora_")
     adapters = _adapters(model)
     if not adapters:
         raise ValueError("save_adapter: model has no adapters, want one that add_lora was given")

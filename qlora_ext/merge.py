@@ -9,7 +9,7 @@ from torch import nn
 
 from . import ops
 from .experts import Experts4bit, dense_experts
-from .models import own_config, places_of, progress, replace_module
+from .models import check_whole, own_config, places_of, progress, replace_module
 from .nn import (
     FLOAT_DTYPES,
     Embedding4bit,
@@ -45,7 +45,8 @@ def merge_and_unload(
 
     Raises:
         TypeError: dtype is another one; model is a single layer or carries PEFT's adapters.
-        ValueError: no adapters: merged already, or never added.
+        ValueError: no adapters: merged already, or never added; a sharded model, whose parameters
+            are DTensors.
         OverflowError: a merged value is a NaN or beyond dtype's range, or another parameter is
             beyond float16's, naming the layer. The model is then as it was.
     """
@@ -83,6 +84,7 @@ def _check_adapters(model: nn.Module) -> None:
                 f"merge_and_unload: {name or 'model'} is PEFT's {type(module).__name__}, want "
                 "adapters from add_lora or load_adapter; model.merge_and_unload() merges PEFT's"
             )
+    check_whole("merge_and_unload", model)
     if any(isinstance(module, _Lora) for module in modules.values()):
         return
     packed = any(isinstance(module, _Packed4bit) for module in modules.values())

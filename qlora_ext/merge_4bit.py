@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .experts import Experts4bit, _up_name
 from .fit_4bit import fit_4bit, hessian_error
 from .merge import _tied_head, dense_layer, merge_and_unload
-from .models import progress, replace_module
+from .models import check_whole, progress, replace_module
 from .nn import FLOAT_DTYPES, Linear4bit, LoraLinear, LoraLinear4bit
 from .quantized_tensor import QuantizedTensor, dequantize_4bit, merge_lora_4bit, quantize_with
 
@@ -36,6 +36,7 @@ __all__ = ["merge_into_4bit"]
 
 # Measured on SmolLM2-135M (docs/merging.md).
 _LOSS = "keeps 5 to 10% of a short fine-tune's gain"
+_FEW_TOKENS = 512
 
 
 def merge_into_4bit(
@@ -68,7 +69,7 @@ def merge_into_4bit(
             an int64 tensor of token ids [batch, tokens], or the keyword arguments of the model's
             forward (what a tokenizer returns); padding is left out by its attention_mask.
         dtype: of the 16-bit model, where neither is given.
-        damping: see fit_4bit.
+        damping: see fit_4bit; 0 or more.
         hessian_bytes: memory for the input statistics of layers at a time, [K, K] fp32 for each
             input width K. Less memory takes more passes over the calibration text; each pass sees
             the layers before it as they were merged.
@@ -79,10 +80,22 @@ def merge_into_4bit(
 
     Raises:
         TypeError: model is not a module, dtype is not a float dtype, or a batch is of another kind.
-        ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; an
-            empty calibration; a base that lacks a layer, has another shape, or is not what was
-            packed. KeyboardInterrupt or an error midway leaves the model as it was.
+        ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; a
+            sharded model, whose parameters are DTensors; a calibration without tokens; a damping
+            below 0 or not finite; a base that lacks a layer, has another shape, or is not what was
+            packed; an adapter on a dense layer that is not finite.
+
+    KeyboardInterrupt or an error midway leaves the model as it was, except where a PeftModel is
+    given neither base nor calibration: that merge is PEFT's own.
+
+    Warns:
+        UserWarning: neither base nor calibration, or less than 512 tokens of it.
     """
+    number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+    if not number or not 0 <= damping < math.inf:
+        raise ValueError(
+            f"merge_into_4bit: damping is {damping!r}, want a finite number of at least 0"
+        )
     layers, peft_model = _adapted_layers(model)
     if base is None and calibration is None:
         if dtype not in FLOAT_DTYPES:
@@ -106,6 +119,7 @@ def merge_into_4bit(
         for layer in layers:
             source.check(layer)
     swaps = []  # (new, old), to take back
+    modes = [(module, module.training) for module in model.modules()]
 
     def swap(layer: _Adapted, q: QuantizedTensor) -> None:
         """Puts a merged layer in an adapted one's place."""
@@ -116,7 +130,6 @@ def merge_into_4bit(
     def target_of(layer: _Adapted) -> Tensor:
         return layer.target() if source is None else source.target(layer)
 
-    was_training = model.training
     try:
         with torch.no_grad():
             if batches is None:
@@ -142,7 +155,10 @@ def merge_into_4bit(
             replace_module(model, new, old)
         raise
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
+        for new, old in swaps:
+            new.training = old.training
 
 
 def _start(layer: _Adapted, target: Tensor, hessian: Tensor) -> QuantizedTensor:
@@ -176,6 +192,7 @@ def _adapted_layers(model: nn.Module) -> tuple[list[_Adapted], bool]:
     """The packed layers with adapters, and whether the model is PEFT's."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"merge_into_4bit: model is a {type(model).__name__}, want an nn.Module")
+    check_whole("merge_into_4bit", model)
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     peft_model = tuners is not None and any(
         isinstance(m, tuners.BaseTunerLayer) for m in model.modules()
@@ -261,15 +278,7 @@ def _with_weight(packed: Linear4bit, q: QuantizedTensor) -> Linear4bit:
 def _unload(model: nn.Module, peft_model: bool, swaps: list) -> nn.Module:
     """What is left once the packed layers are merged: dense ones, and PEFT's wrapping."""
     if peft_model:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in list(model.modules()):
-            dense = isinstance(module, BaseTunerLayer) and not isinstance(
-                module.get_base_layer(), Linear4bit
-            )
-            if dense:
-                module.merge(safe_merge=True)
-        return model.unload()
+        return _unload_peft(model)
     tied = _tied_head(model)
     for module in [m for m in model.modules() if isinstance(m, LoraLinear)]:
         new = dense_layer(module, module.weight.dtype)
@@ -284,6 +293,31 @@ def _unload(model: nn.Module, peft_model: bool, swaps: list) -> nn.Module:
     if tied:
         _forget_tie(model)
     return model
+
+
+def _unload_peft(model: nn.Module) -> nn.Module:
+    """The model that a PeftModel wraps, with the adapters of its dense layers merged."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    dense = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module.get_base_layer(), Linear4bit)
+    ]
+    before = []  # safe_merge puts new tensors into the parameters: the old ones stay what they are
+    try:
+        for module in dense:
+            weights = [(p, p.data) for p in module.get_base_layer().parameters()]
+            before.append((module, list(module.merged_adapters), weights))
+            module.merge(safe_merge=True)
+        return model.unload()
+    except BaseException:
+        for module, merged, weights in reversed(before):
+            module.merged_adapters = merged
+            for parameter, data in weights:
+                parameter.data = data
+        raise
 
 
 def _forget_tie(model: nn.Module) -> None:
@@ -412,7 +446,34 @@ def _batches(calibration: Iterable) -> list:
                 f"merge_into_4bit: calibration[{number}] is a {type(batch).__name__}, want token "
                 "ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
             )
+    tokens = sum(map(_tokens, batches))
+    if not tokens:
+        raise ValueError(
+            "merge_into_4bit: calibration has no tokens (is its attention_mask all zeros?), want "
+            "batches of text; 5,000 tokens do"
+        )
+    if tokens < _FEW_TOKENS:
+        warnings.warn(
+            f"merge_into_4bit: calibration has {tokens} tokens, want at least {_FEW_TOKENS}; "
+            "5,000 were measured to do",
+            stacklevel=3,
+        )
     return batches
+
+
+def _mask(batch) -> Tensor | None:
+    """Which tokens of a batch are no padding, bool [batch * tokens]; None where it does not say."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.reshape(-1).bool() if mask is not None and mask.ndim == 2 else None
+
+
+def _tokens(batch) -> float:
+    """How many tokens a batch has that are no padding; infinity where it does not say."""
+    mask = _mask(batch)
+    if mask is not None:
+        return int(mask.sum())
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else math.inf
 
 
 class _Enough(Exception):
@@ -509,8 +570,7 @@ class _Inputs:
         hooks = [group[0].module.register_forward_pre_hook(see) for group in groups]
         try:
             for batch in self.batches:
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                mask = mask.reshape(-1).bool() if mask is not None and mask.ndim == 2 else None
+                mask = _mask(batch)
                 self._forward(batch, [])
         finally:
             for hook in hooks:

@@ -241,8 +241,31 @@ def progress(items: list, what: str, enabled: bool) -> Iterator:
     return iter(tqdm(items, desc=what, unit="layer"))
 
 
+def check_whole(op: str, model: nn.Module, only: str = "") -> None:
+    """ValueError if a parameter, of those with `only` in their names, is one process's share of a
+    tensor: a DTensor, as FSDP2 and tensor parallelism make them."""
+    dtensor = sys.modules.get("torch.distributed.tensor")  # there are none before it is imported
+    if dtensor is None:
+        return
+    for name, parameter in model.named_parameters():
+        if only in name and isinstance(parameter, dtensor.DTensor):
+            raise ValueError(
+                f"{op}: {name} is a DTensor, of which this process holds a share, want a whole "
+                "model: gather the state into one, as docs/sharding.md does"
+            )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the parameters weight... of module are a packed weight of shape `_shape`: a layer of
+    ours, or what tensor parallelism made of one."""
+    parallel = sys.modules.get(f"{__package__}.integrations.tensor_parallel")
+    return isinstance(module, _Packed4bit) or (
+        parallel is not None and isinstance(module, parallel.ParallelLinear4bit)
+    )
+
+
 def _numel(module: nn.Module) -> int:
-    return module._shape.numel() if isinstance(module, _Packed4bit) else module.weight.numel()
+    return module._shape.numel() if is_packed(module) else module.weight.numel()
 
 
 def num_parameters(
@@ -258,7 +281,7 @@ def num_parameters(
     """
     count, seen = 0, set()
     for module in model.modules():
-        packed = isinstance(module, _Packed4bit)
+        packed = is_packed(module)
         if exclude_embeddings and isinstance(module, nn.Embedding):
             continue
         for key, parameter in module._parameters.items():
@@ -292,7 +315,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
     )
     quantized, seen = 0, set()
     for name, module in model.named_modules():
-        packed = isinstance(module, _Packed4bit)
+        packed = is_packed(module)
         tensors = [*module._parameters.items(), *module._buffers.items()]
         for key, tensor in tensors:
             if tensor is None or id(tensor) in seen:

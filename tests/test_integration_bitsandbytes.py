@@ -293,6 +293,29 @@ def test_blocks_that_straddle_rows(enabled):
     assert torch.equal(got, want)
 
 
+def test_differences_that_the_page_names():
+    near_zero = torch.zeros(1, 64)
+    near_zero[0, :3] = torch.tensor([1.0, 1e-5, -1e-5])
+    row, nan = torch.randn(5000, generator=torch.Generator().manual_seed(0)), near_zero * torch.nan
+
+    def run(weight, quant_type):
+        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
+        return packed.reshape(-1), bnb.functional.dequantize_4bit(packed, state)
+
+    theirs = [run(near_zero, "fp4"), run(row, "nf4"), run(nan, "nf4")]
+    plugin.enable()
+    try:
+        ours = [run(near_zero, "fp4"), run(row, "nf4")]
+        with pytest.raises(RuntimeError, match="weight has a NaN or an infinity"):
+            run(nan, "nf4")
+    finally:
+        plugin.disable()
+    assert ours[0][0][:2].tolist() == [0x30, 0x80] and theirs[0][0][:2].tolist() == [0x38, 0x00]
+    assert torch.equal(ours[0][1], theirs[0][1])  # minus zero is zero
+    assert ours[1][1].shape == (5000,) and theirs[1][1].shape == (1, 5000)
+    assert torch.equal(ours[1][1], theirs[1][1].reshape(-1))
+
+
 def test_enabling_twice_and_disabling_twice():
     plugin.enable()
     plugin.enable()

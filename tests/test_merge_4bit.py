@@ -28,7 +28,10 @@ from qlora_ext.quantized_tensor import quantize_with
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:quantize_model")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:quantize_model"),
+    pytest.mark.filterwarnings("ignore:merge_into_4bit. calibration has"),
+]
 FORMATS = {
     "nf4": QuantConfig(),
     "nf4-fp32-scales": QuantConfig(double_quant=False),
@@ -318,6 +321,23 @@ def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch):
     assert torch.equal(tiny.logits(model.eval()), want)
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_modes_of_submodules_stay(failing, monkeypatch):
+    model = small(trained(config=LoraConfig(r=4, query=True, mlp=True, head=True))).train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert not all(modes.values()) and modes["model.layers.1.mlp.up_proj"] and modes["lm_head"]
+    if failing:
+        monkeypatch.setattr(qlora_ext.merge_4bit, "_unload", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, calibration=text(1))
+    else:
+        run(model, calibration=text(1))
+    after = {name: module.training for name, module in model.named_modules()}
+    assert all(modes[name] == mode for name, mode in after.items())
+    assert failing == (type(model.lm_head) is LoraLinear)
+
+
 def test_memory_is_one_group_of_hessians(monkeypatch):
     model = small(trained())
     most = []
@@ -379,9 +399,11 @@ def test_a_large_change_is_no_worse_than_requantizing():
 # PEFT ---------------------------------------------------------------------------------------------
 
 
-def peft_model(**settings):
+def peft_model(modules_to_not_convert=(), **settings):
     peft = pytest.importorskip("peft")
-    model = quantize_model(tiny.make("llama"), progress_bar=False)
+    model = quantize_model(
+        tiny.make("llama"), modules_to_not_convert=modules_to_not_convert, progress_bar=False
+    )
     config = peft.LoraConfig(r=4, target_modules="all-linear", **settings)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, config)
@@ -408,6 +430,30 @@ def test_peft_model_merges_and_unwraps():
         run(merged, calibration=text())
 
 
+def test_peft_error_midway_leaves_dense_layers_as_they_were():
+    model = peft_model(modules_to_not_convert=["gate_proj"])
+    layers = [layer.mlp.gate_proj for layer in model.get_base_model().model.layers]
+    assert not any(isinstance(layer.get_base_layer(), Linear4bit) for layer in layers)
+    last = layers[-1].lora_B["default"].weight
+    saved = last.detach().clone()
+    with torch.no_grad():
+        last[0, 0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="NaNs detected"):
+        run(model, base=tiny.make("llama"))
+    assert not any(layer.merged for layer in layers)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad():
+        last.copy_(saved)
+    wanted = [layer.get_base_layer().weight + layer.get_delta_weight("default") for layer in layers]
+    merged = run(model, base=tiny.make("llama"))
+    for layer, want in zip(merged.model.layers, wanted, strict=True):
+        torch.testing.assert_close(layer.mlp.gate_proj.weight, want)
+
+
 def test_peft_kinds_that_are_refused():
     with pytest.raises(ValueError, match="more than plain LoRA, want plain LoRA"):
         run(peft_model(use_dora=True), calibration=text())
@@ -421,6 +467,8 @@ def test_peft_kinds_that_are_refused():
 
 # Sentences ----------------------------------------------------------------------------------------
 
+MASKED = {"input_ids": text(1)[0], "attention_mask": torch.zeros(4, 32).long()}
+
 
 @pytest.mark.parametrize(
     "arguments, error, sentence",
@@ -429,6 +477,12 @@ def test_peft_kinds_that_are_refused():
         ({"calibration": "some text"}, TypeError, "calibration is a str, want a list of batches"),
         ({"calibration": text(1)[0]}, TypeError, "calibration is a Tensor, want a list"),
         ({"calibration": ["some text"]}, TypeError, r"calibration\[0\] is a str, want token ids"),
+        ({"calibration": [MASKED, MASKED]}, ValueError, "has no tokens .is its attention_mask all"),
+        ({"calibration": [torch.zeros(0, 8).long()]}, ValueError, "calibration has no tokens"),
+        *(
+            ({"calibration": text(), "damping": d}, ValueError, f"damping is {d!r}, want a finite")
+            for d in (-1, float("nan"), float("inf"), True, "0.1")
+        ),
         ({"base": 7}, TypeError, "base is a int, want the unquantized model"),
         ({"base": {}}, ValueError, "base has no model.layers.0.self_attn.q_proj.weight"),
         ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
@@ -442,6 +496,21 @@ def test_arguments_that_are_refused(arguments, error, sentence):
         with pytest.raises(error, match=sentence):
             run(model, **arguments)
     assert torch.equal(tiny.logits(model), want)
+
+
+def test_few_tokens_warn():
+    half = {**MASKED, "attention_mask": torch.ones(4, 32).tril(15).bool().int()}
+    real = int(half["attention_mask"].sum())
+    assert 0 < real < 128
+    with pytest.warns(
+        UserWarning, match=rf"calibration has {384 + real} tokens, want at least 512"
+    ):
+        qlora_ext.merge_4bit._batches([*text(3), half])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qlora_ext.merge_4bit._batches(text(4))
+        # Inputs whose tokens cannot be counted.
+        qlora_ext.merge_4bit._batches([{"inputs_embeds": torch.ones(1, 1, 64)}])
 
 
 def test_bases_that_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """DDP and FSDP2 with packed layers, two gloo processes on the CPU against one process."""
 
 import sys
+from pathlib import Path
 
 import processes
 import pytest
@@ -119,6 +120,27 @@ def train(mode):
     optimizer.step()
     moved = sum(not torch.equal(full(t), before[n]) for n, t in model.state_dict().items())
     assert moved == len(gradients), moved
+    if not mode.startswith("ddp"):
+        refuse_sharded(model)
+
+
+def refuse_sharded(model):
+    """What needs whole tensors says so."""
+    import torch
+
+    from qlora_ext import merge_and_unload, merge_into_4bit, save_adapter
+
+    folder = f"{sys.argv[1]}-refused"
+    for call, arguments in (
+        (save_adapter, {"path": folder}),
+        (merge_and_unload, {"dtype": torch.float32}),
+        (merge_into_4bit, {"base": model}),
+        (type(model).save_pretrained, {"save_directory": folder}),
+    ):
+        words = rf"{call.__name__}: [\w.]+ is a DTensor, .* want a whole model"
+        with pytest.raises(ValueError, match=words):
+            call(model, **arguments)
+    assert not list(Path(folder).glob("**/*.safetensors"))
 
 
 def refuse():

@@ -48,7 +48,7 @@ def train(mesh, **settings):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.tensor.parallel import parallelize_module
 
-    from qlora_ext import QuantConfig, save_adapter
+    from qlora_ext import QuantConfig, memory_report, num_parameters
 
     config = QuantConfig(blocksize=32, **settings)
     one, model = build(config), build(config)
@@ -96,15 +96,123 @@ def train(mesh, **settings):
         torch.testing.assert_close(
             tiny.logits(again), tiny.logits(one.eval()), rtol=1e-3, atol=1e-4
         )
-    with pytest.raises(ValueError, match="model has no adapters"):
-        save_adapter(model, "nowhere")
+    # Counted as weights, not as bytes.
+    for count in (num_parameters, type(one).num_parameters):
+        for arguments in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+            assert count(model, **arguments) == count(one, **arguments)
+    assert memory_report(model).bits_per_weight >= memory_report(one).bits_per_weight > 4
+    refuse_sharded(model)
+
+
+def refuse_sharded(model):
+    """What needs whole tensors says so."""
+    import tempfile
+    from pathlib import Path
+
+    import torch
+
+    from qlora_ext import merge_and_unload, merge_into_4bit, save_adapter
+
+    with tempfile.TemporaryDirectory() as folder:
+        for call, arguments in (
+            (save_adapter, (f"{folder}/adapter",)),
+            (merge_and_unload, (torch.float32,)),
+            (merge_into_4bit, ()),
+            *([(type(model).save_pretrained, (folder,))] if hasattr(model, "config") else []),
+        ):
+            words = rf"{call.__name__}: [\w.]+ is a DTensor, .* want a whole model"
+            with pytest.raises(ValueError, match=words):
+                call(model, *arguments)
+        assert not list(Path(folder).glob("**/*.safetensors"))
+
+
+def one_of_two(mesh):
+    """A layer in the plan beside one outside of it, which has an adapter too."""
+    import torch
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from qlora_ext.nn import LoraLinear4bit
+
+    model = torch.nn.ModuleDict({"a": LoraLinear4bit(64, 128), "b": LoraLinear4bit(64, 128)})
+    parallelize_module(model, mesh, {"a": plan()["model.layers.*.mlp.up_proj"]})
+    refuse_sharded(model)
+
+
+def clip(mesh):
+    """DTensors and plain tensors clipped by one norm, as docs/sharding.md does."""
+    import copy
+
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+    from qlora_ext.nn import LoraLinear4bit
+
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(*(LoraLinear4bit(*size) for size in ((64, 128), (128, 64), (64, 64))))
+    for name, parameter in one.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    model, x = copy.deepcopy(one), torch.randn(4, 64)
+    styles = plan()
+    column, row = styles["model.layers.*.mlp.up_proj"], styles["model.layers.*.mlp.down_proj"]
+    parallelize_module(model, mesh, {"0": column, "1": row})
+    trained = [[p for p in m.parameters() if p.requires_grad] for m in (one, model)]
+    for m in (one, model):
+        m(x).square().mean().backward()
+    want = torch.nn.utils.clip_grad_norm_(trained[0], 1.0)
+    with pytest.raises(RuntimeError, match=r"got mixed torch\.Tensor and DTensor"):
+        torch.nn.utils.clip_grad_norm_(trained[1], 1.0)
+    groups = [[p for p in trained[1] if isinstance(p, DTensor) == cut] for cut in (True, False)]
+    assert [len(group) for group in groups] == [6, 3]  # A, B and bias
+    norms = [get_total_norm([p.grad for p in group]) for group in groups]
+    norm = torch.stack([norms[0].full_tensor(), norms[1]]).norm()
+    for group in groups:
+        clip_grads_with_norm_(group, 1.0, norm)
+    assert want > 2
+    torch.testing.assert_close(norm, want, rtol=1e-5, atol=0)
+    for parameter, p in zip(trained[1], trained[0], strict=True):
+        got = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)()
+        torch.testing.assert_close(got, p.grad, rtol=1e-4, atol=1e-6)
 
 
 def refuse(mesh):
     import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    from qlora_ext.integrations import tensor_parallel
     from qlora_ext.integrations.tensor_parallel import ColwiseParallel4bit, RowwiseParallel4bit
     from qlora_ext.nn import Linear4bit
+
+    torch.manual_seed(0)  # the same in every process
+    layer = Linear4bit(64, 64)
+    x, names = torch.randn(2, 64), [name for name, _ in layer.named_parameters()]
+    want = layer(x)
+    square = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match="the mesh has 2 dimensions, want 1"):
+        ColwiseParallel4bit()._apply(layer, square)
+
+    def failing(*args):
+        raise RuntimeError("no memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_parallel, "distribute_tensor", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            ColwiseParallel4bit()._apply(layer, mesh)
+    assert type(layer) is Linear4bit and names == [name for name, _ in layer.named_parameters()]
+    assert torch.equal(layer(x), want)
+    rank = square.get_local_rank("tp")
+    RowwiseParallel4bit()._apply(row := Linear4bit(128, 64), square["tp"])
+    ColwiseParallel4bit()._apply(layer, square["tp"])
+    torch.testing.assert_close(layer(x), want.chunk(2, -1)[rank])
+    for module, placement, words in (
+        (layer, Replicate(), r"x is a DTensor, want a plain tensor: x.full_tensor\(\)"),
+        (row, Shard(1), r"want a plain tensor: this process's part, x.to_local\(\)"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            module(distribute_tensor(torch.randn(2, module.in_features), mesh, [placement]))
 
     for K, N, style, words in (
         (64, 64, RowwiseParallel4bit(), "by columns, want K a multiple of blocksize x 2"),
@@ -151,4 +259,6 @@ if __name__ == "__main__":
         train(each)
         train(each, double_quant=False, normalization="standard")
         refuse(each)
+        one_of_two(each)
+        clip(each)
         low_precision(each)

@@ -77,8 +77,14 @@ class ParallelLinear4bit(nn.Module):
 
         Raises:
             TypeError: not a Linear4bit or LoraLinear4bit.
-            ValueError: the layer cannot be cut between blocks.
+            ValueError: the layer cannot be cut between blocks; a mesh of more than one dimension.
+        The layer is then as it was.
         """
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"tensor parallel: the mesh has {mesh.ndim} dimensions, want 1: that of the "
+                'processes that share a layer, mesh["tp"] where it is named so'
+            )
         if type(layer) not in (Linear4bit, LoraLinear4bit):
             raise TypeError(
                 f"tensor parallel: the layer is a {type(layer).__name__}, want a Linear4bit or a "
@@ -111,17 +117,21 @@ class ParallelLinear4bit(nn.Module):
             parts["lora_A"] = (layer.lora_A, along if rowwise else Replicate())
             parts["lora_B"] = (layer.lora_B, Replicate() if rowwise else along)
         trained = {name: p.requires_grad for name, p in layer.named_parameters()}
+        parameters = {
+            name: None
+            if tensor is None
+            else nn.Parameter(
+                distribute_tensor(tensor.detach(), mesh, [placement]), trained.get(name, False)
+            )
+            for name, (tensor, placement) in parts.items()
+        }
         layer._parameters.clear()
         layer.__class__ = ParallelLinear4bit
         layer.rowwise, layer.mesh = rowwise, mesh
         shape = (N, K // world) if rowwise else (N // world, K)
         layer.format = (None, shape, q.blocksize, q.quant_type, q.codebook)
-        for name, (tensor, placement) in parts.items():
-            if tensor is not None:
-                tensor = nn.Parameter(
-                    distribute_tensor(tensor.detach(), mesh, [placement]), trained.get(name, False)
-                )
-            layer.register_parameter(name, tensor)
+        for name, parameter in parameters.items():
+            layer.register_parameter(name, parameter)
 
     def _own(self, name: str, copied: bool = False) -> torch.Tensor | None:
         """This process's part of a parameter; copied: each has the whole, and part of its use."""
@@ -132,7 +142,11 @@ class ParallelLinear4bit(nn.Module):
         return _Copied.apply(own, self.mesh) if copied else own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_features] or this process's part of it; see the class."""
+        """x: [..., in_features] or this process's part of it; see the class. TypeError where it
+        is a DTensor."""
+        if isinstance(x, DTensor):
+            want = "this process's part, x.to_local()" if self.rowwise else "x.full_tensor()"
+            raise TypeError(f"tensor parallel: x is a DTensor, want a plain tensor: {want}")
         x = self._input(x)
         if not self.rowwise:
             x = _Copied.apply(x, self.mesh)

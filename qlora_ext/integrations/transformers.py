@@ -34,7 +34,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checks import bad_regex, is_number, short
 from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
-from ..models import move_hooks, read_by_parent, replace_module, use_dense_panels
+from ..models import (
+    check_whole,
+    is_packed,
+    move_hooks,
+    read_by_parent,
+    replace_module,
+    use_dense_panels,
+)
 from ..nn import Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit
 
@@ -281,6 +288,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
         return weight_conversions + self.get_weight_conversions()
 
     def get_state_dict_and_metadata(self, model):
+        # With a distributed_config transformers gathers what it sharded itself.
+        if getattr(model.config, "distributed_config", None) is None:
+            check_whole("save_pretrained", model)
         if self.saves_as == "bitsandbytes":
             return _bitsandbytes_state_dict(model), {}
         if any(isinstance(module, _Lora) for module in model.modules()):
@@ -699,13 +709,13 @@ def logical_surplus(module: torch.nn.Module) -> int:
     """
     surplus = 0
     for child in module.modules():
-        if isinstance(child, (Linear4bit, Embedding4bit)):
+        if is_packed(child):
             stored = sum(
                 parameter.numel()
                 for name, parameter in child.named_parameters(recurse=False)
                 if name.startswith("weight")
             )
-            surplus += child.quantized.numel() - stored
+            surplus += child._shape.numel() - stored
     return surplus
 
 
