@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .checks import is_number, short
 from .experts import Experts4bit, _up_name
 from .fit_4bit import fit_4bit, hessian_error
 from .merge import _tied_head, dense_layer, merge_and_unload
@@ -91,10 +92,9 @@ def merge_into_4bit(
     Warns:
         UserWarning: neither base nor calibration, or less than 512 tokens of it.
     """
-    number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
-    if not number or not 0 <= damping < math.inf:
+    if not is_number(damping) or not 0 <= damping < math.inf:
         raise ValueError(
-            f"merge_into_4bit: damping is {damping!r}, want a finite number of at least 0"
+            f"merge_into_4bit: damping is {short(damping)}, want a finite number of at least 0"
         )
     layers, peft_model = _adapted_layers(model)
     if base is None and calibration is None:
