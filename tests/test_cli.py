@@ -180,6 +180,40 @@ def test_tied_weights_that_differ_stay_apart(tmp_path):
         assert ("lm_head.weight" in tensors(tmp_path / "out")) == bool(change)
 
 
+def test_nothing_but_the_output_is_replaced(llama, tmp_path):
+    """Whatever names are given, and with --force, inputs and other folders stay as they are."""
+    around = tmp_path / "around"
+    base = shutil.copytree(llama, around / "base")
+    adapter = make_adapter(load(llama), around / "adapters" / "one")
+    text = around / "text" / "calibration.txt"
+    text.parent.mkdir()
+    text.write_text("some text " * 50)
+    (around / "text" / "config.json").write_text("{}")
+    (around / "config.json").write_text("{}")
+    (around / "out.old").mkdir()
+    (around / "out.old" / "mine").write_text("kept")
+
+    def files():
+        return {p: p.read_bytes() for p in around.rglob("*") if p.is_file()}
+
+    before = files()
+    assert "holds the input" in run("quantize", base, around, "--force", ok=False)
+    assert "lies in the input" in run("merge", base, adapter, adapter, "--force", ok=False)
+    assert "lies in the input" in run("merge", base, adapter, adapter / "in", ok=False)
+    calibrate = ("--four-bit", "--calibration", text)
+    inside = run("merge", base, adapter, text.parent, "--force", *calibrate, ok=False)
+    assert "holds the input" in inside
+    stray = run("quantize", base, around / "adapters", "--force", ok=False)
+    assert "holds files and no config.json" in stray
+    assert "exists: name another folder" in run("quantize", base, ".", ok=False)
+    assert "cannot be made" in run("quantize", base, "/dev/null/out", ok=False)
+    assert files() == before
+    for _ in range(2):
+        run("quantize", base, around / "out", "--force")
+    shutil.rmtree(around / "out")
+    assert files() == before and not list(around.glob("out.old-*"))
+
+
 def test_checkpoints_that_cannot_be_quantized_are_one_sentence(llama, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -553,7 +587,7 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
 
-def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path):
+def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path, monkeypatch):
     """Route (b): the result is the base's format, and nearer to the adapted model than the base."""
     run("quantize", llama, tmp_path / "base")
     model = load(tmp_path / "base", dtype=torch.float32)
@@ -577,6 +611,9 @@ def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path):
     same, theirs = tensors(tmp_path / "o"), tensors(tmp_path / "out")
     assert same.keys() == theirs.keys()
     assert all(torch.equal(same[key], theirs[key]) for key in same)
+    monkeypatch.setattr("qlora_ext.cli.merge._samples", lambda *_: [torch.tensor([[999]])])
+    command[3] = tmp_path / "other"
+    assert "makes token 999" in run(*command, "--four-bit", ok=False)
 
 
 def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):

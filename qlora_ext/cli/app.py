@@ -108,13 +108,11 @@ def quiet() -> None:
 
 
 @contextlib.contextmanager
-def output(out: Path, force: bool, restart: bool, source: Path):
-    """The folder that is written; it may not be, or lie in, the input."""
+def output(out: Path, force: bool, restart: bool, *inputs: Path | None):
+    """The folder that is written; neither it nor an input may hold the other."""
     from .shards import Output
 
-    if source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise CliError(f"{out} lies in the input {source}, want another folder")
-    made = Output(out, force=force, restart=restart)
+    made = Output(out, force=force, restart=restart, inputs=tuple(filter(None, inputs)))
     try:
         yield made
     finally:
@@ -248,13 +246,13 @@ def merge(
             raise CliError(
                 f"{base} is unquantized, and --calibration is for 4 bits: want --four-bit as well"
             )
-        with output(out, force, restart, folder) as target:
+        with output(out, force, restart, folder, adapter_folder, calibration) as target:
             tokens = work.calibrated(
                 folder, adapter_folder, calibration, target, config, keep or []
             )
         say(f"{out}: merged into 4 bits by {tokens:,} tokens of {calibration}")
         return
-    with output(out, force, restart, folder) as target:
+    with output(out, force, restart, folder, adapter_folder) as target:
         job, pairs = work.plan(
             folder,
             adapter_folder,
@@ -332,7 +330,7 @@ def estimate(
     double_quant: Nested = True,
     gpu: Annotated[
         Optional[float],  # noqa: UP045 (typer reads it at run time)
-        typer.Option("--gpu", help="Memory in GiB; the GPU that is there, or common sizes."),
+        typer.Option("--gpu", min=0, help="Memory in GiB; the GPU that is there, or common sizes."),
     ] = None,
 ) -> None:
     """Will training fit? Memory of a LoRA step, from config.json alone.

@@ -318,10 +318,16 @@ def calibrated(
     samples = _samples(base, text)
     packing = QLoraExtConfig(modules_to_not_convert=keep or None, **settings.to_dict())
     model = load_model(base, packing, "cpu" if not torch.cuda.is_available() else "cuda")
+    largest, rows = max(int(s.max()) for s in samples), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise CliError(
+            f"{base}'s tokenizer makes token {largest} of {text} and its model has {rows} tokens: "
+            "want the tokenizer of this model"
+        )
     try:
         model = load_adapter(model, adapter_folder)
         model = merge_into_4bit(model, calibration=samples, progress_bar=sys.stderr.isatty())
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise CliError(str(error)) from None
     try:
         output.open([], {"command": "merge with calibration"})

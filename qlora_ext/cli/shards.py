@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -185,22 +186,37 @@ class Output:
     settings, versions, input files and layout.
     """
 
-    def __init__(self, out: Path, *, force: bool, restart: bool):
-        self.out = out
-        self.folder = out.with_name(f"{out.name}.partial")
+    def __init__(self, out: Path, *, force: bool, restart: bool, inputs: tuple[Path, ...] = ()):
+        self.out = Path(os.path.abspath(out))  # "." and ".." have no name to write beside
+        self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.force, self.restart = force, restart
         self.lock: int | None = None
-        if out.exists() and not force:
-            raise CliError(f"{out} exists: name another folder, or replace it with --force")
-        if out.is_file():
+        for source in inputs:
+            for written in (self.out.resolve(), self.folder.resolve()):
+                if source.resolve() in (written, *written.parents):
+                    raise CliError(f"{out} lies in the input {source}, want another folder")
+                if written in source.resolve().parents:
+                    raise CliError(f"{out} holds the input {source}, want another folder")
+        if self.out.is_file():
             raise CliError(f"{out} is a file, want the name of a folder to make")
+        if self.out.exists() and not force:
+            raise CliError(f"{out} exists: name another folder, or replace it with --force")
+        is_checkpoint = (self.out / "config.json").is_file()
+        if self.out.exists() and any(self.out.iterdir()) and not is_checkpoint:
+            raise CliError(
+                f"{out} holds files and no config.json, so it is no checkpoint for --force to "
+                "replace: name another folder"
+            )
 
     def open(self, shards: list[Shard], run: dict) -> list[Shard]:
         """Makes or takes up the folder; returns the shards that are still to be written."""
         layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
         run = {**run, "layout": layout}
         state = self.folder / STATE
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CliError(f"{self.folder} cannot be made ({error.strerror})") from None
         self._take_lock()
         if self.restart:
             self._empty()
@@ -263,13 +279,15 @@ class Output:
         (self.folder / STATE).unlink()
         (self.folder / ".lock").unlink()
         sync_folder(self.folder)
-        old = self.out.with_name(f"{self.out.name}.old")
+        old = None
         if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
+            # A name that nothing has: what is removed below is what was replaced here.
+            old = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.old-", dir=self.out.parent))
+            self.out.rename(old / self.out.name)
         self.folder.rename(self.out)
         sync_folder(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
         if self.lock is not None:
