@@ -283,23 +283,32 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
 
 
 def touch_every_op():
-    """Each op at small shapes that reach every kernel variant of this GPU, tails included."""
+    """Each op at small shapes, tails included: what compute-sanitizer runs.
+
+    Every kernel and, between them, the ranks' and rows' tiles, split K, chunks and an unaligned
+    weight; not every instantiation, which the tests launch.
+    """
     torch.manual_seed(0)
-    for N, K, config in (
-        (136, 320, {}),
-        (72, 192, {"double_quant": False}),
-        (33, 65, {"quant_type": "fp4"}),
-        (40, 96, {"normalization": "standard", "blocksize": 32}),
-        (24, 64, {"blocksize": None}),
+    for N, K, config, rank, rows in (
+        (136, 320, {}, 5, (1, 9, 17, 40, 70, 300)),
+        (72, 192, {"double_quant": False}, 12, (1, 17, 70)),
+        (40, 4096, {}, 40, (1, 33)),
+        (33, 65, {"quant_type": "fp4"}, 5, (1, 9, 70)),
+        (40, 96, {"normalization": "standard", "blocksize": 32}, 5, (1, 40)),
+        (24, 64, {"blocksize": None}, 5, (1, 17)),
     ):
         for dtype in (BF16, torch.float16, torch.float32):
-            q = qlora_ext.quantize_4bit(torch.randn(N, K, device="cuda", dtype=dtype), **config)
+            weight = torch.randn(N * K + 1, device="cuda", dtype=dtype)
+            qlora_ext.quantize_4bit(weight[1:].view(N, K), **config)
+            q = qlora_ext.quantize_4bit(weight[:-1].view(N, K), **config)
             w4 = q.op_args()
+            if q.nested is not None:
+                ops.dequantize_absmax(q.absmax, q.nested)
             ops.dequantize_4bit(*w4, dtype)
             ops.embedding_4bit(torch.tensor([0, N - 1, 1], device="cuda"), *w4, dtype)
-            A, B = torch.randn(5, K, device="cuda"), torch.randn(N, 5, device="cuda")
+            A, B = torch.randn(rank, K, device="cuda"), torch.randn(N, rank, device="cuda")
             ops.merge_lora_4bit(*w4, A, B, SCALING, dtype)
-            for M in (1, 9, 17, 40, 70):
+            for M in rows:
                 x = torch.randn(M, K, device="cuda", dtype=dtype)
                 bias = torch.randn(N, device="cuda", dtype=dtype)
                 y, S = ops.lora_gemm_4bit(x, *w4, A, B, SCALING, bias)
