@@ -125,12 +125,17 @@ class _Packed4bit(nn.Module):
         if not self.weight_codebook.is_meta:
             self.weight_codebook.copy_(self._codebook_bytes(device))
 
-    def _set_quantized(self, q: QuantizedTensor) -> None:
+    def _as_parameters(self, q: QuantizedTensor) -> dict[str, nn.Parameter]:
+        """q's tensors under the names and in the shapes that this module holds them."""
         parts = {"weight": q.packed, "weight_absmax": q.absmax}
         parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
-        for key, size in self._sizes().items():
-            setattr(self, key, _frozen(parts[key].reshape(size)))
-        self.weight_codebook = _frozen(self._codebook_bytes(q.packed.device))
+        parameters = {k: _frozen(parts[k].reshape(size)) for k, size in self._sizes().items()}
+        parameters["weight_codebook"] = _frozen(self._codebook_bytes(q.packed.device))
+        return parameters
+
+    def _set_quantized(self, q: QuantizedTensor) -> None:
+        for key, parameter in self._as_parameters(q).items():
+            setattr(self, key, parameter)
 
     def _quantize(self, weight: torch.Tensor) -> None:
         self._set_quantized(quantize_with(weight, self.config))
@@ -418,7 +423,10 @@ def _check_own_weight(name: str, linear: nn.Module) -> None:
 def _slow_on_cpu() -> frozenset[torch.dtype]:
     """The dtypes that this CPU has no instructions for, so that torch's own products are slow. (One
     core, 1536 x 576 and 8192 x 576, 192 rows: forward 5x slower than through fp32 panels, backward
-    40x; with avx512_bf16, bf16 is 2x faster. 2026-11.)"""
+    40x; with avx512_bf16, bf16 is 2x faster. 2026-11.) Where torch is held to AVX2
+    (ATEN_CPU_CAPABILITY), the CPU's other instructions do not count."""
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return frozenset((torch.bfloat16, torch.float16))
     bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     float16 = torch.cpu._is_amx_fp16_supported()
     slow = {torch.bfloat16: not bfloat16, torch.float16: not float16}

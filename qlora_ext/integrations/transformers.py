@@ -43,7 +43,7 @@ from ..models import (
     use_dense_panels,
 )
 from ..nn import Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
-from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit
+from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit, quantize_with
 
 QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
@@ -178,14 +178,9 @@ class Quantize(ConversionOps):
             want = (module.out_features, module.in_features)
             if tuple(value.shape) != want:
                 raise ValueError(f"{name}: shape got {tuple(value.shape)}, want {want}")
-            linear = torch.nn.Linear(
-                module.in_features, module.out_features, bias=False, device="meta"
-            )
-            linear.weight = torch.nn.Parameter(value, requires_grad=False)
-            packed = Linear4bit.from_linear(linear, self.hf_quantizer.quant_config)
+            packed = module._as_parameters(quantize_with(value, module.config))
             prefix = name.removesuffix("weight")
-            result.update({prefix + key: t for key, t in packed.named_parameters()})
-            result.update({prefix + key: t for key, t in packed.named_buffers()})
+            result.update({prefix + key: parameter for key, parameter in packed.items()})
         return result
 
 
@@ -416,7 +411,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             ]
         damage = [
             sentence
-            for name, layer in layers.items()
+            for name, layer in (layers.items() if self.pre_quantized else ())
             for sentence in layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
         ]
         if damage:
