@@ -633,7 +633,8 @@ def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):
 def test_adapters_that_do_not_fit_are_one_sentence(llama, tmp_path):
     adapter = make_adapter(load(llama), tmp_path / "adapter")
     out = tmp_path / "out"
-    assert "is missing" in run("merge", llama, tmp_path, out, ok=False)
+    (tmp_path / "empty").mkdir()
+    assert "is missing" in run("merge", llama, tmp_path / "empty", out, ok=False)
     other = saved("llama", tmp_path / "other", intermediate_size=128, num_hidden_layers=4)
     assert "the adapter is another model's" in run("merge", other, adapter, out, ok=False)
     shallow = saved("llama", tmp_path / "shallow", num_hidden_layers=1)
