@@ -82,7 +82,7 @@ test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	cd tests && '$(PY_ABS)' -m pytest $(ARGS)
 
 test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
-	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo); do echo "== QLORA_EXT_CPU=$$path"; \
+	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo 2> /dev/null); do echo "== QLORA_EXT_CPU=$$path"; \
 	  (cd tests && QLORA_EXT_CPU=$$path '$(PY_ABS)' -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
 
 bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo

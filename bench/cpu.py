@@ -853,6 +853,14 @@ def run_all(args: argparse.Namespace) -> None:
     print(f"wrote {stem}.json and .png in {record['seconds']} s")
 
 
+def restart_with(settings: dict[str, str]) -> None:
+    """Starts this program again with these environment variables, unless it has them: malloc and
+    the libraries read them when they load."""
+    if any(os.environ.get(key) != value for key, value in settings.items()):
+        os.environ.update(settings)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def main() -> None:
     """Runs what the arguments ask for."""
     parser = argparse.ArgumentParser(
@@ -883,10 +891,7 @@ def main() -> None:
         clock, args.threads = time.process_time, 1
     if args.part is None:
         return run_all(args)
-    settings = {**TOUCHED, **(AVX2 if args.part == "avx2" else {})}
-    if any(os.environ.get(key) != value for key, value in settings.items()):
-        os.environ.update(settings)  # read when the libraries load: start again with them set
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    restart_with({**TOUCHED, **(AVX2 if args.part == "avx2" else {})})
     result = run_part(args)
     if args.json:
         args.json.write_text(json.dumps(result))

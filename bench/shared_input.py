@@ -8,9 +8,7 @@ that was touched before.
 """
 
 import argparse
-import os
 import statistics
-import sys
 import time
 
 import cpu
@@ -24,9 +22,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in each of two rows")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    if any(os.environ.get(key) != value for key, value in cpu.TOUCHED.items()):
-        os.environ.update(cpu.TOUCHED)  # malloc reads them when a process starts
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    cpu.restart_with(cpu.TOUCHED)
 
     import torch
 

@@ -197,7 +197,7 @@ def _weight_bound(q: QuantizedTensor) -> float:
 def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
     """OverflowError, before anything is changed, if a merged value is not finite in dtype.
 
-    Parameters that are not merged are only looked at for float16, whose range is small.
+    Parameters and buffers that are not merged are only looked at for float16, whose range is small.
     """
     most = torch.finfo(dtype).max
     for name, module in model.named_modules():
@@ -215,12 +215,12 @@ def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
             # The product itself is made only where the cheap bound does not settle it.
             if not bound < most / 2:
                 _check_values(f"{name}.weight", _merged_weight(module, torch.float32), dtype)
+        if dtype != torch.float16:
+            continue
         for key, parameter in own.items():
-            if not _is_float(parameter) or "lora_" in key:
-                continue
-            if dtype == torch.float16:
+            if _is_float(parameter) and "lora_" not in key:
                 _check_values(f"{name}.{key}".lstrip("."), parameter, dtype)
-        for key, buffer in module._buffers.items() if dtype == torch.float16 else ():
+        for key, buffer in module._buffers.items():
             if _is_float(buffer) and _is_saved(module, key) and not buffer.is_meta:
                 values = buffer.to_dense() if buffer.layout != torch.strided else buffer
                 # A mask's infinities stay what they are.

@@ -26,12 +26,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import _C, ops
-from .quantized_tensor import QuantConfig, QuantizedTensor, quantize_with
+from .checks import is_number
+from .quantized_tensor import (
+    FLOAT_DTYPES,
+    QuantConfig,
+    QuantizedTensor,
+    autocast,
+    quantize_with,
+)
 from .shared_input import SharedInput
 
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
@@ -367,11 +372,7 @@ class Linear4bit(_Packed4bit, nn.Linear):
                 "bytes (T5's feed-forward does so with `wo`): keep the layer unquantized, with "
                 'modules_to_not_convert=["wo"]'
             )
-        # One call without arguments first: asking by device costs a tenth of a small layer.
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            # As torch's own linear, which leaves integers and float64 alone.
-            return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype in FLOAT_DTYPES else x
-        return x
+        return autocast(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
@@ -534,8 +535,7 @@ class _Lora(nn.Module):
 
         ValueError unless lora_alpha is a finite, positive number, as LoraConfig wants it.
         """
-        number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
-        if not number or not 0 < lora_alpha < math.inf:
+        if not is_number(lora_alpha) or not 0 < lora_alpha < math.inf:
             raise ValueError(
                 f"{type(self).__name__}: lora_alpha is {lora_alpha!r}, want a finite number above 0"
             )

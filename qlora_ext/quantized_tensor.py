@@ -17,16 +17,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _C, ops
-from .checks import is_number, short
+from .checks import FLOAT_MAX, is_number, short
 
 QUANT_TYPES = (*_C.codebooks(), "custom")
 NORMALIZATIONS = ("absmax", "standard", "none")
 COMPANDINGS = ("none", "logarithmic", "exponential")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FLOAT_DTYPES = tuple(_DTYPES.values())
+FLOAT_DTYPES = tuple(_DTYPES.values())
 _NESTED_BLOCKSIZE = 256
-_FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -376,7 +375,7 @@ class _StateReader:
                 f"absmax is {absmax.dtype} {list(absmax.shape)}, want {num_blocks} uint8 codes"
             )
         offset = meta["nested_offset"]
-        if type(offset) not in (int, float) or not abs(offset) <= _FP32_MAX:
+        if type(offset) not in (int, float) or not abs(offset) <= FLOAT_MAX:
             raise self.fail(f"nested_offset is {str(offset)[:40]}, want a finite float32")
         if meta.get("nested_blocksize") != _NESTED_BLOCKSIZE:
             raise self.fail(
@@ -552,14 +551,15 @@ def _op_args(function: str, q: QuantizedTensor) -> ops.W4:
     return q.op_args()
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on, as torch's own linear would take it."""
-    # Asked without a device first: cheaper, and "meta" is not one that autocast knows.
+    # Asked without a device first, which costs a tenth of a small layer; and "meta" is not one
+    # that autocast knows.
     if (
         torch._C._is_any_autocast_enabled()
         and x.device.type != "meta"
         and torch.is_autocast_enabled(x.device.type)
-        and x.dtype in _FLOAT_DTYPES  # it leaves integers and float64 alone
+        and x.dtype in FLOAT_DTYPES  # it leaves integers and float64 alone
     ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -573,7 +573,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     x and bias; the saved tensors are the packed bytes. Raises RuntimeError naming a shape, dtype or
     device that does not fit.
     """
-    return ops.gemm_4bit(_autocast(x), _op_args("linear_4bit", q), bias)
+    return ops.gemm_4bit(autocast(x), _op_args("linear_4bit", q), bias)
 
 
 def lora_linear_4bit(
@@ -592,7 +592,7 @@ def lora_linear_4bit(
     probability of zeroing an element of the bypass's input; it is always applied when > 0, so
     pass 0 for evaluation. Otherwise as `linear_4bit`; differentiable in x, lora_A, lora_B, bias.
     """
-    x = _autocast(x)
+    x = autocast(x)
     args = _op_args("lora_linear_4bit", q)
     if dropout == 0.0:
         return ops.lora_gemm_4bit(x, args, lora_A, lora_B, scaling, bias)

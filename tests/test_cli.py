@@ -317,7 +317,8 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, tmp_path):
     assert not partial.exists()
 
 
-def test_ctrl_c_says_what_is_kept(llama, tmp_path, monkeypatch):
+def interrupt_at_the_twelfth(monkeypatch):
+    """Ctrl-C at the twelfth piece that is converted from here on; returns the pieces asked for."""
     from qlora_ext.cli import stream
 
     calls = []
@@ -330,6 +331,11 @@ def test_ctrl_c_says_what_is_kept(llama, tmp_path, monkeypatch):
         return convert(self, piece)
 
     monkeypatch.setattr(stream.Job, "_convert", interrupted)
+    return calls
+
+
+def test_ctrl_c_says_what_is_kept(llama, tmp_path, monkeypatch):
+    calls = interrupt_at_the_twelfth(monkeypatch)
     said = run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB", ok=False)
     assert re.search(r"interrupted: [1-9]\d* of \d+ shards are finished and kept", said)
     run("quantize", llama, tmp_path / "out", "--max-shard-size", "20KB")
@@ -474,23 +480,12 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
 
 
 def test_an_interrupted_merge_goes_on_and_leaves_its_inputs(llama, tmp_path, monkeypatch):
-    from qlora_ext.cli import stream
-
     base = tmp_path / "base"
     run("quantize", llama, base)
     adapter = make_adapter(load(base), tmp_path / "adapter")
     inputs = digest(base), digest(adapter)
     arguments = ["merge", base, adapter, tmp_path / "out", "--max-shard-size", "40KB"]
-    calls = []
-    convert = stream.Job._convert
-
-    def interrupted(self, piece):
-        calls.append(piece)
-        if len(calls) == 12:
-            raise KeyboardInterrupt
-        return convert(self, piece)
-
-    monkeypatch.setattr(stream.Job, "_convert", interrupted)
+    interrupt_at_the_twelfth(monkeypatch)
     said = run(*arguments, ok=False)
     assert re.search(r"interrupted: [1-9]\d* of \d+ shards are finished and kept", said)
     assert not (tmp_path / "out").exists()

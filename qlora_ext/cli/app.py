@@ -108,11 +108,11 @@ def quiet() -> None:
 
 
 @contextlib.contextmanager
-def output(out: Path, force: bool, restart: bool, *inputs: Path | None):
+def output(out: Path, force: bool, restart: bool, *inputs: Path):
     """The folder that is written; neither it nor an input may hold the other."""
     from .shards import Output
 
-    made = Output(out, force=force, restart=restart, inputs=tuple(filter(None, inputs)))
+    made = Output(out, force=force, restart=restart, inputs=inputs)
     try:
         yield made
     finally:

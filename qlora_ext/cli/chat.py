@@ -22,6 +22,8 @@ class Chat:
     """
 
     def __init__(self, name: str, *, base: str | None, four_bit: bool, device: str):
+        from ..integrations.transformers import QLoraExtConfig
+
         folder = find_folder(name)
         adapter = folder if (folder / "adapter_config.json").exists() else None
         if adapter is not None:
@@ -29,7 +31,7 @@ class Chat:
             if not base:
                 raise CliError(f"{folder} does not name its base: give it with --base")
             folder = find_folder(base)
-        self.model = load_model(folder, four_bit, device)
+        self.model = load_model(folder, QLoraExtConfig() if four_bit else None, device)
         if adapter is not None:
             load_adapter(self.model, adapter)
         self.model.eval()
@@ -79,12 +81,12 @@ class Chat:
         return said
 
 
-def load_model(folder: Path, four_bit, device: str):
+def load_model(folder: Path, packing, device: str):
     """A model in whatever format its folder is, on a device.
 
-    four_bit: whether to pack an unquantized one, or the QLoraExtConfig to pack it with.
+    packing: the QLoraExtConfig to pack an unquantized one with, or None.
     """
-    from ..integrations.transformers import QLoraExtConfig, from_pretrained
+    from ..integrations.transformers import from_pretrained
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -92,8 +94,8 @@ def load_model(folder: Path, four_bit, device: str):
         settings = {"dtype": "auto", "device_map": None if device == "cpu" else device}
         if method in ("qlora_ext", "bitsandbytes"):
             return from_pretrained(folder, **settings)
-        if method is None and four_bit:
-            settings["quantization_config"] = QLoraExtConfig() if four_bit is True else four_bit
+        if method is None and packing is not None:
+            settings["quantization_config"] = packing
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise CliError(f"{folder}: {str(error).strip().splitlines()[0]}") from None

@@ -42,12 +42,11 @@ from ..models import (
     replace_module,
     use_dense_panels,
 )
-from ..nn import Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
+from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit, quantize_with
 
 QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
-_PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
 def _names(modules_to_not_convert: Any) -> list[str] | None:
@@ -158,9 +157,6 @@ class QLoraExtConfig(QuantizationConfigMixin):
 class Quantize(ConversionOps):
     """Packs one weight that transformers has just read, on the device it was read to."""
 
-    def __init__(self, hf_quantizer: QLoraExtHfQuantizer):
-        self.hf_quantizer = hf_quantizer
-
     def convert(self, input_dict, *args, model=None, **kwargs):
         """input_dict: full parameter name -> dense weight [out, in] (or [in, out] of a Conv1D).
 
@@ -258,7 +254,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         return not self.pre_quantized and isinstance(module, Linear4bit) and attribute == "weight"
 
     def get_quantize_ops(self):
-        return Quantize(self)
+        return Quantize()
 
     # The tensors under each `weight` of a bitsandbytes checkpoint.
     serialized_names: ClassVar = {
@@ -409,14 +405,15 @@ class QLoraExtHfQuantizer(HfQuantizer):
                     isinstance(op, ReadBitsandbytes) for op in getattr(conversion, "operations", [])
                 )
             ]
-        damage = [
-            sentence
-            for name, layer in (layers.items() if self.pre_quantized else ())
-            for sentence in layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
-        ]
-        if damage:
-            raise ValueError("; ".join(damage))
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            damage = [
+                sentence
+                for name, layer in layers.items()
+                for sentence in layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
+            ]
+            if damage:
+                raise ValueError("; ".join(damage))
+        else:
             packed = sum(layer.quantized.numel() for layer in layers.values())
             _warn_of_dense(model, packed, self.quantization_config.modules_to_not_convert)
         use_dense_panels(model)

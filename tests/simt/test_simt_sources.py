@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from runtime_calls import RUNTIME_CALLS
 
 from simt import build
 
@@ -62,18 +63,7 @@ def test_no_call_allocates_copies_or_synchronizes():
     """All calls of CUDA's runtime; that of cudaStreamSynchronize is QLORA_EXT_DEBUG's alone, as
     test_simt_launching.py shows. Host code reads memory back in one function of register.cpp."""
     calls = declared(CUDA / "launch.cuh", r"\b(cuda[A-Z]\w*)\s*\(")
-    assert calls == {
-        "cudaDeviceGetAttribute",
-        "cudaFuncGetAttributes",
-        "cudaFuncSetAttribute",
-        "cudaGetDevice",
-        "cudaGetErrorName",
-        "cudaGetErrorString",
-        "cudaGetLastError",
-        "cudaLaunchKernel",
-        "cudaStreamIsCapturing",
-        "cudaStreamSynchronize",
-    }
+    assert calls == RUNTIME_CALLS
     to_host = r"DeviceType::CPU|\bcuda[A-Z]\w*\s*\(|aoti_torch_item|copy_\("
     hosts = [*(build.ROOT / "csrc" / "host").iterdir(), CUDA / "register.cpp"]
     assert [path.name for path in hosts if re.search(to_host, code(path))] == ["register.cpp"]
