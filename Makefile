@@ -54,7 +54,7 @@ extras = -c "import sys; from setuptools.config.pyprojecttoml import read_config
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-paths test-abi native cuda archs bench info lint format clean distclean FORCE
+.PHONY: help finetune test test-all test-paths test-abi native emulated cuda archs bench info lint format clean distclean FORCE
 
 help:
 	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
@@ -63,6 +63,7 @@ help:
 	@echo 'make test-all   the longer suites too'
 	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
 	@echo 'make native     the CPU kernels without torch, under ASan and UBSan, on each path of this CPU'
+	@echo 'make emulated   the same on arm64 and older x86-64 CPUs, by qemu-user and a cross compiler'
 	@echo 'make cuda       compile the CUDA library for $(ARCHS), import it, read its SASS; needs nvcc, no GPU'
 	@echo 'make archs      compile it for $(OTHER_ARCHS)'
 	@echo 'make bench      the CPU benchmarks'
@@ -175,6 +176,17 @@ native: build/native/test_cpu_kernels
 	  QLORA_EXT_CPU=$$path $< > build/native/$$path.txt; status=$$?; tail -1 build/native/$$path.txt; \
 	  if [ $$status -ne 0 ] && [ $$status -ne 77 ]; then cat build/native/$$path.txt; exit 1; fi; \
 	done
+
+# The same tests on CPUs that are not here, by qemu-user: arm64 and Nehalem take the portable path,
+# Haswell the AVX2 one. Needs g++ for aarch64 too.
+emulated:
+	@mkdir -p build/native
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -ffp-contract=off -static $(NATIVE) -pthread -o build/native/arm64
+	$(CXX) -std=c++20 -O2 -ffp-contract=off -static -Wno-unknown-pragmas $(NATIVE) -pthread -o build/native/x86_64
+	@for cpu in 'qemu-aarch64 build/native/arm64' 'qemu-x86_64 -cpu Nehalem build/native/x86_64' \
+	    'qemu-x86_64 -cpu Haswell build/native/x86_64'; do \
+	  echo "$$cpu"; $$cpu > build/native/emulated.txt 2>&1; status=$$?; tail -1 build/native/emulated.txt; \
+	  if [ $$status -ne 0 ]; then cat build/native/emulated.txt; exit 1; fi; done
 
 # --- CUDA: a CUDA torch and nvcc, no GPU
 
