@@ -29,6 +29,34 @@ def is_number(value) -> bool:
     return isinstance(value, float)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 shard", "2 shards"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the largest binary unit that leaves a number of 1 or more."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:,.2f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def some(names, limit: int = 4) -> str:
+    """The first names of a list and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class CheckpointError(Exception):
+    """Files of a checkpoint that cannot be read as what they should be; its text is one sentence.
+
+    The commands show it as they show a CliError.
+    """
+
+
 # Regular expressions ------------------------------------------------------------------------------
 
 _NAME_LENGTH = 64

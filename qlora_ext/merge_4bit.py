@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import is_number, short
+from .checks import CheckpointError, is_number, short
 from .experts import Experts4bit, _up_name
 from .fit_4bit import fit_4bit, hessian_error
 from .merge import _tied_head, dense_layer, merge_and_unload
@@ -65,7 +65,8 @@ def merge_into_4bit(
         model: one that went through add_lora or load_adapter, or a PeftModel with LoRA on our
             layers, whose active adapters are merged.
         base: the unquantized model that was packed: a module, a state dict, or a folder (or file)
-            of safetensors, read layer by layer.
+            of safetensors, read layer by layer. A folder's tensors are renamed and stacked as
+            transformers does when it loads them.
         calibration: batches of text like that which the model is for; 5,000 tokens do. A batch is
             an int64 tensor of token ids [batch, tokens], or the keyword arguments of the model's
             forward (what a tokenizer returns); padding is left out by its attention_mask.
@@ -337,18 +338,33 @@ class _Base:
     """Unquantized weights by name, from a module, a state dict or safetensors files."""
 
     def __init__(self, base, model: nn.Module):
+        self.reason = ""  # why transformers' names of a folder's tensors are not known
         self.experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts4bit)}
         if isinstance(base, nn.Module):
             self.tensors = dict(base.named_parameters(remove_duplicate=False))
         elif isinstance(base, Mapping):
             self.tensors = base
         elif isinstance(base, (str, os.PathLike)):
-            self.tensors = _Safetensors(Path(base))
+            self.tensors = self._read(Path(base), model)
         else:
             raise TypeError(
                 f"merge_into_4bit: base is a {type(base).__name__}, want the unquantized model, "
                 "its state dict, or a folder of safetensors"
             )
+
+    def _read(self, path: Path, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors of a folder as transformers would name, stack and turn them for this model;
+        of a file, of another model and where it cannot, as they are."""
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        transformers = sys.modules.get("transformers")
+        if path.is_dir() and transformers and isinstance(model, transformers.PreTrainedModel):
+            try:
+                from .checkpoint import Weights
+
+                return Weights(path, model)
+            except (CheckpointError, ImportError, AttributeError) as error:
+                self.reason = str(error)
+        return _Safetensors(path)
 
     def weight(self, layer: _Adapted) -> Tensor:
         """The unquantized [N, K] weight under an adapted layer."""
@@ -365,6 +381,7 @@ class _Base:
             raise ValueError(
                 f"merge_into_4bit: base has no {key}, want the unquantized model that was packed; "
                 f"it has {near[:3] or list(self.tensors)[:3]}"
+                + (f"; as a model's folder it cannot be read: {self.reason}" if self.reason else "")
             )
         weight = self.tensors[key]
         flip = layer.packed.from_conv1d

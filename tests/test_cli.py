@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import qlora_ext  # noqa: E402
+from qlora_ext.checks import CheckpointError  # noqa: E402
 from qlora_ext.cli import app, estimate, shards  # noqa: E402
 from qlora_ext.cli.errors import CliError  # noqa: E402
 
@@ -36,14 +37,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def run(*arguments, ok=True):
-    """The command's output; a CliError's sentence where it is to fail."""
+    """The command's output; the error's sentence where it is to fail."""
     result = CliRunner().invoke(app.app, [str(a) for a in arguments])
     if ok:
         if result.exception is not None and result.exit_code:
             raise AssertionError(result.output) from result.exception
         return result.output
-    assert isinstance(result.exception, (CliError, SystemExit)), result.exception
-    return str(result.exception) if isinstance(result.exception, CliError) else result.output
+    sentence = (CliError, CheckpointError)
+    assert isinstance(result.exception, (*sentence, SystemExit)), result.exception
+    return str(result.exception) if isinstance(result.exception, sentence) else result.output
 
 
 def command(*arguments, **settings):
@@ -419,7 +421,8 @@ def test_a_folder_in_the_way_is_left_alone(llama, tmp_path):
 LIMITED = """
 import resource, sys, torch
 # The interpreter and the libraries, which are not what is limited.
-from qlora_ext.cli import app, checkpoint, merge, quantize
+from qlora_ext import checkpoint
+from qlora_ext.cli import app, merge, quantize
 from transformers import LlamaForCausalLM
 
 sys.argv = ["qlora-ext", *{arguments}]

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import tiny_models as tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_merge import EVERYTHING, trained
 from torch import nn
 
@@ -250,6 +251,35 @@ def test_base_gives_the_quantized_sum(family, how, tmp_path):
         assert type(got) is Linear4bit
         # addmm and the sum above may round a value to two sides of a threshold.
         assert (got.weight == q.packed).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2", "llama"])
+def test_base_folder_is_read_under_the_names_of_the_model(family, tmp_path):
+    """Mixtral's files hold an expert a tensor, and other names than the model."""
+    base, model = tiny.make(family, dtype=torch.bfloat16), small(trained(family))
+    base.save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    assert (family in ("mixtral", "qwen3_moe")) == any("experts.3" in key for key in files)
+    if family == "gpt2":  # as GPT2Model saves it: without the prefix
+        files = {key.removeprefix("transformer."): tensor for key, tensor in files.items()}
+    files["model.norm.weight" if family != "gpt2" else "ln_f.weight"] = torch.ones(64)  # fp32
+    save_file(files, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    want = run(copy.deepcopy(model), base=base)
+    got = run(model, base=tmp_path)
+    assert {type(m) for m in got.modules()} == {type(m) for m in want.modules()}
+    for (name, a), (_, b) in zip(got.named_parameters(), want.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_base_folder_that_transformers_cannot_read_says_why(tmp_path):
+    base, model = tiny.make("mixtral"), small(trained("mixtral"))
+    base.save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in files if "experts.3.w1" in key)
+    files[key] = files[key][:, :-1].contiguous()
+    save_file(files, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"base has no model.*; as a model's folder it cannot be"):
+        run(model, base=tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -15,8 +15,9 @@ import typer
 
 from .. import _C
 from ..build_info import build_info
+from ..checks import CheckpointError, count, size
 from . import INSTALL
-from .errors import CliError, count, size
+from .errors import CliError
 from .screen import bar, console, say, table
 
 app = typer.Typer(
@@ -61,7 +62,7 @@ def run() -> None:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         app()
-    except CliError as error:
+    except (CliError, CheckpointError) as error:
         fail(command, str(error))
     except ModuleNotFoundError as error:
         fail(command, f"{error.name} is not installed: {INSTALL}")
@@ -163,8 +164,8 @@ def quantize(
     """
     config = quant_config(quant_type, blocksize, double_quant)
     limit = parse_size(max_shard_size)
+    from ..files import find_folder
     from . import quantize as work
-    from .checkpoint import find_folder
 
     quiet()
     folder = find_folder(model)
@@ -229,8 +230,9 @@ def merge(
     limit = parse_size(max_shard_size)
     import torch
 
+    from ..checkpoint import read_config, stored_method
+    from ..files import find_folder
     from . import merge as work
-    from .checkpoint import find_folder, read_config, stored_method
 
     quiet()
     if four_bit and dtype is not Dtype.auto:

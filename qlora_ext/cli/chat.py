@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from .checkpoint import find_folder, read_json, stored_method
+from ..checkpoint import stored_method
+from ..files import find_folder, read_json
 from .errors import CliError
 
 

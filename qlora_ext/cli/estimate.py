@@ -18,11 +18,11 @@ import torch
 import transformers
 from torch import nn
 
+from ..checkpoint import build, read_config
 from ..experts import Experts4bit
 from ..lora import LoraConfig, add_lora
 from ..models import memory_report, num_parameters, quantize_model
 from ..quantized_tensor import QuantConfig
-from .checkpoint import build, read_config
 from .errors import CliError
 
 # Sizes that GPUs are sold in, GiB.

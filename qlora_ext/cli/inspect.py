@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import _C
+from ..checks import count, size
 from ..quantized_tensor import BLOCKSIZES
-from .errors import CliError, count, size
+from .errors import CliError
 
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
 OURS = ("weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
@@ -97,13 +98,13 @@ def _find(path: Path) -> tuple[list[Path], dict, str]:
         raise CliError(f"{path} is neither a folder nor a file")
     adapter = path / "adapter_config.json"
     if adapter.exists():
-        from .checkpoint import read_json
+        from ..files import read_json
 
         files = sorted(path.glob("adapter_model*.safetensors"))
         if not files:
             raise CliError(f"{path} has no adapter_model.safetensors")
         return files, read_json(adapter), "adapter"
-    from .checkpoint import read_json, safetensors_files
+    from ..files import read_json, safetensors_files
 
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return safetensors_files(path), config, "unquantized"

@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..checkpoint import Checkpoint, unquantized
 from ..experts import is_fused_experts
+from ..files import extra_files, fingerprint
 from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
 from ..merge import dense_layer
 from ..models import quantize_model, replace_module
 from ..nn import is_conv1d, linear_shape
 from ..quantized_tensor import QuantConfig
-from .checkpoint import Checkpoint, extra_files, fingerprint
 from .errors import CliError
 from .quantize import pack_like, quantized_result
 from .shards import Output
@@ -107,7 +108,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
 
 def adapted_layers(folder: Path) -> set[str]:
     """Names of the layers an adapter file changes, as the file spells them."""
-    from .checkpoint import open_shard
+    from ..files import open_shard
 
     path = folder / FILES[1]
     if not path.is_file():
@@ -235,9 +236,7 @@ def plan(
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
     if checkpoint.quantizer is not None:
-        for part in (config, config.get_text_config()):
-            for attribute in ("quantization_config", "_is_quantized"):
-                part.__dict__.pop(attribute, None)
+        config = unquantized(config)
     job = _four_bit_job if four_bit is not None else _dense_job
     settings = (four_bit, keep, embeddings) if four_bit is not None else (dtype,)
     return job(checkpoint, config, adapter, max_shard_bytes, *settings), adapter

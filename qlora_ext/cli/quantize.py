@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
+from ..checkpoint import Checkpoint, stored_method
 from ..experts import Experts4bit
 from ..models import quantize_model
 from ..nn import Embedding4bit, Linear4bit
 from ..quantized_tensor import QuantConfig
-from .checkpoint import Checkpoint, stored_method
 from .errors import CliError
 from .stream import Job
 

@@ -22,25 +22,12 @@ from pathlib import Path
 
 import torch
 
-from .errors import CliError, count, size
+from ..checks import count, size
+from ..files import DTYPE_NAMES, INDEX
+from .errors import CliError
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 CHUNK = 64 * 2**20  # bytes a write call takes at most; some systems refuse 2 GiB
 STATE = "qlora_ext_progress.json"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..build_info import build_info
+from ..checkpoint import Checkpoint, Unit
+from ..checks import count, some
 from ..experts import Experts4bit
+from ..files import extra_files
 from ..nn import Embedding4bit, Linear4bit
-from .checkpoint import Checkpoint, Unit, extra_files
-from .errors import CliError, count, some
+from .errors import CliError
 from .shards import Entry, Output, Shard, ShardWriter, plan_shards, write_index
 
 M_MMAP_THRESHOLD = -3  # malloc.h

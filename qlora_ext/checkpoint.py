@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import re
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,159 +31,24 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import ContextManagers, LoadStateDictConfig, _get_dtype
 
-from .errors import CliError, count, size, some
-from .shards import DTYPE_NAMES, INDEX
-
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_COPIED = ("config.json", "README.md", ".gitattributes", "quantize_config.json")
-OPEN_FILES = 2  # a module may lie across two shards
-
-
-# Files --------------------------------------------------------------------------------------------
-
-
-def find_folder(name: str) -> Path:
-    """The folder of a model or adapter given as a folder or a hub name (then it is downloaded)."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CliError(f"{name} is no folder, want one with config.json and safetensors files")
-    try:
-        from huggingface_hub import snapshot_download
-
-        ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
-        return Path(snapshot_download(name, ignore_patterns=ignored))
-    except Exception as error:  # many kinds: no such name, no network, no permission
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CliError(
-            f"{name} is no folder here, and as a hub name it cannot be had: "
-            f"{type(error).__name__}: {reason}"
-        ) from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CliError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CliError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CliError(f"{path} holds a {type(value).__name__}, want a JSON object")
-    return value
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The checkpoint's files: those its index names, or its only one."""
-    index = folder / INDEX
-    single = folder / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CliError(f"{index} has no weight_map, want one that names the shards")
-        names = sorted(set(weight_map.values()))
-        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if bad:
-            raise CliError(f"{index} names {bad[0]!r}, want files of its own folder")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CliError(
-                f"{folder} lacks {count(len(missing), 'shard')} of {len(names)}: {some(missing)}"
-            )
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS[1:])
-    hint = f" (it holds {some(others)}; transformers' save_pretrained writes safetensors)"
-    raise CliError(
-        f"{folder} has no model.safetensors nor {INDEX}, want a safetensors checkpoint"
-        f"{hint if others else ''}"
-    )
-
-
-def open_shard(path: Path):
-    """safetensors' handle; a damaged file is one sentence. Reads by pread: a mapped file would
-    count as memory of this process."""
-    try:
-        return safe_open(path, framework="pt", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise CliError(f"{path} is damaged or not a safetensors file ({error})") from None
-
-
-class Files:
-    """The tensors of several safetensors files, read on demand."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.where: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.handles: OrderedDict[Path, object] = OrderedDict()
-        for path in paths:
-            handle = open_shard(path)
-            names = handle.keys()
-            for key in names:
-                part = handle.get_slice(key)
-                if key in self.where:
-                    raise CliError(f"{key} is in {self.where[key]} and in {path}, want it once")
-                if part.get_dtype() not in TORCH_DTYPES:
-                    raise CliError(f"{path}: {key} has dtype {part.get_dtype()}, which is unknown")
-                self.where[key] = path
-                self.shapes[key] = tuple(part.get_shape())
-                self.dtypes[key] = TORCH_DTYPES[part.get_dtype()]
-
-    def nbytes(self, key: str) -> int:
-        return self.shapes_numel(key) * self.dtypes[key].itemsize
-
-    def shapes_numel(self, key: str) -> int:
-        return torch.Size(self.shapes[key]).numel()
-
-    def slice(self, key: str):
-        """safetensors' slice; only what is indexed is read."""
-        path = self.where[key]
-        if path not in self.handles:
-            while len(self.handles) >= OPEN_FILES:
-                self.handles.popitem(last=False)
-            self.handles[path] = open_shard(path)
-        self.handles.move_to_end(path)
-        return self.handles[path].get_slice(key)
-
-    def meta(self, key: str) -> torch.Tensor:
-        return torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta")
-
-    def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same values, read a few rows at a time."""
-        if self.shapes[one] != self.shapes[other]:
-            return False
-        if not self.shapes[one]:
-            return bool((self.slice(one)[...] == self.slice(other)[...]).all())
-        rows = self.shapes[one][0]
-        step = max(1, 2**22 // max(1, self.shapes_numel(one) // max(rows, 1)))
-        return all(
-            torch.equal(
-                self.slice(one)[i : min(i + step, rows)], self.slice(other)[i : min(i + step, rows)]
-            )
-            for i in range(0, rows, step)
-        )
-
-
-# Models -------------------------------------------------------------------------------------------
+from .checks import CheckpointError, count, size, some
+from .files import FLOATS, Files, fingerprint, read_json, safetensors_files
 
 
 def read_config(folder: Path):
     """transformers' config of a checkpoint."""
     raw = read_json(folder / "config.json")
     if raw.get("auto_map"):
-        raise CliError(
+        raise CheckpointError(
             f"{folder}/config.json brings model code of its own (auto_map), which is not run here; "
             "want an architecture of transformers"
         )
     try:
         return transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CliError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{folder}/config.json: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 def model_class(config) -> type:
@@ -195,7 +60,7 @@ def model_class(config) -> type:
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise CliError(
+        raise CheckpointError(
             f"config.json names the architectures {config.architectures}, and transformers "
             f"{transformers.__version__} has none of them nor a language model for "
             f"{config.model_type!r}"
@@ -211,9 +76,18 @@ def stored_method(config) -> str | None:
     return str(stored.get("quant_method", "unknown")).removeprefix("QuantizationMethod.").lower()
 
 
-def build(config, dtype: torch.dtype) -> nn.Module:
+def unquantized(config):
+    """A copy of a config without its quantization settings."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for attribute in ("quantization_config", "_is_quantized"):
+            part.__dict__.pop(attribute, None)
+    return config
+
+
+def build(config, dtype: torch.dtype, cls: type | None = None) -> nn.Module:
     """The model on the meta device, in the classes and dtypes that from_pretrained makes."""
-    cls = model_class(config)
+    cls = cls or model_class(config)
     with ContextManagers(cls.get_init_context(dtype, False, False, None)):
         model = cls(copy.deepcopy(config))
     if plan := model._get_dtype_plan(dtype):  # of parts that stay in fp32
@@ -256,24 +130,29 @@ class Checkpoint:
     Args:
         folder: config.json and safetensors files.
         untie: names of parameters to read a copy of where the config ties them.
+        like: a transformers model whose class and config are taken, instead of the folder's; it may
+            be packed. Tensors that the folder lacks are then left out of `sources`.
     """
 
-    def __init__(self, folder: Path, *, untie: tuple[str, ...] = ()):
+    def __init__(self, folder: Path, *, untie: tuple[str, ...] = (), like: nn.Module | None = None):
         self.folder = folder
-        self.config = read_config(folder)
+        self.cls = None if like is None else type(like)
+        self.may_lack = like is not None
+        self.config = read_config(folder) if like is None else unquantized(like.config)
         self.files = Files(safetensors_files(folder))
+        dtype = "auto" if like is None else self.files.float_dtype()
         paths = [str(path) for path in self.files.paths]
         method = stored_method(self.config)
         self.quantizer = None
         try:
             self.config, self.dtype = _get_dtype(
-                "auto", paths, self.config, None, None, weights_only=True
+                dtype, paths, self.config, None, None, weights_only=True
             )
         except (ValueError, AttributeError) as error:
-            raise CliError(f"{folder}/config.json: {error}") from None
+            raise CheckpointError(f"{folder}/config.json: {error}") from None
         if method is not None:
             self._unpacker(method)
-        self.model = build(self.config, self.dtype)
+        self.model = build(self.config, self.dtype, self.cls)
         if self.quantizer is not None:
             self._pack(paths)
         self.conversions = get_model_conversion_mapping(self.model, None, self.quantizer)
@@ -293,7 +172,7 @@ class Checkpoint:
     # 4-bit checkpoints
 
     def _unpacker(self, method: str) -> None:
-        from ..integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer
+        from .integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer
 
         stored = self.config.quantization_config
         stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -304,12 +183,12 @@ class Checkpoint:
             elif method == "qlora_ext":
                 settings = QLoraExtConfig(**stored)
             else:
-                raise CliError(
+                raise CheckpointError(
                     f"{self.folder} is quantized by {method}, want an unquantized checkpoint, or "
                     "one of qlora_ext or bitsandbytes in 4 bits"
                 )
         except (ValueError, TypeError) as error:
-            raise CliError(f"{self.folder}/config.json: {error}") from None
+            raise CheckpointError(f"{self.folder}/config.json: {error}") from None
         self.quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
 
     def _pack(self, paths: list[str]) -> None:
@@ -319,7 +198,7 @@ class Checkpoint:
                     self.model, dtype=self.dtype, checkpoint_files=paths
                 )
         except ValueError as error:
-            raise CliError(f"{self.folder}: {error}") from None
+            raise CheckpointError(f"{self.folder}: {error}") from None
 
     # names
 
@@ -354,7 +233,7 @@ class Checkpoint:
 
     def _targets(self, name: str, keys: list[str], converter) -> list[str]:
         """The parameters that transformers' loader makes of some tensors."""
-        from ..integrations.transformers import ReadBitsandbytes
+        from .integrations.transformers import ReadBitsandbytes
 
         if converter is None:
             self._check_shape(name, keys)
@@ -369,7 +248,7 @@ class Checkpoint:
         with reading_in_order():
             info, _ = convert_and_load_state_dict_in_model(self.model, meta, config, None)
         if info.conversion_errors or info.mismatched_keys:
-            raise CliError(
+            raise CheckpointError(
                 f"transformers cannot make {name} of {some(keys)}: "
                 f"{list(info.conversion_errors.values()) or sorted(info.mismatched_keys)}"
             )
@@ -378,9 +257,11 @@ class Checkpoint:
     def _check_shape(self, name: str, keys: list[str]) -> None:
         want, got = tuple(self.model.state_dict()[name].shape), self.files.shapes[keys[0]]
         if len(keys) > 1:
-            raise CliError(f"{some(keys)} are all named {name} in the model, want one of them")
+            raise CheckpointError(
+                f"{some(keys)} are all named {name} in the model, want one of them"
+            )
         if want != got:
-            raise CliError(
+            raise CheckpointError(
                 f"{self.files.where[keys[0]]}: {keys[0]} has shape {list(got)}, want {list(want)} "
                 "by config.json"
             )
@@ -412,8 +293,8 @@ class Checkpoint:
                 else:
                     del tied[target]
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        if missing:
-            raise CliError(
+        if missing and not self.may_lack:
+            raise CheckpointError(
                 f"{self.folder} lacks {count(len(missing), 'tensor')} of "
                 f"{type(self.model).__name__}: {some(missing)}"
             )
@@ -421,7 +302,7 @@ class Checkpoint:
 
     def same_model(self, config=None, dtype: torch.dtype | None = None) -> nn.Module:
         """Another dense model on meta, tied as this one is."""
-        model = build(config or self.config, dtype or self.dtype)
+        model = build(config or self.config, dtype or self.dtype, self.cls)
         tied = model.all_tied_weights_keys
         for target in list(tied):
             if target not in self.tied:
@@ -434,7 +315,7 @@ class Checkpoint:
     def used_conversions(self) -> list:
         """What transformers reverses when it saves: the conversions this checkpoint needed. Those
         that read bitsandbytes' layout are no part of the result."""
-        from ..integrations.transformers import ReadBitsandbytes
+        from .integrations.transformers import ReadBitsandbytes
 
         return [
             c
@@ -522,19 +403,19 @@ class Checkpoint:
                 )
         except (SafetensorError, OSError) as error:
             paths = {self.files.where[key].name for key in unit.sources}
-            raise CliError(f"{some(paths)} cannot be read ({error})") from None
+            raise CheckpointError(f"{some(paths)} cannot be read ({error})") from None
         except MemoryError:
             need = sum(self.files.nbytes(key) for key in unit.sources)
-            raise CliError(
+            raise CheckpointError(
                 f"memory is used up: {some(unit.modules)} alone takes {size(need)}"
             ) from None
         except (ValueError, KeyError) as error:
-            raise CliError(f"{self.folder}: {error}") from None
+            raise CheckpointError(f"{self.folder}: {error}") from None
         finally:
             self.model._weight_conversions = self.used_conversions
         problems = [*info.conversion_errors.values(), *sorted(info.mismatched_keys)]
         if problems:
-            raise CliError(f"{self.folder}: transformers cannot load {problems[0]}")
+            raise CheckpointError(f"{self.folder}: transformers cannot load {problems[0]}")
         for target, source in self.copies.items():
             module, _, key = target.rpartition(".")
             if module in unit.modules:
@@ -545,18 +426,48 @@ class Checkpoint:
         return fingerprint([self.folder / "config.json", *self.files.paths])
 
 
-def extra_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation settings, templates, licence: all but weights and config.json."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in NOT_COPIED
-        and path.suffix not in WEIGHTS
-        and not path.name.endswith(".index.json")
-    ]
+class Weights(Mapping):
+    """The unquantized parameters of a folder under the names that they have in a model, each read
+    when asked for, as its transformers class reads them: renamed, stacked, transposed.
 
+    Args:
+        folder: safetensors files.
+        model: the transformers model they are for; it may be packed.
 
-def fingerprint(paths: list[Path]) -> list:
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    Raises:
+        CheckpointError: the folder's tensors cannot be read as those of such a model.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module):
+        checkpoint = Checkpoint(folder, like=model)
+        dtypes = checkpoint.files.dtypes
+        for name, parameter in checkpoint.model.named_parameters():
+            for key in checkpoint.sources.get(name, ()):
+                # Of bytes and float8 the scale may lie in a tensor that is not known here.
+                if parameter.is_floating_point() and dtypes[key] not in FLOATS:
+                    raise CheckpointError(f"{folder} has {key} in {dtypes[key]}, want float values")
+        self.checkpoint = checkpoint
+        self.units = {module: unit for unit in checkpoint.units(set()) for module in unit.modules}
+        self.last: tuple[Unit, dict[str, torch.Tensor]] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.checkpoint.sources:
+            raise KeyError(name)
+        unit = self.units[name.rpartition(".")[0]]
+        if self.last is None or self.last[0] is not unit:
+            self.last = None  # before the next is read
+            with self.checkpoint.loaded(unit) as modules:
+                tensors = {
+                    f"{module}.{key}": parameter.detach()
+                    for module, part in modules.items()
+                    for key, parameter in part._parameters.items()
+                    if parameter is not None and f"{module}.{key}" in self.checkpoint.sources
+                }
+            self.last = unit, tensors
+        return self.last[1][name]
+
+    def __iter__(self):
+        return iter(self.checkpoint.sources)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.sources)
