@@ -15,7 +15,8 @@ strides. A write that torch does not count (through `.data`, NumPy or another po
 sibling's call and before the next one's, is not seen.
 
 In training with dropout, layers of add_lora that share x share the mask too: each layer's own mask
-has the distribution that it would have alone, and the product stays one. That product has a
+has the distribution that it would have alone, and the product stays one. In an activation
+checkpoint, and wherever saved tensors have hooks, each draws its own. The shared product has a
 gradient, so it is a part of the graph that the siblings have in common. A backward through one of
 them alone frees it for the others, unless it is given `retain_graph=True`; and a sibling that was
 computed for and not called gets a gradient of zeros for its A, not None.
@@ -126,8 +127,6 @@ def _mode(x: Tensor, dropout: float) -> tuple:
         x.requires_grad,
         torch.is_grad_enabled(),
         _stream(x),
-        # A checkpointed region has hooks of its own: what one region computes is no other's.
-        _hooks() if dropout else None,
     )
 
 
@@ -136,22 +135,20 @@ def _stream(x: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None
 
 
-def _hooks() -> tuple | None:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 def _may_share_mask() -> bool:
-    """Whether the recomputation of this region, if it is checkpointed, will know that it is one.
+    """Whether what runs now is in no activation checkpoint, neither in its first run nor in its
+    recomputation.
 
-    A checkpoint must draw in its recomputation what it drew before. A reentrant one runs without
-    gradients first and within the backward after: there every layer draws its own mask both times.
+    A recomputation must draw what the first run drew, however checkpoints are nested, and neither
+    knows of the other: in both, each layer draws its own mask. First runs are without gradients
+    (reentrant) or have hooks for saved tensors; recomputations are within a backward, or have such
+    hooks.
     """
-    if not torch.is_grad_enabled():
-        return False
-    if torch._C._current_graph_task_id() == -1:
-        return True
-    hooks = _hooks()
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return (
+        torch.is_grad_enabled()
+        and torch._C._current_graph_task_id() == -1
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
 
 
 def _is_plain(lora_A: Tensor, x: Tensor) -> bool:
@@ -181,8 +178,6 @@ class SharedInput:
         self._entry: _Entry | None = None
         # name -> who took columns when that layer was the first; the next product is for those.
         self._takers: dict[str, frozenset[str]] = {}
-        # The same as it was when that layer's A last changed, with the version that says so.
-        self._settled: dict[str, tuple[int, frozenset[str]]] = {}
 
     def __getstate__(self):
         return {"size": self.size}
@@ -289,16 +284,6 @@ class SharedInput:
         takers = self._takers.get(name)
         if takers is None:
             takers = frozenset(self._members)
-        if dropout:
-            # The recomputation of a checkpoint must save what the first run saved, so under
-            # dropout, where S has a gradient, what was learned waits for the optimizer's step. A
-            # new address is no step: a sharded A has one each time it is gathered. (Its version
-            # stays, so in its group nobody is left out.)
-            settled = self._settled.get(name)
-            recomputing = torch._C._current_graph_task_id() != -1
-            if settled is None or (settled[0] != lora_A._version and not recomputing):
-                self._settled[name] = settled = (lora_A._version, takers)
-            takers = settled[1]
         factors = {}
         for key, reference in list(self._members.items()):
             layer = reference()
