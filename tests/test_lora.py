@@ -14,6 +14,7 @@ from qlora_ext import (
     LoraConfig,
     add_lora,
     load_adapter,
+    merge_and_unload,
     print_trainable_parameters,
     quantize_model,
     save_adapter,
@@ -425,6 +426,19 @@ def test_saved_config_is_pefts(tmp_path):
     config = peft.LoraConfig.from_pretrained(tmp_path)
     assert config.target_modules == {"model.layers.0.self_attn.q_proj"}
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2
+
+
+def test_shares_of_zero_3_are_refused(tmp_path):
+    """Where DeepSpeed splits parameters, a process holds an empty one that knows its whole size."""
+    model = add_lora(quantized(), LoraConfig(r=4))
+    parameter = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    words = r"[\w.]+lora_B is a tensor of DeepSpeed's ZeRO-3, .*GatheredParameters"
+    with pytest.raises(ValueError, match=f"save_adapter: {words}"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"merge_and_unload: {words}"):
+        merge_and_unload(model)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_to_peft():

@@ -1,12 +1,15 @@
 """Column and row parallelism on packed layers, two gloo processes on the CPU against one."""
 
+import copy
+import sys
+
 import processes
 import pytest
 
 
-def test_two_processes_train_as_one():
-    pytest.importorskip("transformers")
-    processes.run(__file__)
+def test_two_processes_train_as_one(tmp_path):
+    pytest.importorskip("peft")
+    processes.run(__file__, str(tmp_path))
 
 
 # What each process runs ---------------------------------------------------------------------------
@@ -225,6 +228,67 @@ def refuse(mesh):
         ColwiseParallel4bit()._apply(torch.nn.Linear(64, 64), mesh)
 
 
+def refuse_in_a_plan(mesh, folder):
+    """Plans for whole models: layers that hold several, parts that are no whole number of blocks,
+    and PEFT's layers."""
+    import peft
+    import tiny_models as tiny
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from qlora_ext import LoraConfig, QLoraExtConfig, QuantConfig, add_lora, quantize_model
+    from qlora_ext.integrations.tensor_parallel import ColwiseParallel4bit, RowwiseParallel4bit
+
+    column, row = ColwiseParallel4bit(), RowwiseParallel4bit()
+
+    def check(model, plan, kind, words):
+        with pytest.raises(kind, match=words):
+            parallelize_module(model, mesh, plan)
+
+    small = QuantConfig(blocksize=32)
+    phi3 = quantize_model(tiny.make("phi3", intermediate_size=128), small, progress_bar=False)
+    tiny.make("phi3", intermediate_size=128).save_pretrained(folder)  # the first process writes
+    dist.barrier()
+    settings = QLoraExtConfig(blocksize=32)
+    loaded = type(phi3).from_pretrained(folder, quantization_config=settings)
+    adapted = add_lora(copy.deepcopy(phi3), LoraConfig(key=True, mlp=True))
+    for model in (phi3, loaded, adapted):
+        want = tiny.logits(model)
+        for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+            words = f"tensor parallel: {name.rpartition('.')[2]} holds several layers"
+            check(model, {f"model.layers.*.{name}": column}, ValueError, words)
+        assert torch.equal(tiny.logits(model), want)
+        # Its columns may be cut, since their sum is whole again; what reads it has the same x.
+        layer = model.model.layers[0].self_attn.qkv_proj
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        want, own = layer(x), x.chunk(2, -1)[mesh.get_local_rank()]
+        parallelize_module(model, mesh, {"model.layers.0.self_attn.qkv_proj": row})
+        torch.testing.assert_close(layer(own), want, rtol=1e-4, atol=1e-4)
+
+    llama = quantize_model(tiny.make("llama"), progress_bar=False)  # K of down_proj is 96
+    name = "model.layers.*.mlp.down_proj"
+    words = r"a \[64, 96\] weight with blocksize=64 cannot be cut into 2 parts by"
+    check(llama, {name: row}, ValueError, f"{words} columns, want K a multiple of blocksize x 2")
+    check(llama, {name: column}, ValueError, f"{words} rows, want K a multiple of blocksize")
+
+    model = peft.get_peft_model(
+        quantize_model(tiny.make("llama"), small, progress_bar=False),
+        peft.LoraConfig(target_modules=["q_proj"]),
+    )
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    words = (
+        "the layer is PEFT's LoraLinear4bit, want .* PEFT's adapters cannot be cut: use add_lora"
+    )
+    for style in (column, row):
+        check(model, {name: style}, TypeError, words)
+    parallelize_module(model, mesh, {f"{name}.base_layer": column})
+    with pytest.raises(
+        TypeError, match=r"base layer of model\.layers\.0\.self_attn\.q_proj was cut"
+    ):
+        tiny.logits(model)
+
+
 def low_precision(mesh):
     """bf16 under autocast, with dropout in training: every process answers the same."""
     import torch
@@ -259,6 +323,7 @@ if __name__ == "__main__":
         train(each)
         train(each, double_quant=False, normalization="standard")
         refuse(each)
+        refuse_in_a_plan(each, sys.argv[1])
         one_of_two(each)
         clip(each)
         low_precision(each)

@@ -8,6 +8,8 @@ PEFT has no registry that outlives one config, so a few of its functions are wra
     dequantize_module_weight        DoRA's norms
     <tuner>._create_and_replace     any other tuner is refused with a sentence
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
+    BaseTuner.{merge,unmerge}_adapter        a sharded model is refused with a sentence
+    PeftModel.save_pretrained                the same, unless it is given a state_dict
     ModulesToSaveWrapper.__init__            a packed layer is refused with a sentence
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
@@ -43,6 +45,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
+from ..models import check_whole
 from ..nn import Embedding4bit, Linear4bit, _Lora
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from ..shared_input import SharedInput, share_input
@@ -140,7 +143,7 @@ class LoraLinear4bit(PeftLoraLinear):
     shared_name = ""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name
+        self._name = target_name or type(self).__name__
         super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
 
     @property
@@ -186,6 +189,11 @@ class LoraLinear4bit(PeftLoraLinear):
         if not args and all(value is None for value in kwargs.values()):
             names = self._fused_adapters()
         if names is None:
+            if type(self._modules["base_layer"]).__name__ == "ParallelLinear4bit":
+                raise TypeError(
+                    f"tensor parallel: the base layer of {self._name} was cut, and PEFT's adapters "
+                    "cannot be: use add_lora"
+                )
             return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling = self._stacked(names)
         base = self._modules["base_layer"]
@@ -229,8 +237,10 @@ class LoraLinear4bit(PeftLoraLinear):
             adapter_names: None means the active ones.
 
         Raises:
-            ValueError: a merged value is not finite, or overflows fp16; the layer is as before.
+            ValueError: a merged value is not finite, or overflows fp16; a sharded layer. The layer
+                is then as before.
         """
+        check_whole(f"merge: {self._name}", self)
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.lora_A]
         if not names:
@@ -272,7 +282,12 @@ class LoraLinear4bit(PeftLoraLinear):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Puts the packed layer back, byte for byte as it was before the first merge."""
+        """Puts the packed layer back, byte for byte as it was before the first merge.
+
+        Raises:
+            ValueError: a layer that was sharded while the dense one stood in; it is as before.
+        """
+        check_whole(f"unmerge: {self._name}", self)
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -323,11 +338,12 @@ class AdaLoraLinear4bit(SVDLinear):
     """PEFT's AdaLoRA layer on a `Linear4bit`: its forward as it is, merging as in LoRA."""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name
+        self._name = target_name or type(self).__name__
         super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As `LoraLinear4bit.merge`."""
+        check_whole(f"merge: {self._name}", self)
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
                 weight = dequantize(self.get_base_layer()).detach().float()
@@ -476,12 +492,47 @@ def _refuse_merged(model: torch.nn.Module) -> None:
         )
 
 
+def _check_whole(op: str, model: torch.nn.Module, only: str = "") -> None:
+    """ValueError for a sharded model with packed layers, or with dense ones that stand in; of the
+    parameters, those with `only` in their names are looked at."""
+    if any(
+        isinstance(module, Linear4bit) or "_qlora_ext_packed" in module.__dict__
+        for module in model.modules()
+    ):
+        check_whole(op, model, only)
+
+
+def _refuse_sharded(original):
+    """Wraps `BaseTuner.merge_adapter` and `unmerge_adapter`."""
+
+    @functools.wraps(original)
+    def checked(self, *args, **kwargs):
+        _check_whole(original.__name__, self.model)
+        return original(self, *args, **kwargs)
+
+    return checked
+
+
+def _save_pretrained(original):
+    """Wraps `PeftModel.save_pretrained`, which reads the state of the model if it is given none."""
+
+    @functools.wraps(original)
+    def save_pretrained(self, *args, **kwargs):
+        if kwargs.get("state_dict") is None:
+            _check_whole("save_pretrained", self, only=getattr(self.base_model, "prefix", ""))
+        return original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
 def _merge_and_unload(original):
     """Wraps `BaseTuner._unload_and_optionally_merge`."""
 
     @functools.wraps(original)
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
-        if not merge:
+        if merge:
+            _check_whole("merge_and_unload", self.model)
+        else:
             _refuse_merged(self.model)
         model = original(self, merge, *args, **kwargs)
         if merge and not _merge_to_4bit.get():
@@ -589,9 +640,11 @@ def replace_lora_weights_loftq(
             layer's change back.
 
     Raises:
-        ValueError: no LoRA on a packed layer, or the file holds something else than its weight.
+        ValueError: no LoRA on a packed layer, a sharded model, or the file holds something else
+            than its weight.
         FileNotFoundError: no safetensors file there.
     """
+    check_whole("replace_lora_weights_loftq", peft_model)
     prefix = "base_model.model."
     layers = {
         name.removeprefix(prefix): module
@@ -704,6 +757,10 @@ def attach() -> None:
             tuner._unload_and_optionally_merge = _merge_and_unload(
                 tuner._unload_and_optionally_merge
             )
+        for name in ("merge_adapter", "unmerge_adapter"):
+            if name in vars(tuner):
+                setattr(tuner, name, _refuse_sharded(vars(tuner)[name]))
+    peft.PeftModel.save_pretrained = _save_pretrained(peft.PeftModel.save_pretrained)
     wrapper = peft_other.ModulesToSaveWrapper
     wrapper.__init__ = _refuse_modules_to_save(wrapper.__init__)
     for model in (peft.PeftModel, peft.PeftMixedModel):

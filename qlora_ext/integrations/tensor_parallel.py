@@ -77,7 +77,8 @@ class ParallelLinear4bit(nn.Module):
 
         Raises:
             TypeError: not a Linear4bit or LoraLinear4bit.
-            ValueError: the layer cannot be cut between blocks; a mesh of more than one dimension.
+            ValueError: the layer cannot be cut between blocks; one that holds several (`qkv_proj`),
+                by rows; a mesh of more than one dimension.
         The layer is then as it was.
         """
         if mesh.ndim != 1:
@@ -86,9 +87,16 @@ class ParallelLinear4bit(nn.Module):
                 'processes that share a layer, mesh["tp"] where it is named so'
             )
         if type(layer) not in (Linear4bit, LoraLinear4bit):
+            peft = "PEFT's " if hasattr(layer, "base_layer") else ""
             raise TypeError(
-                f"tensor parallel: the layer is a {type(layer).__name__}, want a Linear4bit or a "
-                "LoraLinear4bit; PEFT's adapters cannot be cut: use add_lora"
+                f"tensor parallel: the layer is {peft or 'a '}{type(layer).__name__}, want a "
+                "Linear4bit or a LoraLinear4bit of add_lora; PEFT's adapters cannot be cut: use "
+                "add_lora"
+            )
+        if layer.fused and not rowwise:
+            raise ValueError(
+                f"tensor parallel: {layer.fused} holds several layers, one after the other, and a "
+                "part of its rows is not the same part of each, want it left out of the plan"
             )
         q, world = layer.quantized, mesh.size()
         N, K = q.shape
@@ -170,7 +178,8 @@ class ParallelLinear4bit(nn.Module):
 
 
 class ColwiseParallel4bit(ParallelStyle):
-    """Cuts a packed layer's outputs: N a multiple of the processes, K of the block size."""
+    """Cuts a packed layer's outputs: N a multiple of the processes, K of the block size, and no
+    layer that holds several (Phi-3's `qkv_proj` and `gate_up_proj`)."""
 
     def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
         ParallelLinear4bit.convert(module, device_mesh, rowwise=False)

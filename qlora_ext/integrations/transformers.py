@@ -42,7 +42,15 @@ from ..models import (
     replace_module,
     use_dense_panels,
 )
-from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, PanelLinear, _Lora, is_plain_linear
+from ..nn import (
+    _PACKED_KEYS,
+    FUSED,
+    Embedding4bit,
+    Linear4bit,
+    PanelLinear,
+    _Lora,
+    is_plain_linear,
+)
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit, quantize_with
 
 QUANT_METHOD = "qlora_ext"
@@ -322,6 +330,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if is_plain_linear(module) and should_convert_module(name, kept):
                 layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
+                last = name.rpartition(".")[2]
+                layer.fused = last if last in FUSED else None
             elif type(module) is torch.nn.Embedding and is_stored(name):
                 layer = Embedding4bit.from_embedding(module, self.quant_config)
             elif is_fused_experts(module) and _holds_experts(stored, name):
