@@ -264,8 +264,7 @@ def test_linear4bit_gives_the_same(quant_type, nested, storage):
         got = run()
     finally:
         plugin.disable()
-    if quant_type == "nf4":  # of FP4's two zeros their CPU path takes the one of the other sign
-        assert torch.equal(got[4].view(torch.uint8), want[4].view(torch.uint8))
+    assert torch.equal(got[4].view(torch.uint8), want[4].view(torch.uint8))
     torch.testing.assert_close(got[3], want[3], rtol=0, atol=0)
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
@@ -293,27 +292,59 @@ def test_blocks_that_straddle_rows(enabled):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(64, 1280), (5000,), (63,), (1,), (2, 2), (33, 17), (5, 7, 64)])
+def test_packs_the_same_bytes_and_gives_them_back(shape, quant_type, dtype):
+    """Integers lie halfway between two levels now and then; blocks that are not full, values near
+    zero and both zeros are there, and weights of any number of dimensions."""
+
+    def run():
+        results = []
+        for weight in weights:
+            for blocksize in (32, 64, 4096):
+                packed, state = bnb.functional.quantize_4bit(
+                    weight, blocksize=blocksize, quant_type=quant_type
+                )
+                results += [packed, state.absmax]
+                if weight.dim() == 1 or weight.shape[-1] % blocksize == 0:
+                    results.append(bnb.functional.dequantize_4bit(packed, state))
+        return results
+
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(shape, generator=generator)
+    halves = torch.randint(-12, 13, shape, generator=generator).float()
+    halves.view(-1)[:4] = torch.tensor([-1e-5, 1e-5, 0.0, -0.0])[: halves.numel()]
+    weights = [normal.to(dtype), halves.to(dtype), torch.zeros(shape, dtype=dtype)]
+    with torch.compiler.set_stance("force_eager"):  # theirs compiles a kernel for each odd shape
+        want = run()
+        plugin.enable()
+        try:
+            got = run()
+        finally:
+            plugin.disable()
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype and torch.equal(g, w)
+
+
 def test_differences_that_the_page_names():
-    near_zero = torch.zeros(1, 64)
-    near_zero[0, :3] = torch.tensor([1.0, 1e-5, -1e-5])
-    row, nan = torch.randn(5000, generator=torch.Generator().manual_seed(0)), near_zero * torch.nan
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
 
-    def run(weight, quant_type):
-        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
-        return packed.reshape(-1), bnb.functional.dequantize_4bit(packed, state)
+    def run(weight):
+        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        return bnb.functional.dequantize_4bit(packed, state)
 
-    theirs = [run(near_zero, "fp4"), run(row, "nf4"), run(nan, "nf4")]
+    theirs = run(weight)
+    run(weight * torch.nan)
     plugin.enable()
     try:
-        ours = [run(near_zero, "fp4"), run(row, "nf4")]
+        ours = run(weight)
         with pytest.raises(RuntimeError, match="weight has a NaN or an infinity"):
-            run(nan, "nf4")
+            run(weight * torch.nan)
     finally:
         plugin.disable()
-    assert ours[0][0][:2].tolist() == [0x30, 0x80] and theirs[0][0][:2].tolist() == [0x38, 0x00]
-    assert torch.equal(ours[0][1], theirs[0][1])  # minus zero is zero
-    assert ours[1][1].shape == (5000,) and theirs[1][1].shape == (1, 5000)
-    assert torch.equal(ours[1][1], theirs[1][1].reshape(-1))
+    errors = [(w - weight).norm() / weight.norm() for w in (ours, theirs)]
+    assert errors[0] < 0.1 and errors[1] > 0.15  # rows of 96 in blocks of 64
 
 
 def test_enabling_twice_and_disabling_twice():

@@ -12,8 +12,9 @@ import warnings
 from importlib import metadata
 
 import torch
+import torch.nn.functional as F
 
-from .. import ops
+from .. import _C, ops
 
 TESTED = "0.50"
 
@@ -40,8 +41,41 @@ def _quantize_4bit(A, blocksize, quant_type, quant_storage):
     return packed.view(quant_storage).reshape(-1, 1), absmax.view(torch.float32)
 
 
+def _quantize_4bit_cpu(A, blocksize, quant_type, quant_storage):
+    """As bitsandbytes packs on a CPU, byte for byte. There FP4's sixteen levels are one sorted row:
+    ties go down, also below zero, and 0 is the lower of its two zeros. A last block that is not
+    full is divided by its absmax, not multiplied by the reciprocal, and padded by a zero."""
+    flat, codebook = A.reshape(-1), None
+    if quant_type == "fp4":
+        quant_type, codebook = "custom", _C.codebooks()["fp4"]
+    full = flat.numel() - flat.numel() % blocksize
+    packed, absmax, _ = torch.ops.qlora_ext.quantize_4bit.default(
+        flat[:full], blocksize, quant_type, codebook, "absmax", 3.0, "none", 1.0
+    )
+    absmax = absmax.view(torch.float32)
+    if full < flat.numel():
+        rest = flat[full:].float()
+        scale = rest.abs().max().clamp(min=1e-38)
+        scaled = F.pad((rest / scale).clamp(-1, 1), (0, rest.numel() % 2))
+        last, _, _ = torch.ops.qlora_ext.quantize_4bit.default(
+            scaled, 0, quant_type, codebook, "none", 3.0, "none", 1.0
+        )
+        packed = torch.cat([packed.reshape(-1), last.reshape(-1)])
+        absmax = torch.cat([absmax, scale.reshape(1)])
+    return packed.view(quant_storage).reshape(-1, 1), absmax
+
+
 def _dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype):
     return ops.dequantize_4bit(_w4(A, absmax, None, shape, blocksize, quant_type), dtype)
+
+
+def _dequantize_4bit_cpu(A, absmax, blocksize, quant_type, shape, dtype):
+    from bitsandbytes.backends.cpu import ops as theirs
+
+    weight = _dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype)
+    # Their CPU kernel takes one dimension for a row; what it leaves to torch stays as it was.
+    left = shape[-1] % 2 or (blocksize >= 2048 and getattr(theirs, "_has_avx512", False))
+    return weight.reshape(1, -1) if len(shape) == 1 and not left else weight
 
 
 def _dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, out):
@@ -109,8 +143,13 @@ def enable() -> None:
         # The dispatcher warns that a kernel is replaced, which is what was asked for.
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered.*")
         for key in keys:
-            library.impl("quantize_4bit", _quantize_4bit, key, allow_override=True)
-            library.impl("dequantize_4bit", _dequantize_4bit, key, allow_override=True)
+            quantize, dequantize = (
+                (_quantize_4bit_cpu, _dequantize_4bit_cpu)
+                if key == "CPU"
+                else (_quantize_4bit, _dequantize_4bit)
+            )
+            library.impl("quantize_4bit", quantize, key, allow_override=True)
+            library.impl("dequantize_4bit", dequantize, key, allow_override=True)
             library.impl("dequantize_4bit.out", _dequantize_4bit_out, key, allow_override=True)
             library.impl("gemm_4bit", _gemm_4bit, key, allow_override=True)
     _library = library
