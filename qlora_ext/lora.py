@@ -17,6 +17,7 @@ from torch import nn
 from .checks import FLOAT_MAX, bad_regex, is_number, is_regex, short
 from .experts import Experts4bit
 from .models import (
+    check_model,
     check_whole,
     linear_names,
     num_parameters,
@@ -376,19 +377,12 @@ def _adapters(model: nn.Module) -> dict[str, _Lora]:
 
 
 def _check_model(op: str, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is a {type(model).__name__}, want an nn.Module")
-    if isinstance(model, (nn.Linear, nn.Embedding)) or is_conv1d(model):
-        raise TypeError(
-            f"{op}: model is a single {type(model).__name__}, want a model that contains layers; "
-            "LoraLinear4bit.from_linear adapts one layer"
-        )
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise TypeError(
-                f"{op}: {name or 'model'} is PEFT's {type(module).__name__}, want a model whose "
-                "adapters are ours; a PeftModel has methods of its own for this"
-            )
+    check_model(
+        op,
+        model,
+        one_layer="LoraLinear4bit.from_linear adapts one layer",
+        peft="a model whose adapters are ours; a PeftModel has methods of its own for this",
+    )
 
 
 def _with_adapter(name: str, base: nn.Module, **settings) -> _Lora:

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import ops
 from .experts import Experts4bit, dense_experts
-from .models import check_whole, own_config, places_of, progress, replace_module
+from .models import check_model, check_whole, own_config, places_of, progress, replace_module
 from .nn import (
     FLOAT_DTYPES,
     Embedding4bit,
@@ -18,7 +18,6 @@ from .nn import (
     PanelLinear,
     _Lora,
     _Packed4bit,
-    is_conv1d,
 )
 from .quantized_tensor import QuantizedTensor, dequantize_4bit
 
@@ -70,24 +69,18 @@ def merge_and_unload(
 
 
 def _check_adapters(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"merge_and_unload: model is a {type(model).__name__}, want an nn.Module")
-    if isinstance(model, (nn.Linear, nn.Embedding, Experts4bit)) or is_conv1d(model):
-        raise TypeError(
-            f"merge_and_unload: model is a single {type(model).__name__}, want a model that "
-            "contains layers; put it in an nn.Sequential to merge one layer"
-        )
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if type(module).__module__.startswith("peft."):
-            raise TypeError(
-                f"merge_and_unload: {name or 'model'} is PEFT's {type(module).__name__}, want "
-                "adapters from add_lora or load_adapter; model.merge_and_unload() merges PEFT's"
-            )
+    check_model(
+        "merge_and_unload",
+        model,
+        one_layer="put it in an nn.Sequential to merge one layer",
+        peft="adapters from add_lora or load_adapter; model.merge_and_unload() merges PEFT's",
+        layers=(nn.Linear, nn.Embedding, Experts4bit),
+    )
     check_whole("merge_and_unload", model)
-    if any(isinstance(module, _Lora) for module in modules.values()):
+    modules = list(model.modules())
+    if any(isinstance(module, _Lora) for module in modules):
         return
-    packed = any(isinstance(module, _Packed4bit) for module in modules.values())
+    packed = any(isinstance(module, _Packed4bit) for module in modules)
     why = "its layers are still packed" if packed else "it was merged already, or never quantized"
     raise ValueError(
         f"merge_and_unload: model has no adapters ({why}), want one that add_lora or load_adapter "

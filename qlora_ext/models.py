@@ -244,6 +244,34 @@ def progress(items: list, what: str, enabled: bool) -> Iterator:
     return iter(tqdm(items, desc=what, unit="layer"))
 
 
+def check_model(
+    op: str,
+    model: nn.Module,
+    *,
+    one_layer: str,
+    peft: str,
+    layers: tuple[type, ...] = (nn.Linear, nn.Embedding),
+) -> None:
+    """TypeError unless model is a module that contains layers, none of which is PEFT's.
+
+    Args:
+        one_layer, peft: what to do with a single layer, and what is wanted instead of PEFT's.
+        layers: classes of a single layer, besides Conv1D.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}, want an nn.Module")
+    if isinstance(model, layers) or is_conv1d(model):
+        raise TypeError(
+            f"{op}: model is a single {type(model).__name__}, want a model that contains layers; "
+            f"{one_layer}"
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise TypeError(
+                f"{op}: {name or 'model'} is PEFT's {type(module).__name__}, want {peft}"
+            )
+
+
 def check_whole(op: str, model: nn.Module, only: str = "") -> None:
     """ValueError if a parameter, of those with `only` in their names, is one process's share of a
     tensor: a DTensor, as FSDP2 and tensor parallelism make them, or one of DeepSpeed's ZeRO-3."""

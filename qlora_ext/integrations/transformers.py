@@ -31,7 +31,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import bad_regex, is_number, short
+from ..checks import bad_regex, short
 from ..experts import Experts4bit, is_fused_experts
 from ..merge import dense_layer
 from ..models import (
@@ -122,10 +122,6 @@ class QLoraExtConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.checkpoint_format = checkpoint_format
         self.modules_to_not_convert = _names(modules_to_not_convert)
-        for name in ("companding_k", "std_factor"):
-            value = settings.get(name, 1.0)
-            if not is_number(value):
-                raise ValueError(f"QLoraExtConfig: {name} got {short(value)}, want a number")
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
 
