@@ -28,6 +28,11 @@ import time
 from pathlib import Path
 
 SIMT = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(SIMT.parent))
+
+from simt import ptx_to_cpp  # noqa: E402
+
 ROOT = SIMT.parent.parent
 BUILD = Path(os.environ.get("SIMT_BUILD_DIR") or ROOT / "build" / "simt")
 CXX = os.environ.get("CXX", "g++")
@@ -237,8 +242,46 @@ def _link(objects, target, extra, sanitize):
     return target
 
 
-def library(sanitize=None):
-    """Builds the torch library for None, "address" or "thread"; its path."""
+# The binaries that the PTX of the kernels is translated for (machine.cpp: binary_for).
+PTX_ARCHS = ("75", "80", "90a")
+# Long functions of short statements, many of them of no effect. UBSan would take minutes, and the
+# instructions check alignment themselves.
+PTX_FLAGS = ["-O1", "-w", "-fno-sanitize=undefined"]
+
+
+def _ptx(source, arch):
+    """The C++ of a device file's PTX for one architecture, made if anything has changed."""
+    BUILD.joinpath("ptx").mkdir(exist_ok=True)
+    stem = BUILD / "ptx" / f"{Path(source).stem}_sm{arch}"
+    target, record = stem.with_suffix(".cpp"), stem.with_suffix(".json")
+    flags = ["-std=c++20", "-O3", "-I", "csrc", f"-arch=compute_{arch}"]
+    made_with = [_nvcc(), flags, _hash(SIMT / "ptx_to_cpp.py")]
+    if target.is_file() and record.is_file():
+        known = json.loads(record.read_text())
+        made_of = known["made_of"]
+        if known["made_with"] == made_with and all(
+            _hash(ROOT / p) == d for p, d in made_of.items()
+        ):
+            return target
+    ptx = stem.with_suffix(".ptx")
+    source = os.path.relpath(source, ROOT)
+    _run(["nvcc", *flags, "-MD", "-MF", f"{stem}.d", "-ptx", "-o", str(ptx), source])
+    target.write_text(ptx_to_cpp.translate(ptx.read_text(), ptx.name))
+    words = Path(f"{stem}.d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    paths = [os.path.relpath(ROOT / word, ROOT) for word in words]
+    made_of = {path: _hash(ROOT / path) for path in paths}
+    record.write_text(json.dumps({"made_with": made_with, "made_of": made_of}))
+    return target
+
+
+@functools.cache
+def _nvcc():
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
+def library(sanitize=None, *, ptx=()):
+    """Builds the torch library for None, "address" or "thread"; its path. It also holds the kernels
+    as nvcc compiled them for the architectures `ptx`, for Simt.ptx()."""
     import torch
 
     torch_root = Path(torch.__file__).parent
@@ -258,6 +301,8 @@ def library(sanitize=None):
         jobs += [(source, _flags(sanitize)) for source in kernels]
         # Host code is tested by the CPU backend; it is not instrumented here.
         jobs += [(source, _flags(None) + torch_flags) for source in hosts]
+        flags = [*_flags(sanitize), *PTX_FLAGS]
+        jobs += [(_ptx(source, arch), flags) for arch in ptx for source in kernels]
         objects = _compile_all(jobs)
         extra = [
             "-shared",
@@ -269,20 +314,25 @@ def library(sanitize=None):
         ]
         return _link(
             objects,
-            BUILD / f"libqlora_ext_simt{'-' + sanitize if sanitize else ''}.so",
+            BUILD
+            / f"libqlora_ext_simt{'-ptx' if ptx else ''}{'-' + sanitize if sanitize else ''}.so",
             extra,
             sanitize,
         )
 
 
-def harness(name, sanitize=None, *, shared=False):
-    """Builds tests/simt/<name>.cu with the machine, no torch: a program, or a ctypes library."""
+def harness(name, sanitize=None, *, shared=False, ptx=False):
+    """Builds tests/simt/<name>.cu with the machine, no torch: a program, or a ctypes library. With
+    `ptx` its kernels are there as nvcc compiled them for 9.0a, too."""
     with _locked():
         jobs = [
             (SIMT / "machine.cpp", _flags(sanitize, machine=True)),
             (SIMT / f"{name}.cu", _flags(sanitize)),
         ]
-        target = BUILD / f"{name}{'-' + sanitize if sanitize else ''}{'.so' if shared else ''}"
+        if ptx:
+            jobs.append((_ptx(SIMT / f"{name}.cu", "90a"), [*_flags(sanitize), *PTX_FLAGS]))
+        suffix = f"{'-ptx' * ptx}{'-' + sanitize if sanitize else ''}{'.so' if shared else ''}"
+        target = BUILD / f"{name}{suffix}"
         extra = ["-shared", "-Wl,-Bsymbolic"] if shared else []
         return _link(_compile_all(jobs), target, extra, sanitize)
 
@@ -336,6 +386,14 @@ def require(sanitize):
         (pytest.fail if os.environ.get("SIMT_REQUIRE_SANITIZERS") == "1" else pytest.skip)(reason)
 
 
+def require_nvcc():
+    """Skips the test that is running where nvcc, which makes the PTX, is not on the PATH."""
+    import pytest
+
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on the PATH: there is no PTX to run")
+
+
 def sanitizer_environment(sanitize):
     """Builds the sanitized library; what a Python process needs in its environment to load it."""
     options = {
@@ -362,6 +420,7 @@ class Simt:
         self.path = Path(path)
         self._machine = ctypes.CDLL(str(path))
         self._machine.simt_kernels.restype = ctypes.c_char_p
+        self._machine.simt_translations.restype = ctypes.c_char_p
         self._machine.simt_set_last_blocks.argtypes = [ctypes.c_int64]
         self._machine.simt_synchronizations.restype = ctypes.c_int64
         self._libc = ctypes.CDLL(None)
@@ -375,6 +434,11 @@ class Simt:
         """{kernel: launches} of every instantiation that a launcher names, launched or not."""
         lines = self._machine.simt_kernels().decode().splitlines()
         return {name: int(launches) for launches, name in (line.split("\t") for line in lines)}
+
+    def translations(self):
+        """{(architecture, kernel)} of what is there as nvcc compiled it."""
+        lines = self._machine.simt_translations().decode().splitlines()
+        return {(int(arch), name) for arch, name in (line.split("\t") for line in lines)}
 
     def reset_launches(self):
         self._machine.simt_reset_launches()
@@ -407,6 +471,16 @@ class Simt:
             self._machine.simt_set_poison(0xFF)
             self._machine.simt_set_poison_stacks(0)
             self._machine.simt_set_reverse(0)
+
+    @contextlib.contextmanager
+    def ptx(self, on=True):
+        """Kernels run as nvcc compiled them for the device: its PTX, translated (ptx_to_cpp.py)."""
+        before = self._machine.simt_ptx()
+        self._machine.simt_set_ptx(int(on))
+        try:
+            yield
+        finally:
+            self._machine.simt_set_ptx(before)
 
     @contextlib.contextmanager
     def capture(self):

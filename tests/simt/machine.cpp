@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cxxabi.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -210,6 +211,7 @@ struct Machine {
   int poison = 0xff;
   bool poison_stacks = false;
   bool reverse = false;
+  bool ptx = false;         // run translations
   int64_t last_blocks = 0;  // 0: all of them
   Device device{80, 4, 0};
   Stream stream{};
@@ -551,6 +553,53 @@ std::vector<std::unique_ptr<Kernel>>& kernels() {
   return *list;
 }
 
+struct TranslatedKernel {
+  int arch;
+  std::string function;
+  Translation run;
+  std::vector<size_t> parameters;
+};
+
+std::vector<TranslatedKernel>& translations() {
+  static auto* list = new std::vector<TranslatedKernel>;
+  return *list;
+}
+
+// "ns::kernel<4, (bool)1>" of "void ns::kernel<4, (bool)1>(ns::Params)", however it is enclosed in
+// "Launcher<&...>".
+std::string function_name(const char* mangled) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  std::string name = status == 0 ? text : mangled;
+  std::free(text);
+  auto drop = [&](const char* start, size_t end) {
+    const std::string s = start;
+    if (name.compare(0, s.size(), s) != 0) return;
+    name = name.substr(s.size(), name.size() - s.size() - end);
+  };
+  drop("qlora_ext::Launcher<&", 1);
+  drop("(", 1);
+  drop("void ", 0);
+  if (name.back() != ')') return name;
+  int depth = 0;
+  size_t at = name.size();
+  do {
+    --at;
+    depth += (name[at] == ')') - (name[at] == '(');
+  } while (depth > 0 && at > 0);
+  return name.substr(0, at);
+}
+
+// The binary that a driver takes for this device, of those for 7.5, 8.0 and 9.0a.
+int binary_for(int arch) { return arch >= 90 ? 90 : arch >= 80 ? 80 : arch; }
+
+const TranslatedKernel* find_translation(const Kernel& kernel, int arch) {
+  for (const TranslatedKernel& t : translations()) {
+    if (t.arch == arch && t.function == kernel.function) return &t;
+  }
+  return nullptr;
+}
+
 int shared_limit(int arch) {
   if (arch >= 90 && arch < 120) return 227 * 1024;
   if (arch == 80 || arch == 87) return 163 * 1024;
@@ -569,6 +618,7 @@ void read_environment() {
     m.poison = environment("SIMT_POISON", m.poison) & 0xff;
     m.poison_stacks = environment("SIMT_POISON", -1) >= 0;
     m.reverse = environment("SIMT_REVERSE", 0) != 0;
+    m.ptx = environment("SIMT_PTX", 0) != 0;
     m.device.arch = environment("SIMT_ARCH", m.device.arch);
     m.device.sm_count = environment("SIMT_SM_COUNT", m.device.sm_count);
     return true;
@@ -1140,12 +1190,18 @@ void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mb
 
 // ---------------------------------------------------------------- launching
 
-Kernel& register_kernel(const char* name) {
+Kernel& register_kernel(const char* name, const char* launcher) {
   for (auto& kernel : kernels()) {
     if (std::strcmp(kernel->name, name) == 0) return *kernel;
   }
-  kernels().push_back(std::make_unique<Kernel>(Kernel{strdup(name), 0}));
+  kernels().push_back(std::make_unique<Kernel>(Kernel{strdup(name), function_name(launcher), 0}));
   return *kernels().back();
+}
+
+bool register_translation(int arch, const char* mangled, Translation run,
+                          std::vector<size_t> parameters) {
+  translations().push_back({arch, function_name(mangled), run, std::move(parameters)});
+  return true;
 }
 
 const Device& device() {
@@ -1223,8 +1279,7 @@ bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_
 
 }  // namespace
 
-const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*),
-                void* closure) {
+const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const Launch& launch) {
   const std::lock_guard<std::mutex> lock(machine_mutex());
   Machine& m = machine();
   const std::string name = kernel.name;
@@ -1246,8 +1301,29 @@ const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void
   ++kernel.launches;
   if (skipped(name)) return nullptr;
 
-  m.call = call;
-  m.closure = closure;
+  struct Translated {
+    Translation run;
+    void* const* arguments;
+  } translated{nullptr, launch.arguments};
+  if (m.ptx) {
+    const int arch = binary_for(device().arch);
+    const TranslatedKernel* found = find_translation(kernel, arch);
+    if (found == nullptr) {
+      return refuse("no PTX for sm_" + std::to_string(arch) + " of " + kernel.function);
+    }
+    if (found->parameters != launch.parameters) {
+      return refuse("its parameters have other sizes on the device than on the host");
+    }
+    translated.run = found->run;
+    m.call = [](void* closure) {
+      auto* kernel = static_cast<Translated*>(closure);
+      kernel->run(kernel->arguments);
+    };
+    m.closure = &translated;
+  } else {
+    m.call = launch.call;
+    m.closure = launch.closure;
+  }
   m.kernel = &kernel;
   m.error.clear();
   m.running = &m.main;
@@ -1310,5 +1386,25 @@ SIMT_EXPORT int simt_arch() { return device().arch; }
 SIMT_EXPORT int simt_sm_count() { return device().sm_count; }
 SIMT_EXPORT void simt_set_capturing(int capturing) { stream().capturing = capturing != 0; }
 SIMT_EXPORT int64_t simt_synchronizations() { return stream().synchronizations; }
+// Kernels run as nvcc compiled them, where the library holds that.
+SIMT_EXPORT void simt_set_ptx(int ptx) {
+  read_environment();
+  machine().ptx = ptx != 0;
+}
+SIMT_EXPORT int simt_ptx() {
+  read_environment();
+  return machine().ptx;
+}
+// Every kernel that is there as nvcc compiled it: "architecture\tname\n".
+SIMT_EXPORT const char* simt_translations() {
+  std::string text;
+  for (const int arch : {75, 80, 90}) {
+    for (const auto& kernel : kernels()) {
+      if (find_translation(*kernel, arch) == nullptr) continue;
+      text += std::to_string(arch) + "\t" + kernel->name + "\n";
+    }
+  }
+  return sentence(text);
+}
 // Runs only the last n blocks of every grid; 0 is all.
 SIMT_EXPORT void simt_set_last_blocks(int64_t n) { machine().last_blocks = n; }

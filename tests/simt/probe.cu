@@ -129,6 +129,75 @@ __global__ void probe_half_fma(HalfIo io) {
   }
 }
 
+struct CopiesIo {
+  const unsigned char* in;  // [1024], 16-byte aligned
+  unsigned char* out;       // [9, 1024]
+  int valid;                // bytes of each 4-byte copy; twice, four times as many of 8 and 16
+};
+struct CopiesSmem {
+  unsigned char bytes[5][1024];
+  alignas(8) uint64_t mbarrier;
+};
+
+// Every way from global to shared memory and to registers, by 64 threads: each copies 16 bytes.
+__global__ void probe_copies(CopiesIo io) {
+  CopiesSmem& smem = ptx::shared_memory<CopiesSmem>();
+  const unsigned t = threadIdx.x;
+  const uint32_t shared = ptx::shared_address(smem.bytes) + 16 * t;
+  const unsigned char* in = io.in + 16 * t;
+  const uint64_t policy = ptx::evict_first_policy();
+  for (int i = 0; i < 4; ++i) ptx::cp_async_zfill<4>(shared + 4 * i, in + 4 * i, io.valid);
+  for (int i = 0; i < 2; ++i)
+    ptx::cp_async_zfill<8>(shared + 1024 + 8 * i, in + 8 * i, 2 * io.valid);
+  ptx::cp_async_commit();
+  ptx::cp_async_16_zfill(shared + 2048, in, 4 * io.valid);
+  ptx::cp_async_16_zfill_hint(shared + 3072, in, 4 * io.valid, policy);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  for (int i = 0; i < 16; ++i) {
+    io.out[16 * t + i] = smem.bytes[0][16 * t + i];
+    io.out[1024 + 16 * t + i] = smem.bytes[1][16 * t + i];
+  }
+  ptx::cp_async_wait<0>();
+  for (int i = 0; i < 16; ++i) {
+    io.out[2048 + 16 * t + i] = smem.bytes[2][16 * t + i];
+    io.out[3072 + 16 * t + i] = smem.bytes[3][16 * t + i];
+  }
+  const uint32_t full = ptx::shared_address(&smem.mbarrier);
+  if (t == 0) {
+    ptx::mbarrier_init(full, 2);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (t < 32 && ptx::elect_one()) {  // one thread brings the bytes, another only arrives
+    ptx::mbarrier_arrive_expect(full, 1024);
+    ptx::bulk_copy_hint(ptx::shared_address(smem.bytes[4]), io.in, 1024, full, policy);
+  }
+  if (t == 63) ptx::mbarrier_arrive(full);
+  ptx::mbarrier_wait(full, 0);
+  for (int i = 0; i < 16; ++i) io.out[4096 + 16 * t + i] = smem.bytes[4][16 * t + i];
+
+  uint4* out = reinterpret_cast<uint4*>(io.out);
+  out[320 + t] = ptx::load_streaming(reinterpret_cast<const uint4*>(in));
+  uint2* pairs = reinterpret_cast<uint2*>(out + 384);
+  for (int i = 0; i < 2; ++i)
+    pairs[2 * t + i] = ptx::load_streaming(reinterpret_cast<const uint2*>(in) + i);
+  uint32_t* words = reinterpret_cast<uint32_t*>(out + 448);
+  for (int i = 0; i < 4; ++i)
+    words[4 * t + i] = ptx::load_streaming(reinterpret_cast<const uint32_t*>(in) + i);
+
+  // The first warp writes and goes on, the second waits for it.
+  __syncthreads();
+  if (t < 32) {
+    for (int i = 0; i < 32; ++i) smem.bytes[0][32 * t + i] = static_cast<unsigned char>(t + i);
+    ptx::barrier_arrive(1, 64);
+  } else {
+    ptx::barrier_sync(1, 64);
+    for (int i = 0; i < 32; ++i)
+      io.out[8192 + 32 * (t - 32) + i] = smem.bytes[0][32 * (t - 32) + i];
+  }
+}
+
 }  // namespace qlora_ext
 
 using namespace qlora_ext;
@@ -158,4 +227,7 @@ PROBE probe_vote_run(VoteIo* io) { return launch_kernel<probe_vote>(1, 32, 0, nu
 PROBE probe_bits_run(BitsIo* io) { return launch_kernel<probe_bits>(1, 32, 0, nullptr, *io); }
 PROBE probe_half_fma_run(HalfIo* io) {
   return launch_kernel<probe_half_fma>(1, 32, 0, nullptr, *io);
+}
+PROBE probe_copies_run(CopiesIo* io) {
+  return launch_kernel<probe_copies>(1, 64, sizeof(CopiesSmem), nullptr, *io);
 }

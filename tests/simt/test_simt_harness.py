@@ -103,6 +103,22 @@ def test_clean_twins_pass(sanitize):
     assert outputs[0] == outputs[1]  # no bytes that nothing wrote
 
 
+def test_clean_twins_pass_as_nvcc_compiled_them():
+    """Barriers, mbarriers, bulk and asynchronous copies of csrc/cuda/ptx.cuh itself."""
+    build.require_nvcc()
+    environment = {**os.environ, "SIMT_PTX": "1", "SIMT_ARCH": "90"}
+    for pattern in PATTERNS:
+        result = subprocess.run(
+            [str(build.harness("planted", ptx=True)), "clean"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**environment, **pattern},
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout == run("clean", pattern=pattern).stdout
+
+
 @pytest.mark.parametrize("planted", PLANTED)
 def test_planted_bug_is_found(planted):
     tool, says = PLANTED[planted]

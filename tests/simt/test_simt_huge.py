@@ -18,19 +18,25 @@ def simt():
     return build.load_simt()
 
 
-@pytest.fixture(scope="module")
-def weights():
-    """(W4 of N rows, W4 of its last TAIL rows), the scales not nested."""
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "nested"])
+def weights(request):
+    """(W4 of N rows, W4 of its last TAIL rows); the scales are fp32, or 8-bit codes."""
     w = torch.randn(TAIL, K, generator=torch.Generator().manual_seed(0)) * 0.05
     args = (64, "nf4", None, "absmax", 3.0, "none", 1.0)
     packed_tail, absmax_tail, _ = torch.ops.qlora_ext.quantize_4bit(w, *args)
     packed = torch.empty(N * K // 2, dtype=torch.uint8)
-    absmax = torch.empty(4 * N * BLOCKS, dtype=torch.uint8)
     packed[-packed_tail.numel() :] = packed_tail.flatten()
+    nested = nested_tail = None
+    if request.param:  # groups of 256 scales: the tail's are whole ones
+        absmax_tail, nested_tail = torch.ops.qlora_ext.quantize_absmax(absmax_tail)
+        nested = torch.empty(4 * (1 + N * BLOCKS // 256), dtype=torch.uint8)
+        nested[:4] = nested_tail[:4]
+        nested[-(nested_tail.numel() - 4) :] = nested_tail[4:]
+    absmax = torch.empty((1 if request.param else 4) * N * BLOCKS, dtype=torch.uint8)
     absmax[-absmax_tail.numel() :] = absmax_tail
     rest = (64, "nf4", None)
-    tail = (packed_tail, absmax_tail, None, None, [TAIL, K], *rest)
-    return (packed, absmax, None, None, [N, K], *rest), tail
+    tail = (packed_tail, absmax_tail, nested_tail, None, [TAIL, K], *rest)
+    return (packed, absmax, nested, None, [N, K], *rest), tail
 
 
 def last(ops, weights, rows, dtype=torch.float32):

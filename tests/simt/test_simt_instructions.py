@@ -11,9 +11,16 @@ from simt import build
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def probe():
-    library = ctypes.CDLL(str(build.harness("probe", shared=True)))
+@pytest.fixture(scope="module", params=["twin", "ptx"])
+def probe(request):
+    """Calls of probe.cu: on the host twin of ptx.cuh, and on what nvcc made of ptx.cuh itself."""
+    ptx = request.param == "ptx"
+    if ptx:
+        build.require_nvcc()
+    library = ctypes.CDLL(str(build.harness("probe", shared=True, ptx=ptx)))
+    if ptx:
+        library.simt_set_device(90, 4)
+        library.simt_set_ptx(1)
 
     def call(name, *arguments):
         run = getattr(library, name)
@@ -168,6 +175,25 @@ def test_ldmatrix(probe, count, trans):
         for lane in range(32):
             low, high = matrix[lane // 4, 2 * (lane % 4)], matrix[lane // 4, 2 * (lane % 4) + 1]
             assert d[lane, i] == int(low) | (int(high) << 16)
+
+
+@pytest.mark.parametrize("valid", [4, 3, 0])
+def test_copies_and_loads(probe, valid):
+    data = RNG.integers(1, 256, 1024).astype(np.uint8)
+    buffer = np.zeros(1024 + 16, np.uint8)
+    start = -buffer.ctypes.data % 16
+    buffer[start : start + 1024] = data
+    out = np.zeros(9 * 1024 + 16, np.uint8)
+    begin = -out.ctypes.data % 16
+    probe("probe_copies_run", pack(buffer[start:], out[begin:], valid))
+    out = out[begin : begin + 9 * 1024].reshape(9, 1024)
+    for copied, size in zip(out, (4, 8, 16, 16)):  # what is not valid is zero
+        keep = np.arange(1024) % size < size // 4 * valid
+        np.testing.assert_array_equal(copied, np.where(keep, data, 0))
+    for copied in out[4:8]:
+        np.testing.assert_array_equal(copied, data)
+    want = (np.arange(1024) // 32 + np.arange(1024) % 32).astype(np.uint8)
+    np.testing.assert_array_equal(out[8], want)
 
 
 # ---------------------------------------------------------------- lanes

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <typeinfo>
 
 #include "simt/builtins.h"
 #include "simt/machine.h"
@@ -63,13 +64,16 @@ struct Launcher<kernel> {
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters are limited to 4 KiB");
 
   static inline simt::Kernel& registered =
-      simt::register_kernel(detail::kernel_name<kernel>().c_str());
+      simt::register_kernel(detail::kernel_name<kernel>().c_str(), typeid(Launcher).name());
 
   static const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, Params... params) {
     auto body = [&] { kernel(params...); };
-    return simt::run(
-        registered, grid, block, shared_bytes,
-        [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+    void* const arguments[] = {&params...};
+    return simt::run(registered, grid, block, shared_bytes,
+                     {[](void* closure) { (*static_cast<decltype(body)*>(closure))(); },
+                      &body,
+                      arguments,
+                      {sizeof(Params)...}});
   }
 };
 

@@ -6,7 +6,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 namespace qlora_ext::simt {
 
@@ -98,13 +100,28 @@ void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mb
 // ---------------------------------------------------------------- launching
 struct Kernel {
   const char* name;
+  std::string function;  // as the demangler writes it, without its parameters
   int64_t launches;
 };
-Kernel& register_kernel(const char* name);
+// `launcher`: the mangled name of Launcher<kernel>, which contains the kernel's.
+Kernel& register_kernel(const char* name, const char* launcher);
 
-// Runs call(closure) in every thread of every block; null, or a sentence.
-const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*),
-                void* closure);
+// A kernel as nvcc compiled it: a function of its parameters' addresses (ptx_to_cpp.py). `arch` is
+// that of its binary, `parameters` the bytes of each.
+using Translation = void (*)(void* const* arguments);
+bool register_translation(int arch, const char* mangled, Translation run,
+                          std::vector<size_t> parameters);
+
+// What a launch runs in every thread: call(closure), which is the kernel as g++ compiled it, or its
+// translation for the device, where that was asked for.
+struct Launch {
+  void (*call)(void*);
+  void* closure;
+  void* const* arguments;
+  std::vector<size_t> parameters;
+};
+// Runs every block; null, or a sentence.
+const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const Launch& launch);
 
 struct Device {
   int arch;

@@ -1,0 +1,111 @@
+"""The kernels as nvcc compiled them: its PTX for 7.5, 8.0 and 9.0a, translated to C++
+(ptx_to_cpp.py) and run on the emulated machine by the same test bodies as the source."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qlora_ext
+from simt import build, ptx_to_cpp
+from simt.sweep import CASES
+
+TESTS = Path(__file__).resolve().parent.parent
+BODIES = [
+    "test_ops.py",
+    "simt/test_simt_kernels.py",
+    "simt/test_simt_huge.py",
+    "simt/ptx_checks.py",
+]
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_ptx(arch):
+    build.require_nvcc()
+    environment = {
+        **os.environ,
+        "SIMT_LIBRARY": str(build.library(ptx=build.PTX_ARCHS)),
+        "SIMT_PTX": "1",
+        "SIMT_ARCH": str(arch),
+        "PYTHONPATH": str(Path(qlora_ext.__file__).parent.parent),  # the one built
+    }
+    # The sweep's own cases of the kernels' tests: what is launched, and the sanitizers, are the
+    # source's.
+    chosen = "simt and not cpu and not cuda and not launched and not page and not turned_off"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"{chosen} and not sanitized"]
+    result = subprocess.run(
+        [*command, *BODIES], capture_output=True, text=True, env=environment, cwd=TESTS
+    )
+    assert result.returncode == 0, result.stdout[-20000:]
+    passed = re.search(r"(\d+) passed(.*)", result.stdout)
+    assert int(passed[1]) > len(CASES) and "skipped" not in passed[2], passed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [75, 90])
+def test_ptx_under_address_sanitizer(arch):
+    """Reads and writes out of bounds that only the compiled kernels make."""
+    build.require_nvcc()
+    build.require("address")
+    environment = {
+        **os.environ,
+        **build.sanitizer_environment("address"),
+        "SIMT_LIBRARY": str(build.library("address", ptx=("75", "90a"))),
+        "SIMT_PTX": "1",
+        "SIMT_ARCH": str(arch),
+        "PYTHONPATH": str(Path(qlora_ext.__file__).parent.parent),
+    }
+    command = [sys.executable, str(TESTS / "simt" / "sweep.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
+    assert len(result.stdout.split()) == sum(not case.large for case in CASES)
+
+
+def translated(body, head="", params=""):
+    return ptx_to_cpp.translate(
+        f".version 9.0\n.target sm_80\n.address_size 64\n{head}\n"
+        f".visible .entry kernel({params})\n.maxntid 32, 1, 1\n{{\n.reg .b32 %r<4>;\n"
+        f".reg .b64 %rd<4>;\n.reg .pred %p<2>;\n{body}\nret;\n}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        ("tex.2d.v4.f32.f32 {%r1}, [%rd1];", "instruction tex.2d"),
+        ("add.sat.s32 %r1, %r2, %r3;", "add.sat"),
+        ("fma.rz.f32 %r1, %r2, %r3, %r1;", "fma.rz"),
+        ("mul.hi.sat.u32 %r1, %r2, %r3;", "mul.hi.sat"),
+        ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r1}, {%r1}, {%r1};", "mma.sync"),
+        ("ld.global.unheard.u32 %r1, [%rd1];", "memory access .unheard"),
+        ("ld.global.v2.u32 %r1, [%rd1];", "into %r1"),
+        ("cvt.rzi.s32.f32 %r1, %r2;", "cvt.rzi"),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 8;", "of ['8']"),
+        ("bar.sync 1;", "bar.sync"),
+        ("call.uni elsewhere, ();", "call elsewhere"),
+        ("@%p1 bra.div LABEL;", "bra.div"),
+        (".surface %r9;", "directive .surface"),
+        ("add.s32 %r1, %r2, 1.5;", "operand 1.5"),
+        ("mov.u32 %r1, %clock;", "register %clock"),
+    ],
+)
+def test_what_is_not_known_is_an_error_with_its_line(body, says):
+    with pytest.raises(ptx_to_cpp.Unknown) as error:
+        translated(f"add.s32 %r1, %r2, %r3;\n{body}")
+    assert "line 12" in str(error.value) and says in str(error.value), error.value
+
+
+def test_a_statement_an_instruction():
+    code = translated(
+        "ld.param.u64 %rd1, [p0+8];\n@!%p1 bra $L__BB0_2;\n"
+        "ld.global.nc.v2.u32 {%r1, %r2}, [%rd1+-8];\n$L__BB0_2:\nst.shared.u32 [%r3+4], %r1;",
+        params=".param .align 8 .b8 p0[24]",
+    )
+    assert "isa::load<uint64_t>(isa::pointer(isa::address(arguments[0]) + " in code
+    assert "if (!p1) goto SL__BB0_2;" in code.replace("S_L", "SL")
+    assert "isa::load<uint32_t>(isa::pointer(rd1 + static_cast<int64_t>(-8), 8), r1, r2);" in code
+    assert "isa::store<uint32_t>(isa::shared_pointer(r3 + static_cast<int64_t>(4), 4), r1);" in code
+    assert 'register_translation(80, "kernel", &kernel, {24})' in code
