@@ -176,6 +176,46 @@ def test_settings_of_a_bitsandbytes_config():
         qlora_ext.QLoraExtConfig.from_bnb(BitsAndBytesConfig(load_in_8bit=True))
 
 
+def test_layers_that_they_leave_unpacked(tmp_path):
+    """What the model class protects (T5's wo) is not in the list that bitsandbytes' config keeps;
+    Falcon's layers are no nn.Linear to transformers."""
+    import tiny_models as tiny
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        BitsAndBytesConfig,
+        FalconForCausalLM,
+    )
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    tiny.make("t5", d_ff=128).save_pretrained(tmp_path / "t5")
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "t5", quantization_config=config, dtype=torch.float32
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    want = dequantized(model)
+    ours = qlora_ext.from_pretrained(tmp_path / "theirs", model_class=AutoModelForSeq2SeqLM)
+    got = dequantized(ours)
+    assert got.keys() == want.keys() and not any(name.endswith("wo") for name in got)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    qlora_ext.save_pretrained(ours, tmp_path / "back", format="bitsandbytes")
+    stock = dequantized(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "back"))
+    assert got.keys() == stock.keys()
+    assert all(torch.equal(got[name], stock[name]) for name in got)
+
+    tiny.make("falcon").save_pretrained(tmp_path / "falcon")
+    model = FalconForCausalLM.from_pretrained(tmp_path / "falcon", quantization_config=config)
+    model.save_pretrained(tmp_path / "unpacked")
+    with pytest.raises(ValueError, match="found no packed layer in the checkpoint of Falcon"):
+        qlora_ext.from_pretrained(tmp_path / "unpacked")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "falcon", quantization_config=qlora_ext.QLoraExtConfig()
+    )
+    with pytest.raises(ValueError, match="is a FalconLinear in FalconForCausalLM, which stock"):
+        qlora_ext.save_pretrained(model, tmp_path / "no", format="bitsandbytes")
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_their_format_cannot_hold_is_refused(llama, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -303,10 +303,10 @@ class QLoraExtHfQuantizer(HfQuantizer):
     ):
         self._check_distribution(getattr(model.config, "distributed_config", None))
         # As the checkpoint spells them: names can differ from the model's by a prefix.
-        stored = _packed_layers(checkpoint_files) if self.pre_quantized else set()
+        stored, dense = _stored_layers(checkpoint_files) if self.pre_quantized else (set(), set())
 
-        def is_stored(name: str) -> bool:
-            return any(key == name or key.endswith(f".{name}") for key in stored)
+        def is_stored(name: str, among=stored) -> bool:
+            return any(key == name or key.endswith(f".{name}") for key in among)
 
         kept = set(_names(self.quantization_config.modules_to_not_convert) or [])
         by_default = set(get_keys_to_not_convert(model))
@@ -316,6 +316,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             # The saved list says what was kept. A class with another head (or none) than the one
             # that was saved has other defaults.
             kept |= {name for name in by_default if not is_stored(name)}
+            if self.quantization_config.checkpoint_format == "bitsandbytes":
+                # Its list leaves out what the model class protects (T5's wo), and what is no
+                # nn.Linear itself (Falcon's).
+                linears = (n for n, module in model.named_modules() if is_plain_linear(module))
+                kept |= {name for name in linears if is_stored(name, dense)}
         else:
             _warn_of_unmatched(model, kept - by_default)
             kept |= by_default
@@ -343,9 +348,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             move_hooks(module, layer)
             packed += 1
         if packed == 0:
+            sentence = "QLoraExtConfig: found no linear layer to pack in"
+            if self.pre_quantized:
+                sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
             raise ValueError(
-                f"QLoraExtConfig: found no linear layer to pack in {type(model).__name__} "
-                f"(kept as they are: {sorted(kept)})"
+                f"{sentence} {type(model).__name__} (kept as they are: {sorted(kept)})"
             )
 
     def _check_distribution(self, config) -> None:
@@ -504,7 +511,8 @@ def save_pretrained(
 
     Raises:
         ValueError: an unknown format, a model that is not packed, or settings that bitsandbytes
-            has no name for (another codebook, one scale a weight, means, packed embeddings).
+            has no name for (another codebook, one scale a weight, means, packed embeddings), or
+            layers that transformers does not pack for it (Falcon's).
     """
     if format not in CHECKPOINT_FORMATS:
         raise ValueError(
@@ -545,6 +553,16 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
             "save_pretrained: bitsandbytes has only nf4 and fp4, linear layers, one scale per "
             f"block; the model has {config.to_quant_config()}"
         )
+    from ..checkpoint import build, unquantized
+
+    dense = dict(build(unquantized(model.config), model.dtype, type(model)).named_modules())
+    for name, module in model.named_modules():
+        kind = type(dense.get(name)) if isinstance(module, Linear4bit) else torch.nn.Linear
+        if kind not in (torch.nn.Linear, Conv1D):
+            raise ValueError(
+                f"save_pretrained: {name} is a {kind.__name__} in {type(model).__name__}, which "
+                "stock transformers leaves unpacked for bitsandbytes; want format='qlora_ext'"
+            )
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -630,8 +648,9 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def _packed_layers(checkpoint_files) -> set[str]:
-    """Names of the layers that the checkpoint holds packed, as the checkpoint spells them.
+def _stored_layers(checkpoint_files) -> tuple[set[str], set[str]]:
+    """Names of the layers that the checkpoint holds packed, by us or bitsandbytes, and of those
+    with another weight, as the checkpoint spells them.
 
     Raises:
         ValueError: a tensor of such a layer that is not bytes. transformers would cast it.
@@ -644,6 +663,8 @@ def _packed_layers(checkpoint_files) -> set[str]:
                 dtypes |= {key: tensors.get_slice(key).get_dtype() for key in keys}
     suffix = ".weight_absmax"
     names = {key.removesuffix(suffix) for key in dtypes if key.endswith(suffix)}
+    theirs = {key.rpartition(".weight.")[0] for key in dtypes if ".weight." in key}
+    weights = {key.removesuffix(".weight") for key in dtypes if key.endswith(".weight")}
     for key, dtype in dtypes.items():
         layer, _, kind = key.rpartition(".")
         if layer in names and kind in _PACKED_KEYS and dtype != "U8":
@@ -651,7 +672,7 @@ def _packed_layers(checkpoint_files) -> set[str]:
                 f"{key}: dtype got {dtype}, want U8, packed bytes; the checkpoint was changed "
                 "after it was saved"
             )
-    return names
+    return names | theirs, weights - names - theirs
 
 
 def _warn_of_unmatched(model, names: set[str]) -> None:
