@@ -64,7 +64,7 @@ print(*(f"{key}: {value}" for key, value in info.items()), sep="\n")
 sys.exit(None if info["cuda_live"] else "the CUDA half is not live")' || exit 1
 # The shared op tests' cuda backend. Without an import of transformers or peft they need little.
 step tests 90 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider -k 'cuda and not simt' \
-  tests/test_ops.py tests/test_cuda_kernels.py
+  tests/test_ops.py tests/test_cuda_kernels.py tests/test_devices.py
 
 # One process per tool, at the same time: they are slow and use little of the GPU.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
