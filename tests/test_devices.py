@@ -39,9 +39,7 @@ def lora_layer(dtype=FP32):
 def dense(layer, x, dY, dtype):
     """(y, dX, dA, dB) of the layer's formula over its dequantized weight, in `dtype`."""
     W = qlora_ext.dequantize_4bit(layer.quantized, FP32).cpu().to(dtype)
-    x, A, B = (
-        t.detach().cpu().to(dtype).requires_grad_() for t in (x, layer.lora_A, layer.lora_B)
-    )
+    x, A, B = (t.detach().cpu().to(dtype).requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
     y = x @ W.T + layer.bias.detach().cpu().to(dtype) + SCALING * (x @ A.T) @ B.T
     return y.detach(), *torch.autograd.grad(y, (x, A, B), dY.cpu().to(dtype))
 
@@ -151,7 +149,7 @@ def test_a_graph_replays_a_step(gpu, M):
 def test_quantizing_is_refused_under_capture(gpu):
     weight = random_weight((N, K)).cuda()
     with (
-        pytest.raises(RuntimeError, match="quantize_4bit: .*captur"),
+        pytest.raises(RuntimeError, match=r"quantize_4bit: .*captur"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         qlora_ext.quantize_4bit(weight)
