@@ -2,6 +2,7 @@
 #include "cuda/chunks.cuh"
 #include "cuda/gemm_4bit_any.cuh"
 #include "cuda/gemm_4bit_fused.cuh"
+#include "cuda/heuristics.cuh"
 
 namespace qlora_ext::launch {
 
@@ -21,10 +22,8 @@ enum class Variant {
 // What the fused kernel asks of its operands.
 bool fused_can_run(const Gemm4bitParams& p, const DeviceInfo& device) {
   const PackedWeight& w = p.weight;
-  const bool tensor_cores = p.dtype == DType::kFloat16    ? device.arch >= 75
-                            : p.dtype == DType::kBFloat16 ? device.arch >= 80
-                                                          : false;
-  return tensor_cores && has_uniform_runs(w) && is_aligned(p.x, 16) && p.x_stride % 8 == 0;
+  return has_tensor_cores(p.dtype, device) && has_uniform_runs(w) && is_aligned(p.x, 16) &&
+         p.x_stride % 8 == 0;
 }
 
 // Rows of x from which decoding W to memory and cuBLAS wins over decoding it in the kernel. By
@@ -47,30 +46,18 @@ Variant choose(const Gemm4bitParams& p) {
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
-// Stages that a split has at least: below that the prologue outweighs what parallelism brings.
-constexpr int64_t kLeastStages = 4;
-
-// Splits of K that fill the device when there are few tiles. A block that has a whole SM can keep
-// its memory busy, so from 0.6 tiles per SM on there is no split and no second launch.
-// The launch and its workspace both ask here, so it must not depend on the architecture's variant:
-// Sm75 has the tiles of Sm80.
+// Splits of K. The launch and its workspace both ask here, so it must not depend on the
+// architecture's variant: Sm75 has the tiles of Sm80.
 template <int kTilesM>
-int64_t fused_splits(const Gemm4bitParams& p, int64_t* k_per_split) {
+Splits fused_splits(const Gemm4bitParams& p) {
   using Traits = FusedTraits<Sm80, kTilesM>;
-  const int64_t tiles = ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM);
-  const int64_t stages = ceil_div(p.weight.K, Traits::kTileK);
-  const int64_t sm_count = device_info().sm_count;
-  int64_t splits = 1;
-  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, kLeastStages, sm_count, 1);
-  const int64_t stages_per_split = ceil_div(stages, splits);
-  *k_per_split = stages_per_split * Traits::kTileK;
-  return ceil_div(stages, stages_per_split);
+  return split_contraction(ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM),
+                           ceil_div(p.weight.K, Traits::kTileK));
 }
 
 template <int kTilesM>
 int64_t workspace_fused(const Gemm4bitParams& p) {
-  int64_t k_per_split = 0;
-  const int64_t splits = fused_splits<kTilesM>(p, &k_per_split);
+  const int64_t splits = fused_splits<kTilesM>(p).count;
   return splits > 1 ? splits * p.M * p.weight.N * 4 : 0;
 }
 
@@ -84,19 +71,21 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
   fused.table_factor = table_factor<T>(p.weight.values, p.weight.blocksize);
   fused.scale_factor = 1 / fused.table_factor;
   fused.parts = static_cast<float*>(p.workspace);
-  const int64_t splits = fused_splits<kTilesM>(p, &fused.k_per_split);
+  const Splits splits = fused_splits<kTilesM>(p);
+  fused.k_per_split = splits.stages * Traits::kTileK;
   const dim3 grid(grid_blocks(ceil_div(p.weight.N, Traits::kTileN)),
                   static_cast<unsigned>(ceil_div(p.M, Traits::kTileM)),
-                  static_cast<unsigned>(splits));
+                  static_cast<unsigned>(splits.count));
   constexpr size_t kBytes = sizeof(FusedSmem<Arch, kTilesM>);
   QLORA_EXT_TRY(fused.scales.code != nullptr
                     ? (launch_kernel<gemm_4bit_fused<Arch, T, kTilesM, true>>(
                           grid, Traits::kThreads, kBytes, stream, fused))
                     : (launch_kernel<gemm_4bit_fused<Arch, T, kTilesM, false>>(
                           grid, Traits::kThreads, kBytes, stream, fused)));
-  if (splits == 1) return nullptr;
+  if (splits.count == 1) return nullptr;
   return launch_reduce_parts(
-      {fused.parts, splits, p.M, p.weight.N, 1.0f, p.bias, p.bias_dtype, p.y, p.dtype}, stream);
+      {fused.parts, splits.count, p.M, p.weight.N, 1.0f, p.bias, p.bias_dtype, p.y, p.dtype},
+      stream);
 }
 
 template <int kTilesM>

@@ -2,6 +2,7 @@
 #include "cuda/chunks.cuh"
 #include "cuda/gemm_4bit_any.cuh"
 #include "cuda/gemm_4bit_backward_fused.cuh"
+#include "cuda/heuristics.cuh"
 
 namespace qlora_ext::launch {
 
@@ -16,10 +17,7 @@ enum class Variant {
 };
 
 bool fused_can_run(const Gemm4bitBackwardParams& p, const DeviceInfo& device) {
-  const bool tensor_cores = p.dtype == DType::kFloat16    ? device.arch >= 75
-                            : p.dtype == DType::kBFloat16 ? device.arch >= 80
-                                                          : false;
-  return tensor_cores && has_uniform_runs(p.weight) && is_aligned(p.dY, 16) &&
+  return has_tensor_cores(p.dtype, device) && has_uniform_runs(p.weight) && is_aligned(p.dY, 16) &&
          p.dY_stride % 8 == 0 && is_aligned(p.dX, 16);
 }
 
@@ -39,27 +37,17 @@ Variant choose(const Gemm4bitBackwardParams& p) {
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
-// Stages that a split has at least, as in the forward.
-constexpr int64_t kLeastStages = 4;
-
-// Splits of N that fill the device: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
+// Splits of N: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
 template <int kTilesM>
-int64_t fused_splits(const Gemm4bitBackwardParams& p, int64_t* n_per_split) {
+Splits fused_splits(const Gemm4bitBackwardParams& p) {
   using Traits = BackwardTraits<Sm80, kTilesM>;  // Sm75's tiles are the same
-  const int64_t tiles = ceil_div(p.weight.K, Traits::kTileK) * ceil_div(p.M, Traits::kTileM);
-  const int64_t stages = ceil_div(p.weight.N, Traits::kStageN);
-  const int64_t sm_count = device_info().sm_count;
-  int64_t splits = 1;
-  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, kLeastStages, sm_count, 1);
-  const int64_t stages_per_split = ceil_div(stages, splits);
-  *n_per_split = stages_per_split * Traits::kStageN;
-  return ceil_div(stages, stages_per_split);
+  return split_contraction(ceil_div(p.weight.K, Traits::kTileK) * ceil_div(p.M, Traits::kTileM),
+                           ceil_div(p.weight.N, Traits::kStageN));
 }
 
 template <int kTilesM>
 int64_t workspace_fused(const Gemm4bitBackwardParams& p) {
-  int64_t n_per_split = 0;
-  const int64_t splits = fused_splits<kTilesM>(p, &n_per_split);
+  const int64_t splits = fused_splits<kTilesM>(p).count;
   return splits > 1 ? splits * p.M * p.weight.K * 4 : 0;
 }
 
@@ -71,19 +59,20 @@ const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
   fused.scales = make_scales(p.weight);
   fused.run_shift = run_shift(fused.scales);
   fused.parts = static_cast<float*>(p.workspace);
-  const int64_t splits = fused_splits<kTilesM>(p, &fused.n_per_split);
+  const Splits splits = fused_splits<kTilesM>(p);
+  fused.n_per_split = splits.stages * Traits::kStageN;
   const dim3 grid(grid_blocks(ceil_div(p.weight.K, Traits::kTileK)),
                   static_cast<unsigned>(ceil_div(p.M, Traits::kTileM)),
-                  static_cast<unsigned>(splits));
+                  static_cast<unsigned>(splits.count));
   constexpr size_t kBytes = sizeof(BackwardSmem<Arch, kTilesM>);
   QLORA_EXT_TRY(fused.scales.code != nullptr
                     ? (launch_kernel<gemm_4bit_backward_fused<Arch, T, kTilesM, true>>(
                           grid, Traits::kThreads, kBytes, stream, fused))
                     : (launch_kernel<gemm_4bit_backward_fused<Arch, T, kTilesM, false>>(
                           grid, Traits::kThreads, kBytes, stream, fused)));
-  if (splits == 1) return nullptr;
+  if (splits.count == 1) return nullptr;
   return launch_reduce_parts(
-      {fused.parts, splits, p.M, p.weight.K, 1.0f, nullptr, DType::kFloat32, p.dX, p.dtype},
+      {fused.parts, splits.count, p.M, p.weight.K, 1.0f, nullptr, DType::kFloat32, p.dX, p.dtype},
       stream);
 }
 
