@@ -24,6 +24,8 @@ computed for and not called gets a gradient of zeros for its A, not None.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -48,6 +50,9 @@ SAME_INPUT = (
 # the time at 74,000, 1.03 at 295,000, 0.98 at 1,180,000; with, a step is even at 1,000. 2026-11.)
 MIN_ELEMENTS = 1048576
 MIN_ELEMENTS_DROPOUT = 8192
+
+
+_only_counts = contextvars.ContextVar("qlora_ext_only_counts", default=None)
 
 
 class Member(Protocol):
@@ -144,11 +149,21 @@ def _may_share_mask() -> bool:
     (reentrant) or have hooks for saved tensors; recomputations are within a backward, or have such
     hooks.
     """
-    return (
-        torch.is_grad_enabled()
-        and torch._C._current_graph_task_id() == -1
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    )
+    if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or hooks[0] is _only_counts.get()
+
+
+@contextlib.contextmanager
+def hook_that_only_counts(pack: Callable[[Tensor], Tensor]):
+    """Within, the hook `pack` of saved tensors, which gives each as it is and makes none again,
+    keeps no layers from sharing a mask."""
+    token = _only_counts.set(pack)
+    try:
+        yield
+    finally:
+        _only_counts.reset(token)
 
 
 def _is_plain(lora_A: Tensor, x: Tensor) -> bool:

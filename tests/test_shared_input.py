@@ -379,6 +379,18 @@ def test_checkpointing_nested(outer, inner, dropout):
                 parameter.add_(0.01)
 
 
+def test_hooks_that_only_count_see_what_is_saved_without_hooks():
+    parent, x = Parent(dropout=0.3), torch.randn(5, 64, requires_grad=True)
+    draws = []
+    for pack in (None, lambda t: t):
+        kept = shared_input.hook_that_only_counts(pack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack or (lambda t: t), lambda t: t)
+        with kept, hooks, Counted() as counted:
+            parent(x)
+        draws.append(counted.calls["bernoulli_"])
+    assert draws == [3, 1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_each_layer(use_reentrant, dropout):
