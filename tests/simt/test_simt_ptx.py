@@ -15,6 +15,7 @@ from simt.sweep import CASES
 
 TESTS = Path(__file__).resolve().parent.parent
 SWEEP = ["simt/test_simt_kernels.py", "simt/test_simt_huge.py", "simt/ptx_checks.py"]
+SWEEP += ["test_simt_properties.py"]
 # 8.0 and 9.0a are compiled from the same lines: one of them runs the shared bodies too.
 BODIES = {75: [*SWEEP, "test_ops.py"], 80: SWEEP, 90: [*SWEEP, "test_ops.py"]}
 
