@@ -5,7 +5,8 @@
 
 Prints the table of docs/merging.md and writes bench/results/merge-4bit-<machine>-<date>.json. All
 rows have one held-out set; the calibration text is from the training side, whose modules are not in
-it. Rows measured before with the same settings are taken over from --output.
+it. Where the model writes the text, that is part of the seconds. Rows measured before with the same
+settings are taken over from --output.
 """
 
 import argparse
@@ -40,6 +41,8 @@ ROWS = {
     "from_base": "merged into 4 bits, `base=`",
     "calibrated": "merged into 4 bits, `calibration=`",
     "from_base_calibrated": "merged into 4 bits, both",
+    "from_base_own_text": "merged into 4 bits, `base=` and text that the model wrote",
+    "own_text": "merged into 4 bits, text that the model wrote",
 }
 
 
@@ -89,7 +92,7 @@ def main() -> None:
         if name in results["rows"]:
             continue
         start, processor = time.perf_counter(), time.process_time()
-        model = make(name, base, quantized, adapted, calibration, args)
+        model = make(name, base, quantized, adapted, calibration, tokenizer, args)
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
         loss = finetune.evaluate(model, held_out, args)
         results["rows"][name] = {
@@ -125,7 +128,7 @@ def texts(tokenizer, args) -> tuple[list[dict], list[dict]]:
     return held_out, [{k: v for k, v in b.items() if k != "labels"} for b in calibration]
 
 
-def make(name: str, base, quantized, adapted, calibration, args):
+def make(name: str, base, quantized, adapted, calibration, tokenizer, args):
     """The model of a row, in its own memory where it is merged."""
     if name in ("base", "base_4bit", "adapter"):
         return {"base": base, "base_4bit": quantized, "adapter": adapted}[name]
@@ -138,10 +141,14 @@ def make(name: str, base, quantized, adapted, calibration, args):
             dense = dense_layer(module, torch.float32)
             replace_module(model, module, Linear4bit.from_linear(dense, module.config))
         return model
+    if "own_text" in name:
+        calibration = qlora_ext.write_calibration(model, tokenizer)
     sources = {
         "from_base": {"base": base},
         "calibrated": {"calibration": calibration},
         "from_base_calibrated": {"base": base, "calibration": calibration},
+        "from_base_own_text": {"base": base, "calibration": calibration},
+        "own_text": {"calibration": calibration},
     }[name]
     return qlora_ext.merge_into_4bit(model, **sources, hessian_bytes=args.hessian_bytes)
 

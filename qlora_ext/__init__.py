@@ -16,6 +16,7 @@ from .lora import (
 from .merge import merge_and_unload
 from .merge_4bit import merge_into_4bit
 from .models import memory_report, num_parameters, quantize_model
+from .own_text import write_calibration
 from .quantized_tensor import (
     QuantConfig,
     QuantizedTensor,
@@ -46,6 +47,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_model",
     "save_adapter",
+    "write_calibration",
 ]
 
 

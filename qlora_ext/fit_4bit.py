@@ -5,6 +5,11 @@ the layer's output by tr((Wq - W) H (Wq - W)^T) per input. Rounding each weight 
 H; `fit_4bit` lowers the sum by coordinate descent over what is stored: the 16 levels of each
 weight's code, and the scale of each block, which double quantization restricts to 256 values.
 
+The descent starts at weights without the change that an adapter makes, and stops where single steps
+of codes and scales bring nothing more: a quarter of the change is left out. Pushes make up for it:
+the target moves further in the change's direction by what has not arrived, as the multiplier of a
+constraint does.
+
 Source: the objective is GPTQ's (arXiv 2210.17323), its descent by coordinates CDQuant's
 (arXiv 2406.17542).
 All tensors are kept transposed, [K, N]: a step changes one input column of every row at once, and
@@ -25,6 +30,7 @@ from .quantized_tensor import QuantizedTensor, _view_matrix
 __all__ = ["fit_4bit", "hessian_error"]
 
 _COLUMNS = 64  # columns between two updates of the whole gradient
+_PUSH = 2.0  # of what is missing: about half of a push arrives
 
 
 def hessian_error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
@@ -119,6 +125,7 @@ class _Part:
 
     def __init__(self, q: QuantizedTensor, start: int):
         self.q = q
+        self.pushed = 0.0  # how many changes further the target lies
         self.rows = slice(start, start + q.shape[0])
         self.scales = _Scales(q)
         self.mean = None if q.mean is None else q.mean.clone().view(torch.float32)
@@ -133,10 +140,18 @@ class _Fit:
 
     W: the decoded weights, fp32 [K, N]; G: the gradient H (W - target)^T, fp32 [K, N]; rank: the
     place of each weight's level among the sorted levels, uint8 [K, N]. N counts all their rows.
+    changes: for `push`, those parts of the targets [N_i, K] that are to arrive in full.
     """
 
-    def __init__(self, weights: Sequence[QuantizedTensor], targets: Sequence[Tensor], H: Tensor):
+    def __init__(
+        self,
+        weights: Sequence[QuantizedTensor],
+        targets: Sequence[Tensor],
+        H: Tensor,
+        changes: Sequence[Tensor] | None = None,
+    ):
         self.H = H
+        self.changes = [change.float().T for change in changes or ()]
         self.parts = []
         for q in weights:
             self.parts.append(_Part(q, self.parts[-1].rows.stop if self.parts else 0))
@@ -217,6 +232,17 @@ class _Fit:
         self.G[:, part.rows].addmm_(self.H[:, columns], new - self.W[columns, part.rows])
         self.W[columns, part.rows] = new
 
+    def push(self) -> None:
+        """Moves each target further in the direction of its change by _PUSH times what is missing:
+        the share -<change, H (W - target)> / <change, H change>, of the target there was."""
+        for part, change in zip(self.parts, self.changes, strict=False):  # none or all have one
+            G = self.G[:, part.rows]
+            whole = (change * (self.H @ change)).sum().item()
+            if whole > 0:
+                missing = -(change * G).sum().item() / whole - part.pushed
+                G.addmm_(self.H, change, alpha=-_PUSH * missing)
+                part.pushed += _PUSH * missing
+
     def packed(self) -> list[QuantizedTensor]:
         """The weights as they are now."""
         return [part.scales.stored(self._pack(part)) for part in self.parts]
@@ -239,49 +265,57 @@ def fit_4bit(
     targets: Sequence[Tensor],
     hessian: Tensor,
     *,
+    changes: Sequence[Tensor] | None = None,
     damping: float = 0.01,
-    sweeps: str = "sccsccs",
+    sweeps: str = "sccpscpscps",
     fit_scales: bool = True,
 ) -> list[QuantizedTensor]:
     """Moves codes and scales of packed weights to where the layers' outputs are nearest to those
-    of the targets. Every step lowers tr((Wq - W) H (Wq - W)^T) or leaves it (up to fp32 sums).
+    of the targets W. Every sweep lowers tr((Wq - W) H (Wq - W)^T) or leaves it (up to fp32 sums).
 
     Args:
         weights: matrices [N_i, K] of one codebook, where the descent starts. Layers that share an
             input share H and go together, which is faster.
         targets: dense [N_i, K], any float dtype.
         hessian: X^T X / n, [K, K], symmetric, of the inputs X [n, K]; zeros count as the identity.
+        changes: dense [N_i, K], what of each target an adapter adds. It is to arrive in full: what
+            is missing of it after a sweep is added to the target. If left out, nothing is.
         damping: that many times the mean of H's diagonal is added to the diagonal, which holds
             weights near their target whose inputs the calibration text did not vary.
-        sweeps: the order of work: "c", a sweep over the codes; "s", one over the scales.
+        sweeps: the order of work: "c", a sweep over the codes; "s", one over the scales; "p", a
+            push of the changes.
         fit_scales: whether scales may move; False leaves out "s".
 
     Returns:
         New QuantizedTensors of the same format; offset and absmax2 of double-quantized scales stay.
-        Work and memory: O(N K^2) per sweep; three fp32 copies of the weights, two of H.
+        Work and memory: O(N K^2) per sweep; three fp32 copies of the weights, a fourth with
+        changes, two of H.
 
     Raises:
         ValueError: no weights, shapes that do not go together, different codebooks.
     """
     K = hessian.shape[-1]
-    if not weights or len(weights) != len(targets):
-        raise ValueError(
-            f"fit_4bit: weights has {len(weights)} entries and targets {len(targets)}, want as "
-            "many of both, at least one"
-        )
-    for q, target in zip(weights, targets, strict=True):
-        if tuple(q.shape) != tuple(target.shape) or q.shape[-1] != K or len(q.shape) != 2:
+    for name, dense in (("targets", targets), ("changes", changes)):
+        if dense is None:
+            continue
+        if not weights or len(weights) != len(dense):
             raise ValueError(
-                f"fit_4bit: weights has shape {list(q.shape)} and targets {list(target.shape)}, "
-                f"want [N, {K}] both (hessian is {list(hessian.shape)})"
+                f"fit_4bit: weights has {len(weights)} entries and {name} {len(dense)}, want as "
+                "many of both, at least one"
             )
+        for q, matrix in zip(weights, dense, strict=True):
+            if tuple(q.shape) != tuple(matrix.shape) or q.shape[-1] != K or len(q.shape) != 2:
+                raise ValueError(
+                    f"fit_4bit: weights has shape {list(q.shape)} and {name} "
+                    f"{list(matrix.shape)}, want [N, {K}] both (hessian is {list(hessian.shape)})"
+                )
+    for q in weights:
         if q.values != weights[0].values or (q.mean is None) != (weights[0].mean is None):
             raise ValueError("fit_4bit: weights differ in codebook or normalization, want one")
     with torch.no_grad():
-        fit = _Fit(weights, targets, damped(hessian, damping))
-        for sweep in sweeps:
-            if sweep == "c":
-                fit.sweep_codes()
-            elif fit_scales:
-                fit.sweep_scales()
+        fit = _Fit(weights, targets, damped(hessian, damping), changes)
+        steps = {"c": fit.sweep_codes, "s": fit.sweep_scales, "p": fit.push}
+        for step in sweeps:
+            if step != "s" or fit_scales:
+                steps[step]()
         return fit.packed()

@@ -5,9 +5,11 @@ gives nearly the old codes back, and the fine-tune is gone. Two routes keep it:
 
     base         the unquantized model is at hand: quantize(W + s B A), whose rounding errors are
                  as independent of the fine-tune as those of W were
-    calibration  only the 4-bit model and some text are: codes and scales descend from where they
-                 are to where the layer's outputs are nearest to the adapted ones (fit_4bit.py)
+    calibration  the 4-bit model and some text are: codes and scales descend from where they are
+                 to where the layer's outputs are nearest to the adapted ones (fit_4bit.py)
 
+With both, the descent goes to W + s B A. Where there is no text, the model writes some
+(own_text.py).
 docs/merging.md has what each keeps.
 """
 
@@ -67,9 +69,10 @@ def merge_into_4bit(
         base: the unquantized model that was packed: a module, a state dict, or a folder (or file)
             of safetensors, read layer by layer. A folder's tensors are renamed and stacked as
             transformers does when it loads them.
-        calibration: batches of text like that which the model is for; 5,000 tokens do. A batch is
-            an int64 tensor of token ids [batch, tokens], or the keyword arguments of the model's
-            forward (what a tokenizer returns); padding is left out by its attention_mask.
+        calibration: batches of text like that which the model is for; 5,000 tokens do. Where there
+            is none, write_calibration makes some. A batch is an int64 tensor of token ids
+            [batch, tokens], or the keyword arguments of the model's forward (what a tokenizer
+            returns); padding is left out by its attention_mask.
         dtype: of the 16-bit model, where neither is given.
         damping: see fit_4bit; 0 or more.
         hessian_bytes: memory for the input statistics of layers at a time, [K, K] fp32 for each
@@ -108,7 +111,7 @@ def merge_into_4bit(
         warnings.warn(
             f"merge_into_4bit: base and calibration are None, and requantizing without them {_LOSS}"
             f"; merging into {name} instead. Give the unquantized model as base, or some text as "
-            "calibration",
+            "calibration: write_calibration makes some",
             stacklevel=2,
         )
         if peft_model:
@@ -145,6 +148,7 @@ def merge_into_4bit(
                         [_start(*pair, hessian) for pair in zip(group, targets, strict=True)],
                         targets,
                         hessian,
+                        changes=[layer.change() for layer in group],
                         damping=damping,
                         fit_scales=group[0].packed.config.normalization != "none",
                     )
@@ -187,6 +191,11 @@ class _Adapted:
         """dequantize(W) + s B A, fp32 [N, K]."""
         A, B, scaling = self.lora
         return merge_lora_4bit(self.packed.quantized, A, B, scaling, torch.float32)
+
+    def change(self) -> Tensor:
+        """s B A, fp32 [N, K]."""
+        A, B, scaling = self.lora
+        return (B @ A).mul_(scaling)
 
 
 def _adapted_layers(model: nn.Module) -> tuple[list[_Adapted], bool]:

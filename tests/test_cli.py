@@ -581,6 +581,7 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
     said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--four-bit")
     assert "keeps 5 to 10%" in said and "(--calibration) keeps nearly all" in said
+    assert "--four-bit --own-text" in said
     assert "weights in bfloat16" in said
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
@@ -612,6 +613,34 @@ def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path, monkeypatc
     monkeypatch.setattr("qlora_ext.cli.merge._samples", lambda *_: [torch.tensor([[999]])])
     command[3] = tmp_path / "other"
     assert "makes token 999" in run(*command, "--four-bit", ok=False)
+
+
+def test_merge_with_text_of_its_own_is_nearer_than_rounding(llama, tmp_path):
+    """Route (a) at its best: an unquantized base, and no text."""
+    run("quantize", llama, tmp_path / "base")
+    model = load(tmp_path / "base", dtype=torch.float32)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    run("merge", llama, adapter, tmp_path / "sum", "--dtype", "float32")
+    want = tiny_models.logits(load(tmp_path / "sum", dtype=torch.float32))
+    command = ["merge", llama, adapter, tmp_path / "own", "--own-text"]
+    assert "--own-text is for 4 bits: want --four-bit as well" in run(*command, ok=False)
+    assert "do not go with --own-text" in run(*command, "--embeddings", ok=False)
+    (tmp_path / "text.txt").write_text("some")
+    both = run(*command, "--calibration", tmp_path / "text.txt", ok=False)
+    assert "want one of them" in both
+    said = run(*command, "--four-bit")
+    tokens = re.search(r"4 bits by ([\d,]+) tokens that the model wrote", said)[1]
+    assert 5000 <= int(tokens.replace(",", "")) < 10_000
+    run("merge", llama, adapter, tmp_path / "rounded", "--four-bit")
+    errors = {}
+    for name in ("own", "rounded"):
+        got = load(tmp_path / name, dtype=torch.float32)
+        assert got.config.quantization_config.quant_type == "nf4"
+        errors[name] = (tiny_models.logits(got) - want).norm()
+    assert errors["own"] < 0.9 * errors["rounded"]
+    # From a 4-bit base it goes by its own text alone.
+    run("merge", tmp_path / "base", adapter, tmp_path / "packed", "--own-text")
+    assert load(tmp_path / "packed").config.quantization_config.quant_type == "nf4"
 
 
 def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):

@@ -106,6 +106,65 @@ def test_every_sweep_lowers_the_error_and_knows_the_stored_weight(name):
         torch.testing.assert_close(fit.G, gradient, rtol=1e-3, atol=1e-4)
 
 
+def small_problem(seed=0):
+    """A change that is small beside the distance of two levels, so that not all of it arrives."""
+    weight, change, H = problem(N=96, K=128, seed=seed)
+    q = quantize_with(weight, QuantConfig())
+    return q, change / 6, H
+
+
+def arrived(q, fitted, change, H):
+    """The share of a change that a fit has made."""
+    made = dequantize_4bit(fitted) - dequantize_4bit(q)
+    return (((made @ H) * change).sum() / ((change @ H) * change).sum()).item()
+
+
+def test_pushes_bring_the_whole_change():
+    q, change, H = small_problem()
+    target = dequantize_4bit(q) + change
+    (short,) = fit_4bit([q], [target], H)
+    (whole,) = fit_4bit([q], [target], H, changes=[change])
+    assert arrived(q, short, change, H) < 0.92
+    assert 0.97 < arrived(q, whole, change, H) < 1.03
+    # On inputs that the text varied less, too.
+    other = damped(0.8 * H, 0.25)
+    assert arrived(q, whole, change, other) > arrived(q, short, change, other) + 0.05
+    # It costs little of what the descent gains.
+    errors = [hessian_error(dequantize_4bit(t), target, H) for t in (q, short, whole)]
+    assert errors[2] < 1.2 * errors[1] < 0.5 * errors[0]
+
+
+def test_pushes_of_weights_side_by_side_are_their_own():
+    q, change, H = small_problem()
+    target = dequantize_4bit(q) + change
+    zero = torch.zeros_like(change)  # an adapter that was not trained: nothing is pushed
+    alone, plain = (
+        fit_4bit([q], [t], H, changes=[c])[0]
+        for t, c in ((target, change), (dequantize_4bit(q), zero))
+    )
+    pair = fit_4bit([q, q], [target, dequantize_4bit(q)], H, changes=[change, zero])
+    for got, want in zip(pair, (alone, plain), strict=True):
+        assert (got.packed == want.packed).float().mean() > 0.99
+    assert torch.equal(plain.packed, q.packed)
+
+
+def test_a_push_knows_what_is_missing_after_another():
+    """What was pushed before does not count as arrived."""
+    q, change, H = small_problem()
+    H = damped(H, 0.01)
+    target = dequantize_4bit(q) + change
+    fit = fitting._Fit([q], [target], H, [change])
+    total = 0.0
+    for _ in range(3):
+        fit.sweep_codes()
+        missing = 1 - arrived(q, fit.packed()[0], change, H)
+        fit.push()
+        total += fitting._PUSH * missing
+        assert fit.parts[0].pushed == pytest.approx(total, rel=1e-3, abs=1e-4)
+        gradient = H @ (fit.W - (target + total * change).T)
+        torch.testing.assert_close(fit.G, gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_weights_that_share_an_input_come_out_as_alone():
     problems = [problem(N=24, seed=1), problem(N=8, seed=2)]
     H = problems[0][2]
@@ -142,6 +201,8 @@ def test_fit_4bit_says_what_does_not_fit():
         fit_4bit([q], [], H)
     with pytest.raises(ValueError, match=r"targets \[40, 95\], want \[N, 96\]"):
         fit_4bit([q], [weight[:, 1:]], H)
+    with pytest.raises(ValueError, match="weights has 1 entries and changes 2"):
+        fit_4bit([q], [weight], H, changes=[weight, weight])
     other = quantize_with(weight, QuantConfig(quant_type="fp4"))
     with pytest.raises(ValueError, match="differ in codebook"):
         fit_4bit([q, other], [weight, weight], H)

@@ -207,6 +207,9 @@ def merge(
         Optional[Path],  # noqa: UP045 (typer reads it at run time)
         typer.Option(help="Text file: merge into 4 bits by what the layers see on it."),
     ] = None,
+    own_text: Annotated[
+        bool, typer.Option("--own-text", help="As --calibration, on text that the model writes.")
+    ] = False,
     quant_type: Type = QuantType.nf4,
     blocksize: Block = 64,
     double_quant: Nested = True,
@@ -223,7 +226,8 @@ def merge(
     since packing the sum again would lose most of what was trained.
 
     With --calibration, text like that which the model is for, the result is in 4 bits and keeps
-    most, from a BASE in 4 bits or, with --four-bit, an unquantized one. The model runs, so it is in
+    most, from a BASE in 4 bits or, with --four-bit, an unquantized one. Without such text,
+    --four-bit --own-text keeps more than --four-bit alone. For both the model runs, so it is in
     memory whole: packed, and with up to 1 GiB of statistics and what a forward pass takes.
     """
     config = quant_config(quant_type, blocksize, double_quant)
@@ -238,21 +242,26 @@ def merge(
     if four_bit and dtype is not Dtype.auto:
         raise CliError("--dtype is of a dense result and --four-bit makes none: want one of them")
     folder, adapter_folder = find_folder(base), find_folder(adapter)
-    if calibration is not None:
+    if calibration is not None and own_text:
+        raise CliError("--calibration gives text and --own-text has some written: want one of them")
+    if calibration is not None or own_text:
+        flag = "--own-text" if own_text else "--calibration"
         if dtype is not Dtype.auto or embeddings:
             raise CliError(
-                "--dtype and --embeddings do not go with --calibration: its result is in 4 bits, "
+                f"--dtype and --embeddings do not go with {flag}: its result is in 4 bits, "
                 "its embeddings as they were"
             )
         if stored_method(read_config(folder)) is None and not four_bit:
             raise CliError(
-                f"{base} is unquantized, and --calibration is for 4 bits: want --four-bit as well"
+                f"{base} is unquantized, and {flag} is for 4 bits: want --four-bit as well"
             )
-        with output(out, force, restart, folder, adapter_folder, calibration) as target:
+        inputs = [folder, adapter_folder, *([] if own_text else [calibration])]
+        with output(out, force, restart, *inputs) as target:
             tokens = work.calibrated(
                 folder, adapter_folder, calibration, target, config, keep or []
             )
-        say(f"{out}: merged into 4 bits by {tokens:,} tokens of {calibration}")
+        by = "that the model wrote" if own_text else f"of {calibration}"
+        say(f"{out}: merged into 4 bits by {tokens:,} tokens {by}")
         return
     with output(out, force, restart, folder, adapter_folder) as target:
         job, pairs = work.plan(

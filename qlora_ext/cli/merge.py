@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..checkpoint import Checkpoint, unquantized
+from ..checkpoint import Checkpoint, read_config, stored_method, unquantized
 from ..experts import is_fused_experts
 from ..files import extra_files, fingerprint
 from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
@@ -29,8 +29,8 @@ from .stream import PACKED, Job
 REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps 5 to 10% of what a short "
     "fine-tune gained, so a dense model is written. Text like that which the model is for "
-    "(--calibration) keeps nearly all in 4 bits; --four-bit with the unquantized model as BASE, "
-    "about nine tenths"
+    "(--calibration) keeps nearly all in 4 bits, and so does --four-bit --own-text with the "
+    "unquantized model as BASE"
 )
 PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -297,27 +297,33 @@ CALIBRATION_LENGTH = 512  # of each sample
 def calibrated(
     base: Path,
     adapter_folder: Path,
-    text: Path,
+    text: Path | None,
     output: Output,
     settings: QuantConfig,
     keep: list[str],
 ) -> int:
-    """Merges into a 4-bit base's own codes by what its layers see on a text; docs/merging.md.
+    """Merges into 4 bits by what the layers see on a text; docs/merging.md.
 
     The model runs, so it is in memory whole, in 4 bits. Returns how many tokens were used.
 
     Args:
+        text: a file, or None for text that the adapted model writes; then the weights of an
+            unquantized base count too.
         settings, keep: to pack an unquantized base with, as in quantize_model.
     """
     from ..integrations.transformers import QLoraExtConfig
     from ..lora import load_adapter
     from ..merge_4bit import merge_into_4bit
-    from .chat import load_model
+    from ..own_text import write_calibration
+    from .chat import load_model, load_tokenizer
 
-    samples = _samples(base, text)
+    tokenizer = load_tokenizer([base] if text else [adapter_folder, base])
+    samples = _samples(tokenizer, text) if text else []
+    unquantized = base if text is None and stored_method(read_config(base)) is None else None
     packing = QLoraExtConfig(modules_to_not_convert=keep or None, **settings.to_dict())
     model = load_model(base, packing, "cpu" if not torch.cuda.is_available() else "cuda")
-    largest, rows = max(int(s.max()) for s in samples), model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max((int(part.max()) for part in samples), default=0)
     if largest >= rows:
         raise CliError(
             f"{base}'s tokenizer makes token {largest} of {text} and its model has {rows} tokens: "
@@ -325,7 +331,10 @@ def calibrated(
         )
     try:
         model = load_adapter(model, adapter_folder)
-        model = merge_into_4bit(model, calibration=samples, progress_bar=sys.stderr.isatty())
+        batches = samples or write_calibration(model, tokenizer)
+        model = merge_into_4bit(
+            model, base=unquantized, calibration=batches, progress_bar=sys.stderr.isatty()
+        )
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise CliError(str(error)) from None
     try:
@@ -336,18 +345,17 @@ def calibrated(
         output.complete()
     except (OSError, SafetensorError) as error:
         raise CliError(f"{output.folder} cannot be written ({error})") from None
+    if text is None:
+        return sum(int(batch["attention_mask"].sum()) for batch in batches)
     return sum(part.numel() for part in samples)
 
 
-def _samples(base: Path, text: Path) -> list[torch.Tensor]:
+def _samples(tokenizer, text: Path) -> list[torch.Tensor]:
     """The token ids of a text file, a sample each; CliError if there is none."""
-    from .chat import load_tokenizer
-
     try:
         words = text.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{text} cannot be read as text: {error}") from None
-    tokenizer = load_tokenizer([base])
     tokenizer.model_max_length = 10**9  # no warning: samples are cut below
     ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
     samples = [part for part in ids.split(CALIBRATION_LENGTH, dim=1) if part.numel()]

@@ -1,0 +1,167 @@
+"""Calibration text that a model writes itself, for where none is at hand.
+
+A chat model, given the empty user turn of its own template, writes a question; it then answers
+that. So its layers see the format that the adapter was trained on, and something of the subject.
+
+Source: questions from an empty user turn are Magpie's (arXiv 2406.08464).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["write_calibration"]
+
+_ROWS = 40  # texts at a time
+_LENGTH = 192  # tokens of a question and its answer at most, a third of which are the question's
+_MARK = "WHERE-THE-QUESTION-IS"
+
+
+def write_calibration(
+    model: nn.Module, tokenizer, *, tokens: int = 5000, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Text that a model with its adapters writes, as merge_into_4bit takes it for calibration.
+
+    With a chat template, each text is a question and its answer, both written by the model; without
+    one, what it writes from the start of a text on. All tokens are drawn at temperature 1.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+        tokenizer: the model's; its chat_template is used if it has one.
+        tokens: how many at least, 1 or more.
+        seed: of the draws; torch's own random state stays as it was.
+
+    Returns:
+        Batches of input_ids and attention_mask, int64 [texts, longest text], padded on the right.
+
+    Raises:
+        TypeError: model does not generate.
+        ValueError: tokens is not an int of at least 1; the chat template changes a question,
+            has a token that the model lacks, or leaves no room in its context; there is no chat
+            template, and no token that starts or ends a text.
+    """
+    if not hasattr(model, "generate"):
+        raise TypeError(
+            f"write_calibration: model is a {type(model).__name__}, want a transformers model, "
+            "which generates"
+        )
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"write_calibration: tokens is {tokens!r}, want an int of at least 1")
+    before, between = _frame(tokenizer)
+    length = _length(model, before + between)
+    question = length // 3 if between else 0
+    settings = getattr(model, "generation_config", None)
+    ends = set(_ids(tokenizer.eos_token_id)) | set(_ids(getattr(settings, "eos_token_id", None)))
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    modes = [(module, module.training) for module in model.modules()]
+    batches: list[dict[str, Tensor]] = []
+    written = texts = 0
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            while written < tokens:
+                missing = (tokens - written) * texts / written if written else _ROWS
+                rows = [before] * min(_ROWS, math.ceil(missing))
+                if between:
+                    # The question ends with whatever follows it in the template.
+                    rows = _drawn(model, rows, question, ends | {between[0]}, device)
+                    rows = [row + between for row in rows]
+                rows = _drawn(model, rows, length - question, ends, device)
+                written, texts = written + sum(map(len, rows)), texts + len(rows)
+                rows.sort(key=len)  # little padding
+                batches += [_padded(rows[i : i + 8], "right") for i in range(0, len(rows), 8)]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return batches
+
+
+def _frame(tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens before a question and those between it and its answer; without a chat template, of
+    the start of a text, and none."""
+    start = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
+    if not tokenizer.chat_template:
+        if not start:
+            raise ValueError(
+                "write_calibration: tokenizer has no chat template and neither a bos nor an eos "
+                "token, want one of them to start a text with"
+            )
+        return start, []
+    chat = [{"role": "user", "content": _MARK}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    parts = text.split(_MARK)
+    if len(parts) != 2:
+        raise ValueError(
+            f"write_calibration: the tokenizer's chat template writes a question {len(parts) - 1} "
+            "times, want once and unchanged"
+        )
+    before, between = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+    return before or start, between
+
+
+def _length(model: nn.Module, frame: list[int]) -> int:
+    """How many tokens a text may have beside the template's, which the model must know."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    if max(frame) >= known:
+        raise ValueError(
+            f"write_calibration: the text starts with token {max(frame)} and the model {known} "
+            "tokens, want the tokenizer of this model"
+        )
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(config, "max_position_embeddings", None)
+    length = min(_LENGTH, (positions or math.inf) - len(frame))
+    if length < 3:
+        raise ValueError(
+            f"write_calibration: the chat template takes {len(frame)} of the model's {positions} "
+            "positions, want one that leaves room for a question"
+        )
+    return length
+
+
+def _ids(token: int | list[int] | None) -> list[int]:
+    """A setting that names one token, several or none, as a list."""
+    return [] if token is None else token if isinstance(token, list) else [token]
+
+
+def _drawn(model, rows: list[list[int]], most: int, ends: set[int], device) -> list[list[int]]:
+    """The rows, each with up to `most` tokens more: those before the first of `ends`."""
+    from transformers import GenerationConfig
+
+    batch = _padded(rows, "left")
+    if hasattr(model, "get_base_model"):  # a PeftModel, which has settings of its own
+        model = model.get_base_model()
+    # As the model's settings, not as an argument, which leaves to the model's what it does not set.
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=0,
+    )
+    try:
+        out = model.generate(**{name: tensor.to(device) for name, tensor in batch.items()})
+    finally:
+        model.generation_config = before
+    drawn = out[:, batch["input_ids"].shape[1] :].tolist()
+    lengths = [next((i for i, t in enumerate(new) if t in ends), len(new)) for new in drawn]
+    return [row + new[:n] for row, new, n in zip(rows, drawn, lengths, strict=True)]
+
+
+def _padded(rows: list[list[int]], side: str) -> dict[str, Tensor]:
+    """Token ids of different lengths as one batch."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[i, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask}
