@@ -683,39 +683,6 @@ def test_layer_compiles_in_one_graph(folders):
         torch.testing.assert_close(a, b)
 
 
-def test_whole_model_compiles_as_one_graph_for_any_length(folders):
-    from torch._dynamo.utils import counters
-
-    model = adapted(folders, target_modules="all-linear").train()
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for length in (5, 13):
-        results = []
-        for forward in (model, compiled):
-            loss = forward(input_ids=ids(2, length), labels=ids(2, length)).loss
-            results.append([loss, *torch.autograd.grad(loss, trained)])
-        torch.testing.assert_close(results[1], results[0])
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-class Logits(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens):
-        return self.model(input_ids=tokens, use_cache=False).logits
-
-
-def test_whole_model_exports(folders):
-    module = Logits(adapted(folders, target_modules="all-linear").eval())
-    length = {1: torch.export.Dim("length", min=2, max=32)}
-    program = torch.export.export(module, (ids(2, 9),), dynamic_shapes=(length,), strict=False)
-    torch.testing.assert_close(program.module()(ids(2, 17)), module(ids(2, 17)))
-
-
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_bitsandbytes_optimizers(folders, name):
     optim = pytest.importorskip("bitsandbytes").optim

@@ -352,52 +352,6 @@ def test_whole_model_on_meta():
     assert memory_report(model).bits_per_weight > 4.1
 
 
-def test_whole_model_compiles_as_one_graph_for_any_length():
-    from torch._dynamo.utils import counters
-
-    model = quantize(tiny.make("llama", num_hidden_layers=1))
-    add_lora(model, LoraConfig(mlp=True, head=True, lora_dropout=0.0))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    weight = model.model.layers[0].mlp.up_proj.lora_A
-    for length in (5, 8, 13):
-        ids = tiny.inputs(model, length=length)["input_ids"]
-        results = []
-        for forward in (model, compiled):
-            model.zero_grad()
-            logits = forward(input_ids=ids, use_cache=False).logits
-            logits.square().sum().backward()
-            results.append((logits.detach(), weight.grad.clone()))
-        torch.testing.assert_close(results[1], results[0])
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-def test_whole_model_exports():
-    model = quantize(tiny.make("llama"))
-    add_lora(model, LoraConfig(key=True, mlp=True))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-
-    class Logits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model.eval()
-
-        def forward(self, ids):
-            return self.model(input_ids=ids, use_cache=False).logits
-
-    ids = tiny.inputs(model, length=9)["input_ids"]
-    length = {1: torch.export.Dim("length", min=2, max=32)}
-    program = torch.export.export(Logits(), (ids,), dynamic_shapes=(length,), strict=False)
-    ids = tiny.inputs(model, length=17)["input_ids"]
-    torch.testing.assert_close(program.module()(ids), Logits()(ids))
-
-
 # Bad arguments ------------------------------------------------------------------------------------
 
 
