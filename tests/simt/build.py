@@ -244,7 +244,7 @@ def _link(objects, target, extra, sanitize):
 
 # The binaries that the PTX of the kernels is translated for (machine.cpp: binary_for).
 PTX_ARCHS = ("75", "80", "90a")
-# Long functions of short statements, many of them of no effect. Registers are local variables, which
+# Long functions of short statements, many of no effect. Registers are local variables, which
 # no address can reach; UBSan would take minutes, and the instructions check alignment themselves.
 PTX_FLAGS = ["-O1", "-w", "-fno-sanitize=undefined", "-fno-sanitize-address-use-after-scope"]
 PTX_FLAGS += ["--param", "asan-stack=0"]
