@@ -466,6 +466,9 @@ class Weights(Mapping):
             self.last = unit, tensors
         return self.last[1][name]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
+        return name in self.checkpoint.sources
+
     def __iter__(self):
         return iter(self.checkpoint.sources)
 

@@ -117,7 +117,7 @@ def merge_into_4bit(
         if peft_model:
             return model.merge_and_unload().to(dtype)
         return merge_and_unload(model, dtype, progress_bar=progress_bar)
-    source = None if base is None else _Base(base, model)
+    source = None if base is None else UnquantizedWeights(base, model)
     batches = None if calibration is None else _batches(calibration)
     if source is not None:
         for layer in layers:
@@ -343,10 +343,17 @@ def _forget_tie(model: nn.Module) -> None:
 # The unquantized model ----------------------------------------------------------------------------
 
 
-class _Base:
-    """Unquantized weights by name, from a module, a state dict or safetensors files."""
+class UnquantizedWeights:
+    """The weights that the packed layers of a model were made from, by the layers' names.
 
-    def __init__(self, base, model: nn.Module):
+    Args:
+        base: the unquantized model, its state dict, or a folder or file of safetensors.
+        model: the packed one, PEFT's or not.
+        op: who asks, for the sentences of errors.
+    """
+
+    def __init__(self, base, model: nn.Module, op: str = "merge_into_4bit"):
+        self.op = op
         self.reason = ""  # why transformers' names of a folder's tensors are not known
         self.experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts4bit)}
         if isinstance(base, nn.Module):
@@ -357,7 +364,7 @@ class _Base:
             self.tensors = self._read(Path(base), model)
         else:
             raise TypeError(
-                f"merge_into_4bit: base is a {type(base).__name__}, want the unquantized model, "
+                f"{self.op}: base is a {type(base).__name__}, want the unquantized model, "
                 "its state dict, or a folder of safetensors"
             )
 
@@ -373,14 +380,18 @@ class _Base:
                 return Weights(path, model)
             except (CheckpointError, ImportError, AttributeError) as error:
                 self.reason = str(error)
-        return _Safetensors(path)
+        return _Safetensors(path, self.op)
 
-    def weight(self, layer: _Adapted) -> Tensor:
-        """The unquantized [N, K] weight under an adapted layer."""
-        name = layer.name.removeprefix("base_model.model.")
+    def weight(self, full_name: str, packed: Linear4bit) -> Tensor:
+        """The unquantized weight of a packed layer, fp32 [N, K].
+
+        Raises:
+            ValueError: there is none of that name, or it has another shape, or no float values.
+        """
+        name = full_name.removeprefix("base_model.model.")
         key, pick = f"{name}.weight", None
         match = re.fullmatch(r"(.+)\.packed\.(\d+)\.(up|down)", name)
-        holder = layer.name[: -len(name)] + match[1] if match else None
+        holder = full_name[: -len(name)] + match[1] if match else None
         if holder in self.experts:
             experts = self.experts[holder].template
             key = f"{match[1]}.{_up_name(experts) if match[3] == 'up' else 'down_proj'}"
@@ -388,37 +399,39 @@ class _Base:
         if key not in self.tensors:
             near = [k for k in self.tensors if k.endswith(name.rpartition(".")[2] + ".weight")]
             raise ValueError(
-                f"merge_into_4bit: base has no {key}, want the unquantized model that was packed; "
+                f"{self.op}: base has no {key}, want the unquantized model that was packed; "
                 f"it has {near[:3] or list(self.tensors)[:3]}"
                 + (f"; as a model's folder it cannot be read: {self.reason}" if self.reason else "")
             )
         weight = self.tensors[key]
-        flip = layer.packed.from_conv1d
+        flip = packed.from_conv1d
         if pick is not None:
             weight, flip = weight[pick], experts.is_transposed
         if weight.dtype not in FLOAT_DTYPES or weight.is_meta:
             raise ValueError(
-                f"merge_into_4bit: base has {key} in {weight.dtype} on {weight.device}, want float "
+                f"{self.op}: base has {key} in {weight.dtype} on {weight.device}, want float "
                 "values: the model as it was before it was packed"
             )
         weight = weight.T if flip else weight
-        want = (layer.packed.out_features, layer.packed.in_features)
+        want = (packed.out_features, packed.in_features)
         if tuple(weight.shape) != want:
             raise ValueError(
-                f"merge_into_4bit: base has {key} of shape {list(weight.shape)}, want "
+                f"{self.op}: base has {key} of shape {list(weight.shape)}, want "
                 f"{list(want)}: it must be the unquantized model that was packed"
             )
-        return weight.detach().to(layer.packed.weight.device, torch.float32)
+        return weight.detach().to(packed.weight.device, torch.float32)
 
     def check(self, layer: _Adapted) -> None:
         """ValueError unless the weight packs to nearly the codes that the layer has."""
-        again = quantize_with(self.weight(layer), layer.packed.config).packed.reshape(-1)
+        again = quantize_with(
+            self.weight(layer.name, layer.packed), layer.packed.config
+        ).packed.reshape(-1)
         now = layer.packed.quantized.packed.reshape(-1)
         same = (again >> 4 == now >> 4).float().mean() + (again & 15 == now & 15).float().mean()
         # Stored in another dtype, a weight in a hundred changes its code.
         if now.numel() and same / 2 < 0.9:
             raise ValueError(
-                f"merge_into_4bit: base is not what was packed: {same / 2:.0%} of the codes of "
+                f"{self.op}: base is not what was packed: {same / 2:.0%} of the codes of "
                 f"{layer.name} agree, want nearly all. An adapter that was initialised by changing "
                 "the packed weight (PiSSA, OLoRA) needs calibration instead"
             )
@@ -426,18 +439,18 @@ class _Base:
     def target(self, layer: _Adapted) -> Tensor:
         """W + s B A, fp32 [N, K]."""
         A, B, scaling = layer.lora
-        return self.weight(layer).addmm(B, A, alpha=scaling)
+        return self.weight(layer.name, layer.packed).addmm(B, A, alpha=scaling)
 
 
 class _Safetensors(Mapping):
     """The tensors of a safetensors file, or of those in a folder, each read when asked for."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, op: str):
         from safetensors import safe_open
 
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"merge_into_4bit: base is {path}, want safetensors files there")
+            raise ValueError(f"{op}: base is {path}, want safetensors files there")
         self.files = [safe_open(file, framework="pt") for file in files]
         self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
 

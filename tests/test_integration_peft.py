@@ -631,10 +631,44 @@ def test_loftq_starts_nearer_to_the_unquantized_model(folders, through):
 
 def test_loftq_needs_the_unquantized_weights(folders):
     model = adapted(folders)
-    with pytest.raises(ValueError, match="must be the unquantized model"):
+    with pytest.raises(ValueError, match=r"loftq: .* in torch\.uint8 on cpu, want float values"):
         plugin.replace_lora_weights_loftq(model, folders[1])
     with pytest.raises(ValueError, match="no packed layer with LoRA named 'other'"):
         plugin.replace_lora_weights_loftq(model, folders[0], adapter_name="other")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_loftq_reads_what_transformers_renames(family, tmp_path):
+    """Mixtral's files hold an expert a tensor; packed experts have adapters of their own."""
+    import tiny_models as tiny
+
+    dense = tiny.make(family)
+    dense.save_pretrained(tmp_path)
+    model = qlora_ext.quantize_model(tiny.make(family), progress_bar=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
+
+    def errors():
+        found = {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, plugin.LoraLinear4bit):
+                continue
+            name = name.removeprefix("base_model.model.")
+            holder, _, expert = name.partition(".packed.")
+            if expert:
+                number, side = expert.split(".")
+                key = {"up": "gate_up_proj", "down": "down_proj"}[side]
+                weight = dense.get_parameter(f"{holder}.{key}")[int(number)]
+            else:
+                weight = dense.get_submodule(name).weight
+            weight = weight.T if layer.base_layer.from_conv1d else weight
+            lost = weight - plugin.dequantize(layer.base_layer) - layer.get_delta_weight("default")
+            found[name] = lost.norm().item()
+        return found
+
+    before = errors()
+    assert before and any("experts" in name for name in before) == (family == "mixtral")
+    peft.replace_lora_weights_loftq(model, tmp_path)
+    assert all(error < 0.9 * before[name] for name, error in errors().items())
 
 
 def test_loftq_callback_takes_a_layer_back(folders):

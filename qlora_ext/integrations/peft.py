@@ -45,6 +45,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
+from ..merge_4bit import UnquantizedWeights
 from ..models import check_whole
 from ..nn import Embedding4bit, Linear4bit, _Lora
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
@@ -656,18 +657,14 @@ def replace_lora_weights_loftq(
             f"replace_lora_weights_loftq: no packed layer with LoRA named {adapter_name!r}"
         )
     model_path = model_path or peft_model.get_base_model().config._name_or_path
-    loader = loftq_utils._SafetensorLoader(peft_model, str(model_path))
+    if not any(Path(model_path).glob("*.safetensors")) and not Path(model_path).is_file():
+        # A sharded model of the hub.
+        loader = loftq_utils._SafetensorLoader(peft_model, str(model_path))
+        model_path = Path(next(iter(loader.weight_map.values()))).parent
+    unquantized = UnquantizedWeights(model_path, peft_model, "replace_lora_weights_loftq")
     for name, layer in layers.items():
         packed = _packed_base(layer)
-        weight = loader.get_tensor(f"{name}.weight")
-        weight = weight.T if packed.from_conv1d else weight
-        if tuple(weight.shape) != (packed.out_features, packed.in_features):
-            raise ValueError(
-                f"replace_lora_weights_loftq: {name}.weight in {model_path} has shape "
-                f"{tuple(weight.shape)}, want {(packed.out_features, packed.in_features)}: it must "
-                "be the unquantized model"
-            )
-        lost = weight.to(packed.weight.device, torch.float32) - dequantize(packed)
+        lost = unquantized.weight(prefix + name, packed) - dequantize(packed)
         # The seed of the random projection: the same start in every run.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
