@@ -74,6 +74,17 @@ def wants_cuda(toolkit):
     return False
 
 
+def architectures():
+    """TORCH_CUDA_ARCH_LIST, or the default, with Turing if seen; older ones end the build."""
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;" * ((7, 5) in gpus) + DEFAULT_ARCHS
+    # The PTX of 7.5 would run on 8.0, without the kernels that dispatch wants there.
+    if older := re.search(r"(?<![\d.])([1-6]\.\d|7\.[0-4]|7\.5\+PTX)[^; ]*", archs):
+        want = "7.5, 8.0 or newer, and +PTX from 8.0 on"
+        sys.exit(f"qlora_ext: TORCH_CUDA_ARCH_LIST has {older[0]}, want {want}")
+    return archs
+
+
 def sources(*folders):
     """Every C++ and CUDA file of these csrc folders: the one list; CMakeLists.txt globs alike."""
     patterns = [f"csrc/{folder}/**/*.{ext}" for folder in folders for ext in ("cpp", "cu")]
@@ -100,7 +111,7 @@ TOOLKIT = toolkit_root()
 CUDA = wants_cuda(TOOLKIT)
 if CUDA:
     os.environ["CUDA_HOME"] = TOOLKIT  # before cpp_extension is imported, which reads it once
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
 
 from torch.utils.cpp_extension import BuildExtension  # noqa: E402
 

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import quantize
+from conftest import _load
 from torch.overrides import TorchFunctionMode
+
+import qlora_ext
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -77,6 +81,9 @@ def gpu(monkeypatch):
         "empty_cache": lambda: None,
         "get_device_properties": lambda device: properties,
         "get_device_name": lambda: "a CPU",
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 3 << 20,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -108,6 +115,7 @@ def test_every_case_runs_is_printed_saved_and_plotted(gpu, monkeypatch, tmp_path
     for row in record["rows"]:
         assert row["us"]["ours"] >= 0 and row["floor_us"] > 0
         assert row["not_graphed"] == (["ours"] if row["op"] == "quantize" else [])
+        assert row["extra_bytes"] == 3 << 20 and row["missed"] == gpu.missed(row)
     printed = capsys.readouterr().out
     assert "TB/s" in printed and printed.count("of floor") == len(record["rows"])
     for name in ("forward", "forward_LoRA", "backward_LoRA"):
@@ -128,6 +136,47 @@ def test_what_cannot_be_captured_is_timed_as_a_loop(gpu, monkeypatch):
 def test_touch_every_op(gpu, monkeypatch, capsys):
     run(gpu, monkeypatch, "--touch-every-op")
     assert "touched every op" in capsys.readouterr().out
+
+
+def test_touch_every_op_launches_every_kernel(gpu, monkeypatch):
+    """On the emulated machine, on the architectures that choose differently."""
+    simt = _load("simt")
+
+    def quantized(weight, **config):
+        quantize(simt, weight, qlora_ext.QuantConfig(**config))
+        return qlora_ext.quantize_4bit(weight, **config)
+
+    monkeypatch.setattr(gpu, "ops", simt.ops)
+    monkeypatch.setattr(gpu, "qlora_ext", types.SimpleNamespace(quantize_4bit=quantized))
+    simt.ops.reset_launches()
+    with OnTheCpu(), simt.ops.device(90, 64):
+        gpu.touch_every_op()
+    launches = simt.ops.kernels()
+    base = {name.split("<")[0] for name in launches}
+    assert base == {name.split("<")[0] for name, n in launches.items() if n}
+
+
+def test_bars(gpu):
+    def row(op, M, floor=1.0, **us):
+        return {"op": op, "M": M, "floor_us": floor, "us": {"ours": 10.0, **us}}
+
+    assert gpu.missed(row("dequantize", 0, 8.5, bitsandbytes=13.1)) == []
+    assert gpu.missed(row("dequantize", 0, 7.0, bitsandbytes=12.0)) == [
+        "1.20x bitsandbytes, want 1.30x",
+        "70% of the copy's bandwidth, want 80%",
+    ]
+    assert gpu.missed(row("forward", 1, **{"dense bf16": 21.0, "bitsandbytes": 12.1})) == [
+        "2.10x dense bf16, want 2.20x"
+    ]
+    assert gpu.missed(row("forward", 64, **{"dense bf16": 5.0, "bitsandbytes": 9.0})) == [
+        "0.90x bitsandbytes, want 1.00x"
+    ]
+    fast = {"bitsandbytes+LoRA": 15.1, "dense bf16": 6.1}
+    assert gpu.missed(row("forward+LoRA", 512, **fast)) == []
+    assert len(gpu.missed(row("forward+LoRA", 2048, **fast))) == 1
+    assert gpu.missed(row("backward+LoRA", 8192, **{"bitsandbytes+LoRA": 10.9})) == [
+        "1.09x bitsandbytes+LoRA, want 1.10x"
+    ]
 
 
 def test_no_case_starts_after_the_time_is_up(gpu, monkeypatch, tmp_path):
@@ -193,6 +242,23 @@ def test_gpu_sh_does_every_step(tmp_path):
     assert len(checks) == 4
     # initcheck has to see what torch's kernels write.
     assert [c.split()[2] for c in checks if "kns=qlora_ext" not in c] == ["initcheck"]
+
+
+def test_gpu_sh_runs_the_tests_that_only_a_gpu_can_run():
+    step = re.search(
+        r"^step tests .*?((?:[^\n]*\\\n)*[^\n]*)", (BENCH / "gpu.sh").read_text(), re.M
+    )
+    (chosen,) = re.findall(r"-k '([^']*)'", step[0])
+    files = re.findall(r"tests/(test_\w+\.py)", step[0])
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", chosen, *files],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout
+    for name in ("test_a_graph_replays_a_step[cuda-1]", "test_the_current_stream_is_used[cuda]"):
+        assert name in listed
+    assert "test_ops.py" in listed and "[simt" not in listed and "[cpu" not in listed
 
 
 def test_gpu_sh_goes_on_after_a_failed_step_but_not_after_a_failed_build(tmp_path):

@@ -92,6 +92,31 @@ def test_rocm_is_refused_by_a_sentence(setup_module, monkeypatch):
         setup_module(torch_cuda=None, USE_CUDA="1")
 
 
+def test_turing_is_built_where_it_is_seen(setup_module, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    path = fake_nvcc(tmp_path / "bin", tmp_path / "toolkit")
+    seen = [(8, 6)]
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDAExtension", lambda *a, **k: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: seen[i])
+    setup_module(torch_cuda="13.0", path=path)
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0a;9.0+PTX"
+    seen.append((7, 5))
+    setup_module(torch_cuda="13.0", path=path)
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0a;9.0+PTX"
+    setup_module(torch_cuda="13.0", path=path, TORCH_CUDA_ARCH_LIST="8.6;7.5")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6;7.5"
+
+
+@pytest.mark.parametrize("arch", ["7.0", "6.1+PTX", "7.5+PTX"])
+def test_architectures_without_kernels_are_refused(setup_module, tmp_path, arch):
+    (tmp_path / "bin").mkdir()
+    path = fake_nvcc(tmp_path / "bin", tmp_path / "toolkit")
+    with pytest.raises(SystemExit) as stopped:
+        setup_module(torch_cuda="13.0", path=path, TORCH_CUDA_ARCH_LIST=f"8.0 {arch}")
+    assert f"TORCH_CUDA_ARCH_LIST has {arch}, want 7.5, 8.0 or newer" in str(stopped.value)
+
+
 def test_use_cuda_is_0_or_1(setup_module):
     with pytest.raises(SystemExit, match="USE_CUDA is 'yes', want 0 or 1"):
         setup_module(USE_CUDA="yes")
@@ -115,7 +140,7 @@ def test_without_torch_it_says_what_to_run():
 
 
 def test_setup_is_short():
-    assert len(SETUP.read_text().splitlines()) <= 110
+    assert len(SETUP.read_text().splitlines()) <= 120
 
 
 # What was built -----------------------------------------------------------------------------

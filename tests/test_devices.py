@@ -21,8 +21,8 @@ def device(request):
     return request.param
 
 
-@pytest.fixture
-def gpu():
+@pytest.fixture(params=["cuda"])  # the name by which bench/gpu.sh selects
+def gpu(request):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
 

@@ -26,14 +26,6 @@ bool fused_can_run(const Gemm4bitParams& p, const DeviceInfo& device) {
          p.x_stride % 8 == 0;
 }
 
-// Rows of x from which decoding W to memory and cuBLAS wins over decoding it in the kernel. By
-// napkin, not yet by a bench on silicon: two passes cost 1 + 335 / M of the dense product on H100,
-// the fused kernel reaches at best 63% of the tensor peak (mma.sync on Hopper), ~100% on Ampere.
-constexpr int64_t kFusedMaxRows = 256;
-constexpr int64_t kFusedMaxRowsTuring = 64;
-// FFMA tiles of 64 rows: beyond one of them cuBLAS is far ahead.
-constexpr int64_t kAnyMaxRows = 64;
-
 Variant choose(const Gemm4bitParams& p) {
   const DeviceInfo& device = device_info();
   const bool turing = device.arch < 80;
@@ -41,7 +33,7 @@ Variant choose(const Gemm4bitParams& p) {
   if (p.M > (turing ? kFusedMaxRowsTuring : kFusedMaxRows)) return Variant::kChunks;
   if (p.M <= 8) return Variant::kFused1;
   if (p.M <= 16) return Variant::kFused2;
-  // 64 rows at a time need 133 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
+  // 64 rows at a time need 131 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
   const bool wide = !turing && device.shared_bytes >= static_cast<int>(sizeof(FusedSmem<Sm80, 8>));
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }

@@ -21,11 +21,6 @@ bool fused_can_run(const Gemm4bitBackwardParams& p, const DeviceInfo& device) {
          p.dY_stride % 8 == 0 && is_aligned(p.dX, 16);
 }
 
-// As the forward's: by napkin, not yet by a bench on silicon.
-constexpr int64_t kFusedMaxRows = 256;
-constexpr int64_t kFusedMaxRowsTuring = 64;
-constexpr int64_t kAnyMaxRows = 64;
-
 Variant choose(const Gemm4bitBackwardParams& p) {
   const DeviceInfo& device = device_info();
   const bool turing = device.arch < 80;

@@ -374,7 +374,7 @@ struct BackwardTile {
 template <class Arch, class T, int kTilesM, bool kNested>
 __global__ void __launch_bounds__(256, 1) gemm_4bit_backward_fused(BackwardParams p) {
   if constexpr (!ptx::is_compiled<Arch, BackwardSmem<Arch, kTilesM>>()) {
-    return;
+    ptx::trap();
   } else {
     BackwardTile<Arch, T, kTilesM, kNested> tile(p,
                                                  ptx::shared_memory<BackwardSmem<Arch, kTilesM>>());

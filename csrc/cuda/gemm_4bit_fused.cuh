@@ -393,7 +393,7 @@ constexpr int kFusedBlocksPerSm = kTilesM <= 2 ? 2 : 1;
 template <class Arch, class T, int kTilesM, bool kNested>
 __global__ void __launch_bounds__(256, kFusedBlocksPerSm<kTilesM>) gemm_4bit_fused(FusedParams p) {
   if constexpr (!ptx::is_compiled<Arch, FusedSmem<Arch, kTilesM>>()) {
-    return;
+    ptx::trap();
   } else {
     FusedTile<Arch, T, kTilesM, kNested> tile(p, ptx::shared_memory<FusedSmem<Arch, kTilesM>>());
     tile.run_all();

@@ -1,5 +1,5 @@
-// What the dispatch of the fused kernels shares, forward and backward: which operands tensor cores
-// take, and into how many blocks a contraction is split.
+// What the dispatch of gemm_4bit and its backward shares: which operands tensor cores take, up to how
+// many rows a kernel decodes W itself, and into how many blocks a contraction is split.
 #pragma once
 
 #include "cuda/reduce_parts.cuh"
@@ -11,6 +11,15 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
          : dtype == DType::kBFloat16 ? device.arch >= 80
                                      : false;
 }
+
+// Rows of x (backward: of dY) from which decoding W to memory and cuBLAS wins over decoding it in the
+// kernel. By napkin, not yet by a bench on silicon: two passes cost 1 + 335 / M of the dense product
+// on H100, the fused kernels reach at best 63% of the tensor peak (mma.sync on Hopper), ~100% on
+// Ampere.
+constexpr int64_t kFusedMaxRows = 256;
+constexpr int64_t kFusedMaxRowsTuring = 64;
+// FFMA tiles of 64 rows: beyond one of them cuBLAS is far ahead.
+constexpr int64_t kAnyMaxRows = 64;
 
 // Stages that a split has at least: below that the prologue outweighs what parallelism brings.
 constexpr int64_t kLeastStages = 4;

@@ -31,6 +31,11 @@ inline const char* launch_error(const std::string& what, const char* call, cudaE
   static thread_local std::string sentence;
   sentence = what + ": " + call + " failed: " + cudaGetErrorName(status) + " (" +
              cudaGetErrorString(status) + ")";
+  if (status == cudaErrorNoKernelImageForDevice) {
+    sentence +=
+        "; qlora_ext was built for other GPUs: build it again on a machine with this one, or "
+        "with its compute capability in TORCH_CUDA_ARCH_LIST";
+  }
   return sentence.c_str();
 }
 
@@ -53,8 +58,8 @@ inline DeviceInfo read_device(int device) {
   return info;
 }
 
-// QLORA_EXT_DEBUG=1: synchronize and check after each launch (but under capture, where nothing
-// runs).
+// QLORA_EXT_DEBUG=1: synchronize and check before and after each launch (but under capture, where
+// nothing runs).
 inline bool debug_launches() {
   static const bool debug = [] {
     const char* value = std::getenv("QLORA_EXT_DEBUG");
@@ -95,10 +100,14 @@ inline const DeviceInfo& device_info() {
   return *info;
 }
 
-// Whether the stream (a cudaStream_t) is being captured into a graph.
+// Whether the stream (a cudaStream_t) is being captured into a graph; also where it is the legacy
+// stream and another one is being captured, which CUDA answers by an error.
 inline bool stream_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
+    cudaGetLastError();
+    return true;
+  }
   return status != cudaStreamCaptureStatusNone;
 }
 
@@ -117,17 +126,19 @@ struct Launcher<kernel> {
     const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
     if (const char* error = allow_shared_bytes(address, shared_bytes)) return error;
     void* arguments[] = {&params...};
-    cudaError_t status =
-        cudaLaunchKernel(address, grid, block, arguments, shared_bytes, cuda_stream);
+    const bool debug = detail::debug_launches() && !stream_is_capturing(stream);
+    cudaError_t status = debug ? cudaStreamSynchronize(cuda_stream) : cudaSuccess;
+    if (status != cudaSuccess) {
+      return detail::launch_error("before " + detail::kernel_name<kernel>(), "other work", status);
+    }
+    status = cudaLaunchKernel(address, grid, block, arguments, shared_bytes, cuda_stream);
     if (status != cudaSuccess) {
       cudaGetLastError();  // reported here, so it does not surface in somebody else's check
       return detail::launch_error(detail::kernel_name<kernel>(), "launch", status);
     }
-    if (detail::debug_launches() && !stream_is_capturing(stream)) {
-      status = cudaStreamSynchronize(cuda_stream);
-      if (status != cudaSuccess) {
-        return detail::launch_error(detail::kernel_name<kernel>(), "run", status);
-      }
+    if (debug) status = cudaStreamSynchronize(cuda_stream);
+    if (status != cudaSuccess) {
+      return detail::launch_error(detail::kernel_name<kernel>(), "run", status);
     }
     return nullptr;
   }

@@ -213,7 +213,7 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
 template <class Arch, class T, int kRankTiles>
 __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_rows_mma(LoraMma p) {
   if constexpr (!ptx::is_compiled<Arch>()) {
-    return;
+    ptx::trap();
   } else {
     auto& s = ptx::shared_memory<LoraRowsSmem<kRankTiles>>();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_ro
 template <class Arch, class T, int kRankTiles>
 __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
   if constexpr (!ptx::is_compiled<Arch>()) {
-    return;
+    ptx::trap();
   } else {
     using Smem = LoraColumnsSmem<kRankTiles>;
     constexpr int kAhead = Smem::kStages - 1;

@@ -11,7 +11,8 @@
 //   - no `__shared__` variable: a kernel has a struct, reached by ptx::shared_memory<Smem>();
 //   - no `<<<>>>`, no `asm`, no `__CUDA_ARCH__`; launch through launch_kernel<kernel>(...);
 //   - a kernel that depends on the architecture takes a tag (Sm75, Sm80, Sm90a) as a template
-//     argument and begins with `if constexpr (!ptx::is_compiled<Arch, Smem>()) return;`;
+//     argument and begins with `if constexpr (!ptx::is_compiled<Arch, Smem>()) ptx::trap();`
+//     (without Smem where it needs no more than 48 KiB);
 //   - blocks do not wait for each other: a block may count arrivals (atomicAdd after
 //     __threadfence) and the last one may reduce, but nothing spins;
 //   - lanes exchange values only through *_sync intrinsics, ldmatrix, mma, or shared memory with
@@ -44,8 +45,8 @@ struct Sm90a {  // bulk copies, mbarrier, wgmma: compute_90a only, not newer arc
 namespace ptx {
 
 // True where a kernel variant for Arch with this shared memory has a body. Each device binary holds
-// exactly one of Sm75 and Sm80, and Sm90a only if it was compiled for sm_90a; other variants are
-// empty kernels. So are variants that ask for more shared memory than a block may have on any
+// exactly one of Sm75 and Sm80, and Sm90a only if it was compiled for sm_90a; other variants only
+// trap. So do variants that ask for more shared memory than a block may have on any
 // device that runs this binary (those for 8.6 run on 8.7 too, which has as much as 8.0): dispatch,
 // which asks the device, never launches them.
 template <class Arch, class Smem = char>

@@ -14,7 +14,9 @@ DeviceScope::DeviceScope(const Tensor& tensor) {
   CUDAGuardHandle guard;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
   guard_ = guard;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(device, &stream_);
+  if (error != AOTI_TORCH_SUCCESS) aoti_torch_delete_cuda_guard(guard);  // no destructor will run
+  TORCH_ERROR_CODE_CHECK(error);
 }
 
 DeviceScope::~DeviceScope() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }

@@ -1,4 +1,5 @@
-// dX = dY W + dS A, and for the LoRA op dA and dB beside it. W is decoded, never materialized.
+// dX = dY W + dS A, and for the LoRA op dA and dB beside it. W is decoded, and never there as a whole
+// but where it is one chunk (chunks.cuh).
 #include "gemm_4bit.h"
 
 namespace qlora_ext::host {

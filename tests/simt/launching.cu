@@ -1,7 +1,8 @@
 // csrc/cuda/launch.cuh itself, not its twin, over a CUDA runtime that only notes what it is asked:
 // which calls a launch makes, and what it says when one fails (test_simt_launching.py).
 //
-//     launching SCENARIO [CALL=ERROR ...]     CALL fails with cudaError_t number ERROR
+//     launching SCENARIO [CALL=ERROR ...]     CALL fails with cudaError_t number ERROR; CALL `kernel`:
+//                                             what was launched does, at the next synchronization
 //
 // Prints what each launch returned, then the calls in their order.
 #include "../../csrc/cuda/launch.cuh"
@@ -16,6 +17,7 @@ std::vector<std::string> calls;
 std::map<std::string, int> errors;
 int device = 0;
 bool capturing = false;
+bool launched = false;
 
 cudaError_t called(const std::string& call) {
   calls.push_back(call);
@@ -46,6 +48,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
 }
 cudaError_t cudaLaunchKernel(const void*, dim3 grid, dim3 block, void** arguments, size_t bytes,
                              cudaStream_t stream) {
+  launched = true;
   return called("cudaLaunchKernel grid " + std::to_string(grid.x) + " block " +
                 std::to_string(block.x) + " shared " + std::to_string(bytes) + " stream " +
                 std::to_string(reinterpret_cast<uintptr_t>(stream)) + " argument " +
@@ -55,7 +58,10 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return called("cudaStreamIsCapturing");
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return called("cudaStreamSynchronize"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  const cudaError_t error = called("cudaStreamSynchronize");
+  return launched && errors.count("kernel") ? static_cast<cudaError_t>(errors["kernel"]) : error;
+}
 cudaError_t cudaGetLastError() { return called("cudaGetLastError"); }
 const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorOther";

@@ -558,6 +558,7 @@ struct TranslatedKernel {
   std::string function;
   Translation run;
   std::vector<size_t> parameters;
+  int64_t max_threads;
 };
 
 std::vector<TranslatedKernel>& translations() {
@@ -1199,9 +1200,15 @@ Kernel& register_kernel(const char* name, const char* launcher) {
 }
 
 bool register_translation(int arch, const char* mangled, Translation run,
-                          std::vector<size_t> parameters) {
-  translations().push_back({arch, function_name(mangled), run, std::move(parameters)});
+                          std::vector<size_t> parameters, int64_t max_threads) {
+  translations().push_back({arch, function_name(mangled), run, std::move(parameters), max_threads});
   return true;
+}
+
+const uint64_t& register_poison() {
+  static uint64_t pattern = 0;
+  pattern = 0x0101010101010101u * static_cast<unsigned>(machine().poison);
+  return pattern;
 }
 
 const Device& device() {
@@ -1314,6 +1321,11 @@ const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, cons
     if (found->parameters != launch.parameters) {
       return refuse("its parameters have other sizes on the device than on the host");
     }
+    if (threads > found->max_threads) {
+      return refuse(std::to_string(threads) + " threads, its __launch_bounds__ allow " +
+                    std::to_string(found->max_threads));
+    }
+    register_poison();  // of this launch
     translated.run = found->run;
     m.call = [](void* closure) {
       auto* kernel = static_cast<Translated*>(closure);

@@ -198,6 +198,11 @@ __global__ void probe_copies(CopiesIo io) {
   }
 }
 
+struct BoundsIo {
+  uint32_t* out;  // [64]
+};
+__global__ void __launch_bounds__(32) probe_bounds(BoundsIo io) { io.out[threadIdx.x] = 1; }
+
 }  // namespace qlora_ext
 
 using namespace qlora_ext;
@@ -227,6 +232,9 @@ PROBE probe_vote_run(VoteIo* io) { return launch_kernel<probe_vote>(1, 32, 0, nu
 PROBE probe_bits_run(BitsIo* io) { return launch_kernel<probe_bits>(1, 32, 0, nullptr, *io); }
 PROBE probe_half_fma_run(HalfIo* io) {
   return launch_kernel<probe_half_fma>(1, 32, 0, nullptr, *io);
+}
+PROBE probe_bounds_run(int threads, BoundsIo* io) {
+  return launch_kernel<probe_bounds>(1, threads, 0, nullptr, *io);
 }
 PROBE probe_copies_run(CopiesIo* io) {
   return launch_kernel<probe_copies>(1, 64, sizeof(CopiesSmem), nullptr, *io);

@@ -13,6 +13,7 @@ An instruction, directive or operand that is not known here is an error that nam
 nothing is left out. The reference is NVIDIA's "Parallel Thread Execution ISA".
 """
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -274,7 +275,8 @@ class Function:
         exact = (source in floats) == (to in floats) and not rounding
         if not exact and rounding != ["rn"]:
             raise Unknown(f"cvt.{'.'.join(parts)}")
-        if source in floats and to not in floats:
+        narrows = to[0] == "s" and int(to[1:]) < 32 and source not in floats
+        if narrows or (source in floats and to not in floats):
             raise Unknown(f"cvt.{'.'.join(parts)}")
         value = self.value(operands[1], source)
         return f"{self.target(operands[0])} = isa::cvt<{TYPES[to]}, {TYPES[source]}>({value});"
@@ -541,7 +543,10 @@ class Function:
                 else:
                     names.append(_name(name.strip()))
             self.registers.update(names)
-            return f"{register} {', '.join(names)};"
+            first = (
+                "isa::poison & 2" if register == "bool" else f"static_cast<{register}>(isa::poison)"
+            )
+            return f"{register} " + ", ".join(f"{name} = {first}" for name in names) + ";"
         if match := re.fullmatch(r"\.param\s+\.(\w+)\s+(\w+)", text):
             self.locals.add(match[2])
             return f"alignas(8) unsigned char {match[2]}[8];"
@@ -658,6 +663,8 @@ class Module:
             params.append((one[2], size))
         self.functions.setdefault(match[2], None)
         function = Function(self, match[2], params)
+        bounds = re.search(r"\.maxntid\s+(\d+),\s*(\d+),\s*(\d+)", head)
+        function.max_threads = math.prod(map(int, bounds.groups())) if bounds else 1024
         function.translate(body, line)
         self.functions[match[2]] = function
         if match[1] == "entry":
@@ -679,7 +686,7 @@ class Module:
             sizes = ", ".join(str(size) for _, size in entry.params)
             lines.append(
                 f"const bool registered{i} = simt::register_translation({int(self.arch[:2])}, "
-                f'"{entry.name}", &{_name(entry.name)}, {{{sizes}}});'
+                f'"{entry.name}", &{_name(entry.name)}, {{{sizes}}}, {entry.max_threads});'
             )
         return "\n".join([*lines, "}  // namespace", ""])
 

@@ -119,6 +119,19 @@ def test_clean_twins_pass_as_nvcc_compiled_them():
         assert result.stdout == run("clean", pattern=pattern).stdout
 
 
+# PTX does not say how large a kernel's struct is.
+IN_PTX = [p for p, (t, _) in PLANTED.items() if t == "sentence" and p != "launched_with_too_little"]
+
+
+@pytest.mark.parametrize("planted", IN_PTX)
+def test_planted_bug_is_found_as_nvcc_compiled_it(planted):
+    build.require_nvcc()
+    environment = {**os.environ, "SIMT_PTX": "1", "SIMT_ARCH": "90"}
+    command = [str(build.harness("planted", ptx=True)), planted]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 3 and f"{planted}<true>: run failed: block" in result.stdout, result
+
+
 @pytest.mark.parametrize("planted", PLANTED)
 def test_planted_bug_is_found(planted):
     tool, says = PLANTED[planted]

@@ -11,16 +11,20 @@ from simt import build
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module", params=["twin", "ptx"])
-def probe(request):
-    """Calls of probe.cu: on the host twin of ptx.cuh, and on what nvcc made of ptx.cuh itself."""
-    ptx = request.param == "ptx"
+def load_probe(ptx):
     if ptx:
         build.require_nvcc()
     library = ctypes.CDLL(str(build.harness("probe", shared=True, ptx=ptx)))
     if ptx:
         library.simt_set_device(90, 4)
         library.simt_set_ptx(1)
+    return library
+
+
+@pytest.fixture(scope="module", params=["twin", "ptx"])
+def probe(request):
+    """Calls of probe.cu: on the host twin of ptx.cuh, and on what nvcc made of ptx.cuh itself."""
+    library = load_probe(request.param == "ptx")
 
     def call(name, *arguments):
         run = getattr(library, name)
@@ -194,6 +198,15 @@ def test_copies_and_loads(probe, valid):
         np.testing.assert_array_equal(copied, data)
     want = (np.arange(1024) // 32 + np.arange(1024) % 32).astype(np.uint8)
     np.testing.assert_array_equal(out[8], want)
+
+
+def test_a_block_larger_than_its_launch_bounds_is_refused():
+    run = load_probe(ptx=True).probe_bounds_run
+    run.restype = ctypes.c_char_p
+    out = np.zeros(64, np.uint32)
+    assert run(32, pack(out)) is None and out.sum() == 32
+    refused = run(64, pack(out))
+    assert refused == b"probe_bounds: launch failed: 64 threads, its __launch_bounds__ allow 32"
 
 
 # ---------------------------------------------------------------- lanes

@@ -42,23 +42,34 @@ def test_nothing_to_do_is_no_call():
 
 
 def test_debug_synchronizes_and_names_the_kernel():
-    calls = [LAUNCH, "cudaStreamIsCapturing", "cudaStreamSynchronize"]
+    calls = ["cudaStreamIsCapturing", "cudaStreamSynchronize", LAUNCH, "cudaStreamSynchronize"]
     assert run("launch", debug="1") == (["null"], calls)
-    failing = f"cudaStreamSynchronize={ILLEGAL_ADDRESS}"
-    returned, _ = run("launch", failing, debug="1")
+    returned, _ = run("launch", f"kernel={ILLEGAL_ADDRESS}", debug="1")
     assert returned == ["product<4>: run failed: cudaErrorIllegalAddress (as the runtime words it)"]
+    # What failed before is not blamed on this kernel, which is not launched.
+    failing = f"cudaStreamSynchronize={ILLEGAL_ADDRESS}"
+    returned, calls = run("launch", failing, debug="1")
+    assert returned == [
+        "before product<4>: other work failed: cudaErrorIllegalAddress (as the runtime words it)"
+    ]
+    assert LAUNCH not in calls
     assert run("launch", failing) == (["null"], [LAUNCH])  # the error surfaces later, elsewhere
 
 
 def test_debug_does_not_synchronize_under_capture():
-    assert run("capture", debug="1") == (["null"], [LAUNCH, "cudaStreamIsCapturing"])
+    assert run("capture", debug="1") == (["null"], ["cudaStreamIsCapturing", LAUNCH])
     assert run("capture") == (["null"], [LAUNCH])
+    # The legacy stream while another stream is captured: CUDA refuses to say.
+    returned, calls = run("launch", "cudaStreamIsCapturing=906", debug="1")
+    assert (returned, calls) == (["null"], ["cudaStreamIsCapturing", "cudaGetLastError", LAUNCH])
 
 
 def test_a_refused_launch_names_the_kernel_and_leaves_no_error():
     returned, calls = run("launch", "cudaLaunchKernel=1")
     assert returned == ["product<4>: launch failed: cudaErrorOther (as the runtime words it)"]
     assert calls == [LAUNCH, "cudaGetLastError"]
+    (sentence,), _ = run("launch", "cudaLaunchKernel=209")
+    assert "built for other GPUs" in sentence and "TORCH_CUDA_ARCH_LIST" in sentence
 
 
 def test_shared_memory_is_allowed_once_per_device():

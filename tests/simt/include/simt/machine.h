@@ -107,10 +107,11 @@ struct Kernel {
 Kernel& register_kernel(const char* name, const char* launcher);
 
 // A kernel as nvcc compiled it: a function of its parameters' addresses (ptx_to_cpp.py). `arch` is
-// that of its binary, `parameters` the bytes of each.
+// that of its binary, `parameters` the bytes of each, `max_threads` of its __launch_bounds__.
 using Translation = void (*)(void* const* arguments);
 bool register_translation(int arch, const char* mangled, Translation run,
-                          std::vector<size_t> parameters);
+                          std::vector<size_t> parameters, int64_t max_threads);
+const uint64_t& register_poison();  // the pattern of poison, eight times
 
 // What a launch runs in every thread: call(closure), which is the kernel as g++ compiled it, or its
 // translation for the device, where that was asked for.

@@ -21,6 +21,9 @@
 
 namespace qlora_ext::isa {
 
+// What registers hold before anything is written to them.
+inline const uint64_t& poison = simt::register_poison();
+
 struct half {};
 struct bfloat16 {};
 
