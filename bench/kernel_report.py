@@ -179,7 +179,7 @@ class Kernel:
 
     @property
     def is_empty(self):
-        """A variant for another architecture: its body is one EXIT."""
+        """A variant for another architecture: its body is a trap."""
         return len([i for _, i in self.code if opcode(i) not in ("NOP", "BRA")]) <= 3
 
     @property

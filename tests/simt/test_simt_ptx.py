@@ -61,6 +61,17 @@ def test_ptx_under_address_sanitizer():
     assert len(result.stdout.split()) == sum(not case.large for case in CASES)
 
 
+def test_variants_for_other_architectures_trap():
+    """Launched on a GPU that a binary was not made for, they stop it instead of doing nothing."""
+    build.require_nvcc()
+    with build._locked():
+        code = build._ptx(build.ROOT / "csrc" / "cuda" / "lora.cu", "75").read_text()
+    bodies = re.findall(r"^void (_Z\w*Sm80\w*)\([^)]*\) \{\n(.*?)^\}$", code, re.M | re.S)
+    assert len(bodies) == 12
+    for name, body in bodies:
+        assert "isa::trap();" in body and body.count("\n") < 10, name
+
+
 def translated(body, head="", params=""):
     return ptx_to_cpp.translate(
         f".version 9.0\n.target sm_80\n.address_size 64\n{head}\n"
