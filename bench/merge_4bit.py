@@ -157,13 +157,13 @@ def show(results: dict) -> None:
     rows = results["rows"]
     loss = {name: row["held_out_loss"] for name, row in rows.items()}
     gain = loss.get("base_4bit", 0) - loss.get("adapter", 0)
-    print("\n| | held-out loss | share of the gain | seconds to merge |\n|---|---|---|---|")
+    print("\n| | held-out loss | share of the gain | processor seconds |\n|---|---|---|---|")
     for name, label in ROWS.items():
         if name not in rows:
             continue
         share = (loss["base_4bit"] - loss[name]) / gain if gain else float("nan")
         merged = not name.startswith(("base", "adapter"))
-        seconds = f"{rows[name]['merge_seconds']:.0f}" if merged else ""
+        seconds = f"{rows[name]['merge_processor_seconds']:.0f}" if merged else ""
         kept = "" if name == "base" else f"{share:.0%}"
         print(f"| {label} | {loss[name]:.4f} | {kept} | {seconds} |")
 
