@@ -88,7 +88,8 @@ def merge_into_4bit(
         ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; a
             sharded model, whose parameters are DTensors; a calibration without tokens; a damping
             below 0 or not finite; a base that lacks a layer, has another shape, or is not what was
-            packed; an adapter on a dense layer that is not finite.
+            packed.
+        OverflowError: an adapter on a dense layer whose sum its dtype cannot hold.
 
     KeyboardInterrupt or an error midway leaves the model as it was, except where a PeftModel is
     given neither base nor calibration: that merge is PEFT's own.

@@ -38,15 +38,20 @@ def write_calibration(
         Batches of input_ids and attention_mask, int64 [texts, longest text], padded on the right.
 
     Raises:
-        TypeError: model does not generate.
+        TypeError: model does not generate, or is an encoder and a decoder.
         ValueError: tokens is not an int of at least 1; the chat template changes a question,
-            has a token that the model lacks, or leaves no room in its context; there is no chat
-            template, and no token that starts or ends a text.
+            fails, has a token that the model lacks, or leaves no room in its context; nothing
+            starts a text: no chat template, and no bos or eos token.
     """
     if not hasattr(model, "generate"):
         raise TypeError(
             f"write_calibration: model is a {type(model).__name__}, want a transformers model, "
             "which generates"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"write_calibration: model is a {type(model).__name__}, which encodes a text and "
+            "decodes another, want a model that goes on with a text: give text of your own"
         )
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"write_calibration: tokens is {tokens!r}, want an int of at least 1")
@@ -92,7 +97,14 @@ def _frame(tokenizer) -> tuple[list[int], list[int]]:
             )
         return start, []
     chat = [{"role": "user", "content": _MARK}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(
+            f"write_calibration: the tokenizer's chat template fails: {error}"
+        ) from None
     parts = text.split(_MARK)
     if len(parts) != 2:
         raise ValueError(
@@ -100,6 +112,11 @@ def _frame(tokenizer) -> tuple[list[int], list[int]]:
             "times, want once and unchanged"
         )
     before, between = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+    if not before and not start:
+        raise ValueError(
+            "write_calibration: the chat template has nothing before a question and the tokenizer "
+            "neither a bos nor an eos token, want one of them to start a text with"
+        )
     return before or start, between
 
 

@@ -3,6 +3,7 @@ disks, damaged files, memory limits, and what each command prints."""
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -581,7 +582,7 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
     said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--four-bit")
     assert "keeps 5 to 10%" in said and "(--calibration) keeps nearly all" in said
-    assert "--four-bit --own-text" in said
+    assert "(--own-text) nearly as much" in said
     assert "weights in bfloat16" in said
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
@@ -616,11 +617,11 @@ def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path, monkeypatc
 
 
 def test_merge_with_text_of_its_own_is_nearer_than_rounding(llama, tmp_path):
-    """Route (a) at its best: an unquantized base, and no text."""
+    """From an unquantized base: what is packed first is what counts, as from 4 bits."""
     run("quantize", llama, tmp_path / "base")
     model = load(tmp_path / "base", dtype=torch.float32)
     adapter = make_adapter(model, tmp_path / "adapter")
-    run("merge", llama, adapter, tmp_path / "sum", "--dtype", "float32")
+    run("merge", tmp_path / "base", adapter, tmp_path / "sum", "--dtype", "float32")
     want = tiny_models.logits(load(tmp_path / "sum", dtype=torch.float32))
     command = ["merge", llama, adapter, tmp_path / "own", "--own-text"]
     assert "--own-text is for 4 bits: want --four-bit as well" in run(*command, ok=False)
@@ -638,9 +639,82 @@ def test_merge_with_text_of_its_own_is_nearer_than_rounding(llama, tmp_path):
         assert got.config.quantization_config.quant_type == "nf4"
         errors[name] = (tiny_models.logits(got) - want).norm()
     assert errors["own"] < 0.9 * errors["rounded"]
-    # From a 4-bit base it goes by its own text alone.
     run("merge", tmp_path / "base", adapter, tmp_path / "packed", "--own-text")
-    assert load(tmp_path / "packed").config.quantization_config.quant_type == "nf4"
+    assert_same(tmp_path / "own", tmp_path / "packed")
+
+
+def test_merge_by_text_checks_before_it_works(llama, tmp_path, monkeypatch):
+    """No model is loaded for an output that cannot be written, or is another run's."""
+    run("quantize", llama, tmp_path / "base")
+    adapter = make_adapter(load(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+    monkeypatch.setattr("qlora_ext.cli.chat.load_model", lambda *_: pytest.fail("loaded a model"))
+    command = ["merge", tmp_path / "base", adapter]
+    assert "cannot be made" in run(*command, "/proc/nope", "--own-text", ok=False)
+    interrupted = tmp_path / "out.partial"
+    interrupted.mkdir()
+    (interrupted / shards.STATE).write_text('{"command": "merge"}')
+    (interrupted / "model.safetensors").write_text("a finished shard")
+    said = run(*command, tmp_path / "out", "--own-text", ok=False)
+    assert "differs from this one" in said and (interrupted / "model.safetensors").exists()
+    said = run(*command, tmp_path / "o", "--own-text", "--keep", "q_proj", ok=False)
+    assert "stays as it was packed" in said
+
+
+def test_merge_by_text_leaves_nothing_of_another_run(llama, tmp_path):
+    """A stopped run's files are not taken over; a failed one leaves none; an adapter's chat
+    template goes with the text that was written in it; shards are as large as asked."""
+    run("quantize", llama, tmp_path / "base")
+    adapter = make_adapter(load(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+    command = ["merge", tmp_path / "base", adapter, tmp_path / "out"]
+    (tmp_path / "damaged").mkdir()
+    for path in [*adapter.iterdir(), *(tmp_path / "base").glob("tokenizer*")]:
+        shutil.copy(path, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    broken = ["merge", tmp_path / "base", tmp_path / "damaged", tmp_path / "out", "--own-text"]
+    assert "its tokenizer does not load" in run(*broken, ok=False)
+    assert not (tmp_path / "out.partial").exists()
+
+    run(*command, "--own-text")
+    plain = (tmp_path / "out" / "chat_template.jinja").exists()
+    shutil.rmtree(tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    layout = hashlib.sha256(b"").hexdigest()
+    (partial / shards.STATE).write_text(
+        json.dumps({"command": "merge with calibration", "layout": layout})
+    )
+    (partial / "model.safetensors.index.json").write_text("{}")
+    (partial / "junk.txt").write_text("another model's")
+    for path in (tmp_path / "base").glob("tokenizer*"):
+        shutil.copy(path, adapter)
+    template = "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
+    (adapter / "chat_template.jinja").write_text(template)
+    run(*command, "--own-text", "--max-shard-size", "20KB")
+    assert not plain and (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    assert not (tmp_path / "out" / "junk.txt").exists()
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def test_four_bit_merge_of_what_fp16_cannot_hold_is_an_error(llama, tmp_path):
+    model = load(llama, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half")
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "half")
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(60000.0)
+            elif "lora_A" in name:
+                parameter.fill_(1000.0)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    command = ["merge", tmp_path / "half", tmp_path / "adapter", tmp_path / "out", "--four-bit"]
+    assert "lm_head.weight holds a value that float16 cannot" in run(*command, ok=False)
+    (tmp_path / "text.txt").write_text("some words " * 200)
+    command[3] = tmp_path / "other"
+    said = run(*command, "--calibration", tmp_path / "text.txt", ok=False)
+    assert "a merged dense layer is not finite" in said and "Traceback" not in said
 
 
 def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):

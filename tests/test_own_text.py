@@ -186,3 +186,27 @@ def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_calibration(model, Tokenizer())
     assert model.training and model.generation_config is settings
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{{ raise_exception('no') }}", "chat template fails"),
+        ("{% for m in messages %}", "chat template fails"),
+    ],
+)
+def test_a_template_that_fails_is_a_sentence(template, says):
+    with pytest.raises(ValueError, match=f"write_calibration: the tokenizer's {says}"):
+        write_calibration(tiny.make("llama"), Tokenizer(template))
+
+
+def test_nothing_to_start_a_text_with_is_a_sentence():
+    tokenizer = Tokenizer("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    tokenizer.bos_token_id = tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="nothing before a question"):
+        write_calibration(tiny.make("llama"), tokenizer)
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(TypeError, match="which encodes a text and decodes another"):
+        write_calibration(tiny.make("t5"), Tokenizer())

@@ -227,8 +227,8 @@ def merge(
 
     With --calibration, text like that which the model is for, the result is in 4 bits and keeps
     most, from a BASE in 4 bits or, with --four-bit, an unquantized one. Without such text,
-    --four-bit --own-text keeps more than --four-bit alone. For both the model runs, so it is in
-    memory whole: packed, and with up to 1 GiB of statistics and what a forward pass takes.
+    --own-text has the model write some. For both the model runs, so it is in memory whole: packed,
+    and with up to 1 GiB of statistics and what a forward pass takes.
     """
     config = quant_config(quant_type, blocksize, double_quant)
     limit = parse_size(max_shard_size)
@@ -255,10 +255,16 @@ def merge(
             raise CliError(
                 f"{base} is unquantized, and {flag} is for 4 bits: want --four-bit as well"
             )
+        packed = stored_method(read_config(folder)) is not None
+        if packed and (keep or config != quant_config(QuantType.nf4, 64, True)):
+            raise CliError(
+                f"{base} is in 4 bits and stays as it was packed: --keep, --quant-type, "
+                "--blocksize and --no-double-quant are for an unquantized one"
+            )
         inputs = [folder, adapter_folder, *([] if own_text else [calibration])]
         with output(out, force, restart, *inputs) as target:
             tokens = work.calibrated(
-                folder, adapter_folder, calibration, target, config, keep or []
+                folder, adapter_folder, calibration, target, config, keep or [], limit
             )
         by = "that the model wrote" if own_text else f"of {calibration}"
         say(f"{out}: merged into 4 bits by {tokens:,} tokens {by}")

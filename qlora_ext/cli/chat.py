@@ -98,7 +98,7 @@ def load_model(folder: Path, packing, device: str):
         if method is None and packing is not None:
             settings["quantization_config"] = packing
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         raise CliError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
 
 
@@ -121,5 +121,9 @@ def load_tokenizer(folders: list[Path]):
     """The first tokenizer there is: an adapter may bring one."""
     for folder in folders:
         if (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists():
-            return transformers.AutoTokenizer.from_pretrained(folder)
+            try:
+                return transformers.AutoTokenizer.from_pretrained(folder)
+            except Exception as error:  # tokenizers raises that very class for a damaged file
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise CliError(f"{folder}: its tokenizer does not load ({first})") from None
     raise CliError(f"{folders[-1]} has no tokenizer (tokenizer.json)")

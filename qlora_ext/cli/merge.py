@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..checkpoint import Checkpoint, read_config, stored_method, unquantized
+from ..checkpoint import Checkpoint, read_config, unquantized
 from ..experts import is_fused_experts
 from ..files import extra_files, fingerprint
 from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
@@ -29,8 +29,8 @@ from .stream import PACKED, Job
 REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps 5 to 10% of what a short "
     "fine-tune gained, so a dense model is written. Text like that which the model is for "
-    "(--calibration) keeps nearly all in 4 bits, and so does --four-bit --own-text with the "
-    "unquantized model as BASE"
+    "(--calibration) keeps nearly all in 4 bits, and text that the model writes (--own-text) "
+    "nearly as much"
 )
 PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -190,14 +190,14 @@ def _merge_dense(
     return new
 
 
-def _check_finite(name: str, module: nn.Module, dtype: torch.dtype) -> None:
+def _check_finite(name: str, module: nn.Module, dtype: torch.dtype, how="with --dtype") -> None:
     if dtype != torch.float16:
         return
     for key, parameter in module._parameters.items():
         if parameter is not None and not parameter.isfinite().all():
             raise CliError(
                 f"{name}.{key} holds a value that float16 cannot (more than 65504, or none at "
-                "all): merge with --dtype bfloat16 or float32"
+                f"all): merge {how} bfloat16 or float32"
             )
 
 
@@ -279,6 +279,8 @@ def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, 
             # Packed from the fp32 sum: rounding it to 16 bits first would gain nothing.
             dtype = None if packed else next(module.parameters()).dtype
             module = _merge_dense(name, module, adapter, dtype)
+            if dtype is not None:
+                _check_finite(name, module, dtype, "without --four-bit and with --dtype")
         return pack(name, module)
 
     return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
@@ -301,16 +303,25 @@ def calibrated(
     output: Output,
     settings: QuantConfig,
     keep: list[str],
+    max_shard_bytes: int,
 ) -> int:
     """Merges into 4 bits by what the layers see on a text; docs/merging.md.
 
     The model runs, so it is in memory whole, in 4 bits. Returns how many tokens were used.
 
     Args:
-        text: a file, or None for text that the adapted model writes; then the weights of an
-            unquantized base count too.
+        text: a file, or None for text that the adapted model writes.
         settings, keep: to pack an unquantized base with, as in quantize_model.
     """
+    output.open([], {"command": "merge with calibration"})
+    try:
+        return _calibrated(base, adapter_folder, text, output, settings, keep, max_shard_bytes)
+    except BaseException:
+        output.discard()  # nothing of it is used again
+        raise
+
+
+def _calibrated(base, adapter_folder, text, output, settings, keep, max_shard_bytes) -> int:
     from ..integrations.transformers import QLoraExtConfig
     from ..lora import load_adapter
     from ..merge_4bit import merge_into_4bit
@@ -318,8 +329,7 @@ def calibrated(
     from .chat import load_model, load_tokenizer
 
     tokenizer = load_tokenizer([base] if text else [adapter_folder, base])
-    samples = _samples(tokenizer, text) if text else []
-    unquantized = base if text is None and stored_method(read_config(base)) is None else None
+    samples = _samples(tokenizer, text, _context(base)) if text else []
     packing = QLoraExtConfig(modules_to_not_convert=keep or None, **settings.to_dict())
     model = load_model(base, packing, "cpu" if not torch.cuda.is_available() else "cuda")
     rows = model.get_input_embeddings().num_embeddings
@@ -332,16 +342,15 @@ def calibrated(
     try:
         model = load_adapter(model, adapter_folder)
         batches = samples or write_calibration(model, tokenizer)
-        model = merge_into_4bit(
-            model, base=unquantized, calibration=batches, progress_bar=sys.stderr.isatty()
-        )
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise CliError(str(error)) from None
+        model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
+    except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
+        raise CliError(str(error).removeprefix("load_adapter: ")) from None
     try:
-        output.open([], {"command": "merge with calibration"})
-        model.save_pretrained(output.folder)
+        model.save_pretrained(output.folder, max_shard_size=max_shard_bytes)
         for path in extra_files(base):
             shutil.copyfile(path, output.folder / path.name)
+        if text is None and len(tokenizer) <= rows:  # perhaps the adapter's
+            tokenizer.save_pretrained(output.folder)
         output.complete()
     except (OSError, SafetensorError) as error:
         raise CliError(f"{output.folder} cannot be written ({error})") from None
@@ -350,15 +359,22 @@ def calibrated(
     return sum(part.numel() for part in samples)
 
 
-def _samples(tokenizer, text: Path) -> list[torch.Tensor]:
-    """The token ids of a text file, a sample each; CliError if there is none."""
+def _context(base: Path) -> int:
+    """How many tokens a sample may have: CALIBRATION_LENGTH, or what the model can read."""
+    config = read_config(base)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return min(CALIBRATION_LENGTH, getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
+    """The token ids of a text file, samples of at most `length`; CliError if there is none."""
     try:
         words = text.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{text} cannot be read as text: {error}") from None
     tokenizer.model_max_length = 10**9  # no warning: samples are cut below
     ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
-    samples = [part for part in ids.split(CALIBRATION_LENGTH, dim=1) if part.numel()]
+    samples = [part for part in ids.split(length, dim=1) if part.numel()]
     if not samples:
         raise CliError(f"{text} is empty, want some pages of text like that the model is for")
     return samples

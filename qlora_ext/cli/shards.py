@@ -209,6 +209,8 @@ class Output:
             self._empty()
         if state.exists():
             self._compare(state, run)
+            if not shards:  # of such a run nothing is used again
+                self._empty(keep=(".lock", STATE))
         else:
             if any(child.name != ".lock" for child in self.folder.iterdir()):
                 raise CliError(
@@ -224,7 +226,7 @@ class Output:
         if need > free:
             kept = "" if len(todo) == len(shards) else "; the finished shards are kept"
             if not kept:
-                self._discard()
+                self.discard()
             raise CliError(
                 f"{self.out} needs {size(need)} more and its disk has {size(free)} free{kept}"
             )
@@ -249,12 +251,12 @@ class Output:
                 f"{', '.join(changed)}: repeat that run's command, or start over with --restart"
             )
 
-    def _empty(self) -> None:
+    def _empty(self, keep: tuple[str, ...] = (".lock",)) -> None:
         for child in self.folder.iterdir():
-            if child.name != ".lock":
+            if child.name not in keep:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def complete(self) -> None:
