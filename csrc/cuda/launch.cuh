@@ -33,7 +33,7 @@ inline const char* launch_error(const std::string& what, const char* call, cudaE
              cudaGetErrorString(status) + ")";
   if (status == cudaErrorNoKernelImageForDevice) {
     sentence +=
-        "; qlora_ext was built for other GPUs: build it again on a machine with this one, or "
+        ". qlora_ext was built for other GPUs: build it again on a machine with this one, or "
         "with its compute capability in TORCH_CUDA_ARCH_LIST";
   }
   return sentence.c_str();
