@@ -9,7 +9,18 @@ from pathlib import Path
 
 
 def run(script: str, *arguments: str, count: int = 2) -> None:
-    """Runs `script` in `count` processes that can find each other; all of them must succeed."""
+    """Runs `script` in `count` processes that can find each other; all of them must succeed.
+
+    Once more where one was ended by a signal: gloo's threads can abort a process (see group()), 1
+    of 30 runs on torch 2.13. What a script itself does wrong ends with a traceback, not a signal.
+    """
+    codes, output = _run_once(script, arguments, count)
+    if any(code < 0 for code in codes):
+        codes, output = _run_once(script, arguments, count)
+    assert codes == [0] * count, f"{codes}\n" + "\n".join(output)
+
+
+def _run_once(script: str, arguments: tuple[str, ...], count: int) -> tuple[list[int], list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             subprocess.Popen(
@@ -37,7 +48,7 @@ def run(script: str, *arguments: str, count: int = 2) -> None:
         finally:
             for worker in workers:
                 worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * count, "\n".join(output)
+    return [worker.returncode for worker in workers], output
 
 
 @contextlib.contextmanager
