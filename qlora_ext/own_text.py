@@ -89,13 +89,17 @@ def _frame(tokenizer) -> tuple[list[int], list[int]]:
     """The tokens before a question and those between it and its answer; without a chat template, of
     the start of a text, and none."""
     start = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
-    if not tokenizer.chat_template:
-        if not start:
-            raise ValueError(
-                "write_calibration: tokenizer has no chat template and neither a bos nor an eos "
-                "token, want one of them to start a text with"
-            )
-        return start, []
+    before, between = _template_frame(tokenizer) if tokenizer.chat_template else ([], [])
+    if not before and not start:
+        raise ValueError(
+            "write_calibration: tokenizer has no chat template, or one with nothing before a "
+            "question, and neither a bos nor an eos token, want one of them to start a text with"
+        )
+    return before or start, between
+
+
+def _template_frame(tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that the chat template puts before a question, and between it and its answer."""
     chat = [{"role": "user", "content": _MARK}]
     from jinja2 import TemplateError
 
@@ -111,13 +115,7 @@ def _frame(tokenizer) -> tuple[list[int], list[int]]:
             f"write_calibration: the tokenizer's chat template writes a question {len(parts) - 1} "
             "times, want once and unchanged"
         )
-    before, between = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-    if not before and not start:
-        raise ValueError(
-            "write_calibration: the chat template has nothing before a question and the tokenizer "
-            "neither a bos nor an eos token, want one of them to start a text with"
-        )
-    return before or start, between
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
 
 
 def _length(model: nn.Module, frame: list[int]) -> int:
@@ -128,16 +126,21 @@ def _length(model: nn.Module, frame: list[int]) -> int:
             f"write_calibration: the text starts with token {max(frame)} and the model {known} "
             "tokens, want the tokenizer of this model"
         )
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(config, "max_position_embeddings", None)
-    length = min(_LENGTH, (positions or math.inf) - len(frame))
+    context = context_length(getattr(model, "config", None))
+    length = min(_LENGTH, context - len(frame))
     if length < 3:
         raise ValueError(
-            f"write_calibration: the chat template takes {len(frame)} of the model's {positions} "
+            f"write_calibration: the chat template takes {len(frame)} of the model's {context} "
             "positions, want one that leaves room for a question"
         )
     return length
+
+
+def context_length(config) -> float:
+    """How many tokens a model with this transformers config can read; infinity if it does not
+    say."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def _ids(token: int | list[int] | None) -> list[int]:

@@ -251,20 +251,23 @@ def merge(
                 f"--dtype and --embeddings do not go with {flag}: its result is in 4 bits, "
                 "its embeddings as they were"
             )
-        if stored_method(read_config(folder)) is None and not four_bit:
+        packed = stored_method(read_config(folder)) is not None
+        if not packed and not four_bit:
             raise CliError(
                 f"{base} is unquantized, and {flag} is for 4 bits: want --four-bit as well"
             )
-        packed = stored_method(read_config(folder)) is not None
         if packed and (keep or config != quant_config(QuantType.nf4, 64, True)):
             raise CliError(
                 f"{base} is in 4 bits and stays as it was packed: --keep, --quant-type, "
                 "--blocksize and --no-double-quant are for an unquantized one"
             )
         inputs = [folder, adapter_folder, *([] if own_text else [calibration])]
-        with output(out, force, restart, *inputs) as target:
+        with (
+            output(out, force, restart, *inputs) as target,
+            target.at_once({"command": "merge with calibration"}) as made,
+        ):
             tokens = work.calibrated(
-                folder, adapter_folder, calibration, target, config, keep or [], limit
+                folder, adapter_folder, calibration, made, config, keep or [], limit
             )
         by = "that the model wrote" if own_text else f"of {calibration}"
         say(f"{out}: merged into 4 bits by {tokens:,} tokens {by}")

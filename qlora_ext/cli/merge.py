@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ..checkpoint import Checkpoint, read_config, unquantized
@@ -22,7 +21,6 @@ from ..nn import is_conv1d, linear_shape
 from ..quantized_tensor import QuantConfig
 from .errors import CliError
 from .quantize import pack_like, quantized_result
-from .shards import Output
 from .stream import PACKED, Job
 
 # Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
@@ -300,7 +298,7 @@ def calibrated(
     base: Path,
     adapter_folder: Path,
     text: Path | None,
-    output: Output,
+    folder: Path,
     settings: QuantConfig,
     keep: list[str],
     max_shard_bytes: int,
@@ -311,25 +309,18 @@ def calibrated(
 
     Args:
         text: a file, or None for text that the adapted model writes.
+        folder: an empty one, to write to.
         settings, keep: to pack an unquantized base with, as in quantize_model.
     """
-    output.open([], {"command": "merge with calibration"})
-    try:
-        return _calibrated(base, adapter_folder, text, output, settings, keep, max_shard_bytes)
-    except BaseException:
-        output.discard()  # nothing of it is used again
-        raise
-
-
-def _calibrated(base, adapter_folder, text, output, settings, keep, max_shard_bytes) -> int:
     from ..integrations.transformers import QLoraExtConfig
     from ..lora import load_adapter
     from ..merge_4bit import merge_into_4bit
-    from ..own_text import write_calibration
+    from ..own_text import context_length, write_calibration
     from .chat import load_model, load_tokenizer
 
     tokenizer = load_tokenizer([base] if text else [adapter_folder, base])
-    samples = _samples(tokenizer, text, _context(base)) if text else []
+    length = min(CALIBRATION_LENGTH, context_length(read_config(base)))
+    samples = _samples(tokenizer, text, length) if text else []
     packing = QLoraExtConfig(modules_to_not_convert=keep or None, **settings.to_dict())
     model = load_model(base, packing, "cpu" if not torch.cuda.is_available() else "cuda")
     rows = model.get_input_embeddings().num_embeddings
@@ -345,25 +336,14 @@ def _calibrated(base, adapter_folder, text, output, settings, keep, max_shard_by
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
     except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
-    try:
-        model.save_pretrained(output.folder, max_shard_size=max_shard_bytes)
-        for path in extra_files(base):
-            shutil.copyfile(path, output.folder / path.name)
-        if text is None and len(tokenizer) <= rows:  # perhaps the adapter's
-            tokenizer.save_pretrained(output.folder)
-        output.complete()
-    except (OSError, SafetensorError) as error:
-        raise CliError(f"{output.folder} cannot be written ({error})") from None
+    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    for path in extra_files(base):
+        shutil.copyfile(path, folder / path.name)
+    if text is None and len(tokenizer) <= rows:  # perhaps the adapter's
+        tokenizer.save_pretrained(folder)
     if text is None:
         return sum(int(batch["attention_mask"].sum()) for batch in batches)
     return sum(part.numel() for part in samples)
-
-
-def _context(base: Path) -> int:
-    """How many tokens a sample may have: CALIBRATION_LENGTH, or what the model can read."""
-    config = read_config(base)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return min(CALIBRATION_LENGTH, getattr(config, "max_position_embeddings", None) or 10**9)
 
 
 def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:

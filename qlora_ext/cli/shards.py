@@ -18,9 +18,11 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ..checks import count, size
 from ..files import DTYPE_NAMES, INDEX
@@ -209,8 +211,6 @@ class Output:
             self._empty()
         if state.exists():
             self._compare(state, run)
-            if not shards:  # of such a run nothing is used again
-                self._empty(keep=(".lock", STATE))
         else:
             if any(child.name != ".lock" for child in self.folder.iterdir()):
                 raise CliError(
@@ -231,6 +231,21 @@ class Output:
                 f"{self.out} needs {size(need)} more and its disk has {size(free)} free{kept}"
             )
         return todo
+
+    @contextlib.contextmanager
+    def at_once(self, run: dict) -> Iterator[Path]:
+        """The folder, for a run of which nothing is used again: it starts empty, and is moved into
+        place at the end, or removed after an error."""
+        self.open([], run)
+        try:
+            self._empty(keep=(".lock", STATE))
+            yield self.folder
+            self.complete()
+        except BaseException as error:
+            self.discard()
+            if isinstance(error, (OSError, SafetensorError)):
+                raise CliError(f"{self.folder} cannot be written ({error})") from None
+            raise
 
     def _take_lock(self) -> None:
         self.lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

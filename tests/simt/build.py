@@ -174,27 +174,38 @@ def _run(command):
         print(result.stderr, file=sys.stderr)
 
 
-def _compile(source, flags):
-    """The object of one source, made if anything it is made of has changed. Paths are relative to
-    the checkout, so that a copy of the build folder serves a copy of the checkout."""
+def _made(source, suffix, compiler, command):
+    """A file that a compiler makes of one source, made if anything it is made of has changed.
+    `command(target, depfile, source)`; `compiler`: its version. Paths are relative to the checkout,
+    so that a copy of the build folder serves a copy of the checkout."""
     source = os.path.relpath(source, ROOT)
-    key = hashlib.sha256(json.dumps([_compiler(), flags, source]).encode()).hexdigest()[:16]
+    key = json.dumps([compiler, command("", "", source)])
+    key = hashlib.sha256(key.encode()).hexdigest()[:16]
     name = os.path.basename(source).replace(".", "_")
-    target, record = BUILD / f"{name}-{key}.o", BUILD / f"{name}-{key}.json"
+    target, record = BUILD / f"{name}-{key}{suffix}", BUILD / f"{name}-{key}.json"
     if target.is_file() and record.is_file():
         made_of = json.loads(record.read_text())
         if all(_hash(ROOT / path) == digest for path, digest in made_of.items()):
             return target
     depfile = target.with_suffix(".d")
-    command = [CXX, *flags, "-MMD", "-MF", str(depfile), "-x", "c++", "-c", source]
     before = time.time()
-    _run([*command, "-o", str(target)])
+    _run(command(str(target), str(depfile), source))
     words = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     paths = [os.path.relpath(ROOT / word, ROOT) for word in words]
     # A file that was edited while it was being compiled must not count as compiled.
     edited = any((ROOT / path).stat().st_mtime > before for path in paths)
     record.write_text(json.dumps({path: edited or _hash(ROOT / path) for path in paths}, indent=1))
     return target
+
+
+def _compile(source, flags):
+    """The object of one source."""
+
+    def command(target, depfile, source):
+        options = ["-MMD", "-MF", depfile, "-x", "c++", "-c", source, "-o", target]
+        return [CXX, *flags, *options]
+
+    return _made(source, ".o", _compiler(), command)
 
 
 @contextlib.contextmanager
@@ -206,11 +217,14 @@ def _locked():
         yield
 
 
+def _parallel(function, jobs):
+    threads = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda job: function(*job), jobs))
+
+
 def _compile_all(jobs):
-    with concurrent.futures.ThreadPoolExecutor(
-        int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    ) as pool:
-        return [str(done) for done in pool.map(lambda job: _compile(*job), jobs)]
+    return [str(done) for done in _parallel(_compile, jobs)]
 
 
 def _flags(sanitize, *, machine=False):
@@ -250,34 +264,34 @@ PTX_FLAGS = ["-O1", "-w", "-fno-sanitize=undefined", "-fno-sanitize-address-use-
 PTX_FLAGS += ["--param", "asan-stack=0"]
 
 
-def _ptx(source, arch):
-    """The C++ of a device file's PTX for one architecture, made if anything has changed."""
-    BUILD.joinpath("ptx").mkdir(exist_ok=True)
-    stem = BUILD / "ptx" / f"{Path(source).stem}_sm{arch}"
-    target, record = stem.with_suffix(".cpp"), stem.with_suffix(".json")
-    flags = ["-std=c++20", "-O3", "-I", "csrc", f"-arch=compute_{arch}"]
-    made_with = [_nvcc(), flags, _hash(SIMT / "ptx_to_cpp.py")]
-    if target.is_file() and record.is_file():
-        known = json.loads(record.read_text())
-        made_of = known["made_of"]
-        if known["made_with"] == made_with and all(
-            _hash(ROOT / p) == d for p, d in made_of.items()
-        ):
-            return target
-    ptx = stem.with_suffix(".ptx")
-    source = os.path.relpath(source, ROOT)
-    _run(["nvcc", *flags, "-MD", "-MF", f"{stem}.d", "-ptx", "-o", str(ptx), source])
-    target.write_text(ptx_to_cpp.translate(ptx.read_text(), ptx.name))
-    words = Path(f"{stem}.d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    paths = [os.path.relpath(ROOT / word, ROOT) for word in words]
-    made_of = {path: _hash(ROOT / path) for path in paths}
-    record.write_text(json.dumps({"made_with": made_with, "made_of": made_of}))
-    return target
-
-
 @functools.cache
 def _nvcc():
     return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
+def _ptx(source, arch):
+    """The C++ of a device file's PTX for one architecture."""
+
+    def command(target, depfile, source):
+        flags = ["-std=c++20", "-O3", "-I", "csrc", f"-arch=compute_{arch}"]
+        return ["nvcc", *flags, "-MD", "-MF", depfile, "-ptx", "-o", target, source]
+
+    ptx = _made(source, f"_sm{arch}.ptx", _nvcc(), command)
+    text = ptx_to_cpp.translate(ptx.read_text(), ptx.name)
+    cpp = ptx.with_suffix(".cpp")
+    if not cpp.is_file() or cpp.read_text() != text:
+        cpp.write_text(text)
+    return cpp
+
+
+def _ptx_jobs(sources, archs, sanitize):
+    flags = [*_flags(sanitize), *PTX_FLAGS]
+    made = _parallel(_ptx, [(source, arch) for arch in archs for source in sources])
+    return [(cpp, flags) for cpp in made]
+
+
+def _variant(sanitize, ptx):
+    return f"{'-ptx' if ptx else ''}{'-' + sanitize if sanitize else ''}"
 
 
 def library(sanitize=None, *, ptx=()):
@@ -302,8 +316,7 @@ def library(sanitize=None, *, ptx=()):
         jobs += [(source, _flags(sanitize)) for source in kernels]
         # Host code is tested by the CPU backend; it is not instrumented here.
         jobs += [(source, _flags(None) + torch_flags) for source in hosts]
-        flags = [*_flags(sanitize), *PTX_FLAGS]
-        jobs += [(_ptx(source, arch), flags) for arch in ptx for source in kernels]
+        jobs += _ptx_jobs(kernels, ptx, sanitize)
         objects = _compile_all(jobs)
         extra = [
             "-shared",
@@ -315,25 +328,22 @@ def library(sanitize=None, *, ptx=()):
         ]
         return _link(
             objects,
-            BUILD
-            / f"libqlora_ext_simt{'-ptx' if ptx else ''}{'-' + sanitize if sanitize else ''}.so",
+            BUILD / f"libqlora_ext_simt{_variant(sanitize, ptx)}.so",
             extra,
             sanitize,
         )
 
 
-def harness(name, sanitize=None, *, shared=False, ptx=False):
-    """Builds tests/simt/<name>.cu with the machine, no torch: a program, or a ctypes library. With
-    `ptx` its kernels are there as nvcc compiled them for 9.0a, too."""
+def harness(name, sanitize=None, *, shared=False, ptx=()):
+    """Builds tests/simt/<name>.cu with the machine, no torch: a program, or a ctypes library; `ptx`
+    as for library()."""
     with _locked():
         jobs = [
             (SIMT / "machine.cpp", _flags(sanitize, machine=True)),
             (SIMT / f"{name}.cu", _flags(sanitize)),
         ]
-        if ptx:
-            jobs.append((_ptx(SIMT / f"{name}.cu", "90a"), [*_flags(sanitize), *PTX_FLAGS]))
-        suffix = f"{'-ptx' * ptx}{'-' + sanitize if sanitize else ''}{'.so' if shared else ''}"
-        target = BUILD / f"{name}{suffix}"
+        jobs += _ptx_jobs([SIMT / f"{name}.cu"], ptx, sanitize)
+        target = BUILD / f"{name}{_variant(sanitize, ptx)}{'.so' if shared else ''}"
         extra = ["-shared", "-Wl,-Bsymbolic"] if shared else []
         return _link(_compile_all(jobs), target, extra, sanitize)
 

@@ -45,6 +45,7 @@
 namespace qlora_ext::simt {
 
 Thread* current = nullptr;
+uint64_t register_poison = 0;
 
 namespace {
 
@@ -1205,12 +1206,6 @@ bool register_translation(int arch, const char* mangled, Translation run,
   return true;
 }
 
-const uint64_t& register_poison() {
-  static uint64_t pattern = 0;
-  pattern = 0x0101010101010101u * static_cast<unsigned>(machine().poison);
-  return pattern;
-}
-
 const Device& device() {
   read_environment();
   Machine& m = machine();
@@ -1325,7 +1320,7 @@ const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, cons
       return refuse(std::to_string(threads) + " threads, its __launch_bounds__ allow " +
                     std::to_string(found->max_threads));
     }
-    register_poison();  // of this launch
+    register_poison = 0x0101010101010101u * static_cast<unsigned>(m.poison);
     translated.run = found->run;
     m.call = [](void* closure) {
       auto* kernel = static_cast<Translated*>(closure);

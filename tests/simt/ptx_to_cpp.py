@@ -45,11 +45,22 @@ SPECIAL = {
 # What may stand behind a load's or store's space without changing what it does here: caches.
 CACHES = {"nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "L1::no_allocate", "volatile", "weak"}
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu"}
-COMPARISONS |= {"lo", "ls", "hi", "hs", "num", "nan"}
+# vote.sync and redux.sync, less their first word -> the meeting of lanes that answers.
+VOTES = {"sync.all.pred": "kAll", "sync.any.pred": "kAny", "sync.ballot.b32": "kBallot"}
+VOTES |= {f"sync.add.{kind}": "kReduceAdd" for kind in ("u32", "s32")}
+VOTES |= {f"sync.{op}.s32": f"kReduce{op.title()}Signed" for op in ("min", "max")}
+VOTES |= {f"sync.{op}.u32": f"kReduce{op.title()}Unsigned" for op in ("min", "max")}
+VOTES |= {f"sync.{op}.b32": f"kReduce{op.title()}" for op in ("and", "or", "xor")}
 
 
 class Unknown(ValueError):
     """PTX that this translator does not know."""
+
+
+def known(condition):
+    """Unknown unless condition; `translate` names the instruction and its line."""
+    if not condition:
+        raise Unknown("this form of it")
 
 
 def _name(text):
@@ -135,33 +146,33 @@ class Function:
 
     def _call_cpp(self, name, kind, modifiers, operands, allowed=()):
         """`name<type>(operands)`, the first operand the destination."""
-        unknown = set(modifiers) - set(allowed)
-        if unknown:
-            raise Unknown(f"{name}.{'.'.join(modifiers)}")
+        known(set(modifiers) <= set(allowed))
         values = ", ".join(self.value(o, kind) for o in operands[1:])
         return f"{self.target(operands[0])} = isa::{name}<{TYPES[kind]}>({values});"
 
-    def _unary_or_more(name, allowed=()):
+    def _arithmetic(name, allowed=()):
+        """A method for an instruction whose operands all have its type."""
+
         def translate(self, parts, operands, line):
             return self._call_cpp(name, parts[-1], parts[:-1], operands, allowed)
 
         return translate
 
-    _add = _unary_or_more("add", ("rn",))
-    _sub = _unary_or_more("sub", ("rn",))
-    _fma = _unary_or_more("fma", ("rn",))
-    _div = _unary_or_more("div", ("rn",))
-    _rem = _unary_or_more("rem")
-    _rcp = _unary_or_more("rcp", ("rn",))
-    _sqrt = _unary_or_more("sqrt", ("rn",))
-    _min = _unary_or_more("min")
-    _max = _unary_or_more("max")
-    _abs = _unary_or_more("abs")
-    _neg = _unary_or_more("neg")
-    _not = _unary_or_more("bit_not")
-    _and = _unary_or_more("bit_and")
-    _or = _unary_or_more("bit_or")
-    _xor = _unary_or_more("bit_xor")
+    _add = _arithmetic("add", ("rn",))
+    _sub = _arithmetic("sub", ("rn",))
+    _fma = _arithmetic("fma", ("rn",))
+    _div = _arithmetic("div", ("rn",))
+    _rem = _arithmetic("rem")
+    _rcp = _arithmetic("rcp", ("rn",))
+    _sqrt = _arithmetic("sqrt", ("rn",))
+    _min = _arithmetic("min")
+    _max = _arithmetic("max")
+    _abs = _arithmetic("abs")
+    _neg = _arithmetic("neg")
+    _not = _arithmetic("bit_not")
+    _and = _arithmetic("bit_and")
+    _or = _arithmetic("bit_or")
+    _xor = _arithmetic("bit_xor")
 
     def _mul(self, parts, operands, line):
         kind = parts[-1]
@@ -181,16 +192,16 @@ class Function:
             )
         return self._call_cpp("mad", parts[-1], parts[:-1], operands, ("lo",))
 
-    def _shift(self, name, parts, operands):
-        (kind,) = parts
-        value, amount = self.value(operands[1], kind), self.value(operands[2], "b32")
-        return f"{self.target(operands[0])} = isa::{name}<{TYPES[kind]}>({value}, {amount});"
+    def _shift(name):
+        def translate(self, parts, operands, line):
+            (kind,) = parts
+            value, amount = self.value(operands[1], kind), self.value(operands[2], "b32")
+            return f"{self.target(operands[0])} = isa::{name}<{TYPES[kind]}>({value}, {amount});"
 
-    def _shl(self, parts, operands, line):
-        return self._shift("shl", parts, operands)
+        return translate
 
-    def _shr(self, parts, operands, line):
-        return self._shift("shr", parts, operands)
+    _shl = _shift("shl")
+    _shr = _shift("shr")
 
     def _bfi(self, parts, operands, line):
         (kind,) = parts
@@ -198,8 +209,7 @@ class Function:
         return f"{self.target(operands[0])} = isa::bfi<{TYPES[kind]}>({', '.join(values)});"
 
     def _prmt(self, parts, operands, line):
-        if parts != ["b32"]:
-            raise Unknown(f"prmt.{'.'.join(parts)}")
+        known(parts == ["b32"])
         values = ", ".join(self.value(o, "b32") for o in operands[1:])
         return f"{self.target(operands[0])} = ptx::prmt({values});"
 
@@ -211,8 +221,7 @@ class Function:
         """An instruction on one 32-bit word that is a CUDA builtin."""
 
         def translate(self, parts, operands, line):
-            if parts != ["b32"]:
-                raise Unknown(f"{name} of {'.'.join(parts)}")
+            known(parts == ["b32"])
             value = self.value(operands[1], "b32")
             return f"{self.target(operands[0])} = static_cast<uint32_t>({name}({value}));"
 
@@ -223,23 +232,20 @@ class Function:
     _brev = _builtin("__brev")
 
     def _dp4a(self, parts, operands, line):
-        if parts != ["s32", "s32"]:
-            raise Unknown(f"dp4a.{'.'.join(parts)}")
+        known(parts == ["s32", "s32"])
         values = ", ".join(f"static_cast<int>({self.value(o, 's32')})" for o in operands[1:])
         return f"{self.target(operands[0])} = static_cast<uint32_t>(__dp4a({values}));"
 
     def _shf(self, parts, operands, line):
         side, mode, kind = parts
-        if side not in "lr" or mode not in ("wrap", "clamp") or kind != "b32":
-            raise Unknown(f"shf.{'.'.join(parts)}")
+        known(side in "lr" and mode in ("wrap", "clamp") and kind == "b32")
         values = ", ".join(self.value(o, "b32") for o in operands[1:])
         name = f"__funnelshift_{side}{'c' * (mode == 'clamp')}"
         return f"{self.target(operands[0])} = {name}({values});"
 
     def _setp(self, parts, operands, line):
         comparison, kind = parts
-        if comparison not in COMPARISONS:
-            raise Unknown(f"setp.{'.'.join(parts)}")
+        known(comparison in COMPARISONS)
         a, b = (self.value(o, kind) for o in operands[1:])
         return f"{self.target(operands[0])} = isa::setp_{comparison}<{TYPES[kind]}>({a}, {b});"
 
@@ -267,17 +273,14 @@ class Function:
         to, source = kinds
         if to in ("bf16x2", "f16x2"):  # the first source is the upper half
             high, low = (self.value(o, "f32") for o in operands[1:])
-            if rounding != ["rn"] or source != "f32":
-                raise Unknown(f"cvt.{'.'.join(parts)}")
+            known(rounding == ["rn"] and source == "f32")
             half = TYPES[to[:-2]]
             return f"{self.target(operands[0])} = isa::cvt_pair<{half}>({low}, {high});"
         floats = {"f16", "bf16", "f32", "f64"}
         exact = (source in floats) == (to in floats) and not rounding
-        if not exact and rounding != ["rn"]:
-            raise Unknown(f"cvt.{'.'.join(parts)}")
+        known(exact or rounding == ["rn"])
         narrows = to[0] == "s" and int(to[1:]) < 32 and source not in floats
-        if narrows or (source in floats and to not in floats):
-            raise Unknown(f"cvt.{'.'.join(parts)}")
+        known(not narrows and (source not in floats or to in floats))
         value = self.value(operands[1], source)
         return f"{self.target(operands[0])} = isa::cvt<{TYPES[to]}, {TYPES[source]}>({value});"
 
@@ -329,8 +332,7 @@ class Function:
 
     def _atom(self, parts, operands, line):
         space, operation, kind = parts
-        if space not in ("global", "shared") or operation not in ("add", "min", "max", "exch"):
-            raise Unknown(f"atom.{'.'.join(parts)}")
+        known(space in ("global", "shared") and operation in ("add", "min", "max", "exch"))
         where = self._memory(space, self.address(operands[1], space), kind, 1)
         value = self.value(operands[2], kind)
         return (
@@ -351,54 +353,30 @@ class Function:
         raise Unknown(f"bar.{'.'.join(parts)} {operands}")
 
     def _barrier(self, parts, operands, line):
-        if parts not in (["cta", "sync"], ["cta", "arrive"]) or len(operands) != 2:
-            raise Unknown(f"barrier.{'.'.join(parts)} {operands}")
+        known(parts in (["cta", "sync"], ["cta", "arrive"]) and len(operands) == 2)
         values = ", ".join(f"static_cast<int>({self.value(o, 'b32')})" for o in operands)
         return f"isa::barrier_{parts[1]}({values}, {self._site(line)});"
 
     def _vote(self, parts, operands, line):
-        meeting = {"all.pred": "kAll", "any.pred": "kAny", "ballot.b32": "kBallot"}.get(
-            ".".join(parts[1:])
-        )
-        if parts[0] != "sync" or meeting is None:
-            raise Unknown(f"vote.{'.'.join(parts)}")
-        value, mask = self.value(operands[1], "pred"), self.value(operands[2], "b32")
+        meeting = VOTES.get(".".join(parts))
+        known(meeting)
+        value, mask = (self.value(o, "b32") for o in operands[1:])
         return (
             f"{self.target(operands[0])} = "
             f"simt::vote(simt::{meeting}, {mask}, {value}, {self._site(line)});"
         )
 
-    def _redux(self, parts, operands, line):
-        meeting = {
-            "add.u32": "Add",
-            "add.s32": "Add",
-            "min.s32": "MinSigned",
-            "max.s32": "MaxSigned",
-            "min.u32": "MinUnsigned",
-            "max.u32": "MaxUnsigned",
-            "and.b32": "And",
-            "or.b32": "Or",
-            "xor.b32": "Xor",
-        }.get(".".join(parts[1:]))
-        if parts[0] != "sync" or meeting is None:
-            raise Unknown(f"redux.{'.'.join(parts)}")
-        value, mask = (self.value(o, "b32") for o in operands[1:])
-        return (
-            f"{self.target(operands[0])} = "
-            f"simt::vote(simt::kReduce{meeting}, {mask}, {value}, {self._site(line)});"
-        )
+    _redux = _vote
 
     def _elect(self, parts, operands, line):
-        if parts != ["sync"] or operands[1] not in ("-1", "0xffffffff"):
-            raise Unknown(f"elect.{'.'.join(parts)} {operands}")
+        known(parts == ["sync"] and operands[1] in ("-1", "0xffffffff"))
         to, _, elected = operands[0].partition("|")
         chosen = f"{self.target(elected)} = simt::current->lane == 0;"
         return chosen if to == "_" else f"{self.target(to)} = 0; {chosen}"
 
     def _shfl(self, parts, operands, line):
         sync, mode, kind = parts
-        if sync != "sync" or kind != "b32":
-            raise Unknown(f"shfl.{'.'.join(parts)}")
+        known(sync == "sync" and kind == "b32")
         to, _, valid = operands[0].partition("|")
         values = ", ".join(self.value(o, "b32") for o in operands[1:])
         valid = self.target(valid) if valid else "std::ignore"
@@ -406,17 +384,15 @@ class Function:
 
     def _mma(self, parts, operands, line):
         shape = ".".join(parts)
-        known = {
+        shapes = {
             "sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": ("kMma16816F16", 4, 2),
             "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": ("kMma16816Bf16", 4, 2),
             "sync.aligned.m16n8k8.row.col.f32.f16.f16.f32": ("kMma1688F16", 2, 1),
         }
-        if shape not in known:
-            raise Unknown(f"mma.{shape}")
-        meeting, num_a, num_b = known[shape]
+        known(shape in shapes)
+        meeting, num_a, num_b = shapes[shape]
         d, a, b, c = ([self.target(r) for r in self.vector(o)] for o in operands)
-        if (len(d), len(a), len(b), len(c)) != (4, num_a, num_b, 4):
-            raise Unknown(f"mma.{shape} {operands}")
+        known((len(d), len(a), len(b), len(c)) == (4, num_a, num_b, 4))
         return (
             f"{{ uint32_t d[4] = {{{', '.join(c)}}}, a[] = {{{', '.join(a)}}}, "
             f"b[] = {{{', '.join(b)}}}; isa::mma(simt::{meeting}, d, a, b, {self._site(line)}); "
@@ -425,14 +401,13 @@ class Function:
         )
 
     def _ldmatrix(self, parts, operands, line):
-        known = re.fullmatch(
+        form = re.fullmatch(
             r"sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", ".".join(parts)
         )
         to = self.vector(operands[0])
-        if known is None or len(to) != int(known[1]):
-            raise Unknown(f"ldmatrix.{'.'.join(parts)}")
+        known(form and len(to) == int(form[1]))
         address = self.address(operands[1], "shared")
-        transposed = "true" if known[2] else "false"
+        transposed = "true" if form[2] else "false"
         return (
             f"{{ uint32_t d[{len(to)}]; isa::ldmatrix(d, {address}, {transposed}, "
             f"{self._site(line)}); "
@@ -446,8 +421,7 @@ class Function:
             address, arrivals = self.address(operands[0], "shared"), self.value(operands[1], "b32")
             return f"simt::mbarrier_init({address}, static_cast<int>({arrivals}));"
         if operation in ("arrive.shared::cta.b64", "arrive.expect_tx.shared::cta.b64"):
-            if operands[0] != "_":
-                raise Unknown(f"mbarrier.{operation} with a state")
+            known(operands[0] == "_")  # a state is not kept
             count = self.value(operands[2], "b32") if len(operands) > 2 else "0"
             return f"simt::mbarrier_arrive({self.address(operands[1], 'shared')}, {count});"
         if operation == "try_wait.parity.shared::cta.b64":  # tries until it has succeeded
@@ -457,8 +431,7 @@ class Function:
         raise Unknown(f"mbarrier.{operation}")
 
     def _createpolicy(self, parts, operands, line):
-        if parts != ["fractional", "L2::evict_first", "b64"] or operands[1:] not in (["1.0"], []):
-            raise Unknown(f"createpolicy.{'.'.join(parts)}")
+        known(parts == ["fractional", "L2::evict_first", "b64"] and operands[1:] in (["1.0"], []))
         return f"{self.target(operands[0])} = 0;"
 
     def _cp(self, parts, operands, line):
@@ -470,16 +443,14 @@ class Function:
             return "simt::copy_async_commit(); simt::copy_async_wait(0);"
         hint = parts[-1] == "L2::cache_hint"
         if parts[:2] == ["async", "bulk"]:
-            known = ["shared::cluster", "global", "mbarrier::complete_tx::bytes"]
-            if parts[2 : 5 if hint else None] != known:
-                raise Unknown(f"cp.{'.'.join(parts)}")
+            form = ["shared::cluster", "global", "mbarrier::complete_tx::bytes"]
+            known(parts[2 : 5 if hint else None] == form)
             shared, barrier = (self.address(operands[i], "shared") for i in (0, 3))
             source, size = self.address(operands[1], "global"), self.value(operands[2], "b32")
             return f"ptx::bulk_copy({shared}, isa::pointer({source}, 16), {size}, {barrier});"
         kind = parts[:-1] if hint else parts
         operands = operands[:-1] if hint else operands
-        if kind not in (["async", "cg", "shared", "global"], ["async", "ca", "shared", "global"]):
-            raise Unknown(f"cp.{'.'.join(parts)}")
+        known(kind in (["async", "cg", "shared", "global"], ["async", "ca", "shared", "global"]))
         size = int(operands[2])
         if size not in ((16,) if kind[1] == "cg" else (4, 8, 16)) or len(operands) > 4:
             raise Unknown(f"cp.{'.'.join(parts)} of {operands[2:]}")
@@ -489,24 +460,18 @@ class Function:
         return f"isa::cp_async<{size}>({shared}, {source}, {valid});"
 
     def _membar(self, parts, operands, line):
-        if parts not in (["gl"], ["cta"], ["sys"]):
-            raise Unknown(f"membar.{'.'.join(parts)}")
+        known(parts in (["gl"], ["cta"], ["sys"]))
         return "simt::thread_fence();"
 
     def _fence(self, parts, operands, line):
         # The machine has one proxy.
-        if parts not in (
-            ["proxy", "async", "shared::cta"],
-            ["mbarrier_init", "release", "cluster"],
-        ):
-            raise Unknown(f"fence.{'.'.join(parts)}")
+        known(".".join(parts) in ("proxy.async.shared::cta", "mbarrier_init.release.cluster"))
         return ";"
 
     # ---------------------------------------------------------------- control
 
     def _bra(self, parts, operands, line):
-        if parts not in ([], ["uni"]):
-            raise Unknown(f"bra.{'.'.join(parts)}")
+        known(parts in ([], ["uni"]))
         return f"goto {_name(operands[0])};"
 
     def _ret(self, parts, operands, line):
@@ -543,9 +508,8 @@ class Function:
                 else:
                     names.append(_name(name.strip()))
             self.registers.update(names)
-            first = (
-                "isa::poison & 2" if register == "bool" else f"static_cast<{register}>(isa::poison)"
-            )
+            first = "simt::register_poison"
+            first = f"{first} & 2" if register == "bool" else f"static_cast<{register}>({first})"
             return f"{register} " + ", ".join(f"{name} = {first}" for name in names) + ";"
         if match := re.fullmatch(r"\.param\s+\.(\w+)\s+(\w+)", text):
             self.locals.add(match[2])

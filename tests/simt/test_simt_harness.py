@@ -61,12 +61,16 @@ PLANTED = {
 }
 
 
-def run(planted, sanitize=None, pattern=PATTERNS[0]):
+def run(planted, sanitize=None, pattern=PATTERNS[0], *, ptx=False):
+    """`ptx`: the kernels as nvcc compiled them for 9.0a."""
+    if ptx:
+        build.require_nvcc()
+        pattern = {**pattern, "SIMT_PTX": "1", "SIMT_ARCH": "90"}
     options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
     if sanitize:
         build.require(sanitize)
     fixed = build.fixed_addresses() if sanitize == "thread" else []
-    command = [*fixed, str(build.harness("planted", sanitize)), planted]
+    command = [*fixed, str(build.harness("planted", sanitize, ptx=("90a",) * ptx)), planted]
     return subprocess.run(
         command,
         capture_output=True,
@@ -105,16 +109,8 @@ def test_clean_twins_pass(sanitize):
 
 def test_clean_twins_pass_as_nvcc_compiled_them():
     """Barriers, mbarriers, bulk and asynchronous copies of csrc/cuda/ptx.cuh itself."""
-    build.require_nvcc()
-    environment = {**os.environ, "SIMT_PTX": "1", "SIMT_ARCH": "90"}
     for pattern in PATTERNS:
-        result = subprocess.run(
-            [str(build.harness("planted", ptx=True)), "clean"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**environment, **pattern},
-        )
+        result = run("clean", pattern=pattern, ptx=True)
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout == run("clean", pattern=pattern).stdout
 
@@ -125,10 +121,7 @@ IN_PTX = [p for p, (t, _) in PLANTED.items() if t == "sentence" and p != "launch
 
 @pytest.mark.parametrize("planted", IN_PTX)
 def test_planted_bug_is_found_as_nvcc_compiled_it(planted):
-    build.require_nvcc()
-    environment = {**os.environ, "SIMT_PTX": "1", "SIMT_ARCH": "90"}
-    command = [str(build.harness("planted", ptx=True)), planted]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    result = run(planted, ptx=True)
     assert result.returncode == 3 and f"{planted}<true>: run failed: block" in result.stdout, result
 
 

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 def load_probe(ptx):
     if ptx:
         build.require_nvcc()
-    library = ctypes.CDLL(str(build.harness("probe", shared=True, ptx=ptx)))
+    library = ctypes.CDLL(str(build.harness("probe", shared=True, ptx=("90a",) * ptx)))
     if ptx:
         library.simt_set_device(90, 4)
         library.simt_set_ptx(1)

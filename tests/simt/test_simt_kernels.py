@@ -83,13 +83,20 @@ def test_a_kernel_turned_off_is_missed(simt):
     assert not unmissed, "these kernels did nothing and no case of the sweep noticed"
 
 
+def sweep(environment, prefix=()):
+    """Runs the sweep's cases bare in a process with this environment: each must come to its end."""
+    python_path = str(Path(qlora_ext.__file__).parent.parent)  # the one built
+    result = subprocess.run(
+        [*prefix, sys.executable, str(Path(__file__).with_name("sweep.py"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment, "PYTHONPATH": python_path},
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
+    assert len(result.stdout.split()) == sum(not case.large for case in CASES)
+
+
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 def test_sanitized(sanitize):
     build.require(sanitize)
-    environment = {**os.environ, **build.sanitizer_environment(sanitize)}
-    environment["PYTHONPATH"] = str(Path(qlora_ext.__file__).parent.parent)  # the one built
-    sweep = Path(__file__).with_name("sweep.py")
-    command = [*build.fixed_addresses(), sys.executable, str(sweep)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
-    assert len(result.stdout.split()) == sum(not case.large for case in CASES)
+    sweep(build.sanitizer_environment(sanitize), build.fixed_addresses())

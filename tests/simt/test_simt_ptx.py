@@ -12,6 +12,7 @@ import pytest
 import qlora_ext
 from simt import build, ptx_to_cpp
 from simt.sweep import CASES
+from simt.test_simt_kernels import sweep
 
 TESTS = Path(__file__).resolve().parent.parent
 SWEEP = ["simt/test_simt_kernels.py", "simt/test_simt_huge.py", "simt/ptx_checks.py"]
@@ -47,18 +48,9 @@ def test_ptx_under_address_sanitizer():
     """Reads and writes out of bounds that only the compiled kernels make; 7.5's cases run too."""
     build.require_nvcc()
     build.require("address")
-    environment = {
-        **os.environ,
-        **build.sanitizer_environment("address"),
-        "SIMT_LIBRARY": str(build.library("address", ptx=("75", "90a"))),
-        "SIMT_PTX": "1",
-        "SIMT_ARCH": "90",
-        "PYTHONPATH": str(Path(qlora_ext.__file__).parent.parent),
-    }
-    command = [sys.executable, str(TESTS / "simt" / "sweep.py")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-20000:]
-    assert len(result.stdout.split()) == sum(not case.large for case in CASES)
+    library = build.library("address", ptx=("75", "90a"))
+    ptx = {"SIMT_LIBRARY": str(library), "SIMT_PTX": "1", "SIMT_ARCH": "90"}
+    sweep({**build.sanitizer_environment("address"), **ptx})
 
 
 def test_variants_for_other_architectures_trap():

@@ -111,7 +111,7 @@ Kernel& register_kernel(const char* name, const char* launcher);
 using Translation = void (*)(void* const* arguments);
 bool register_translation(int arch, const char* mangled, Translation run,
                           std::vector<size_t> parameters, int64_t max_threads);
-const uint64_t& register_poison();  // the pattern of poison, eight times
+extern uint64_t register_poison;  // what registers hold before anything is written to them
 
 // What a launch runs in every thread: call(closure), which is the kernel as g++ compiled it, or its
 // translation for the device, where that was asked for.

@@ -21,9 +21,6 @@
 
 namespace qlora_ext::isa {
 
-// What registers hold before anything is written to them.
-inline const uint64_t& poison = simt::register_poison();
-
 struct half {};
 struct bfloat16 {};
 
@@ -252,25 +249,6 @@ PTX_SETP(leu, <=, true)
 PTX_SETP(gtu, >, true)
 PTX_SETP(geu, >=, true)
 #undef PTX_SETP
-// Of unsigned integers.
-#define PTX_SETP(name, op)                 \
-  template <class T>                       \
-  bool setp_##name(Bits<T> a, Bits<T> b) { \
-    return a op b;                         \
-  }
-PTX_SETP(lo, <)
-PTX_SETP(ls, <=)
-PTX_SETP(hi, >)
-PTX_SETP(hs, >=)
-#undef PTX_SETP
-template <class T>
-bool setp_num(Bits<T> a, Bits<T> b) {
-  return !std::isnan(from_bits<T>(a)) && !std::isnan(from_bits<T>(b));
-}
-template <class T>
-bool setp_nan(Bits<T> a, Bits<T> b) {
-  return !setp_num<T>(a, b);
-}
 
 // ---------------------------------------------------------------- conversion
 
