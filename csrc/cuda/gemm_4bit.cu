@@ -1,5 +1,4 @@
 // gemm_4bit on CUDA: which kernel, and how it is launched.
-#include "cuda/chunks.cuh"
 #include "cuda/gemm_4bit_any.cuh"
 #include "cuda/gemm_4bit_fused.cuh"
 #include "cuda/heuristics.cuh"
@@ -30,12 +29,25 @@ Variant choose(const Gemm4bitParams& p) {
   const DeviceInfo& device = device_info();
   const bool turing = device.arch < 80;
   if (!fused_can_run(p, device)) return p.M <= kAnyMaxRows ? Variant::kAny : Variant::kChunks;
-  if (p.M > (turing ? kFusedMaxRowsTuring : kFusedMaxRows)) return Variant::kChunks;
+  if (p.M > fused_max_rows(device)) return Variant::kChunks;
   if (p.M <= 8) return Variant::kFused1;
   if (p.M <= 16) return Variant::kFused2;
   // 64 rows at a time need 131 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
   const bool wide = !turing && device.shared_bytes >= static_cast<int>(sizeof(FusedSmem<Sm80, 8>));
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
+}
+
+// One block's stage of 16384 weights alone on its SM: 631, 733, 1013 and 1657 cycles, simulated, at
+// 1.7 GHz. Two blocks fit an SM with 228 KiB of shared memory, but for the registers of 32 rows on.
+template <int kTilesM>
+BlockCost fused_cost(const DeviceInfo& device) {
+  constexpr float kStage = kTilesM == 1   ? 0.37f
+                           : kTilesM == 2 ? 0.43f
+                           : kTilesM == 4 ? 0.6f
+                                          : 0.97f;
+  const bool two =
+      kTilesM <= 2 && device.shared_bytes >= 2 * int{sizeof(FusedSmem<Sm80, 1>)} + 1024;
+  return {two ? 2 : 1, 4, kStage, 0.6f * kStage, 1.2f};
 }
 
 // Splits of K. The launch and its workspace both ask here, so it must not depend on the
@@ -44,7 +56,8 @@ template <int kTilesM>
 Splits fused_splits(const Gemm4bitParams& p) {
   using Traits = FusedTraits<Sm80, kTilesM>;
   return split_contraction(ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM),
-                           ceil_div(p.weight.K, Traits::kTileK));
+                           ceil_div(p.weight.K, Traits::kTileK), p.M * p.weight.N,
+                           fused_cost<kTilesM>(device_info()));
 }
 
 template <int kTilesM>
@@ -123,7 +136,7 @@ int64_t workspace_gemm_4bit(const Gemm4bitParams& p) {
 
 int64_t chunk_rows_gemm_4bit(const Gemm4bitParams& p) {
   if (is_empty(p) || choose(p) != Variant::kChunks) return 0;
-  return chunk_lines(p.M, p.weight.N, p.weight.K, p.dtype, device_info().sm_count);
+  return chunk_lines(p.M, p.weight.N, p.weight.K, p.dtype);
 }
 
 const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {

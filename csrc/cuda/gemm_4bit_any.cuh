@@ -10,6 +10,7 @@
 // Not yet run on silicon.
 #pragma once
 
+#include "cuda/heuristics.cuh"
 #include "cuda/reduce_parts.cuh"
 #include "cuda/tile.cuh"
 
@@ -73,17 +74,17 @@ __global__ void __launch_bounds__(kTileThreads) gemm_4bit_backward_any(AnyProduc
   any_product<true>(p);
 }
 
-// Parts of the contraction for a [rows, cols] output. 256: below it the reduction costs more than
-// the parallelism brings; not yet tuned on silicon.
-inline int64_t any_product_parts(int64_t rows, int64_t cols, int64_t depth) {
-  const int64_t tiles = ceil_div(rows, kTileSize) * ceil_div(cols, kTileSize);
-  const int64_t wanted = choose_parts(tiles, depth, 256, device_info().sm_count);
-  const int64_t per_part = align_up(ceil_div(depth < 1 ? 1 : depth, wanted), kTileDepth);
-  return depth < 1 ? 1 : ceil_div(depth, per_part);
+// A block's step of 64x64x16 and at least 256 of the depth in each part. Estimated, not simulated.
+constexpr BlockCost kAnyCost{2, 16, 0.5f, 0.3f, 1.0f};
+
+inline Splits any_product_splits(int64_t rows, int64_t cols, int64_t depth) {
+  return split_contraction(ceil_div(rows, kTileSize) * ceil_div(cols, kTileSize),
+                           ceil_div(std::max<int64_t>(depth, 1), kTileDepth), rows * cols,
+                           kAnyCost);
 }
 
 inline int64_t any_product_workspace(int64_t rows, int64_t cols, int64_t depth) {
-  const int64_t parts = any_product_parts(rows, cols, depth);
+  const int64_t parts = any_product_splits(rows, cols, depth).count;
   return parts > 1 ? parts * rows * cols * 4 : 0;
 }
 
@@ -91,7 +92,8 @@ inline int64_t any_product_workspace(int64_t rows, int64_t cols, int64_t depth) 
 template <auto kernel>
 const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
   const int64_t rows = p.x.rows;
-  const int64_t parts = any_product_parts(rows, p.cols, p.depth);
+  const Splits splits = any_product_splits(rows, p.cols, p.depth);
+  const int64_t parts = splits.count;
   const ReduceParts reduce{static_cast<const float*>(workspace),
                            parts,
                            rows,
@@ -101,7 +103,7 @@ const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
                            p.bias_dtype,
                            p.out,
                            p.out_dtype};
-  p.depth_per_part = align_up(ceil_div(p.depth < 1 ? 1 : p.depth, parts), kTileDepth);
+  p.depth_per_part = splits.stages * kTileDepth;
   if (parts > 1) p.out = workspace;
   QLORA_EXT_TRY(launch_kernel<kernel>(tile_grid(rows, p.cols, parts), kTileThreads,
                                       sizeof(TileSmem), stream, p));

@@ -1,5 +1,4 @@
 // gemm_4bit_backward on CUDA: which kernel, and how it is launched.
-#include "cuda/chunks.cuh"
 #include "cuda/gemm_4bit_any.cuh"
 #include "cuda/gemm_4bit_backward_fused.cuh"
 #include "cuda/heuristics.cuh"
@@ -25,19 +24,25 @@ Variant choose(const Gemm4bitBackwardParams& p) {
   const DeviceInfo& device = device_info();
   const bool turing = device.arch < 80;
   if (!fused_can_run(p, device)) return p.M <= kAnyMaxRows ? Variant::kAny : Variant::kChunks;
-  if (p.M > (turing ? kFusedMaxRowsTuring : kFusedMaxRows)) return Variant::kChunks;
+  if (p.M > fused_max_rows(device)) return Variant::kChunks;
   // 64 rows at a time need 114 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
   const bool wide =
       !turing && device.shared_bytes >= static_cast<int>(sizeof(BackwardSmem<Sm80, 8>));
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
+// A stage of 64 rows of W and 256 columns alone on its SM, where its registers leave no room for a
+// second block: 1154 cycles with 32 rows of dY, 1653 with 64, simulated, at 1.7 GHz.
+template <int kTilesM>
+constexpr BlockCost kFusedCost{1, 4, kTilesM == 4 ? 0.68f : 0.97f, 0.0f, 1.2f};
+
 // Splits of N: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
 template <int kTilesM>
 Splits fused_splits(const Gemm4bitBackwardParams& p) {
   using Traits = BackwardTraits<Sm80, kTilesM>;  // Sm75's tiles are the same
   return split_contraction(ceil_div(p.weight.K, Traits::kTileK) * ceil_div(p.M, Traits::kTileM),
-                           ceil_div(p.weight.N, Traits::kStageN));
+                           ceil_div(p.weight.N, Traits::kStageN), p.M * p.weight.K,
+                           kFusedCost<kTilesM>);
 }
 
 template <int kTilesM>
@@ -110,7 +115,7 @@ int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
 
 int64_t chunk_columns_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
   if (is_empty(p) || choose(p) != Variant::kChunks) return 0;
-  return chunk_lines(p.M, p.weight.K, p.weight.N, p.dtype, device_info().sm_count);
+  return chunk_lines(p.M, p.weight.K, p.weight.N, p.dtype);
 }
 
 const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {

@@ -1,8 +1,13 @@
-// What the dispatch of gemm_4bit and its backward shares: which operands tensor cores take, up to how
-// many rows a kernel decodes W itself, and into how many blocks a contraction is split.
+// Dispatch's arithmetic: which operands tensor cores take, up to how many rows a kernel decodes W
+// itself, into how many blocks a contraction is split, and how much of W is decoded at a time where
+// cuBLAS multiplies. The choices minimise a modelled time. The model's constants come from a simulation
+// of the compiled kernels (docs/kernels.md, "Dispatch"); none was measured on a GPU yet.
 #pragma once
 
-#include "cuda/reduce_parts.cuh"
+#include <algorithm>
+
+#include "cuda/format.cuh"
+#include "cuda/launch.cuh"
 
 namespace qlora_ext {
 
@@ -12,32 +17,155 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
                                      : false;
 }
 
-// Rows of x (backward: of dY) from which decoding W to memory and cuBLAS wins over decoding it in the
-// kernel. By napkin, not yet by a bench on silicon: two passes cost 1 + 335 / M of the dense product
-// on H100, the fused kernels reach at best 63% of the tensor peak (mma.sync on Hopper), ~100% on
-// Ampere.
-constexpr int64_t kFusedMaxRows = 256;
-constexpr int64_t kFusedMaxRowsTuring = 64;
+// Rows of x (backward: of dY) up to which the kernel decodes W itself; above, W is decoded to memory
+// and cuBLAS multiplies. On Ampere, Ada and consumer Blackwell mma.sync reaches the tensor cores' full
+// rate. Hopper and data-centre Blackwell reach theirs with wgmma and tcgen05, mma.sync about 60% of
+// it: at 128 rows of 14336x4096 the kernel takes 63 us on an H200 and two passes 67, at 256 rows 124
+// and 92.
+inline int64_t fused_max_rows(const DeviceInfo& device) {
+  if (device.arch < 80) return 64;
+  return device.arch >= 90 && device.arch < 120 ? 128 : 256;
+}
 // FFMA tiles of 64 rows: beyond one of them cuBLAS is far ahead.
 constexpr int64_t kAnyMaxRows = 64;
 
-// Stages that a split has at least: below that the prologue outweighs what parallelism brings.
-constexpr int64_t kLeastStages = 4;
+// ---------------------------------------------------------------- splits of a contraction
+
+// What one kernel's blocks cost, in microseconds.
+struct BlockCost {
+  int resident;          // blocks that an SM holds at once
+  int64_t least_stages;  // of a split
+  float stage;           // one stage of a block that has its SM to itself
+  float share;           // what each further resident block adds to that
+  float start;           // before the first stage: filling a table, the first loads
+};
 
 struct Splits {
   int64_t count;
   int64_t stages;  // of each but the last
 };
 
-// Splits of a contraction of `stages` that fill the device when there are few tiles. A block that
-// has a whole SM can keep its memory busy, so from 0.6 tiles per SM on there is no split and no
-// second launch. By napkin, not yet by a bench on silicon.
-inline Splits split_contraction(int64_t tiles, int64_t stages) {
-  const int64_t sm_count = device_info().sm_count;
-  int64_t splits = 1;
-  if (tiles * 10 < sm_count * 6) splits = choose_parts(tiles, stages, kLeastStages, sm_count, 1);
-  const int64_t stages_per_split = ceil_div(stages, splits);
-  return {ceil_div(stages, stages_per_split), stages_per_split};
+// Splits add their parts in a second launch, which reads what the first wrote: L2 at 5 TB/s.
+constexpr float kReduceLaunch = 1.8f;
+constexpr float kReducePart = 8 / 5e6f;  // per element of the result and split
+
+// The split of `stages` for which the kernel and its reduction take least time. Blocks run in waves
+// of SMs x resident, so a grid that spills a little over a full wave costs a whole further one.
+// A function of shapes and the device alone: the order of the sums depends on it.
+inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
+                                const BlockCost& cost) {
+  const int64_t sms = device_info().sm_count;
+  // Beyond eight waves of blocks a further split gains nothing.
+  const int64_t most = std::clamp<int64_t>(
+      std::min(stages / cost.least_stages, 8 * sms * cost.resident / std::max<int64_t>(tiles, 1)),
+      1, 64);
+  Splits best{1, stages};
+  float least = 0;
+  for (int64_t wanted = 1; wanted <= most; ++wanted) {
+    const int64_t per_split = ceil_div(stages, wanted);
+    const int64_t count = stages > 0 ? ceil_div(stages, per_split) : 1;
+    const int64_t blocks = tiles * count;
+    const int64_t full_waves = blocks / (sms * cost.resident);
+    const int64_t rest = ceil_div(blocks - full_waves * sms * cost.resident, sms);  // blocks an SM
+    const auto turns = [&](int64_t resident) {
+      return cost.start + static_cast<float>(per_split) *
+                              (cost.stage + cost.share * static_cast<float>(resident - 1));
+    };
+    float time = static_cast<float>(full_waves) * turns(cost.resident);
+    if (rest > 0) time += turns(rest);
+    if (count > 1) {
+      time += kReduceLaunch + kReducePart * static_cast<float>(count) * static_cast<float>(numel);
+    }
+    if (wanted == 1 || time < least) {
+      least = time;
+      best = {count, per_split};
+    }
+  }
+  return best;
+}
+
+// ---------------------------------------------------------------- chunks of W for cuBLAS
+
+// What cuBLAS's product and a decoded chunk are bounded by: data sheets, less what measured ceilings
+// of the same family fall short (H100: 788 of 989 TFLOP/s).
+struct DeviceSpeed {
+  float sm_mflop_us;  // million flops an SM does in a microsecond (TFLOP/s), 16-bit operands
+  float sm_fp32;      // the same for fp32 operands, without TF32
+  float memory;       // TB/s
+  float l2;           // TB/s
+};
+
+inline DeviceSpeed device_speed(const DeviceInfo& device) {
+  if (device.arch < 80) return {1.0f, 0.20f, 0.27f, 1.0f};   // T4
+  if (device.arch == 80) return {2.5f, 0.18f, 1.7f, 3.5f};   // A100
+  if (device.arch < 90) return {1.3f, 0.43f, 0.9f, 3.0f};    // RTX 3090 to 4090
+  if (device.arch < 100) return {6.0f, 0.43f, 3.6f, 5.0f};   // H100, H200
+  if (device.arch < 120) return {11.0f, 0.45f, 7.0f, 8.0f};  // B200
+  return {1.3f, 0.55f, 1.5f, 4.0f};                          // RTX 5090
+}
+
+// cuBLAS's time for [M, lines] over `depth`, in microseconds: the best of its tiles, each with the
+// share of the peak that it reaches, in waves of one tile an SM.
+inline float product_time(int64_t M, int64_t lines, int64_t depth, float sm_mflop_us, int64_t sms) {
+  struct Tile {
+    int64_t rows, columns;
+    float share;
+  };
+  constexpr Tile kTiles[] = {
+      {128, 256, 1.0f}, {256, 128, 1.0f}, {128, 128, 0.86f}, {64, 256, 0.8f}, {64, 128, 0.66f}};
+  float best = 0;
+  for (const Tile& tile : kTiles) {
+    const int64_t waves = ceil_div(ceil_div(M, tile.rows) * ceil_div(lines, tile.columns), sms);
+    const float flops = 2 * static_cast<float>(waves * tile.rows * tile.columns) *
+                        static_cast<float>(depth) / tile.share;
+    if (best == 0 || flops < best) best = flops;
+  }
+  return best / (sm_mflop_us * 1e6f);
+}
+
+constexpr int64_t kMostChunkBytes = int64_t{128} << 20;
+constexpr int64_t kLeastChunkBytesPerSm = int64_t{128}
+                                          << 10;  // less is mostly launches: 16 MiB of 132
+constexpr int64_t kChunkStep = 128;               // lines: cuBLAS's tiles are 128 or 256 wide
+constexpr float kChunkLaunches = 3.3f;            // microseconds: decode, multiply
+constexpr float kChunkSlack = 1.03f;              // what a chunk of fewer bytes may cost
+
+// How many of the `lines` of W that each make a column of the [M, lines] result go into a chunk: rows
+// of W forward (lines N, depth K), columns of W backward (lines K, depth N). Of the chunks whose
+// modelled time is within 3% of the best, the one of fewest bytes. Small chunks stay in L2 until
+// cuBLAS reads them; large ones fill its waves. Chunks are of equal size, a multiple of 128 lines.
+inline int64_t chunk_lines(int64_t M, int64_t lines, int64_t depth, DType dtype) {
+  const DeviceInfo& device = device_info();
+  const DeviceSpeed speed = device_speed(device);
+  const float sm_mflop_us = dtype == DType::kFloat32 ? speed.sm_fp32 : speed.sm_mflop_us;
+  const int64_t line_bytes = std::max<int64_t>(depth, 1) * dtype_size(dtype);
+  const auto chunk_time = [&](int64_t count) {
+    const float bytes = static_cast<float>(count * line_bytes);
+    const float in_l2 = std::min(1.0f, static_cast<float>(device.l2_bytes) / 2 / bytes);
+    const float decode = bytes * (in_l2 / speed.l2 + (1 - in_l2) / speed.memory) / 1e6f;
+    return kChunkLaunches + decode + product_time(M, count, depth, sm_mflop_us, device.sm_count);
+  };
+  const auto time_of = [&](int64_t size) {
+    const int64_t rest = lines % size;
+    return static_cast<float>(lines / size) * chunk_time(size) + (rest > 0 ? chunk_time(rest) : 0);
+  };
+  const int64_t most_lines =
+      std::max<int64_t>(kMostChunkBytes / line_bytes / kChunkStep * kChunkStep, kChunkStep);
+  const int64_t least_lines =
+      std::max<int64_t>(kLeastChunkBytesPerSm * device.sm_count / line_bytes, kChunkStep);
+  constexpr int64_t kMostCuts = 64;  // compared: of a huge weight the coarsest
+  const int64_t first = ceil_div(lines, most_lines);
+  const int64_t last = std::max(first, std::min(lines / least_lines, first + kMostCuts));
+  const auto size_of = [&](int64_t chunks) {
+    return std::min(lines, align_up(ceil_div(lines, chunks), kChunkStep));
+  };
+  float least = time_of(size_of(first));
+  for (int64_t chunks = first + 1; chunks <= last; ++chunks) {
+    least = std::min(least, time_of(size_of(chunks)));
+  }
+  int64_t chunks = last;
+  while (chunks > first && time_of(size_of(chunks)) > kChunkSlack * least) --chunks;
+  return size_of(chunks);
 }
 
 }  // namespace qlora_ext

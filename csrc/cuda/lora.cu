@@ -1,6 +1,7 @@
 // The LoRA bypass's own products on CUDA: S = x A^T, and the gradients of A, B, S and x.
 #include <algorithm>
 
+#include "cuda/heuristics.cuh"
 #include "cuda/lora_mma.cuh"
 #include "cuda/lora_tile.cuh"
 
@@ -8,9 +9,11 @@ namespace qlora_ext::launch {
 
 namespace {
 
-// A part has at least this much depth: below it the reduction costs more than it saves.
-// Not yet tuned on silicon.
-constexpr int64_t kLeastDepth = 128;
+// What a step of a block costs: 16 KiB of the long operand and one more in flight for lora_mma.cuh's
+// kernels, which wait for memory; 64x64x16 FFMA for lora_tile.cuh's. A part has at least 128 of the
+// depth. Estimated, not simulated.
+constexpr BlockCost kMmaCost{2, 2, 0.8f, 0.25f, 1.0f};
+constexpr BlockCost kTileCost{2, 8, 0.5f, 0.3f, 1.0f};
 
 // How a product out[rows, cols] over `depth` is cut.
 struct Plan {
@@ -20,11 +23,11 @@ struct Plan {
   int64_t bytes;  // of workspace
 };
 
-Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth, int64_t step) {
-  const int64_t wanted = choose_parts(tiles, depth, kLeastDepth, device_info().sm_count);
-  const int64_t per_part = align_up(ceil_div(std::max<int64_t>(depth, 1), wanted), step);
-  const int64_t parts = ceil_div(std::max<int64_t>(depth, 1), per_part);
-  return {mma, parts, per_part, parts > 1 ? parts * numel * 4 : 0};
+Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
+  const int64_t step = mma ? kLoraStep : kTileDepth;
+  const Splits splits = split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step), numel,
+                                          mma ? kMmaCost : kTileCost);
+  return {mma, splits.count, splits.stages * step, splits.count > 1 ? splits.count * numel * 4 : 0};
 }
 
 // Tensor cores take a 16-bit x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
@@ -56,10 +59,10 @@ Plan plan_product(const Product& p) {
   const int64_t ranks = p.small.rows, numel = p.length() * ranks;
   if (mma_can_run(p.big.data, p.big.dtype, p.big.row_stride, p.cols)) {
     const int64_t tiles = ceil_div(p.length(), kLoraTile) * ceil_div(ranks, 8 * rank_tiles(ranks));
-    return plan_parts(true, tiles, numel, p.depth(), kLoraStep);
+    return plan_parts(true, tiles, numel, p.depth());
   }
   const int64_t tiles = ceil_div(p.length(), kTileSize) * ceil_div(ranks, kTileSize);
-  return plan_parts(false, tiles, numel, p.depth(), kTileDepth);
+  return plan_parts(false, tiles, numel, p.depth());
 }
 
 template <class T, int kRankTiles>

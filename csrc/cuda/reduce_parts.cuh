@@ -39,14 +39,4 @@ inline const char* launch_reduce_parts(const ReduceParts& p, void* stream) {
                                      p);
 }
 
-// How many parts to cut `depth` into, so that tiles * parts fill the device once, with at least
-// `least` of the depth in each. A function of shapes and the SM count alone.
-inline int64_t choose_parts(int64_t tiles, int64_t depth, int64_t least, int64_t sm_count,
-                            int64_t blocks_per_sm = 2) {
-  const int64_t wanted = ceil_div(sm_count * blocks_per_sm, tiles < 1 ? 1 : tiles);
-  const int64_t possible = depth / least;
-  const int64_t parts = wanted < possible ? wanted : possible;
-  return parts < 1 ? 1 : parts < 64 ? parts : 64;
-}
-
 }  // namespace qlora_ext

@@ -12,9 +12,24 @@ Rows input_rows(const char* op, const Tensor& x, const Weight& w) {
   return rows;
 }
 
+// [S | 1] and [B | bias], with zeros up to a multiple of 8 ranks: their product is S B^T + bias.
+struct Bypass {
+  Tensor S;  // [M, R], dtype
+  Tensor B;  // [N, R], dtype
+};
+
+Bypass bypass_with_bias(const Tensor& S, const Tensor& B, const Tensor& bias) {
+  const int64_t ranks = S.size(1), zeros = 7 - ranks % 8;
+  using torch::stable::pad;
+  const Tensor bias_column = torch::stable::reshape(bias, {bias.numel(), 1});
+  return {pad(pad(S, {0, 1}, "constant", 1.0), {0, zeros}),
+          torch::stable::subtract(pad(B, {0, 1 + zeros}), pad(bias_column, {ranks, zeros}), -1.0)};
+}
+
 // Decodes the weight a few rows at a time into one chunk and lets torch's matmul multiply it:
-// y[:, rows] = x * chunk^T. Two matmuls round the bypass once more than the fused
-// kernel does, as an unfused LoRA layer would.
+// y[:, rows] = x * chunk^T. The bypass is a second matmul onto y, so it is rounded once more than in
+// the fused kernel, as an unfused LoRA layer would. A bias is one more rank of it: alone it would
+// cost torch another pass over y.
 void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows, const Rows& x,
                     const Tensor& y, const OptionalTensor& bias, const OptionalTensor& lora_S,
                     const OptionalTensor& lora_B, const DeviceScope& scope) {
@@ -23,13 +38,14 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
   const Tensor x2 = torch::stable::reshape(x.tensor, {p.M, K});
   Tensor y2 = torch::stable::view(y, {p.M, N});
   Tensor chunk = empty({std::min(chunk_rows, N), K}, dtype, y);
-  Tensor S, B;
-  if (p.R > 0) {
-    S = torch::stable::to(torch::stable::reshape(*lora_S, {p.M, p.R}), dtype);
-    B = torch::stable::to(*lora_B, dtype);
-  }
   Tensor bias_row;
   if (bias) bias_row = torch::stable::to(*bias, dtype);
+  Bypass bypass;
+  if (p.R > 0) {
+    bypass = {torch::stable::to(torch::stable::reshape(*lora_S, {p.M, p.R}), dtype),
+              torch::stable::to(*lora_B, dtype)};
+    if (bias) bypass = bypass_with_bias(bypass.S, bypass.B, bias_row);
+  }
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, N - begin);
     check_launch(op,
@@ -37,11 +53,12 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
                                          scope.stream()));
     Tensor W = narrow(chunk, 0, 0, rows);
     Tensor y_columns = narrow(y2, 1, begin, rows);
-    const Tensor self = bias ? narrow(bias_row, 0, begin, rows) : y_columns;
-    addmm_out(y_columns, self, x2, transpose(W, 0, 1), bias ? 1.0 : 0.0);
+    const bool bias_alone = bias && p.R == 0;
+    const Tensor self = bias_alone ? narrow(bias_row, 0, begin, rows) : y_columns;
+    addmm_out(y_columns, self, x2, transpose(W, 0, 1), bias_alone ? 1.0 : 0.0);
     if (p.R == 0) continue;
-    Tensor B_rows = narrow(B, 0, begin, rows);
-    addmm_out(y_columns, y_columns, S, transpose(B_rows, 0, 1), 1.0);
+    Tensor B_rows = narrow(bypass.B, 0, begin, rows);
+    addmm_out(y_columns, y_columns, bypass.S, transpose(B_rows, 0, 1), 1.0);
   }
 }
 
@@ -119,7 +136,7 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
   input_rows(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
-  // An op must not return its argument, nor is there need to: who gave S keeps it.
+  // An op must not return its input. The caller already has S.
   if (lora_S) {
     return {gemm_forward(op, x, w, bias, lora_S, lora_B, scope), empty({0}, ScalarType::Float, x)};
   }

@@ -1,5 +1,5 @@
-// dX = dY W + dS A, and for the LoRA op dA and dB beside it. W is decoded, and never there as a whole
-// but where it is one chunk (chunks.cuh).
+// dX = dY W + dS A, and for the LoRA op dA and dB as well. W is decoded chunk by chunk; it is dense as
+// a whole only if it fits in one chunk (heuristics.cuh).
 #include "gemm_4bit.h"
 
 namespace qlora_ext::host {

@@ -4,6 +4,7 @@
 
 #include "cuda/launch.cuh"
 #include "host/common.h"
+#include "params.h"
 #include "schemas.h"
 
 namespace qlora_ext::host {
@@ -29,3 +30,58 @@ STABLE_TORCH_LIBRARY(qlora_ext_simt, m) {
   for (const char* schema : qlora_ext::kSchemas) m.def(schema);
 }
 STABLE_TORCH_LIBRARY_IMPL(qlora_ext_simt, CPU, m) { qlora_ext::host::register_ops(m); }
+
+// What dispatch decides for aligned operands of a shape on the device set now, nothing run:
+// [0] parts that the contraction is cut into, [1] lines of W in a chunk for cuBLAS, or 0.
+extern "C" __attribute__((visibility("default"))) void simt_plan(const char* op, int64_t M,
+                                                                 int64_t N, int64_t K, int64_t R,
+                                                                 int dtype, int64_t* plan) {
+  using namespace qlora_ext;
+  const auto type = static_cast<DType>(dtype);
+  PackedWeight w{};
+  w.N = N;
+  w.K = K;
+  w.blocksize = 64;
+  w.num_blocks = N * K / 64;
+  const std::string name = op;
+  int64_t bytes = 0, numel = 1;
+  plan[1] = 0;
+  if (name == "gemm_4bit") {
+    Gemm4bitParams p{};
+    p.weight = w;
+    p.M = M;
+    p.x_stride = K;
+    p.dtype = type;
+    bytes = launch::workspace_gemm_4bit(p);
+    plan[1] = launch::chunk_rows_gemm_4bit(p);
+    numel = M * N;
+  } else if (name == "gemm_4bit_backward") {
+    Gemm4bitBackwardParams p{};
+    p.weight = w;
+    p.M = M;
+    p.dY_stride = N;
+    p.dtype = type;
+    bytes = launch::workspace_gemm_4bit_backward(p);
+    plan[1] = launch::chunk_columns_gemm_4bit_backward(p);
+    numel = M * K;
+  } else if (name == "lora_shrink") {
+    LoraShrinkParams p{};
+    p.M = M;
+    p.R = R;
+    p.K = K;
+    p.x_stride = K;
+    p.dtype = type;
+    bytes = launch::workspace_lora_shrink(p);
+    numel = M * R;
+  } else {  // lora_shrink_backward: dA
+    LoraShrinkBackwardParams p{};
+    p.M = M;
+    p.R = R;
+    p.K = K;
+    p.x_stride = K;
+    p.dtype = type;
+    bytes = launch::workspace_lora_shrink_backward(p);
+    numel = R * K;
+  }
+  plan[0] = bytes > 0 ? bytes / 4 / numel : 1;
+}
