@@ -2,6 +2,10 @@
 
 #include <cmath>
 #include <limits>
+#include <sstream>
+
+// Torch 2.13's; null in an older one.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace qlora_ext::host {
 
@@ -34,12 +38,70 @@ DType float_dtype(const char* op, const char* arg, ScalarType dtype) {
   }
 }
 
-Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like) {
+namespace {
+
+double element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte: return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Long: return 8;
+    default: return 4;
+  }
+}
+
+// Runs `make`, which asks torch for memory. Torch's stable ABI gives an error code and, from 2.13 on,
+// the reason: without it only the sizes can be told.
+template <class Make>
+Tensor allocated(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
+                 const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    double bytes = element_bytes(dtype);
+    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+    std::ostringstream amount;
+    amount.precision(0);
+    amount << std::fixed << bytes;
+    const char* said = torch_exception_get_what_without_backtrace != nullptr
+                           ? torch_exception_get_what_without_backtrace()
+                           : nullptr;
+    fail(op, "torch could not allocate ", amount.str(), " bytes for ", what, ", ",
+         list_string(sizes), " in ", dtype_name(dtype),
+         said != nullptr && *said != '\0' ? std::string(": ") + said : ", want more free memory");
+  }
+}
+
+Ints sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Ints(sizes.begin(), sizes.end());
+}
+
+bool is_aligned(const Tensor& tensor, int64_t alignment) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(alignment) == 0;
+}
+
+// Whether x's leading dimensions fold into one of rows with unit stride, as a column slice's do.
+bool folds_into_rows(const Tensor& x) {
+  const int64_t dim = x.dim();
+  if (dim < 2 || x.stride(dim - 1) != 1 || x.stride(dim - 2) < x.size(dim - 1)) return false;
+  for (int64_t d = 0; d + 2 < dim; ++d) {
+    if (x.stride(d) != x.stride(d + 1) * x.size(d + 1)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Tensor empty(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
+             const Tensor& like) {
   // The shim's own call: torch::stable::empty looks the op up by name on every call.
   std::array<int64_t, 8> strides;
   const auto dim = static_cast<int64_t>(sizes.size());
   if (dim > static_cast<int64_t>(strides.size())) {
-    return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+    return allocated(op, what, sizes, dtype, [&] {
+      return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+    });
   }
   int64_t stride = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
@@ -49,16 +111,34 @@ Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like) {
   int32_t device_type, device_index;
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_device_index(like.get(), &device_index);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      device_index, &handle));
-  return Tensor(handle);
+  return allocated(op, what, sizes, dtype, [&] {
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dim, sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+        device_index, &handle));
+    return Tensor(handle);
+  });
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return empty(Ints(sizes), dtype, like);
+Tensor empty(const char* op, const char* what, std::initializer_list<int64_t> sizes,
+             ScalarType dtype, const Tensor& like) {
+  return empty(op, what, Ints(sizes), dtype, like);
+}
+
+Tensor contiguous(const char* op, const char* arg, const Tensor& tensor, int64_t alignment) {
+  if (tensor.is_contiguous() && is_aligned(tensor, alignment)) return tensor;
+  const std::string what = std::string("a copy of ") + arg;
+  return allocated(op, what.c_str(), sizes_of(tensor), tensor.scalar_type(), [&] {
+    return tensor.is_contiguous() ? torch::stable::clone(tensor)
+                                  : torch::stable::contiguous(tensor);
+  });
+}
+
+float as_scaling(const char* op, double scaling) {
+  const float value = static_cast<float>(scaling);
+  QLORA_CHECK(std::isfinite(value), op, "scaling is ", scaling, ", want a finite float32");
+  return value;
 }
 
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like) {
@@ -84,19 +164,10 @@ Rows as_rows(const char* op, const char* arg, const Tensor& x) {
   QLORA_CHECK(dim >= 1, op, arg, " is a scalar, want at least one dimension");
   Rows r{x, nullptr, 1, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
   for (int64_t d = 0; d + 1 < dim; ++d) r.rows *= x.size(d);
-  r.stride = r.cols;
-  if (!x.is_contiguous()) {
-    // Leading dimensions that fold into one, as those of a column slice do.
-    bool foldable = dim >= 2 && x.stride(dim - 1) == 1 && x.stride(dim - 2) >= r.cols;
-    for (int64_t d = 0; foldable && d + 2 < dim; ++d) {
-      foldable = x.stride(d) == x.stride(d + 1) * x.size(d + 1);
-    }
-    if (foldable) {
-      r.stride = x.stride(dim - 2);
-    } else {
-      r.tensor = torch::stable::contiguous(x);
-    }
-  }
+  const bool in_place =
+      (x.is_contiguous() || folds_into_rows(x)) && is_aligned(x, dtype_size(r.dtype));
+  if (!in_place) r.tensor = contiguous(op, arg, x, dtype_size(r.dtype));
+  r.stride = r.tensor.is_contiguous() ? r.cols : r.tensor.stride(dim - 2);
   r.data = r.tensor.data_ptr();
   return r;
 }
@@ -110,7 +181,7 @@ Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
   check_same_device(op, arg, tensor, device_of);
   Dense dense;
   dense.dtype = float_dtype(op, arg, tensor.scalar_type());
-  dense.tensor = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  dense.tensor = contiguous(op, arg, tensor, dtype_size(dense.dtype));
   dense.data = dense.tensor.data_ptr();
   return dense;
 }
@@ -188,10 +259,7 @@ const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, i
   QLORA_CHECK(tensor.numel() == bytes, op, arg, " has ", tensor.numel(), " bytes, want ", bytes,
               " (", meaning, ")");
   check_same_device(op, arg, tensor, device_of);
-  keep = tensor;
-  if (!keep.is_contiguous()) keep = torch::stable::contiguous(keep);
-  // A view into a larger buffer (a shard, a memory-mapped file) may start anywhere.
-  if (reinterpret_cast<uintptr_t>(keep.data_ptr()) % 16 != 0) keep = torch::stable::clone(keep);
+  keep = contiguous(op, arg, tensor, 16);  // kernels read vectors of it
   return static_cast<const uint8_t*>(keep.data_ptr());
 }
 

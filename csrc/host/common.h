@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "../codebook.h"
+#include "../dispatch.h"
 #include "../params.h"
 #include "ops.h"
 
@@ -50,13 +51,24 @@ const char* dtype_name(ScalarType dtype);
 // fp32, fp16 or bf16; anything else is an error that names the argument.
 DType float_dtype(const char* op, const char* arg, ScalarType dtype);
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
-Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like);
+// New memory on like's device. Where torch has none, the error names the op, `what` the memory is for
+// and its size, and says what torch said.
+Tensor empty(const char* op, const char* what, std::initializer_list<int64_t> sizes,
+             ScalarType dtype, const Tensor& like);
+Tensor empty(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
+             const Tensor& like);
 
 // Scratch memory from torch's allocator: uint8, at least one byte.
-inline Tensor workspace(int64_t bytes, const Tensor& like) {
-  return empty({bytes}, ScalarType::Byte, like);
+inline Tensor workspace(const char* op, int64_t bytes, const Tensor& like) {
+  return empty(op, "its workspace", {bytes}, ScalarType::Byte, like);
 }
+
+// `tensor`, or a copy of it if it is not contiguous or does not start at a multiple of `alignment`
+// bytes: a view into a larger buffer (a shard, a memory-mapped file) may start anywhere.
+Tensor contiguous(const char* op, const char* arg, const Tensor& tensor, int64_t alignment);
+
+// The scaling as kernels take it: refused if it is not a finite float32.
+float as_scaling(const char* op, double scaling);
 
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like);
 

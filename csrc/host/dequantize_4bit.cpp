@@ -22,7 +22,7 @@ Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   const Weight w =
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
   const DType out_dtype = float_dtype(op, "dtype: the output", dtype);
-  const Tensor out = empty(shape, dtype, packed);
+  const Tensor out = empty(op, "the result", shape, dtype, packed);
   dequantize_into(op, w, out_dtype, out, scope);
   return out;
 }
@@ -40,7 +40,11 @@ void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Optio
               ", want ", list_string(shape));
   QLORA_CHECK(out.is_contiguous(), op, "out is not contiguous, want a contiguous tensor");
   check_same_device(op, "out", out, packed);
-  dequantize_into(op, w, float_dtype(op, "out", out.scalar_type()), out, scope);
+  const DType dtype = float_dtype(op, "out", out.scalar_type());
+  const uintptr_t past = reinterpret_cast<uintptr_t>(out.data_ptr()) % dtype_size(dtype);
+  QLORA_CHECK(past == 0, op, "out starts ", past, " bytes past a multiple of ", dtype_size(dtype),
+              ", want an aligned tensor");
+  dequantize_into(op, w, dtype, out, scope);
 }
 
 }  // namespace qlora_ext::host

@@ -7,8 +7,9 @@ Tensor embedding_4bit(const Tensor& indices, const Tensor& packed, const Tensor&
                       int64_t blocksize, const std::string& quant_type,
                       const OptionalFloats& codebook, ScalarType dtype) {
   constexpr const char* op = "embedding_4bit";
-  QLORA_CHECK(indices.scalar_type() == ScalarType::Long || indices.scalar_type() == ScalarType::Int,
-              op, "indices has dtype ", dtype_name(indices.scalar_type()), ", want int64 or int32");
+  const bool is_long = indices.scalar_type() == ScalarType::Long;
+  QLORA_CHECK(is_long || indices.scalar_type() == ScalarType::Int, op, "indices has dtype ",
+              dtype_name(indices.scalar_type()), ", want int64 or int32");
   check_matrix(op, shape);
   const DeviceScope scope(indices);
   const Weight w =
@@ -17,12 +18,13 @@ Tensor embedding_4bit(const Tensor& indices, const Tensor& packed, const Tensor&
   p.weight = w.view;
   p.dtype = float_dtype(op, "dtype: the output", dtype);
   p.M = indices.numel();
-  const Tensor rows = torch::stable::contiguous(torch::stable::to(indices, ScalarType::Long));
+  Tensor rows = contiguous(op, "indices", indices, is_long ? 8 : 4);
+  if (!is_long) rows = torch::stable::to(rows, ScalarType::Long);
   p.indices = static_cast<const int64_t*>(rows.data_ptr());
   const auto sizes = indices.sizes();
   Ints out_shape(sizes.begin(), sizes.end());
   out_shape.push_back(w.view.K);
-  const Tensor out = empty(out_shape, dtype, indices);
+  const Tensor out = empty(op, "the result", out_shape, dtype, indices);
   p.out = out.data_ptr();
   if (p.M == 0) return out;
   // Read back on the CPU only: on a GPU a bad index traps the kernel, as in torch's embedding.

@@ -3,14 +3,14 @@
 
 namespace qlora_ext::host {
 
-namespace {
-
 Rows input_rows(const char* op, const Tensor& x, const Weight& w) {
   const Rows rows = as_rows(op, "x", x);
   QLORA_CHECK(rows.cols == w.view.K, op, "x has shape ", list_string(x.sizes()), ", want [..., ",
               w.view.K, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
   return rows;
 }
+
+namespace {
 
 // [S | 1] and [B | bias], with zeros up to a multiple of 8 ranks: their product is S B^T + bias.
 struct Bypass {
@@ -31,20 +31,20 @@ Bypass bypass_with_bias(const Tensor& S, const Tensor& B, const Tensor& bias) {
 // the fused kernel, as an unfused LoRA layer would. A bias is one more rank of it: alone it would
 // cost torch another pass over y.
 void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows, const Rows& x,
-                    const Tensor& y, const OptionalTensor& bias, const OptionalTensor& lora_S,
-                    const OptionalTensor& lora_B, const DeviceScope& scope) {
+                    const Tensor& y, const Dense& bias, const Rows& lora_S, const Dense& lora_B,
+                    const DeviceScope& scope) {
   const ScalarType dtype = x.tensor.scalar_type();
   const int64_t N = p.weight.N, K = p.weight.K;
   const Tensor x2 = torch::stable::reshape(x.tensor, {p.M, K});
   Tensor y2 = torch::stable::view(y, {p.M, N});
-  Tensor chunk = empty({std::min(chunk_rows, N), K}, dtype, y);
+  Tensor chunk = empty(op, "a chunk of the weight", {std::min(chunk_rows, N), K}, dtype, y);
   Tensor bias_row;
-  if (bias) bias_row = torch::stable::to(*bias, dtype);
+  if (p.bias != nullptr) bias_row = torch::stable::to(bias.tensor, dtype);
   Bypass bypass;
   if (p.R > 0) {
-    bypass = {torch::stable::to(torch::stable::reshape(*lora_S, {p.M, p.R}), dtype),
-              torch::stable::to(*lora_B, dtype)};
-    if (bias) bypass = bypass_with_bias(bypass.S, bypass.B, bias_row);
+    bypass = {torch::stable::to(torch::stable::reshape(lora_S.tensor, {p.M, p.R}), dtype),
+              torch::stable::to(lora_B.tensor, dtype)};
+    if (p.bias != nullptr) bypass = bypass_with_bias(bypass.S, bypass.B, bias_row);
   }
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, N - begin);
@@ -53,7 +53,7 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
                                          scope.stream()));
     Tensor W = narrow(chunk, 0, 0, rows);
     Tensor y_columns = narrow(y2, 1, begin, rows);
-    const bool bias_alone = bias && p.R == 0;
+    const bool bias_alone = p.bias != nullptr && p.R == 0;
     const Tensor self = bias_alone ? narrow(bias_row, 0, begin, rows) : y_columns;
     addmm_out(y_columns, self, x2, transpose(W, 0, 1), bias_alone ? 1.0 : 0.0);
     if (p.R == 0) continue;
@@ -94,17 +94,17 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const Opti
     p.S_stride = rows_S.stride;
     p.lora_dtype = dense_B.dtype;
   }
-  const Tensor y = empty(replace_last(x, p.weight.N), x.scalar_type(), x);
+  const Tensor y = empty(op, "y", replace_last(x, p.weight.N), x.scalar_type(), x);
   p.y = y.data_ptr();
   if (y.numel() == 0) return y;
   if (const int64_t chunk_rows = launch::chunk_rows_gemm_4bit(p)) {
-    gemm_in_chunks(op, p, chunk_rows, rows, y, bias, lora_S, lora_B, scope);
+    gemm_in_chunks(op, p, chunk_rows, rows, y, dense_bias, rows_S, dense_B, scope);
     return y;
   }
   const int64_t bytes = launch::workspace_gemm_4bit(p);
   Tensor scratch;
   if (bytes > 0) {
-    scratch = workspace(bytes, x);
+    scratch = workspace(op, bytes, x);
     p.workspace = scratch.data_ptr();
   }
   check_launch(op, launch::gemm_4bit(p, scope.stream()));
@@ -136,11 +136,13 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
   input_rows(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
+  as_scaling(op, scaling);
   // An op must not return its input. The caller already has S.
   if (lora_S) {
-    return {gemm_forward(op, x, w, bias, lora_S, lora_B, scope), empty({0}, ScalarType::Float, x)};
+    return {gemm_forward(op, x, w, bias, lora_S, lora_B, scope),
+            empty(op, "S", {0}, ScalarType::Float, x)};
   }
-  const Tensor S = lora_shrink(x, lora_A, scaling);
+  const Tensor S = shrink(op, x, lora_A, scaling, scope);
   return {gemm_forward(op, x, w, bias, S, lora_B, scope), S};
 }
 

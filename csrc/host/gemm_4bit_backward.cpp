@@ -9,17 +9,17 @@ namespace {
 // Decodes the weight a few columns at a time and lets torch's matmul multiply them: each
 // dX[:, columns] = dY * W[:, columns] is whole, so it is rounded once, and once more with a bypass.
 void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t chunk_columns,
-                        const Rows& dY, const Tensor& dX, const OptionalTensor& lora_dS,
-                        const OptionalTensor& lora_A, const DeviceScope& scope) {
+                        const Rows& dY, const Tensor& dX, const Tensor& lora_dS,
+                        const Tensor& lora_A, const DeviceScope& scope) {
   const ScalarType dtype = dY.tensor.scalar_type();
   const int64_t N = p.weight.N, K = p.weight.K;
   const Tensor dY2 = torch::stable::reshape(dY.tensor, {p.M, N});
   Tensor dX2 = torch::stable::view(dX, {p.M, K});
-  Tensor chunk = empty({N * std::min(chunk_columns, K)}, dtype, dX);
+  Tensor chunk = empty(op, "a chunk of the weight", {N * std::min(chunk_columns, K)}, dtype, dX);
   Tensor dS, A;
   if (p.R > 0) {
-    dS = torch::stable::to(torch::stable::reshape(*lora_dS, {p.M, p.R}), dtype);
-    A = torch::stable::to(*lora_A, dtype);
+    dS = torch::stable::to(torch::stable::reshape(lora_dS, {p.M, p.R}), dtype);
+    A = torch::stable::to(lora_A, dtype);
   }
   for (int64_t begin = 0; begin < K; begin += chunk_columns) {
     const int64_t columns = std::min(chunk_columns, K - begin);
@@ -57,23 +57,23 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
                 ", want [r, ", p.weight.K, "]");
     p.R = lora_A->size(0);
     dense_A = as_dense(op, "lora_A", *lora_A, {p.R, p.weight.K}, dY);
-    as_rank_rows(op, "lora_dS", *lora_dS, p.M, p.R, dY);
-    dense_dS = lora_dS->is_contiguous() ? *lora_dS : torch::stable::contiguous(*lora_dS);
+    const Rows rows_dS = as_rank_rows(op, "lora_dS", *lora_dS, p.M, p.R, dY);
+    dense_dS = contiguous(op, "lora_dS", rows_dS.tensor, 4);
     p.lora_dS = static_cast<const float*>(dense_dS.data_ptr());
     p.lora_A = dense_A.data;
     p.lora_dtype = dense_A.dtype;
   }
-  Tensor dX = empty(replace_last(dY, p.weight.K), dY.scalar_type(), dY);
+  Tensor dX = empty(op, "dX", replace_last(dY, p.weight.K), dY.scalar_type(), dY);
   p.dX = dX.data_ptr();
   if (dX.numel() == 0) return dX;
   if (const int64_t columns = p.weight.N > 0 ? launch::chunk_columns_gemm_4bit_backward(p) : 0) {
-    backward_in_chunks(op, p, columns, rows, dX, lora_dS, lora_A, scope);
+    backward_in_chunks(op, p, columns, rows, dX, dense_dS, dense_A.tensor, scope);
     return dX;
   }
   const int64_t bytes = launch::workspace_gemm_4bit_backward(p);
   Tensor scratch;
   if (bytes > 0) {
-    scratch = workspace(bytes, dY);
+    scratch = workspace(op, bytes, dY);
     p.workspace = scratch.data_ptr();
   }
   check_launch(op, launch::gemm_4bit_backward(p, scope.stream()));
@@ -104,11 +104,17 @@ std::tuple<Tensor, Tensor, Tensor> lora_gemm_4bit_backward(
   check_matrix(op, shape);
   const Weight w =
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
+  const Rows x_rows = input_rows(op, x, w);
+  check_same_device(op, "x", x, dY);
+  const Rows dY_rows = as_rows(op, "dY", dY);
+  QLORA_CHECK(x_rows.rows == dY_rows.rows, op, "x has shape ", list_string(x.sizes()),
+              ", want the ", dY_rows.rows, " rows of dY, which has shape ",
+              list_string(dY.sizes()));
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, dY);
   // S carries the scaling, so dB = dY^T S is final; dS comes back as the gradient of x A^T.
   const auto [dS, dB] = expand_backward(op, dY, lora_S, lora_B, scaling, scope);
-  const auto [no_dx, dA] = lora_shrink_backward(dS, x, lora_A, 1.0, /*need_dx=*/false);
-  if (!need_dx) return {empty({0}, dY.scalar_type(), dY), dA, dB};
+  const auto [no_dx, dA] = shrink_backward(op, dS, x, lora_A, 1.0, /*need_dx=*/false, scope);
+  if (!need_dx) return {empty(op, "dX", {0}, dY.scalar_type(), dY), dA, dB};
   return {gemm_backward(op, dY, w, dS, lora_A, scope), dA, dB};
 }
 

@@ -17,15 +17,14 @@ LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B
   return pair;
 }
 
-Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, double scaling) {
-  constexpr const char* op = "lora_shrink";
-  const DeviceScope scope(x);
+Tensor shrink(const char* op, const Tensor& x, const Tensor& lora_A, double scaling,
+              const DeviceScope& scope) {
   const Rows rows = as_rows(op, "x", x);
   QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
               ", want [r, ", rows.cols, "]");
   const int64_t R = lora_A.size(0);
   const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
-  const Tensor S = empty(replace_last(x, R), ScalarType::Float, x);
+  const Tensor S = empty(op, "S", replace_last(x, R), ScalarType::Float, x);
   LoraShrinkParams p{};
   p.x = rows.data;
   p.lora_A = A.data;
@@ -34,34 +33,34 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, double scaling) {
   p.R = R;
   p.K = rows.cols;
   p.x_stride = rows.stride;
-  p.scaling = static_cast<float>(scaling);
+  p.scaling = as_scaling(op, scaling);
   p.dtype = rows.dtype;
   p.lora_dtype = A.dtype;
   if (S.numel() == 0) return S;
-  const Tensor scratch = workspace(launch::workspace_lora_shrink(p), x);
+  const Tensor scratch = workspace(op, launch::workspace_lora_shrink(p), x);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::lora_shrink(p, scope.stream()));
   return S;
 }
 
-std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& x,
-                                                const Tensor& lora_A, double scaling,
-                                                bool need_dx) {
-  constexpr const char* op = "lora_shrink_backward";
+Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, double scaling) {
   const DeviceScope scope(x);
+  return shrink("lora_shrink", x, lora_A, scaling, scope);
+}
+
+std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, const Tensor& x,
+                                           const Tensor& lora_A, double scaling, bool need_dx,
+                                           const DeviceScope& scope) {
   const Rows rows = as_rows(op, "x", x);
   QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
               ", want [r, ", rows.cols, "]");
   const int64_t R = lora_A.size(0);
   const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
   const Rows dS_rows = as_rank_rows(op, "dS", dS, rows.rows, R, x);
-  // The kernels read dS densely.
-  const Tensor dense_dS =
-      dS_rows.stride == R ? dS_rows.tensor : torch::stable::contiguous(dS_rows.tensor);
-  Tensor dA = empty({R, rows.cols}, lora_A.scalar_type(), x);
-  const auto x_sizes = x.sizes();
-  const Tensor dx = need_dx ? empty(Ints(x_sizes.begin(), x_sizes.end()), x.scalar_type(), x)
-                            : empty({0}, x.scalar_type(), x);
+  const Tensor dense_dS = contiguous(op, "dS", dS_rows.tensor, 4);  // as kernels read it
+  Tensor dA = empty(op, "dA", {R, rows.cols}, lora_A.scalar_type(), x);
+  const Tensor dx =
+      empty(op, "dx", need_dx ? replace_last(x, rows.cols) : Ints{0}, x.scalar_type(), x);
   LoraShrinkBackwardParams p{};
   p.dS = static_cast<const float*>(dense_dS.data_ptr());
   p.x = rows.data;
@@ -72,7 +71,7 @@ std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& 
   p.R = R;
   p.K = rows.cols;
   p.x_stride = rows.stride;
-  p.scaling = static_cast<float>(scaling);
+  p.scaling = as_scaling(op, scaling);
   p.dtype = rows.dtype;
   p.lora_dtype = A.dtype;
   if (p.M == 0 || p.R == 0 || p.K == 0) {
@@ -81,10 +80,17 @@ std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& 
     torch::stable::fill_(zero_dx, 0);
     return {dx, dA};
   }
-  const Tensor scratch = workspace(launch::workspace_lora_shrink_backward(p), x);
+  const Tensor scratch = workspace(op, launch::workspace_lora_shrink_backward(p), x);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::lora_shrink_backward(p, scope.stream()));
   return {dx, dA};
+}
+
+std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& dS, const Tensor& x,
+                                                const Tensor& lora_A, double scaling,
+                                                bool need_dx) {
+  const DeviceScope scope(x);
+  return shrink_backward("lora_shrink_backward", dS, x, lora_A, scaling, need_dx, scope);
 }
 
 std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, const Tensor& lora_S,
@@ -96,8 +102,8 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
   const int64_t R = lora_B.size(1);
   const Dense B = as_dense(op, "lora_B", lora_B, {rows.cols, R}, dY);
   const Rows S = as_rank_rows(op, "lora_S", lora_S, rows.rows, R, dY);
-  Tensor dS = empty(replace_last(dY, R), ScalarType::Float, dY);
-  Tensor dB = empty({rows.cols, R}, lora_B.scalar_type(), dY);
+  Tensor dS = empty(op, "dS", replace_last(dY, R), ScalarType::Float, dY);
+  Tensor dB = empty(op, "dB", {rows.cols, R}, lora_B.scalar_type(), dY);
   LoraExpandBackwardParams p{};
   p.dY = rows.data;
   p.S = static_cast<const float*>(S.data);
@@ -109,7 +115,7 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
   p.N = rows.cols;
   p.dY_stride = rows.stride;
   p.S_stride = S.stride;
-  p.scaling = static_cast<float>(scaling);
+  p.scaling = as_scaling(op, scaling);
   p.dtype = rows.dtype;
   p.lora_dtype = B.dtype;
   if (p.M == 0 || p.R == 0 || p.N == 0) {
@@ -117,7 +123,7 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
     torch::stable::fill_(dB, 0);
     return {dS, dB};
   }
-  const Tensor scratch = workspace(launch::workspace_lora_expand_backward(p), dY);
+  const Tensor scratch = workspace(op, launch::workspace_lora_expand_backward(p), dY);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::lora_expand_backward(p, scope.stream()));
   return {dS, dB};

@@ -19,9 +19,9 @@ Tensor merge_lora_4bit(const Tensor& packed, const Tensor& absmax, const Optiona
   p.lora_B = lora.B.data;
   p.R = lora.R;
   p.lora_dtype = lora.A.dtype;
-  p.scaling = static_cast<float>(scaling);
+  p.scaling = as_scaling(op, scaling);
   p.dtype = float_dtype(op, "dtype: the output", dtype);
-  const Tensor out = empty(shape, dtype, packed);
+  const Tensor out = empty(op, "the result", shape, dtype, packed);
   p.out = out.data_ptr();
   if (out.numel() > 0) check_launch(op, launch::merge_lora_4bit(p, scope.stream()));
   return out;

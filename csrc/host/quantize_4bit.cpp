@@ -17,8 +17,8 @@ struct BadIndex {
   Tensor flag;
   int64_t none;
 
-  BadIndex(int64_t none, const Tensor& like)
-      : flag(empty({1}, ScalarType::Long, like)), none(none) {
+  BadIndex(const char* op, int64_t none, const Tensor& like)
+      : flag(empty(op, "a flag", {1}, ScalarType::Long, like)), none(none) {
     torch::stable::fill_(flag, static_cast<double>(none));
   }
   int64_t* data() const { return static_cast<int64_t*>(flag.data_ptr()); }
@@ -59,20 +59,21 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t b
   QLORA_CHECK(!scope.is_capturing(), op,
               "the current stream is being captured into a CUDA graph, want the weight quantized "
               "before: a flag for NaN is read back from the GPU");
-  const Tensor source = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
-  const Tensor packed = empty({(p.numel + 1) / 2}, ScalarType::Byte, weight);
-  const Tensor absmax = empty({4 * p.num_blocks}, ScalarType::Byte, weight);
+  const Tensor source = contiguous(op, "weight", weight, dtype_size(p.dtype));
+  const Tensor packed = empty(op, "packed", {(p.numel + 1) / 2}, ScalarType::Byte, weight);
+  const Tensor absmax = empty(op, "absmax", {4 * p.num_blocks}, ScalarType::Byte, weight);
   const bool has_mean = p.normalization == Normalization::kStandard;
-  const Tensor mean = empty({has_mean ? 4 * p.num_blocks : 0}, ScalarType::Byte, weight);
+  const Tensor mean =
+      empty(op, "mean", {has_mean ? 4 * p.num_blocks : 0}, ScalarType::Byte, weight);
   if (p.numel == 0) return {packed, absmax, mean};
 
   p.weight = source.data_ptr();
   p.packed = static_cast<uint8_t*>(packed.data_ptr());
   p.absmax = static_cast<float*>(absmax.data_ptr());
   p.mean = has_mean ? static_cast<float*>(mean.data_ptr()) : nullptr;
-  const BadIndex bad(p.numel, weight);
+  const BadIndex bad(op, p.numel, weight);
   p.bad_index = bad.data();
-  const Tensor scratch = workspace(launch::workspace_quantize_4bit(p), weight);
+  const Tensor scratch = workspace(op, launch::workspace_quantize_4bit(p), weight);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::quantize_4bit(p, scope.stream()));
   const int64_t first_bad = scope.read(bad.flag);

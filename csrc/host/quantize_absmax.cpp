@@ -12,8 +12,9 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
   Tensor keep;
   const uint8_t* source =
       as_bytes(op, "absmax", absmax, absmax.numel(), "fp32 scales", absmax, keep);
-  const Tensor code = empty({p.num_blocks}, ScalarType::Byte, absmax);
-  Tensor nested = empty({4 * (1 + ceil_div(p.num_blocks, 256))}, ScalarType::Byte, absmax);
+  const Tensor code = empty(op, "code", {p.num_blocks}, ScalarType::Byte, absmax);
+  Tensor nested =
+      empty(op, "nested", {4 * (1 + ceil_div(p.num_blocks, 256))}, ScalarType::Byte, absmax);
   if (p.num_blocks == 0) {
     torch::stable::fill_(nested, 0);
     return {code, nested};
@@ -21,7 +22,7 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
   p.absmax = reinterpret_cast<const float*>(source);
   p.code = static_cast<uint8_t*>(code.data_ptr());
   p.nested = static_cast<float*>(nested.data_ptr());
-  const Tensor scratch = workspace(launch::workspace_quantize_absmax(p), absmax);
+  const Tensor scratch = workspace(op, launch::workspace_quantize_absmax(p), absmax);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::quantize_absmax(p, scope.stream()));
   return {code, nested};
@@ -37,7 +38,7 @@ Tensor dequantize_absmax(const Tensor& code, const Tensor& nested) {
       as_bytes(op, "nested", nested, 4 * (1 + ceil_div(num_blocks, 256)),
                "fp32 offset, then one fp32 scale for 256 codes", code, keep[1]);
   const DeviceScope scope(code);
-  const Tensor absmax = empty({4 * num_blocks}, ScalarType::Byte, code);
+  const Tensor absmax = empty(op, "absmax", {4 * num_blocks}, ScalarType::Byte, code);
   if (num_blocks == 0) return absmax;
   const DequantizeAbsmaxParams p{codes, reinterpret_cast<const float*>(statistics),
                                  static_cast<float*>(absmax.data_ptr()), num_blocks};

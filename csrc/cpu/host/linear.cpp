@@ -38,10 +38,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     p.bias = dense_bias.data;
     p.bias_dtype = dense_bias.dtype;
   }
-  const Tensor y = empty(replace_last(x, p.N), x.scalar_type(), x);
+  const Tensor y = empty(op, "y", replace_last(x, p.N), x.scalar_type(), x);
   p.y = y.data_ptr();
   if (y.numel() == 0) return y;
-  const Tensor scratch = workspace(launch::workspace_linear(p), x);
+  const Tensor scratch = workspace(op, launch::workspace_linear(p), x);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::linear(p, nullptr));
   return y;
@@ -60,10 +60,10 @@ Tensor linear_backward(const Tensor& dY, const Tensor& weight) {
   p.dY_stride = rows.stride;
   p.dtype = rows.dtype;
   p.weight_dtype = W.dtype;
-  const Tensor dX = empty(replace_last(dY, p.K), dY.scalar_type(), dY);
+  const Tensor dX = empty(op, "dX", replace_last(dY, p.K), dY.scalar_type(), dY);
   p.dX = dX.data_ptr();
   if (dX.numel() == 0) return dX;
-  const Tensor scratch = workspace(launch::workspace_linear_backward(p), dY);
+  const Tensor scratch = workspace(op, launch::workspace_linear_backward(p), dY);
   p.workspace = scratch.data_ptr();
   check_launch(op, launch::linear_backward(p, nullptr));
   return dX;

@@ -1,0 +1,137 @@
+"""What the ops say of arguments that they refuse, and of memory that torch cannot give; operands
+that start at odd addresses, as views into a file's bytes do."""
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_same_bytes
+
+import qlora_ext
+
+ops = torch.ops.qlora_ext
+N, K, M, R = 48, 64, 5, 4
+
+
+def operands():
+    q = qlora_ext.quantize_4bit(torch.randn(N, K))
+    A, B, S = torch.randn(R, K), torch.randn(N, R), torch.randn(M, R)
+    return q.op_args(), torch.randn(M, K), torch.randn(M, N), A, B, S
+
+
+@pytest.mark.parametrize(
+    "x, says",
+    [
+        (
+            torch.randn(M, K - 1),
+            r"x has shape \[5, 63\], want \[..., 64\] for a weight of \[48, 64\]",
+        ),
+        (torch.randn(M - 1, K), r"x has shape \[4, 64\], want the 5 rows of dY, .* \[5, 48\]"),
+        (torch.randn(M, K).double(), "x has dtype float64, want float32, float16 or bfloat16"),
+        (torch.tensor(1.0), "x is a scalar, want at least one dimension"),
+    ],
+    ids=["columns", "rows", "dtype", "scalar"],
+)
+@pytest.mark.parametrize("need_dx", [True, False])
+def test_a_backward_names_the_op_and_the_argument_that_were_given(x, says, need_dx):
+    """lora_gemm_4bit_backward is made of three products, each of which is an op of its own."""
+    w4, _, dY, A, B, S = operands()
+    with pytest.raises(RuntimeError, match=f"^lora_gemm_4bit_backward: {says}"):
+        ops.lora_gemm_4bit_backward(dY, x, S, *w4, A, B, 1.0, need_dx)
+
+
+@pytest.mark.parametrize("scaling", [float("inf"), float("nan"), 1e300, -1e39])
+def test_a_scaling_that_no_float32_holds(scaling):
+    w4, x, dY, A, B, S = operands()
+    calls = {
+        "lora_shrink": lambda: ops.lora_shrink(x, A, scaling),
+        "lora_shrink_backward": lambda: ops.lora_shrink_backward(S, x, A, scaling, True),
+        "lora_gemm_4bit": lambda: ops.lora_gemm_4bit(x, *w4, A, B, scaling),
+        "lora_gemm_4bit_backward": lambda: ops.lora_gemm_4bit_backward(
+            dY, x, S, *w4, A, B, scaling, True
+        ),
+        "merge_lora_4bit": lambda: ops.merge_lora_4bit(*w4, A, B, scaling, torch.float32),
+    }
+    for op, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"^{op}: scaling is .*, want a finite float32"):
+            call()
+    with pytest.raises(RuntimeError, match=r"^lora_gemm_4bit: scaling is "):
+        ops.lora_gemm_4bit(x, *w4, A, B, scaling, None, S)
+
+
+def test_memory_that_torch_cannot_give():
+    """Strides of zero describe tensors that no memory holds, so no copy can be made of them.
+    accelerate's find_executable_batch_size looks for torch's own words in the error."""
+    w4, *_ = operands()
+    byte, one = torch.zeros(1, dtype=torch.uint8), torch.zeros(1)
+    shape = [2**23, 2**24]
+    half_packed = (byte.expand(2**46), byte.expand(4), None, None, shape, 0, "nf4", None)
+    indices = torch.zeros(1, dtype=torch.int32).expand(2**46)
+    calls = {
+        f"lora_shrink: torch could not allocate {2**44} bytes for a copy of x, [1048576, 4194304]"
+        " in float32": lambda: ops.lora_shrink(one.expand(2**20, 2**22), one.expand(2, 2**22), 1.0),
+        f"quantize_4bit: torch could not allocate {2**48} bytes for a copy of weight, "
+        "[8388608, 16777216] in bfloat16": lambda: qlora_ext.quantize_4bit(
+            one.bfloat16().expand(shape)
+        ),
+        f"dequantize_4bit: torch could not allocate {2**46} bytes for a copy of packed, "
+        "[70368744177664] in uint8": lambda: ops.dequantize_4bit(*half_packed, torch.float32),
+        f"embedding_4bit: torch could not allocate {2**48} bytes for a copy of indices, "
+        "[70368744177664] in int32": lambda: ops.embedding_4bit(indices, *w4, torch.float16),
+    }
+    for says, call in calls.items():
+        with pytest.raises(RuntimeError) as error:
+            call()
+        assert str(error.value).startswith(says)
+        # Before torch 2.13 its stable ABI does not pass on why.
+        if torch.__version__ >= "2.13":
+            assert "DefaultCPUAllocator: can't allocate memory" in str(error.value)
+
+
+def at_odd_address(tensor):
+    """The same values one byte past an aligned address."""
+    values = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    memory = np.zeros(values.size + 64, np.uint8)
+    start = -memory.ctypes.data % 16 + 1
+    memory[start : start + values.size] = values
+    odd = torch.from_numpy(memory[start : start + values.size].view(np.uint8))
+    dtype = {torch.bfloat16: torch.int16}.get(tensor.dtype, tensor.dtype)
+    array = np.ndarray(tensor.shape, str(dtype).removeprefix("torch."), memory, start)
+    odd = torch.from_numpy(array).view(tensor.dtype)
+    assert odd.data_ptr() % 2 == 1 and torch.equal(odd, tensor)
+    return odd
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_operands_at_odd_addresses(backend, dtype):
+    if backend.name == "cuda":
+        pytest.skip("a view at an odd address cannot be made on a GPU by torch")
+    ops = backend.ops
+    w4, x, dY, A, B, S = operands()
+    x, dY, bias = x.to(dtype), dY.to(dtype), torch.randn(N).to(dtype)
+    odd = at_odd_address
+    indices = torch.tensor([3, 0, N - 1])
+    odd_w4 = tuple(odd(t) if torch.is_tensor(t) else t for t in w4)
+    pairs = [
+        (ops.gemm_4bit, (x, *w4, bias, S, B), (odd(x), *odd_w4, odd(bias), odd(S), odd(B))),
+        (ops.gemm_4bit_backward, (dY, *w4, S, A), (odd(dY), *odd_w4, odd(S), odd(A))),
+        (ops.lora_shrink, (x, A, 2.0), (odd(x), odd(A), 2.0)),
+        (ops.lora_shrink_backward, (S, x, A, 2.0, True), (odd(S), odd(x), odd(A), 2.0, True)),
+        (ops.lora_expand_backward, (dY, S, B), (odd(dY), odd(S), odd(B))),
+        (ops.merge_lora_4bit, (*w4, A, B, 2.0, dtype), (*odd_w4, odd(A), odd(B), 2.0, dtype)),
+        (ops.embedding_4bit, (indices, *w4, dtype), (odd(indices), *odd_w4, dtype)),
+        (ops.embedding_4bit, (indices.int(), *w4, dtype), (odd(indices.int()), *w4, dtype)),
+        (
+            ops.quantize_4bit,
+            (x, 64, "nf4", None, "absmax", 3.0, "none", 1.0),
+            (odd(x), 64, "nf4", None, "absmax", 3.0, "none", 1.0),
+        ),
+    ]
+    for op, aligned, misaligned in pairs:
+        want, got = op(*aligned), op(*misaligned)
+        want, got = (want, got) if isinstance(want, tuple) else ((want,), (got,))
+        for a, b in zip(got, want, strict=True):
+            assert_same_bytes(a, b, str(op))
+    with pytest.raises(
+        RuntimeError, match=r"^dequantize_4bit: out starts 1 bytes past a multiple of"
+    ):
+        ops.dequantize_4bit.out(*w4, out=odd(torch.empty(N, K, dtype=dtype).zero_()))
