@@ -56,7 +56,7 @@ extras = -c "import sys; from setuptools.config.pyprojecttoml import read_config
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-deepspeed test-paths test-abi native emulated cuda archs bench info lint format clean distclean FORCE
+.PHONY: help finetune test test-all test-deepspeed test-paths test-abi native fuzz emulated cuda archs bench info lint format clean distclean FORCE
 
 help:
 	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
@@ -66,6 +66,7 @@ help:
 	@echo 'make test-deepspeed  DeepSpeed in two processes, a part of test-all; installs it beside the environment'
 	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
 	@echo 'make native     the CPU kernels without torch, under ASan and UBSan, on each path of this CPU'
+	@echo 'make fuzz       raw ops on hostile arguments, under ASan and UBSan: CASES=$(CASES)'
 	@echo 'make emulated   the same on arm64 and older x86-64 CPUs, by qemu-user and a cross compiler'
 	@echo 'make cuda       compile the CUDA library for $(ARCHS), import it, read its SASS; needs nvcc, no GPU'
 	@echo 'make archs      compile it for $(OTHER_ARCHS)'
@@ -193,6 +194,24 @@ native: build/native/test_cpu_kernels
 	  QLORA_EXT_CPU=$$path $< > build/native/$$path.txt; status=$$?; tail -1 build/native/$$path.txt; \
 	  if [ $$status -ne 0 ] && [ $$status -ne 77 ]; then cat build/native/$$path.txt; exit 1; fi; \
 	done
+
+# --- raw ops on hostile arguments, in a build with ASan and UBSan
+
+CASES ?= 100000
+
+build/fuzz/built: $(SOURCES) $(STATE)/torch
+	QLORA_EXT_SANITIZE=address,undefined USE_CUDA=0 $(PY) setup.py -q build_ext \
+	  --build-temp build/fuzz/temp --build-lib build/fuzz/lib
+	@touch $@
+
+# Python and torch are not instrumented, so the sanitizer's runtime is loaded before them, and the C++
+# library with it, or ASan would not find what throws. Torch gets an error where it asks for more memory
+# than there is, as it would without ASan.
+fuzz: build/fuzz/built $(STATE)/built
+	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1 '$(PY_ABS)' fuzz/ops.py --library ../build/fuzz/lib --cases $(CASES)
 
 # The same tests on CPUs that are not here, by qemu-user: arm64 and Nehalem take the portable path,
 # Haswell the AVX2 one. Needs g++ for aarch64 too.

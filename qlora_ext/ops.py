@@ -55,9 +55,13 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
     arguments = getattr(_ops, name).default._schema.arguments
     defaults = [a.default_value for a in arguments]
     names = [a.name for a in arguments]
+    required = [i for i, a in enumerate(arguments) if str(a.type) == "Tensor"]
     first = names.index("packed") if "packed" in names else None  # lora_shrink has no 4-bit weight
 
     def autograd(*args):
+        for i in required:
+            if args[i] is None:  # the dispatcher takes it for an undefined tensor
+                raise RuntimeError(f"{name}: {names[i]} is None, want a tensor")
         args = (*args, *defaults[len(args) :])
         if first is None:
             return eager(*args)
@@ -206,7 +210,8 @@ def _gemm_4bit_eager(x, w4, bias, lora_S, lora_B):
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
-        or (lora_S is not None and (lora_S.requires_grad or lora_B.requires_grad))
+        or (lora_S is not None and lora_S.requires_grad)
+        or (lora_B is not None and lora_B.requires_grad)
     ):
         return _gemm_4bit_apply(x, w4, bias, lora_S, lora_B)
     with _below_autograd():
@@ -505,7 +510,7 @@ def _linear_eager(x, weight, bias=None):
         return _ops.linear.default(x, weight, bias)
 
 
-_lib.impl("linear", _linear_eager, "Autograd")
+_register_autograd("linear", _linear_eager)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import qlora_ext
 
 ops = torch.ops.qlora_ext
 N, K, M, R = 48, 64, 5, 4
+W4 = ("packed", "absmax", "nested", "mean", "shape", "blocksize", "quant_type", "codebook")
 
 
 def operands():
@@ -135,3 +136,26 @@ def test_operands_at_odd_addresses(backend, dtype):
         RuntimeError, match=r"^dequantize_4bit: out starts 1 bytes past a multiple of"
     ):
         ops.dequantize_4bit.out(*w4, out=odd(torch.empty(N, K, dtype=dtype).zero_()))
+
+
+@pytest.mark.parametrize("op", ["gemm_4bit", "lora_gemm_4bit", "lora_shrink", "linear"])
+def test_none_for_a_required_tensor(op):
+    """Torch takes None for `Tensor` and hands on one that is undefined."""
+    w4, x, _, A, B, S = operands()
+    arguments = {
+        "gemm_4bit": {"x": x, "packed": w4[0], "absmax": w4[1]},
+        "lora_gemm_4bit": {"x": x, "packed": w4[0], "absmax": w4[1], "lora_A": A, "lora_B": B},
+        "lora_shrink": {"x": x, "lora_A": A},
+        "linear": {"x": x, "weight": torch.randn(N, K)},
+    }[op]
+    rest = {} if "packed" not in arguments else dict(zip(W4[2:], w4[2:], strict=True))
+    if "lora_A" in arguments:
+        rest["scaling"] = 1.0
+    for name in arguments:
+        if name == "x":
+            continue  # without it the dispatcher knows no backend
+        with pytest.raises(RuntimeError, match=f"^{op}: {name} is None, want a tensor"):
+            getattr(ops, op)(**{**arguments, **rest, name: None})
+    if op == "gemm_4bit":
+        with pytest.raises(RuntimeError, match="lora_B is missing, want both or neither"):
+            ops.gemm_4bit(x, *w4, None, S, None)

@@ -141,6 +141,10 @@ float as_scaling(const char* op, double scaling) {
   return value;
 }
 
+void check_defined(const char* op, const char* arg, const Tensor& tensor) {
+  QLORA_CHECK(tensor.defined(), op, arg, " is None, want a tensor");
+}
+
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like) {
   int32_t got_type, got_index, want_type, want_index;
   aoti_torch_get_device_type(tensor.get(), &got_type);
@@ -160,6 +164,7 @@ void check_same_device(const char* op, const char* arg, const Tensor& tensor, co
 }
 
 Rows as_rows(const char* op, const char* arg, const Tensor& x) {
+  check_defined(op, arg, x);
   const int64_t dim = x.dim();
   QLORA_CHECK(dim >= 1, op, arg, " is a scalar, want at least one dimension");
   Rows r{x, nullptr, 1, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
@@ -174,6 +179,7 @@ Rows as_rows(const char* op, const char* arg, const Tensor& x) {
 
 Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
                std::initializer_list<int64_t> want, const Tensor& device_of) {
+  check_defined(op, arg, tensor);
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == want.size();
   for (size_t d = 0; same && d < want.size(); ++d) same = sizes[d] == want.begin()[d];
@@ -254,6 +260,7 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
 
 const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, int64_t bytes,
                         const char* meaning, const Tensor& device_of, Tensor& keep) {
+  check_defined(op, arg, tensor);
   QLORA_CHECK(tensor.scalar_type() == ScalarType::Byte, op, arg, " has dtype ",
               dtype_name(tensor.scalar_type()), ", want uint8 (", meaning, ")");
   QLORA_CHECK(tensor.numel() == bytes, op, arg, " has ", tensor.numel(), " bytes, want ", bytes,

@@ -70,6 +70,9 @@ Tensor contiguous(const char* op, const char* arg, const Tensor& tensor, int64_t
 // The scaling as kernels take it: refused if it is not a finite float32.
 float as_scaling(const char* op, double scaling);
 
+// Torch takes None for a required tensor and passes one that is undefined.
+void check_defined(const char* op, const char* arg, const Tensor& tensor);
+
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like);
 
 // A [rows, cols] view of x that kernels can read: unit stride along cols, rows `stride` apart.
