@@ -156,6 +156,29 @@ def test_build_info():
     assert info["cuda_live"] or info["cuda_why_not"]
 
 
+@pytest.mark.parametrize(
+    "live, gpus, says", [(True, 0, "built, no GPU seen"), (True, 2, "yes"), (False, 0, "no")]
+)
+def test_info_does_not_promise_a_gpu_that_is_not_seen(monkeypatch, capsys, live, gpus, says):
+    from qlora_ext import cli
+
+    def dispatches(op, key):
+        return live
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", dispatches)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    info = qlora_ext.build_info()
+    assert info["cuda_live"] is live and info["cuda_gpus"] == gpus
+    cli.print_build_info()
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert dict(lines)["cuda_live"] == says
+    pytest.importorskip("typer")
+    from qlora_ext.cli import app
+
+    app.info()
+    assert f"cuda_live {says}" in " ".join(capsys.readouterr().out.split())
+
+
 def run_module(**environment):
     return subprocess.run(
         [sys.executable, "-m", "qlora_ext"],
