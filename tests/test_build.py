@@ -227,3 +227,28 @@ def test_no_torch_header_in_device_files():
             assert not (
                 line.startswith("#include") and ("torch" in line or "ATen" in line or "c10" in line)
             ), (file, line)
+
+
+def test_files_are_read_as_utf_8_in_every_locale(tmp_path):
+    """Python decodes files by the locale, unless told: one of ASCII or Latin-1 is still in use."""
+    code = f"""
+import locale, pathlib
+from qlora_ext import files, lora
+assert locale.getpreferredencoding(False) != "utf-8"
+folder = pathlib.Path({str(tmp_path)!r})
+assert files.read_json(folder / "config.json")["base_model_name_or_path"] == "\\u00e9\\u4e2d"
+assert lora._read_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
+"""
+    text = (
+        '{"base_model_name_or_path": "\u00e9\u4e2d", "peft_type": "LORA", "r": 4, "lora_alpha": 8}'
+    )
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
