@@ -24,9 +24,12 @@ ABI_TESTS ?= test_ops.py test_autograd.py test_bad_input.py test_properties.py t
 # What test-paths runs on the CPU paths that this CPU would not choose: all that reaches the kernels,
 # less what costs time elsewhere (torch.compile's compilation, T5).
 PATH_TESTS ?= test_ops.py test_autograd.py test_properties.py test_bad_input.py test_modules.py \
-              test_linear.py test_real_weights.py test_bitsandbytes.py test_lora.py \
+              test_linear.py test_real_weights.py test_lora.py \
               test_shared_input.py \
               -m 'not slow' -k 'not simt and not cuda and not compile and not t5'
+# What test-paths runs on each path that bitsandbytes' CPU library can take and this CPU would not
+# choose. There, torch and bitsandbytes see the lesser CPU as well (tests/peers.py).
+PEER_TESTS ?= test_bitsandbytes.py test_integration_bitsandbytes.py -m 'not slow'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
 
@@ -61,7 +64,7 @@ extras = -c "import sys; from setuptools.config.pyprojecttoml import read_config
 help:
 	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
 	@echo 'make test       the tests (minutes), with the best path that this CPU has'
-	@echo 'make test-paths the tests of the kernels again, on the portable and on the AVX2 path'
+	@echo 'make test-paths the tests of the kernels and of bitsandbytes again, on the paths of lesser CPUs'
 	@echo 'make test-all   the longer suites too'
 	@echo 'make test-deepspeed  DeepSpeed in two processes, a part of test-all; installs it beside the environment'
 	@echo 'make test-abi   build under torch $(TORCH_NEWER), test under $(TORCH_OLDER), and the other way round'
@@ -94,6 +97,9 @@ test-deepspeed: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/deepspeed
 test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo 2> /dev/null); do echo "== QLORA_EXT_CPU=$$path"; \
 	  (cd tests && QLORA_EXT_CPU=$$path '$(PY_ABS)' -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
+	@for path in portable $$(grep -m1 -o -w -e avx2 -e avx512_bf16 /proc/cpuinfo 2> /dev/null | sed 's/_bf16//'); do \
+	  echo "== QLORA_EXT_CPU=$$path, and bitsandbytes on the same path"; \
+	  (cd tests && QLORA_EXT_CPU=$$path '$(PY_ABS)' -m pytest -q $(PEER_TESTS) $(ARGS)) || exit 1; done
 
 bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo
 	$(PY) bench/cpu.py $(ARGS)

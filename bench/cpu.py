@@ -21,7 +21,6 @@ use, `--cpu-time` counts one thread's CPU time instead of the clock's.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import datetime
 import json
@@ -38,6 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # peers.py knows how to limit bitsandbytes
 AVX2 = {
     "QLORA_EXT_CPU": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -144,28 +144,14 @@ class Others:
 
 
 def limit_bitsandbytes() -> str:
-    """Makes bitsandbytes take its path for CPUs without AVX-512, which has no switch: its library
-    asks the CPU once and caches the answer in static variables, which `nm` locates. Returns what
-    it uses from then on."""
-    from bitsandbytes.cextension import lib
+    """Makes bitsandbytes take its path for CPUs without AVX-512. Returns what it uses from then
+    on."""
+    from peers import hide_from_bitsandbytes
 
-    library = getattr(lib, "_lib", lib)
-    anchor = "cquantize_blockwise_cpu_fp32"
     try:
-        listing = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "AVX-512 (no `nm` here to limit it with)"
-    symbols = [line.split() for line in listing.stdout.splitlines() if len(line.split()) == 3]
-    address = {name: int(at, 16) for at, _, name in symbols}
-    answers = [name for name in address if name.startswith("_ZZ") and "has_avx512" in name]
-    asked = [name for name in address if name.startswith("_ZGVZ") and "has_avx512" in name]
-    if not answers or anchor not in address:
-        return "AVX-512 (its library has no such variables)"
-    base = ctypes.cast(getattr(library, anchor), ctypes.c_void_p).value - address[anchor]
-    for name in answers:
-        ctypes.c_bool.from_address(base + address[name]).value = False
-    for name in asked:
-        ctypes.c_uint8.from_address(base + address[name]).value = 1
+        hide_from_bitsandbytes("avx512f", "avx512bf16")
+    except RuntimeError as error:
+        return f"AVX-512 ({error})"
     return "no AVX-512"
 
 

@@ -28,8 +28,8 @@ def build_info() -> dict[str, object]:
 
     Keys: version, torch (the running one), torch_target (oldest torch whose stable ABI the build
     uses), python, machine, compiler, cpu_path ("portable", "avx2", "avx512" or "avx512_bf16"),
-    cpu_threads, cuda_built, cuda_archs, cuda_live (the CUDA ops are registered), cuda_why_not (a
-    sentence, or None).
+    cpu_threads, cuda_built, cuda_archs, cuda_live (the CUDA library is loaded, whether or not there
+    is a GPU), cuda_gpus (how many torch sees), cuda_why_not (why it is not live, or None).
     Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.
     """
     live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
@@ -54,8 +54,21 @@ def build_info() -> dict[str, object]:
         "cuda_built": bool(_CUDA_LIBRARIES),
         "cuda_archs": _C.cuda_archs or None,
         "cuda_live": live,
+        "cuda_gpus": torch.cuda.device_count(),
         "cuda_why_not": why_not,
     }
+
+
+def in_words(info: dict[str, object]) -> dict[str, str]:
+    """build_info() for people: yes and no for bools, and whether a GPU was seen."""
+    words = {None: "no", True: "yes", False: "no"}
+    shown = {
+        key: words[value] if isinstance(value, (bool, type(None))) else str(value)
+        for key, value in info.items()
+    }
+    if info["cuda_live"] and not info["cuda_gpus"]:
+        shown["cuda_live"] = "built, no GPU seen"
+    return shown
 
 
 def _version() -> str:

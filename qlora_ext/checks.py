@@ -29,6 +29,11 @@ def is_number(value) -> bool:
     return isinstance(value, float)
 
 
+def is_integer(value) -> bool:
+    """Whether it is an int; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def count(number: int, noun: str) -> str:
     """ "1 shard", "2 shards"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -577,7 +577,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     _write_aside(
         path / _WEIGHTS, lambda draft: save_file(tensors, draft, metadata={"format": "pt"})
     )
-    _write_aside(path / _CONFIG, lambda draft: draft.write_text(text))
+    _write_aside(path / _CONFIG, lambda draft: draft.write_text(text, encoding="utf-8"))
     return path
 
 
@@ -673,7 +673,7 @@ def _read_config(path: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"load_adapter: {file} is missing, want a directory with {_CONFIG}")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"load_adapter: {file} is not JSON ({error})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import CheckpointError, is_number, short
+from .checks import CheckpointError, is_integer, is_number, short
 from .experts import Experts4bit, _up_name
 from .fit_4bit import fit_4bit, hessian_error
 from .merge import _tied_head, dense_layer, merge_and_unload
@@ -76,18 +76,21 @@ def merge_into_4bit(
         dtype: of the 16-bit model, where neither is given.
         damping: see fit_4bit; 0 or more.
         hessian_bytes: memory for the input statistics of layers at a time, [K, K] fp32 for each
-            input width K. Less memory takes more passes over the calibration text; each pass sees
-            the layers before it as they were merged.
+            input width K; 1 or more, and one layer's are always held. Less memory takes more
+            passes over the calibration text; each pass sees the layers before it as they were
+            merged.
         progress_bar: show a tqdm bar.
 
     Returns:
         model; of a PeftModel, the model that it wrapped.
 
     Raises:
-        TypeError: model is not a module, dtype is not a float dtype, or a batch is of another kind.
+        TypeError: model is not a module, dtype is not a float dtype, progress_bar is not a bool,
+            or base, calibration or a batch is of another kind.
         ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; a
             sharded model, whose parameters are DTensors; a calibration without tokens; a damping
-            below 0 or not finite; a base that lacks a layer, has another shape, or is not what was
+            below 0 or not finite; hessian_bytes that is not an int of at least 1; a base that is
+            not there, is not safetensors, lacks a layer, has another shape, or is not what was
             packed.
         OverflowError: an adapter on a dense layer whose sum its dtype cannot hold.
 
@@ -101,13 +104,20 @@ def merge_into_4bit(
         raise ValueError(
             f"merge_into_4bit: damping is {short(damping)}, want a finite number of at least 0"
         )
+    if not is_integer(hessian_bytes) or hessian_bytes < 1:
+        raise ValueError(
+            f"merge_into_4bit: hessian_bytes is {short(hessian_bytes)}, want an int of at least 1: "
+            "bytes of memory, 2**30 by default"
+        )
+    if not isinstance(progress_bar, bool):
+        raise TypeError(f"merge_into_4bit: progress_bar is {short(progress_bar)}, want a bool")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"merge_into_4bit: dtype is {short(dtype)}, want torch.float16, torch.bfloat16 or "
+            "torch.float32"
+        )
     layers, peft_model = _adapted_layers(model)
     if base is None and calibration is None:
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"merge_into_4bit: dtype is {dtype}, want torch.float16, torch.bfloat16 or "
-                "torch.float32"
-            )
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
             f"merge_into_4bit: base and calibration are None, and requantizing without them {_LOSS}"
@@ -361,12 +371,12 @@ class UnquantizedWeights:
             self.tensors = dict(base.named_parameters(remove_duplicate=False))
         elif isinstance(base, Mapping):
             self.tensors = base
-        elif isinstance(base, (str, os.PathLike)):
+        elif isinstance(base, (str, os.PathLike)) and isinstance(os.fspath(base), str) and base:
             self.tensors = self._read(Path(base), model)
         else:
             raise TypeError(
-                f"{self.op}: base is a {type(base).__name__}, want the unquantized model, "
-                "its state dict, or a folder of safetensors"
+                f"{self.op}: base is {short(base)}, want the unquantized model, its state dict, or "
+                "a folder or file of safetensors"
             )
 
     def _read(self, path: Path, model: nn.Module) -> Mapping[str, Tensor]:
@@ -447,12 +457,28 @@ class _Safetensors(Mapping):
     """The tensors of a safetensors file, or of those in a folder, each read when asked for."""
 
     def __init__(self, path: Path, op: str):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
+        want = (
+            "want the folder of the unquantized model, with its safetensors files, or one such "
+            "file; a model on the hub must be downloaded first"
+        )
+        if not path.exists():
+            raise ValueError(f"{op}: base is {short(str(path))}, which does not exist, {want}")
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{op}: base is {path}, want safetensors files there")
-        self.files = [safe_open(file, framework="pt") for file in files]
+            raise ValueError(
+                f"{op}: base is {short(str(path))}, which has no safetensors files, {want}"
+            )
+        self.files = []
+        for file in files:
+            try:
+                self.files.append(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{op}: base has {file}, which is damaged or not a safetensors file "
+                    f"({error}), {want}"
+                ) from None
         self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, key: str) -> Tensor:
@@ -474,6 +500,11 @@ def _batches(calibration: Iterable) -> list:
         raise TypeError(
             f"merge_into_4bit: calibration is a {type(calibration).__name__}, want a list of "
             "batches: token ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
+        )
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"merge_into_4bit: calibration is {short(calibration)}, want a list of batches: token "
+            "ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
         )
     batches = list(calibration)
     if not batches:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .checks import is_integer, short
+
 __all__ = ["write_calibration"]
 
 _ROWS = 40  # texts at a time
@@ -38,12 +40,13 @@ def write_calibration(
         Batches of input_ids and attention_mask, int64 [texts, longest text], padded on the right.
 
     Raises:
-        TypeError: model does not generate, or is an encoder and a decoder.
-        ValueError: tokens is not an int of at least 1; the chat template changes a question,
-            fails, has a token that the model lacks, or leaves no room in its context; nothing
-            starts a text: no chat template, and no bos or eos token.
+        TypeError: model does not generate, or is an encoder and a decoder; tokenizer is not one.
+        ValueError: tokens is not an int of at least 1, or seed not an int of 64 bits; model has no
+            data; the chat template changes a question, fails, has a token that the model lacks,
+            or leaves no room in its context; nothing starts a text: no chat template, and no bos
+            or eos token.
     """
-    if not hasattr(model, "generate"):
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(
             f"write_calibration: model is a {type(model).__name__}, want a transformers model, "
             "which generates"
@@ -53,14 +56,29 @@ def write_calibration(
             f"write_calibration: model is a {type(model).__name__}, which encodes a text and "
             "decodes another, want a model that goes on with a text: give text of your own"
         )
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"write_calibration: tokens is {tokens!r}, want an int of at least 1")
+    parts = ("chat_template", "bos_token_id", "eos_token_id")
+    if not callable(tokenizer) or not all(hasattr(tokenizer, part) for part in parts):
+        raise TypeError(
+            f"write_calibration: tokenizer is {short(tokenizer)}, want the model's tokenizer, as "
+            "transformers.AutoTokenizer.from_pretrained gives it"
+        )
+    if not is_integer(tokens) or tokens < 1:
+        raise ValueError(f"write_calibration: tokens is {short(tokens)}, want an int of at least 1")
+    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+        raise ValueError(
+            f"write_calibration: seed is {short(seed)}, want an int from -2**63 to 2**64 - 1"
+        )
+    device = next((p.device for p in model.parameters() if not p.is_meta), None)
+    if device is None:
+        raise ValueError(
+            "write_calibration: model has no parameters with data (all are on the meta device), "
+            "want one that is loaded"
+        )
     before, between = _frame(tokenizer)
     length = _length(model, before + between)
     question = length // 3 if between else 0
     settings = getattr(model, "generation_config", None)
     ends = set(_ids(tokenizer.eos_token_id)) | set(_ids(getattr(settings, "eos_token_id", None)))
-    device = next(p.device for p in model.parameters() if not p.is_meta)
     modes = [(module, module.training) for module in model.modules()]
     batches: list[dict[str, Tensor]] = []
     written = texts = 0

@@ -383,7 +383,14 @@ class _StateReader:
                 f"want {_NESTED_BLOCKSIZE}"
             )
         table = self.tensor(".nested_quant_map")
-        if table.shape != (256,) or table.tolist() != _C.dynamic_map():
+        if table.shape != (256,) or table.dtype != torch.float32:
+            raise self.fail(
+                f"nested_quant_map is {table.dtype} {list(table.shape)}, want 256 float32 values"
+            )
+        # bitsandbytes computes the map by torch.linspace, whose last bit depends on the CPU.
+        # Neighbouring entries are at least 0.7% apart.
+        ours = torch.tensor(_C.dynamic_map())
+        if not torch.allclose(table.detach().cpu(), ours, rtol=1e-6, atol=0):
             raise self.fail("nested_quant_map differs from the signed dynamic map")
         absmax2 = self.floats(".nested_absmax", -(-num_blocks // _NESTED_BLOCKSIZE)).view(
             torch.float32

@@ -364,7 +364,10 @@ def test_missing_key(key):
         (changed("w.absmax", lambda t: t.float()), "absmax is torch.float32 .48., want 48 uint8"),
         (changed("w.nested_absmax", lambda t: t.half()), "nested_absmax is torch.float16"),
         (changed("w.quant_map", lambda t: t.flip(0)), "quant_map differs from the nf4 table"),
-        (changed("w.nested_quant_map", lambda t: t[:-1]), "nested_quant_map differs"),
+        (changed("w.nested_quant_map", lambda t: t[:-1]), "nested_quant_map is torch.float32"),
+        (changed("w.nested_quant_map", lambda t: t.double()), "want 256 float32 values"),
+        (changed("w.nested_quant_map", lambda t: t * 1.0001), "nested_quant_map differs"),
+        (changed("w.nested_quant_map", lambda t: t * torch.nan), "nested_quant_map differs"),
         (changed("w.quant_state.bitsandbytes__nf4", lambda t: t[:-1]), "is not JSON"),
         (
             changed(
@@ -425,7 +428,7 @@ def test_missing_key(key):
             "bitsandbytes__nf4 has layout torch.sparse_coo",
         ),
     ],
-    ids=range(41),
+    ids=range(44),
 )
 def test_corrupt_or_hostile_state_dict(d, message):
     with pytest.raises(ValueError, match="from_state_dict: w: .*" + message) as error:

@@ -156,6 +156,29 @@ def test_build_info():
     assert info["cuda_live"] or info["cuda_why_not"]
 
 
+@pytest.mark.parametrize(
+    "live, gpus, says", [(True, 0, "built, no GPU seen"), (True, 2, "yes"), (False, 0, "no")]
+)
+def test_info_does_not_promise_a_gpu_that_is_not_seen(monkeypatch, capsys, live, gpus, says):
+    from qlora_ext import cli
+
+    def dispatches(op, key):
+        return live
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", dispatches)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    info = qlora_ext.build_info()
+    assert info["cuda_live"] is live and info["cuda_gpus"] == gpus
+    cli.print_build_info()
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert dict(lines)["cuda_live"] == says
+    pytest.importorskip("typer")
+    from qlora_ext.cli import app
+
+    app.info()
+    assert f"cuda_live {says}" in " ".join(capsys.readouterr().out.split())
+
+
 def run_module(**environment):
     return subprocess.run(
         [sys.executable, "-m", "qlora_ext"],
@@ -204,3 +227,28 @@ def test_no_torch_header_in_device_files():
             assert not (
                 line.startswith("#include") and ("torch" in line or "ATen" in line or "c10" in line)
             ), (file, line)
+
+
+def test_files_are_read_as_utf_8_in_every_locale(tmp_path):
+    """Python decodes files by the locale, unless told: one of ASCII or Latin-1 is still in use."""
+    code = f"""
+import locale, pathlib
+from qlora_ext import files, lora
+assert locale.getpreferredencoding(False) != "utf-8"
+folder = pathlib.Path({str(tmp_path)!r})
+assert files.read_json(folder / "config.json")["base_model_name_or_path"] == "\\u00e9\\u4e2d"
+assert lora._read_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
+"""
+    text = (
+        '{"base_model_name_or_path": "\u00e9\u4e2d", "peft_type": "LORA", "r": 4, "lora_alpha": 8}'
+    )
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_ops_page_lists_every_schema():
     listed = {
         line
-        for line in (DOCS / "ops.md").read_text().splitlines()
+        for line in (DOCS / "ops.md").read_text(encoding="utf-8").splitlines()
         if ") -> " in line and "(Tensor" in line
     }
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("qlora_ext::")]
@@ -32,7 +32,7 @@ def test_ops_page_lists_every_schema():
 def test_models_page_has_every_family():
     from qlora_ext.lora import FAMILIES
 
-    text = (DOCS / "models.md").read_text().lower().replace("-", "")
+    text = (DOCS / "models.md").read_text(encoding="utf-8").lower().replace("-", "")
     for name in FAMILIES:
         stem = re.sub(r"(_text|_moe|\d+)+$", "", name.replace("gpt_neox", "gptneox"))
         assert stem in text or stem in ("mt", "umt", "ministral", "starcoder", "nemotron"), name
@@ -51,7 +51,7 @@ def quoted_sentences() -> list[tuple[str, str, str]]:
     """(page, sentence, the library whose it is or "") of every table of error messages."""
     found = []
     for page in PAGES:
-        for table in TABLE.findall(page.read_text()):
+        for table in TABLE.findall(page.read_text(encoding="utf-8")):
             for row in table.splitlines():
                 cell = row.split(" | ")[0].removeprefix("| ")
                 sentence, owner = re.fullmatch(r"`([^`]+)`(?: \((\w+)\))?", cell).groups("")
@@ -77,7 +77,7 @@ def python_messages(path: Path) -> list[str]:
 
 def cpp_messages(path: Path) -> list[str]:
     """The string literals of each statement of a C++ file, in order, with gaps between them."""
-    text = re.sub(r'"\s+"', "", re.sub(r"//[^\n]*", "", path.read_text()))
+    text = re.sub(r'"\s+"', "", re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8")))
     return [GAP.join(re.findall(r'"((?:[^"\\]|\\.)*)"', part)) for part in text.split(";")]
 
 
@@ -125,11 +125,11 @@ def test_quoted_sentences_of_other_libraries():
 
 def test_links_lead_somewhere():
     def anchors(page: Path) -> set[str]:
-        heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+        heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if "://" in link:
                 continue
             name, _, anchor = link.partition("#")
@@ -139,8 +139,13 @@ def test_links_lead_somewhere():
 
 
 def test_promises_name_tests_that_exist():
-    table = (ROOT / "CONTRIBUTING.md").read_text().split("the test that shows it")[1].split("##")[0]
-    sharding = (DOCS / "sharding.md").read_text()
+    table = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .split("the test that shows it")[1]
+        .split("##")[0]
+    )
+    sharding = (DOCS / "sharding.md").read_text(encoding="utf-8")
     names = re.findall(r"`((?:simt/)?test_\w+\.py)`", table + sharding)
     assert len(names) > 25
     for name in names:
@@ -150,6 +155,11 @@ def test_promises_name_tests_that_exist():
 def test_tested_versions_are_those_that_the_plug_ins_expect():
     from qlora_ext.integrations import TESTED, bitsandbytes
 
-    table = (DOCS / "integrations.md").read_text().split("## Tested versions")[1].split("##")[0]
+    table = (
+        (DOCS / "integrations.md")
+        .read_text(encoding="utf-8")
+        .split("## Tested versions")[1]
+        .split("##")[0]
+    )
     for name, series in {**TESTED, "bitsandbytes": bitsandbytes.TESTED}.items():
         assert re.search(rf"^\| {name} \| {re.escape(series)}\b", table, re.M | re.I), name

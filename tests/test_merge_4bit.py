@@ -239,7 +239,7 @@ def adapted_names(model):
 
 
 def run(model, **arguments):
-    return merge_into_4bit(model, progress_bar=False, **arguments)
+    return merge_into_4bit(model, **{"progress_bar": False, **arguments})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "phi3"])
@@ -574,7 +574,21 @@ MASKED = {"input_ids": text(1)[0], "attention_mask": torch.zeros(4, 32).long()}
             ({"calibration": text(), "damping": d}, ValueError, f"damping is {d!r}, want a finite")
             for d in (-1, float("nan"), float("inf"), True, "0.1")
         ),
-        ({"base": 7}, TypeError, "base is a int, want the unquantized model"),
+        ({"calibration": 7}, TypeError, "calibration is 7, want a list of batches"),
+        *(
+            (
+                {"calibration": text(), "hessian_bytes": n},
+                ValueError,
+                f"hessian_bytes is {n!r}, wan",
+            )
+            for n in (None, 0, -1, True, 1e9, "1GB", float("nan"))
+        ),
+        ({"progress_bar": None}, TypeError, "progress_bar is None, want a bool"),
+        ({"base": 7}, TypeError, "base is 7, want the unquantized model"),
+        ({"base": b"folder"}, TypeError, "base is b'folder', want the unquantized model"),
+        ({"base": ""}, TypeError, "base is '', want the unquantized model"),
+        ({"base": "no/such"}, ValueError, "base is 'no/such', which does not exist, want the fold"),
+        ({"base": {}, "dtype": "fp16"}, TypeError, "dtype is 'fp16', want torch.float16"),
         ({"base": {}}, ValueError, "base has no model.layers.0.self_attn.q_proj.weight"),
         ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
     ],
@@ -587,6 +601,31 @@ def test_arguments_that_are_refused(arguments, error, sentence):
         with pytest.raises(error, match=sentence):
             run(model, **arguments)
     assert torch.equal(tiny.logits(model), want)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["transformers model", "module"])
+def test_a_base_that_is_not_a_checkpoint_is_refused(tmp_path, own):
+    """A folder of transformers' model is read by its config first, another's is not."""
+    model = small(trained())
+    if not own:
+        model = nn.Sequential(model)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickle").mkdir()
+    torch.save({}, tmp_path / "pickle" / "pytorch_model.bin")
+    for name, content in [("text", b"some text"), ("cut", b"\x08"), ("none", b"")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    for path, says in [
+        (tmp_path / "empty", "has no safetensors files, want the folder of the unquantized model"),
+        (tmp_path / "pickle", "has no safetensors files, want the folder"),
+        (tmp_path / "missing", "which does not exist, want the folder"),
+        (tmp_path / "pickle" / "pytorch_model.bin", "is damaged or not a safetensors file"),
+        *((tmp_path / n, "is damaged or not a safetensors file") for n in ("text", "cut", "none")),
+    ]:
+        for base in (path, str(path)):
+            with pytest.raises(ValueError, match=f"merge_into_4bit: base .*{says}"):
+                merge_into_4bit(model, base=base, progress_bar=False)
 
 
 def test_few_tokens_warn():

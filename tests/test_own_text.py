@@ -1,6 +1,7 @@
 """write_calibration: text that a model writes itself, to merge without any (issue 5, point 6)."""
 
 import copy
+import re
 
 import pytest
 import tiny_models as tiny
@@ -210,3 +211,33 @@ def test_nothing_to_start_a_text_with_is_a_sentence():
 def test_an_encoder_decoder_is_refused():
     with pytest.raises(TypeError, match="which encodes a text and decodes another"):
         write_calibration(tiny.make("t5"), Tokenizer())
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, says",
+    [
+        ({"tokenizer": None}, TypeError, "tokenizer is None, want the model's tokenizer"),
+        ({"tokenizer": "gpt2"}, TypeError, "tokenizer is 'gpt2', want the model's tokenizer"),
+        ({"tokenizer": len}, TypeError, "tokenizer is <built-in function len>, want"),
+        ({"model": None}, TypeError, "model is a NoneType, want a transformers model"),
+        ({"model": transformers.LlamaForCausalLM}, TypeError, "model is a type, want a trans"),
+        ({"tokens": True}, ValueError, "tokens is True, want an int of at least 1"),
+        ({"tokens": None}, ValueError, "tokens is None, want an int of at least 1"),
+        ({"tokens": 10.0}, ValueError, "tokens is 10.0, want an int of at least 1"),
+        ({"tokens": -(10**5000)}, ValueError, "tokens is an integer of 16610 bits, want"),
+        ({"seed": None}, ValueError, "seed is None, want an int from"),
+        ({"seed": 2**64}, ValueError, "seed is 18446744073709551616, want an int from"),
+        ({"seed": "0"}, ValueError, "seed is '0', want an int from"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, kind, says):
+    given = {"model": tiny.make("llama"), "tokenizer": Tokenizer(), "tokens": 1, **arguments}
+    model, tokenizer = given.pop("model"), given.pop("tokenizer")
+    with pytest.raises(kind, match=re.escape(f"write_calibration: {says}")):
+        write_calibration(model, tokenizer, **given)
+
+
+def test_a_model_without_data_is_refused():
+    model = tiny.make("llama").to("meta")
+    with pytest.raises(ValueError, match="write_calibration: model has no parameters with data"):
+        write_calibration(model, Tokenizer(), tokens=1)

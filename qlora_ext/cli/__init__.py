@@ -37,7 +37,7 @@ def missing_packages() -> list[str]:
 
 def print_build_info() -> None:
     """build_info(), a line a key."""
-    from ..build_info import build_info
+    from ..build_info import build_info, in_words
 
-    for key, value in build_info().items():
-        print(f"{key:>14}  {value}")
+    for key, text in in_words(build_info()).items():
+        print(f"{key:>14}  {text}")

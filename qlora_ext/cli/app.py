@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from .. import _C
-from ..build_info import build_info
+from ..build_info import build_info, in_words
 from ..checks import CheckpointError, count, size
 from . import INSTALL
 from .errors import CliError
@@ -137,11 +137,7 @@ def info(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    names = {None: "no", True: "yes", False: "no"}
-    table("", ["", ""], [
-        [key, str(names.get(value, value) if isinstance(value, (bool, type(None))) else value)]
-        for key, value in found.items()
-    ], left=2)  # fmt: skip
+    table("", ["", ""], [[key, text] for key, text in in_words(found).items()], left=2)
 
 
 @app.command()

@@ -349,7 +349,7 @@ def calibrated(
 def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
     """The token ids of a text file, samples of at most `length`; CliError if there is none."""
     try:
-        words = text.read_text()
+        words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{text} cannot be read as text: {error}") from None
     tokenizer.model_max_length = 10**9  # no warning: samples are cut below

@@ -256,7 +256,7 @@ class Output:
 
     def _compare(self, state: Path, run: dict) -> None:
         try:
-            then = json.loads(state.read_text())
+            then = json.loads(state.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             then = {}
         changed = [key for key in run if then.get(key) != run[key]]
@@ -311,7 +311,7 @@ def write_text(path: Path, text: str) -> None:
     """Written aside and moved into place."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

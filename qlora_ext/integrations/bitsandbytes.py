@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .. import _C, ops
 
 TESTED = "0.50"
+_SMALLEST = 1e-38  # bitsandbytes divides no block by less
 
 _library: torch.library.Library | None = None
 _pack_for_cpu = None
@@ -42,9 +43,13 @@ def _quantize_4bit(A, blocksize, quant_type, quant_storage):
 
 
 def _quantize_4bit_cpu(A, blocksize, quant_type, quant_storage):
-    """As bitsandbytes packs on a CPU, byte for byte. There FP4's sixteen levels are one sorted row:
-    ties go down, also below zero, and 0 is the lower of its two zeros. A last block that is not
-    full is divided by its absmax, not multiplied by the reciprocal, and padded by a zero."""
+    """Packs as bitsandbytes does on a CPU, byte for byte.
+
+    Differences from our format: FP4's sixteen levels are one sorted row, so ties go down, also
+    below zero, and 0 is the lower of its two zeros. No block is divided by less than 1e-38. A last
+    block that is not full is divided by its absmax, not multiplied by the reciprocal, and padded
+    by a zero.
+    """
     flat, codebook = A.reshape(-1), None
     if quant_type == "fp4":
         quant_type, codebook = "custom", _C.codebooks()["fp4"]
@@ -52,15 +57,24 @@ def _quantize_4bit_cpu(A, blocksize, quant_type, quant_storage):
     packed, absmax, _ = torch.ops.qlora_ext.quantize_4bit.default(
         flat[:full], blocksize, quant_type, codebook, "absmax", 3.0, "none", 1.0
     )
-    absmax = absmax.view(torch.float32)
+    packed, absmax = packed.reshape(-1), absmax.view(torch.float32)
+
+    def codes_of(scaled):
+        return torch.ops.qlora_ext.quantize_4bit.default(
+            scaled, 0, quant_type, codebook, "none", 3.0, "none", 1.0
+        )[0].reshape(-1)
+
+    # A block of zeros is the same either way.
+    tiny = ((absmax < _SMALLEST) & (absmax > 0)).nonzero().reshape(-1)
+    if tiny.numel():
+        blocks = flat[:full].reshape(-1, blocksize)[tiny].float()
+        scaled = blocks * (1.0 / absmax[tiny].clamp(min=_SMALLEST).view(-1, 1))
+        packed.view(-1, blocksize // 2)[tiny] = codes_of(scaled).view(-1, blocksize // 2)
     if full < flat.numel():
         rest = flat[full:].float()
-        scale = rest.abs().max().clamp(min=1e-38)
-        scaled = F.pad((rest / scale).clamp(-1, 1), (0, rest.numel() % 2))
-        last, _, _ = torch.ops.qlora_ext.quantize_4bit.default(
-            scaled, 0, quant_type, codebook, "none", 3.0, "none", 1.0
-        )
-        packed = torch.cat([packed.reshape(-1), last.reshape(-1)])
+        scale = rest.abs().max().clamp(min=_SMALLEST)
+        last = codes_of(F.pad((rest / scale).clamp(-1, 1), (0, rest.numel() % 2)))
+        packed = torch.cat([packed, last])
         absmax = torch.cat([absmax, scale.reshape(1)])
     return packed.view(quant_storage).reshape(-1, 1), absmax
 
@@ -101,7 +115,7 @@ def _gemm_4bit(
 ):
     nested = None
     if absmax_8bit is not None:
-        # Their 8-bit map is the one of our format; nothing that bitsandbytes writes has another.
+        # Their 8-bit map is that of our format, up to the last bit of what torch.linspace gives.
         nested = torch.cat([absmax_offset.reshape(1).float(), absmax.float()]).view(torch.uint8)
         absmax = absmax_8bit
     return ops.gemm_4bit(A, _w4(B, absmax, nested, shapeB, blocksize, quant_type), bias)
