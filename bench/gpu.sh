@@ -122,7 +122,8 @@ sys.exit(not os.path.isfile(os.path.join(folder, "Python.h")))') || {
   git log -1 --format='commit %h %s' 2>/dev/null
 } 2>&1 | tee -a "$summary"
 
-export PYTHONDONTWRITEBYTECODE=1
+# Unbuffered: what a step printed before it died or ran out of time is in its log.
+export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 export USE_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 step build 120 "$python" setup.py build_ext --inplace || finish 1

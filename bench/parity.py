@@ -32,6 +32,7 @@ until the two sides have nothing in common.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import sys
 
@@ -139,6 +140,8 @@ def peak_of_a_step(checkpointing: bool, device: str) -> int:
     """Most bytes that torch has allocated during a training step of the large model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    gc.collect()  # the model before this one
+    torch.cuda.empty_cache()
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**LARGE)).to(torch.bfloat16).train()
@@ -174,7 +177,6 @@ def memory(device: str) -> None:
         )
         said = sum(found.parts.values())
         peak = peak_of_a_step(checkpointing, device)
-        torch.cuda.empty_cache()
         name = "with checkpointing" if checkpointing else "without checkpointing"
         print(
             f"| {name:21} | {peak / 2**20:13.1f} | {said / 2**20:13.1f} | {peak / said:5.2f} | "
