@@ -1,23 +1,38 @@
-"""The CUDA backend against bitsandbytes, dequantize + cuBLAS, dense bf16 and an unfused LoRA chain.
+"""The CUDA backend against bitsandbytes, dequantize + cuBLAS, dense bf16, unfused LoRA chains (ours
+and unsloth's) and torch._grouped_mm.
 
     python bench/gpu.py OUT_DIR [--seconds 240] [--quick]
-    python bench/gpu.py --touch-every-op      # a few small calls, for compute-sanitizer
+    python bench/gpu.py --first-call [--in-a-graph]  # tiny M = 1 products, their results checked
+    python bench/gpu.py --touch-every-op             # a few small calls, for compute-sanitizer
 
-Every case captures one CUDA graph per contender, over enough copies of the weight that their packed
-bytes exceed three times L2, and replays the graphs in turn, round after round, between CUDA events;
-figures are medians of microseconds per call, so launch gaps and one lucky order stay out of them.
-A contender that cannot be captured is timed as a plain loop and marked with *. `floor` is the bytes
-that must move over this run's own copy bandwidth, or the flops over this run's own matmul rate, the
-larger of the two. Writes OUT_DIR/bench.json, .png plots if matplotlib is there, and prints a table.
+How a figure is made:
+
+- Every contender calls its function on `copies` sets of tensors in turn: weights, x, dY, A, B and
+  outputs. More than three times L2 passes between two uses of one address. What a contender keeps
+  for itself, such as the buffer it dequantizes into, it may find in L2: it would in training too.
+- Each function is called once for every set. Then the calls are captured as one CUDA graph, the
+  results kept alive so that each has its own memory. A contender that refuses capture is timed as
+  a plain loop and marked with *. One that fails is left out, and the row says why.
+- Before each case the GPU works for 100 ms, so that its clocks are up. bench.json has the SM clock
+  of each case, after that work and after the last round.
+- Contenders take turns, round after round. A measurement is as many replays between two events as
+  take 2 ms or more, and the GPU sleeps before the first event while the host queues them: so
+  launches from an idle GPU are not counted. Figures are medians, in microseconds per call.
+
+`floor` is the bytes that must move over this run's own copy bandwidth, or the flops over this run's
+own matmul rate, the larger of the two. Prints a table; writes OUT_DIR/bench.json, and plots if
+matplotlib is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +46,7 @@ import qlora_ext
 ops = torch.ops.qlora_ext
 BF16 = torch.bfloat16
 SCALING, RANK = 2.0, 16
+PACKED = 0.516  # bytes per weight: 4.127 bits
 
 # (out_features N, in_features K) of real layers.
 LAYERS = {
@@ -44,14 +60,62 @@ LAYERS = {
     "Qwen2.5-7B mlp up": (18944, 3584),
 }
 FOCUS = ("Llama-8B mlp up", "Llama-70B q", "Llama-8B q")  # the bars' shapes, measured first
+# (experts E, N, K, experts per token) of real mixtures.
+EXPERTS = {
+    "Mixtral-8x7B gate": (8, 14336, 4096, 2),
+    "Qwen3-30B-A3B gate and up": (128, 1536, 2048, 8),
+}
 COPY_BYTES, MATMUL_SIZE = 1 << 30, 8192  # what this run's own ceilings are measured with
+
+WINDOW_MS = 2.0  # the least time between two events
+SPIN_UP_MS = 100.0  # of work before each case
+CYCLES_PER_S = 2.0e9  # of torch.cuda._sleep: near the highest clock, so the sleep is no shorter
+LONGEST_HEAD_START = 10e-3  # seconds
+
+Function = Callable[[int], object]
 
 
 # ---------------------------------------------------------------- timing
 
 
-def capture(function: Callable[[int], object], copies: int):
-    """A replayable graph of `copies` calls, or None if something in it refuses capture."""
+class Contender:
+    """What is timed: `run` does `copies` calls."""
+
+    def __init__(self, run: Callable[[], object]):
+        self.run = run
+        self.repeats = 1  # of run between two events
+        self.head_start = 1e-3  # seconds that the device sleeps while the host queues them
+
+    def once(self) -> float:
+        """Milliseconds that `repeats` runs take on the device."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(self.head_start * CYCLES_PER_S))
+        start = time.perf_counter()
+        begin.record()
+        for _ in range(self.repeats):
+            self.run()
+        end.record()
+        queued = time.perf_counter() - start
+        end.synchronize()
+        self.head_start = min(max(self.head_start, 1.5 * queued + 1e-4), LONGEST_HEAD_START)
+        return begin.elapsed_time(end)
+
+    def window(self) -> float:
+        """The same, of a measurement that took WINDOW_MS or more: repeats grow until it does."""
+        while (ms := self.once()) < WINDOW_MS:
+            growth = 1.25 * WINDOW_MS / ms if ms > 0 else 100
+            self.repeats = math.ceil(self.repeats * min(max(growth, 1.25), 100))
+            if self.repeats > 1 << 20:
+                raise RuntimeError("bench/gpu.py: no time passes between two events")
+        return ms
+
+
+def capture(function: Function, copies: int):
+    """A replayable graph of `copies` calls, or None if something in it refuses capture.
+
+    Every call is made once before: it may compile, load a module or ask for a workspace, which a
+    capture would record or refuse. Results stay alive to the end, so that each has its own memory.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,45 +124,108 @@ def capture(function: Callable[[int], object], copies: int):
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    kept = []
     try:
         with torch.cuda.graph(graph):
             for i in range(copies):
-                function(i)
+                kept.append(function(i))
     except Exception:
         torch.cuda.synchronize()
         return None
     return graph
 
 
-def compare(contenders: dict[str, Callable[[int], object]], copies: int, rounds: int, graphs=True):
-    """Microseconds per call of each contender: medians over interleaved rounds."""
-    replay, marked = {}, []
+def loop(function: Function, copies: int) -> Callable[[], None]:
+    """`copies` calls; a result is freed when the next turn has replaced it."""
+    kept: list[object] = [None] * copies
+
+    def run():
+        for i in range(copies):
+            kept[i] = function(i)
+
+    return run
+
+
+def sm_clock() -> int | None:
+    """The SMs' clock now, MHz; None where neither NVML for Python nor nvidia-smi tells."""
+    try:
+        return int(torch.cuda.clock_rate())
+    except Exception:  # its errors depend on what is missing
+        pass
+    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+        return int(done.stdout.split()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def spin_up(contenders: list[Contender]) -> int | None:
+    """Keeps the GPU busy for SPIN_UP_MS with the case's own work; the clock it then has."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    while True:
+        for contender in contenders:
+            contender.run()
+        end.record()
+        end.synchronize()
+        if begin.elapsed_time(end) >= SPIN_UP_MS:
+            break
+    for contender in contenders:  # the clock is read while the device works
+        contender.run()
+    clock = sm_clock()
+    torch.cuda.synchronize()
+    return clock
+
+
+@dataclasses.dataclass
+class Times:
+    """What compare() found, by contender's name."""
+
+    us: dict[str, float]  # per call
+    window_ms: dict[str, float]  # the shortest measurement
+    not_graphed: list[str]
+    failed: dict[str, str]  # why
+    sm_mhz: list[int | None]  # after the spin-up, after the last round
+
+
+def compare(contenders: dict[str, Function], copies: int, rounds: int, graphs=True) -> Times:
+    """Times each contender: medians over interleaved rounds."""
+    runs: dict[str, Contender] = {}
+    marked, failed = [], {}
     for name, function in contenders.items():
-        graph = capture(function, copies) if graphs else None
-        if graph is None:
-            marked.append(name)
+        try:
+            graph = capture(function, copies) if graphs else None
+            if graph is None:
+                marked.append(name)
+                run = loop(function, copies)
+                run()
+            else:
+                run = graph.replay
+        except Exception as error:
+            if name == "ours":
+                raise
+            lines = str(error).splitlines() or [""]
+            failed[name] = f"{type(error).__name__}: {lines[0]}"
+            continue
+        runs[name] = Contender(run)
+    clocks = [spin_up(list(runs.values()))]
+    for contender in runs.values():
+        contender.window()  # finds repeats and head start
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    shortest = dict.fromkeys(runs, math.inf)
+    for _ in range(rounds):
+        for name, contender in runs.items():
+            ms = contender.window()
+            shortest[name] = min(shortest[name], ms)
+            times[name].append(ms * 1e3 / (contender.repeats * copies))
+    clocks.append(sm_clock())
+    marked = [name for name in marked if name in runs]
+    us = {name: statistics.median(t) for name, t in times.items()}
+    return Times(us, shortest, marked, failed, clocks)
 
-            def run(function=function):
-                for i in range(copies):
-                    function(i)
 
-            replay[name] = run
-        else:
-            replay[name] = graph.replay
-    times = {name: [] for name in contenders}
-    for turn in range(rounds + 2):  # two to warm up
-        for name, run in replay.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                times[name].append(begin.elapsed_time(end) * 1e3 / copies)
-    return {n: statistics.median(t) for n, t in times.items()}, marked
-
-
-def extra_bytes(function: Callable[[int], object]) -> int:
+def extra_bytes(function: Function) -> int:
     """Most memory that a call has beside its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -144,6 +271,7 @@ class Bench:
     def __init__(self, out: Path | None, seconds: float, rounds: int):
         self.out, self.deadline, self.rounds = out, time.monotonic() + seconds, rounds
         self.rows: list[dict] = []
+        self.clocks: list[int] = []
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size
         self.copy, self.matmul = self.ceilings()
         try:
@@ -158,23 +286,34 @@ class Bench:
         a = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
         b = torch.empty_like(a)
         x, w = (torch.randn(n, n, device="cuda", dtype=BF16) for _ in range(2))
-        times, _ = compare({"copy": lambda i: b.copy_(a), "matmul": lambda i: x @ w}, 2, 9)
-        return 2 * a.numel() / times["copy"] * 1e6, 2 * n**3 / times["matmul"] * 1e6
+        found = compare({"copy": lambda i: b.copy_(a), "matmul": lambda i: x @ w}, 2, 9)
+        self.clocks += [mhz for mhz in found.sm_mhz if mhz]
+        return 2 * a.numel() / found.us["copy"] * 1e6, 2 * n**3 / found.us["matmul"] * 1e6
 
     def floor(self, moved: float, flops: float = 0.0) -> float:
         return 1e6 * max(moved / self.copy, flops / self.matmul)
 
-    def copies(self, numel: int) -> int:
-        return max(2, math.ceil(3 * self.l2 / (numel * 0.516)))
+    def copies(self, moved: float) -> int:
+        """How many sets of tensors, for calls that move at least `moved` bytes each: all but one
+        of them exceed three times L2."""
+        return 1 + math.ceil(3 * self.l2 / moved)
 
-    def add(self, op, layer, M, floor, contenders, copies, graphs=True):
-        if time.monotonic() > self.deadline:
+    def is_over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def add(self, op, layer, shape, M, floor, contenders, copies, graphs=True):
+        if self.is_over():
             return
-        N, K = LAYERS[layer]
-        times, marked = compare(contenders, copies, self.rounds, graphs)
-        row = {"op": op, "layer": layer, "N": N, "K": K, "M": M, "floor_us": round(floor, 2)}
+        found = compare(contenders, copies, self.rounds, graphs)
+        times, marked = found.us, found.not_graphed
+        row = {"op": op, "layer": layer, "N": shape[0], "K": shape[1], "M": M}
+        row["floor_us"] = round(floor, 2)
         row["us"] = {name: round(t, 2) for name, t in times.items()}
-        row["not_graphed"] = marked
+        row["not_graphed"], row["failed"] = marked, found.failed
+        row["copies"] = copies
+        row["window_ms"] = {name: round(ms, 3) for name, ms in found.window_ms.items()}
+        row["sm_mhz"] = found.sm_mhz
+        self.clocks += [mhz for mhz in found.sm_mhz if mhz]
         row["extra_bytes"] = extra_bytes(contenders["ours"])
         row["missed"] = missed(row)
         self.rows.append(row)
@@ -189,10 +328,17 @@ class Bench:
             f"{floor / ours:4.0%} of floor  {against}  extra {row['extra_bytes'] / 2**20:.1f} MiB",
             flush=True,
         )
+        for name, why in found.failed.items():
+            print(f"    LEFT OUT {name}: {why}", flush=True)
         for bar in row["missed"]:
             print(f"    MISSED {bar}", flush=True)
         if self.out:
             self.save()
+
+    def clock_range(self) -> str:
+        if not self.clocks:
+            return "SM clock unknown: neither NVML for Python nor nvidia-smi tells it"
+        return f"SM clock {min(self.clocks)} to {max(self.clocks)} MHz while measuring"
 
     def save(self):
         record = {
@@ -201,6 +347,7 @@ class Bench:
             "torch": torch.__version__,
             "copy_bytes_per_s": self.copy,
             "matmul_flops": self.matmul,
+            "sm_mhz": [min(self.clocks), max(self.clocks)] if self.clocks else None,
             "bitsandbytes": self.bnb is not None,
             "build": {k: str(v) for k, v in qlora_ext.build_info().items()},
             "rows": self.rows,
@@ -208,23 +355,31 @@ class Bench:
         (self.out / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------------------------------- cases
+
+
+def several(count: int, *shape: int, dtype=BF16, factor: float = 1.0) -> list[torch.Tensor]:
+    """`count` random tensors: one for each call before an address comes round again."""
+    return [torch.randn(*shape, device="cuda", dtype=dtype) * factor for _ in range(count)]
+
+
+def packed(dense: torch.Tensor, count: int) -> list[tuple]:
+    """The weight, packed, as op arguments: `count` copies."""
+    args = qlora_ext.quantize_4bit(dense).op_args()
+    return [tuple(t.clone() if torch.is_tensor(t) else t for t in args) for _ in range(count)]
 
 
 class Weights:
     """Copies of one layer's weight, in each contender's form."""
 
     def __init__(self, bench: Bench, layer: str):
-        N, K = LAYERS[layer]
-        self.N, self.K, self.count = N, K, bench.copies(N * K)
+        N, K = self.shape = LAYERS[layer]
+        self.N, self.K, self.count = N, K, bench.copies(N * K * PACKED)
         dense = torch.randn(N, K, device="cuda", dtype=BF16) * 0.02
-        q = qlora_ext.quantize_4bit(dense)
-        args = q.op_args()
-        clones = [[t.clone() if torch.is_tensor(t) else t for t in args] for _ in range(self.count)]
-        self.ours = [tuple(c) for c in clones]
-        # bf16 is 3.9 times as large: fewer copies leave L2 behind just as well.
-        self.dense = [dense.clone() for _ in range(max(2, self.count // 3))]
-        self.peer = None
+        self.ours = packed(dense, self.count)
+        self.dense = [dense.clone() for _ in range(self.count)]
+        self.buffer = torch.empty_like(dense)  # where unsloth's chain dequantizes every layer
+        self.bnb, self.peer = bench.bnb, None
         if bench.bnb is not None:
             self.peer = [
                 bench.bnb.quantize_4bit(
@@ -232,99 +387,223 @@ class Weights:
                 )
                 for _ in range(self.count)
             ]
-        self.source = dense
 
-    def bf16(self, i):
-        return self.dense[i % len(self.dense)]
+    def into_buffer(self, i: int) -> torch.Tensor:
+        """The weight in the one buffer: by bitsandbytes where it is there, else by our op."""
+        if self.peer:
+            weight, state = self.peer[i]
+            self.bnb.dequantize_4bit(weight, state, out=self.buffer)
+        else:
+            ops.dequantize_4bit.out(*self.ours[i], out=self.buffer)
+        return self.buffer
+
+    @property
+    def unsloth(self) -> str:
+        return "unsloth chain" if self.peer else "unsloth chain, our dequantize"
 
 
-PACKED = 0.516  # bytes per weight: 4.127 bits
-
-
-def quantizers(bench: Bench, layer: str):
-    w = Weights(bench, layer)
-    numel = w.N * w.K
-    out = torch.empty(w.N, w.K, device="cuda", dtype=BF16)
-    contenders = {"ours": lambda i: ops.dequantize_4bit.out(*w.ours[i], out=out)}
+def quantizers(bench: Bench, layer: str, w: Weights):
+    moved = w.N * w.K * (2 + PACKED)
+    copies = bench.copies(moved)
+    outs = [torch.empty(w.N, w.K, device="cuda", dtype=BF16) for _ in range(copies)]
+    contenders = {"ours": lambda i: ops.dequantize_4bit.out(*w.ours[i], out=outs[i])}
     if w.peer:
-        contenders["bitsandbytes"] = lambda i: bench.bnb.dequantize_4bit(*w.peer[i])
-    bench.add("dequantize", layer, 0, bench.floor(numel * (2 + PACKED)), contenders, w.count)
+        contenders["bitsandbytes"] = lambda i: bench.bnb.dequantize_4bit(*w.peer[i], out=outs[i])
+    bench.add("dequantize", layer, w.shape, 0, bench.floor(moved), contenders, copies)
 
     def quantize(i):
-        _, absmax, _ = ops.quantize_4bit(w.source, 64, "nf4", None, "absmax", 3.0, "none", 1.0)
-        return ops.quantize_absmax(absmax)
+        found = ops.quantize_4bit(w.dense[i], 64, "nf4", None, "absmax", 3.0, "none", 1.0)
+        return found, ops.quantize_absmax(found[1])
 
     contenders = {"ours": quantize}
     if bench.bnb is not None:
         contenders["bitsandbytes"] = lambda i: bench.bnb.quantize_4bit(
-            w.source, blocksize=64, compress_statistics=True, quant_type="nf4"
+            w.dense[i], blocksize=64, compress_statistics=True, quant_type="nf4"
         )
     # Not in a graph: the quantizer reads its NaN flag back.
-    bench.add("quantize", layer, 0, bench.floor(numel * (2 + PACKED)), contenders, 2, graphs=False)
+    floor = bench.floor(moved)
+    bench.add("quantize", layer, w.shape, 0, floor, contenders, copies, graphs=False)
 
 
 def forward(bench: Bench, w: Weights, layer: str, M: int):
-    x = torch.randn(M, w.K, device="cuda", dtype=BF16)
+    moved = w.N * w.K * PACKED + 2 * M * (w.K + w.N)
+    copies = bench.copies(moved)
+    x = several(copies, M, w.K)
     contenders = {
-        "ours": lambda i: ops.gemm_4bit(x, *w.ours[i]),
-        "dense bf16": lambda i: F.linear(x, w.bf16(i)),
-        "dequantize+cuBLAS": lambda i: F.linear(x, ops.dequantize_4bit(*w.ours[i], BF16)),
+        "ours": lambda i: ops.gemm_4bit(x[i], *w.ours[i]),
+        "dense bf16": lambda i: F.linear(x[i], w.dense[i]),
+        "dequantize+cuBLAS": lambda i: F.linear(x[i], ops.dequantize_4bit(*w.ours[i], BF16)),
     }
     if w.peer:
         import bitsandbytes
 
         contenders["bitsandbytes"] = lambda i: bitsandbytes.matmul_4bit(
-            x, w.peer[i][0].t(), quant_state=w.peer[i][1]
+            x[i], w.peer[i][0].t(), quant_state=w.peer[i][1]
         )
-    moved = w.N * w.K * PACKED + 2 * M * (w.K + w.N)
-    bench.add("forward", layer, M, bench.floor(moved, 2 * M * w.N * w.K), contenders, w.count)
+    floor = bench.floor(moved, 2 * M * w.N * w.K)
+    bench.add("forward", layer, w.shape, M, floor, contenders, copies)
 
 
 def lora(bench: Bench, w: Weights, layer: str, M: int):
-    """Forward with a bypass of rank 16, and the whole backward: dX, dA, dB."""
-    x = torch.randn(M, w.K, device="cuda", dtype=BF16)
-    A = torch.randn(RANK, w.K, device="cuda") * 0.01
-    B = torch.randn(w.N, RANK, device="cuda") * 0.01
-    A16, B16 = A.to(BF16), B.to(BF16)
-    dY = torch.randn(M, w.N, device="cuda", dtype=BF16)
-    _, S = ops.lora_gemm_4bit(x, *w.ours[0], A, B, SCALING)
+    """Forward with a bypass of rank 16, and the whole backward: dX, dA, dB.
 
-    def unfused(base):
-        return base + SCALING * ((x @ A16.T) @ B16.T)
+    The peers get A and B in bf16, which spares them the casts that a trainer's fp32 adapters need.
+    """
+    moved = w.N * w.K * PACKED + 2 * M * (w.K + w.N)
+    copies = bench.copies(moved)
+    x, dY = several(copies, M, w.K), several(copies, M, w.N)
+    A = several(copies, RANK, w.K, dtype=torch.float32, factor=0.01)
+    B = several(copies, w.N, RANK, dtype=torch.float32, factor=0.01)
+    A16, B16 = ([t.to(BF16) for t in ts] for ts in (A, B))
+    S = [
+        ops.lora_gemm_4bit(x[i], *w.ours[i], A[i], B[i], SCALING)[1].clone() for i in range(copies)
+    ]
+
+    def unfused(i, base):
+        return base + SCALING * ((x[i] @ A16[i].T) @ B16[i].T)
+
+    def unsloth(i):
+        """unsloth's matmul_lora: W dequantized into a buffer that all layers share, y = x W^T, then
+        (x A^T)(s B^T) added in place."""
+        y = x[i] @ w.into_buffer(i).t()
+        return y.addmm_(x[i] @ A16[i].t(), B16[i].t(), alpha=SCALING)
 
     contenders = {
-        "ours": lambda i: ops.lora_gemm_4bit(x, *w.ours[i], A, B, SCALING),
-        "dense bf16": lambda i: F.linear(x, w.bf16(i)),
-        "dense bf16+LoRA": lambda i: unfused(F.linear(x, w.bf16(i))),
+        "ours": lambda i: ops.lora_gemm_4bit(x[i], *w.ours[i], A[i], B[i], SCALING),
+        "dense bf16": lambda i: F.linear(x[i], w.dense[i]),
+        "dense bf16+LoRA": lambda i: unfused(i, F.linear(x[i], w.dense[i])),
         "dequantize+cuBLAS+LoRA": lambda i: unfused(
-            F.linear(x, ops.dequantize_4bit(*w.ours[i], BF16))
+            i, F.linear(x[i], ops.dequantize_4bit(*w.ours[i], BF16))
         ),
+        w.unsloth: unsloth,
     }
     if w.peer:
         import bitsandbytes
 
         contenders["bitsandbytes+LoRA"] = lambda i: unfused(
-            bitsandbytes.matmul_4bit(x, w.peer[i][0].t(), quant_state=w.peer[i][1])
+            i, bitsandbytes.matmul_4bit(x[i], w.peer[i][0].t(), quant_state=w.peer[i][1])
         )
     flops = 2 * M * w.N * w.K + 2 * M * RANK * (w.N + w.K)
-    moved = w.N * w.K * PACKED + 2 * M * (w.K + w.N)
-    bench.add("forward+LoRA", layer, M, bench.floor(moved, flops), contenders, w.count)
+    floor = bench.floor(moved, flops)
+    bench.add("forward+LoRA", layer, w.shape, M, floor, contenders, copies)
 
-    def unfused_backward(weight):
-        dS = SCALING * (dY @ B16)
-        dB = dY.T @ (SCALING * (x @ A16.T))
-        return dY @ weight + dS @ A16, dS.T @ x, dB
+    def unfused_backward(i, weight):
+        dS = SCALING * (dY[i] @ B16[i])
+        dB = dY[i].T @ (SCALING * (x[i] @ A16[i].T))
+        return dY[i] @ weight + dS @ A16[i], dS.T @ x[i], dB
+
+    def unsloth_backward(i):
+        """The backward of the same chain: dA = s (dY B)^T x, dB = s dY^T (x A^T), and
+        dX = dY W with s (dY B) A added in place. dY B is computed once."""
+        dYB = dY[i] @ B16[i]
+        dA, dB = torch.empty_like(A16[i]), torch.empty_like(B16[i])
+        dA.addmm_(dYB.t(), x[i], alpha=SCALING, beta=0)
+        dB.addmm_(dY[i].t(), x[i] @ A16[i].t(), alpha=SCALING, beta=0)
+        dX = dY[i] @ w.into_buffer(i)
+        return dX.addmm_(dYB, A16[i], alpha=SCALING), dA, dB
 
     contenders = {
-        "ours": lambda i: ops.lora_gemm_4bit_backward(dY, x, S, *w.ours[i], A, B, SCALING, True),
-        "dense bf16+LoRA": lambda i: unfused_backward(w.bf16(i)),
-        "dequantize+cuBLAS+LoRA": lambda i: unfused_backward(ops.dequantize_4bit(*w.ours[i], BF16)),
+        "ours": lambda i: ops.lora_gemm_4bit_backward(
+            dY[i], x[i], S[i], *w.ours[i], A[i], B[i], SCALING, True
+        ),
+        "dense bf16+LoRA": lambda i: unfused_backward(i, w.dense[i]),
+        "dequantize+cuBLAS+LoRA": lambda i: unfused_backward(
+            i, ops.dequantize_4bit(*w.ours[i], BF16)
+        ),
+        w.unsloth: unsloth_backward,
     }
     if w.peer:
         contenders["bitsandbytes+LoRA"] = lambda i: unfused_backward(
-            bench.bnb.dequantize_4bit(*w.peer[i])
+            i, bench.bnb.dequantize_4bit(*w.peer[i])
         )
-    bench.add("backward+LoRA", layer, M, bench.floor(moved, 2 * flops), contenders, w.count)
+    floor = bench.floor(moved, 2 * flops)
+    bench.add("backward+LoRA", layer, w.shape, M, floor, contenders, copies)
+
+
+def experts(bench: Bench, layer: str, tokens: int):
+    """A mixture's product, tokens sent to random experts: ours, one gemm_4bit an expert, against
+    torch._grouped_mm over the stack of dequantized experts and over a bf16 stack."""
+    E, N, K, top_k = EXPERTS[layer]
+    M = tokens * top_k
+    chosen = torch.randint(E, (M,), generator=torch.Generator().manual_seed(0))
+    rows = torch.bincount(chosen, minlength=E)
+    sizes, used = rows.tolist(), int((rows > 0).sum())
+    moved = used * N * K * PACKED + 2 * M * (K + N)
+    copies = bench.copies(moved)
+    x = several(copies, M, K)
+    ends = [rows.cumsum(0).to("cuda", torch.int32) for _ in range(copies)]
+    dense = several(copies, E, N, K, factor=0.02)
+    weights = [[packed(weight, 1)[0] for weight in stack] for stack in dense]
+    buffer = torch.empty_like(dense[0])
+    slots = list(buffer)
+
+    def ours(i):
+        parts = zip(x[i].split(sizes), weights[i], strict=True)
+        return [ops.gemm_4bit(part, *weight) for part, weight in parts if len(part)]
+
+    def dequantized(i):
+        for out, weight in zip(slots, weights[i], strict=True):
+            ops.dequantize_4bit.out(*weight, out=out)
+        return torch._grouped_mm(x[i], buffer.mT, offs=ends[i])
+
+    contenders = {
+        "ours": ours,
+        "dequantize+_grouped_mm": dequantized,
+        "bf16 _grouped_mm": lambda i: torch._grouped_mm(x[i], dense[i].mT, offs=ends[i]),
+    }
+    floor = bench.floor(moved, 2 * M * N * K)
+    bench.add(f"experts {E}", layer, (N, K), M, floor, contenders, copies)
+
+
+# ---------------------------------------------------------------- first call
+
+
+def first_call(in_a_graph: bool) -> None:
+    """The smallest products that reach the fused kernels: M = 1, nested scales, forward and
+    backward, bf16 and fp16. Ends the process with a message where the library has no CUDA
+    half, a call fails or a result is wrong. Each call is named before it is made.
+
+    in_a_graph: the first call of each op in this process is made while a graph is captured.
+    """
+    info = qlora_ext.build_info()
+    print(*(f"{key}: {value}" for key, value in info.items()), sep="\n", flush=True)
+    if not info["cuda_live"]:
+        sys.exit(f"first call: the CUDA half is not live: {info['cuda_why_not']}")
+    N, K = 128, 512
+    for dtype, bits in ((BF16, 8), (torch.float16, 11)):
+        # Packed on the CPU, and dense there: the GPU does nothing but the call.
+        q = qlora_ext.quantize_4bit(torch.randn(N, K).to(dtype))
+        w4 = [t.to("cuda") if torch.is_tensor(t) else t for t in q.op_args()]
+        W = qlora_ext.dequantize_4bit(q, dtype).double()
+        for op, size, weight in ((ops.gemm_4bit, K, W.T), (ops.gemm_4bit_backward, N, W)):
+            name = f"first call: {op.__name__}, M = 1, {dtype}"
+            name += ", in a graph" if in_a_graph else ""
+            print(name, flush=True)
+            x = torch.randn(1, size).to(dtype)
+            arguments = (x.to("cuda"), *w4)
+            torch.cuda.synchronize()
+            try:
+                if in_a_graph:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        result = op(*arguments)
+                    graph.replay()
+                else:
+                    result = op(*arguments)
+                torch.cuda.synchronize()
+                got = result.cpu().double()
+            except RuntimeError as error:
+                sys.exit(f"{name}: died: {str(error).splitlines()[0]}")
+            want = x.double() @ weight
+            # Each output is rounded once, to `bits` bits: by at most 2^-bits of its size, a norm of
+            # less than that. Four times it leaves room for the order of sums, for nothing else.
+            off = ((got - want).norm() / want.norm()).item()
+            if not off <= 4 * 2.0**-bits:
+                sys.exit(
+                    f"{name}: wrong: its distance from the dense product is {off:.3g} of the "
+                    f"product's norm, want {4 * 2.0**-bits:.3g} or less"
+                )
+    print("first call: right")
 
 
 # ---------------------------------------------------------------- sanitizer's set
@@ -337,7 +616,7 @@ def touch_every_op():
     weight; not every instantiation, which the tests launch.
     """
     torch.manual_seed(0)
-    for N, K, config, rank, rows in (
+    cases = (
         (136, 320, {}, 5, (1, 9, 17, 40, 70, 300)),
         (72, 192, {"double_quant": False}, 12, (1, 12, 17, 70)),
         (40, 4096, {}, 40, (1, 33)),
@@ -347,8 +626,12 @@ def touch_every_op():
         # One scale: sums and maxima of more than one block.
         (136, 128, {"blocksize": None, "normalization": "standard"}, 5, (1,)),
         (24, 64, {"quant_type": "linear", "normalization": "none"}, 5, (1,)),
-    ):
+    )
+    for case, (N, K, config, rank, rows) in enumerate(cases):
         for dtype in (BF16, torch.float16, torch.float32):
+            # How far a sanitizer got that ran out of time: what was launched before has ended.
+            torch.cuda.synchronize()
+            print(f"case {case + 1} of {len(cases)}, {dtype}", flush=True)
             weight = torch.randn(N * K + 1, device="cuda", dtype=dtype)
             qlora_ext.quantize_4bit(weight[1:].view(N, K), **config)
             q = qlora_ext.quantize_4bit(weight[:-1].view(N, K), **config)
@@ -412,9 +695,15 @@ def main():
     parser.add_argument("--seconds", type=float, default=240, help="no case starts after this")
     parser.add_argument("--quick", action="store_true", help="the bars' shapes only")
     parser.add_argument("--touch-every-op", action="store_true")
+    parser.add_argument("--first-call", action="store_true")
+    parser.add_argument("--in-a-graph", action="store_true", help="with --first-call")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py: torch sees no GPU")
+    if arguments.first_call:
+        torch.manual_seed(0)
+        first_call(arguments.in_a_graph)
+        return
     if arguments.touch_every_op:
         touch_every_op()
         return
@@ -422,27 +711,41 @@ def main():
         parser.error("OUT_DIR is missing")
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    bench = Bench(arguments.out, arguments.seconds, rounds=15)
+    bench = Bench(arguments.out, arguments.seconds, rounds=11)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy "
         f"{bench.copy / 1e12:.2f} TB/s, bf16 matmul {bench.matmul / 1e12:.0f} TFLOP/s, "
         f"bitsandbytes {'there' if bench.bnb else 'absent'}; * = not in a CUDA graph"
     )
     with torch.no_grad():
-        for layer in [*FOCUS, *([] if arguments.quick else [n for n in LAYERS if n not in FOCUS])]:
-            if time.monotonic() > bench.deadline:
-                break
-            if layer in FOCUS:
-                quantizers(bench, layer)
-            w = Weights(bench, layer)
-            for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-                forward(bench, w, layer, M)
-            for M in (512, 2048, 8192) if layer in FOCUS else (512, 2048):
-                lora(bench, w, layer, M)
-            del w
+        for layer in FOCUS:
+            layer_cases(bench, layer)
+        for layer in EXPERTS:
+            for tokens in (16, 512):
+                if not bench.is_over():
+                    experts(bench, layer, tokens)
             torch.cuda.empty_cache()
+        for layer in LAYERS:
+            if layer not in FOCUS and not arguments.quick:
+                layer_cases(bench, layer)
+    print(bench.clock_range())
     bench.save()
     plot(bench)
+
+
+def layer_cases(bench: Bench, layer: str) -> None:
+    """Every case of one layer, unless the time is up."""
+    if bench.is_over():
+        return
+    w = Weights(bench, layer)
+    if layer in FOCUS:
+        quantizers(bench, layer, w)
+    for M in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        forward(bench, w, layer, M)
+    for M in (512, 2048, 8192) if layer in FOCUS else (512, 2048):
+        lora(bench, w, layer, M)
+    del w
+    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
