@@ -385,6 +385,17 @@ def _check_model(op: str, model: nn.Module) -> None:
     )
 
 
+def check_trainable(op: str, model: nn.Module) -> None:
+    """ValueError if a parameter was made under torch.inference_mode: autograd cannot save it for a
+    backward pass. (Buffers of that kind, rotary frequencies say, are seldom saved.)"""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{op}: {name} was made under torch.inference_mode, and autograd cannot train "
+                "through it; load the model outside of inference_mode, or under torch.no_grad()"
+            )
+
+
 def _with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
     if isinstance(base, Linear4bit):
         return LoraLinear4bit.from_linear(base, **settings)
@@ -422,12 +433,14 @@ def add_lora(
             something else ("all-linear" leaves those out and warns).
         ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
             architecture, or a switch or name that matches nothing, with the linear layers found; a
-            part of a fused query-key-value layer. The model is then as it was.
+            part of a fused query-key-value layer; a model that was loaded under
+            torch.inference_mode. The model is then as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_lora: config is a {type(config).__name__}, want qlora_ext.LoraConfig")
     _check_model("add_lora", model)
+    check_trainable("add_lora", model)
     if present := _adapters(model):
         raise ValueError(
             f"add_lora: {next(iter(present))} has an adapter already, want a model without; "
@@ -605,13 +618,16 @@ def load_adapter(
         ValueError: not a plain LoRA adapter (DoRA, PiSSA, trained biases or whole modules, a
             setting that this module does not know), a value out of range, a regular expression
             that could take long to match, a layer the model lacks, an A without its B, a shape that
-            does not fit, a file that is damaged. The model is then as it was.
+            does not fit, a file that is damaged; trainable on a model that was loaded under
+            torch.inference_mode. The model is then as it was.
     """
     _check_model("load_adapter", model)
     if lora_dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"load_adapter: lora_dtype is {lora_dtype}, want float32, float16 or bfloat16"
         )
+    if trainable:
+        check_trainable("load_adapter", model)
     path = Path(path)
     config = _read_config(path)
     present = _adapters(model)

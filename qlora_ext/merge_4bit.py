@@ -269,7 +269,8 @@ def _peft_layers(model: nn.Module) -> list[_Adapted]:
             )
         if active:
             A, B, scaling = module._stacked(active)
-            lora = (A.detach().float(), B.detach().float(), scaling)
+            # A number, also where PEFT's hot-swapping made it a tensor.
+            lora = (A.detach().float(), B.detach().float(), float(scaling))
             layers.append(_Adapted(name, module, module.get_base_layer(), lora))
     return layers
 

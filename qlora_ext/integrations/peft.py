@@ -45,9 +45,10 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
+from ..lora import check_trainable
 from ..merge_4bit import UnquantizedWeights
 from ..models import check_whole
-from ..nn import Embedding4bit, Linear4bit, _Lora
+from ..nn import Embedding4bit, Linear4bit, _Lora, _Packed4bit
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from ..shared_input import SharedInput, share_input
 from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
@@ -202,7 +203,9 @@ class LoraLinear4bit(PeftLoraLinear):
         dropout = self._dropout(names[0])
         if dropout == 0.0:
             S = None
-            group = None if torch.compiler.is_compiling() else self.shared_input
+            # A scaling that is a tensor may be written to between two siblings' calls.
+            alone = torch.compiler.is_compiling() or isinstance(scaling, torch.Tensor)
+            group = None if alone else self.shared_input
             if group is not None and len(names) == 1 and group.pays(x, dropout):
                 x, _, S = group.take(self, x, base._input, lora_A, scaling, dropout)
             else:
@@ -218,10 +221,11 @@ class LoraLinear4bit(PeftLoraLinear):
         if dropout or names is None or len(names) > 1 or self._dropout(names[0]):
             return None
         lora_A, _, scaling = self._stacked(names)
-        return lora_A, scaling
+        return None if isinstance(scaling, torch.Tensor) else (lora_A, scaling)
 
-    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Several adapters as one: A [sum of r, in], B [out, sum of r], scaling."""
+    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling, a number
+        or the 0-d tensor that PEFT's `prepare_model_for_compiled_hotswap` makes of it."""
         A, B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
         if len(names) == 1:
             (name,) = names
@@ -469,6 +473,9 @@ def _refuse_packed(original):
                     f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
                     "of one kind only"
                 )
+        if isinstance(base, _Packed4bit) and not config.inference_mode:
+            layer = kwargs.get("current_key", args[-1] if args else "a layer")
+            check_trainable(f"PEFT's {method} on {layer}", base)
         original(self, config, adapter_name, target, *args, **kwargs)
         given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
         name, parent = given.get("target_name"), given.get("parent")
