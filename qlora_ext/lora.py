@@ -28,6 +28,7 @@ from .models import (
 )
 from .nn import (
     FLOAT_DTYPES,
+    Embedding4bit,
     Linear4bit,
     LoraLinear,
     LoraLinear4bit,
@@ -39,6 +40,8 @@ from .nn import (
     is_plain_linear,
 )
 from .nn import linear_shape as _linear_shape
+from .offload import check_can_adapt, keep_adapter, loaded, value_of
+from .quantized_tensor import dequantize_4bit
 from .shared_input import share_input
 
 __all__ = [
@@ -417,7 +420,8 @@ def add_lora(
 
     Packed layers become LoraLinear4bit, unquantized ones (a head) LoraLinear; their weights are
     shared, not copied, and the model computes what it did before until it is trained. A head whose
-    weight is tied to the embedding gets its adapter alone; the embedding stays as it is.
+    weight is tied to the embedding gets its adapter alone; the embedding stays as it is. Where
+    accelerate offloads a layer, its adapter stays on the device that the layer computes on.
 
     Args:
         model: quantized with quantize_model or from_pretrained, or not quantized.
@@ -481,6 +485,7 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
                 f"add_lora: the torch module around {name} reads its weight past its forward, and "
                 "would leave the adapter out; want target_modules without it"
             )
+        check_can_adapt("add_lora", base, model)
         N, K = _linear_shape(base)
         check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
         new[name] = (base, _with_adapter(name, base, **keywords))
@@ -545,8 +550,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: no adapters (merged already?), or adapters that are sharded over processes
-            (DTensors). TypeError: PEFT's adapters; use its own save_pretrained. OSError: the
-            directory cannot be made or written.
+            (DTensors), or on the meta device without a hook that fetches them. TypeError: PEFT's
+            adapters; use its own save_pretrained. OSError: the directory cannot be made or written.
     """
     from safetensors.torch import save_file
 
@@ -582,7 +587,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     tensors = {}
     for name, module in adapters.items():
         for key in ("lora_A", "lora_B"):
-            tensor = getattr(module, key).detach()
+            tensor = value_of(module, key).detach()
+            if tensor.is_meta:
+                raise ValueError(
+                    f"save_adapter: {name}.{key} is on the meta device and has no values, want it "
+                    "in memory; accelerate.hooks.remove_hook_from_submodules(model) fetches what "
+                    "was offloaded"
+                )
             tensors[f"{_PREFIX}{name}.{key}.weight"] = tensor.to("cpu").contiguous()
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -671,6 +682,7 @@ def load_adapter(
     if present:
         for name, keywords in settings.items():
             present[name].set_scaling(keywords["lora_alpha"], keywords["use_rslora"])
+            keep_adapter(present[name])
     else:
         _install(model, settings)
     model.requires_grad_(False)
@@ -825,7 +837,14 @@ def _read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
 def _check_extra(model: nn.Module, file: Path, key: str, tensor: torch.Tensor) -> None:
     """PEFT stores the embeddings too where the head is a target; they must be the model's own."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    layer, _, attribute = name.rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(layer)
+    own = None
+    if module is not None and module._parameters.get(attribute) is not None:
+        own = value_of(module, attribute)
+    if isinstance(module, Embedding4bit) and attribute == "weight":
+        with loaded(module):
+            own = dequantize_4bit(module.quantized, module.dtype)
     if own is not None and own.shape == tensor.shape and own.is_floating_point():
         dtype = min((own.dtype, tensor.dtype), key=lambda d: d.itemsize)
         if torch.equal(own.detach().to("cpu", dtype), tensor.to(dtype)):

@@ -919,6 +919,7 @@ def test_compiled_model_takes_other_adapters_without_compiling_again(folders, tm
     scalings = [s for layer in lora_layers(model) for s in layer.scaling.values()]
     assert scalings and all(isinstance(scaling, torch.Tensor) for scaling in scalings)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for number, (path, want) in enumerate(adapters):
