@@ -77,16 +77,25 @@ def value_of(module: nn.Module, key: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def loaded(module: nn.Module):
-    """Within, an offloaded module has its parameters; they are not to be changed."""
+    """Within, an offloaded module has its parameters, also past its forward; they are not to be
+    changed."""
     is_there = not any(p is not None and p.is_meta for p in module._parameters.values())
     hooks = [] if is_there else _hooks(module)
-    for hook in hooks:
-        hook.pre_forward(module)
+    if not hooks:
+        yield
+        return
+    from accelerate.hooks import ModelHook
+
+    hook = module._hf_hook
+    for each in hooks:
+        each.pre_forward(module)
+    module._hf_hook = ModelHook()  # which does nothing: a forward would drop the parameters
     try:
         yield
     finally:
-        for hook in reversed(hooks):
-            hook.post_forward(module, torch.empty(0))
+        module._hf_hook = hook
+        for each in reversed(hooks):
+            each.post_forward(module, torch.empty(0))
 
 
 # Adapters ---------------------------------------------------------------------------------------

@@ -194,6 +194,26 @@ def test_pefts_adapters_on_an_offloaded_model(way, settings, tmp_path):
         model.base_model.model.model.layers[1].self_attn.q_proj.merge()
 
 
+def test_dora_reads_the_bias_of_an_offloaded_layer():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+
+    def tuned(model):
+        torch.manual_seed(3)
+        return randomize(peft.get_peft_model(model, config))
+
+    def with_bias():
+        return qlora_ext.quantize_model(tiny.make("qwen2"), progress_bar=False)
+
+    whole = tuned(with_bias())
+    model = tuned(accelerate.cpu_offload(with_bias(), execution_device="cpu"))
+    names = on_meta(model)
+    assert whole.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias is not None
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiny.train(model, 3), tiny.train(whole, 3), rtol=1e-4, atol=1e-5)
+    assert on_meta(model) == names
+
+
 @pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
 def test_peft_loads_onto_an_offloaded_model_and_saves_what_is_offloaded(way, tmp_path):
     peft = pytest.importorskip("peft")

@@ -301,7 +301,11 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
                     f"tensor parallel: the base layer of {self._name} was cut, and PEFT's adapters "
                     "cannot be: use add_lora"
                 )
-            return super().forward(x, *args, **kwargs)
+            base = self._modules["base_layer"]
+            if not self.lora_variant or not is_offloaded(base):
+                return super().forward(x, *args, **kwargs)
+            with loaded(base):  # PEFT's variants read the bias when the base layer has run
+                return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling = self._stacked(names)
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
