@@ -28,6 +28,7 @@ from .models import (
 )
 from .nn import (
     FLOAT_DTYPES,
+    Embedding4bit,
     Linear4bit,
     LoraLinear,
     LoraLinear4bit,
@@ -39,6 +40,8 @@ from .nn import (
     is_plain_linear,
 )
 from .nn import linear_shape as _linear_shape
+from .offload import check_can_adapt, keep_adapter, loaded, value_of
+from .quantized_tensor import dequantize_4bit
 from .shared_input import share_input
 
 __all__ = [
@@ -385,6 +388,17 @@ def _check_model(op: str, model: nn.Module) -> None:
     )
 
 
+def check_trainable(op: str, model: nn.Module) -> None:
+    """ValueError if a parameter was made under torch.inference_mode: autograd cannot save it for a
+    backward pass. (Buffers of that kind, rotary frequencies say, are seldom saved.)"""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{op}: {name} was made under torch.inference_mode, and autograd cannot train "
+                "through it; load the model outside of inference_mode, or under torch.no_grad()"
+            )
+
+
 def _with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
     if isinstance(base, Linear4bit):
         return LoraLinear4bit.from_linear(base, **settings)
@@ -406,7 +420,8 @@ def add_lora(
 
     Packed layers become LoraLinear4bit, unquantized ones (a head) LoraLinear; their weights are
     shared, not copied, and the model computes what it did before until it is trained. A head whose
-    weight is tied to the embedding gets its adapter alone; the embedding stays as it is.
+    weight is tied to the embedding gets its adapter alone; the embedding stays as it is. Where
+    accelerate offloads a layer, its adapter stays on the device that the layer computes on.
 
     Args:
         model: quantized with quantize_model or from_pretrained, or not quantized.
@@ -422,12 +437,14 @@ def add_lora(
             something else ("all-linear" leaves those out and warns).
         ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
             architecture, or a switch or name that matches nothing, with the linear layers found; a
-            part of a fused query-key-value layer. The model is then as it was.
+            part of a fused query-key-value layer; a model that was loaded under
+            torch.inference_mode. The model is then as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_lora: config is a {type(config).__name__}, want qlora_ext.LoraConfig")
     _check_model("add_lora", model)
+    check_trainable("add_lora", model)
     if present := _adapters(model):
         raise ValueError(
             f"add_lora: {next(iter(present))} has an adapter already, want a model without; "
@@ -468,6 +485,7 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
                 f"add_lora: the torch module around {name} reads its weight past its forward, and "
                 "would leave the adapter out; want target_modules without it"
             )
+        check_can_adapt("add_lora", base, model)
         N, K = _linear_shape(base)
         check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
         new[name] = (base, _with_adapter(name, base, **keywords))
@@ -532,8 +550,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: no adapters (merged already?), or adapters that are sharded over processes
-            (DTensors). TypeError: PEFT's adapters; use its own save_pretrained. OSError: the
-            directory cannot be made or written.
+            (DTensors), or on the meta device without a hook that fetches them. TypeError: PEFT's
+            adapters; use its own save_pretrained. OSError: the directory cannot be made or written.
     """
     from safetensors.torch import save_file
 
@@ -569,7 +587,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     tensors = {}
     for name, module in adapters.items():
         for key in ("lora_A", "lora_B"):
-            tensor = getattr(module, key).detach()
+            tensor = value_of(module, key).detach()
+            if tensor.is_meta:
+                raise ValueError(
+                    f"save_adapter: {name}.{key} is on the meta device and has no values, want it "
+                    "in memory; accelerate.hooks.remove_hook_from_submodules(model) fetches what "
+                    "was offloaded"
+                )
             tensors[f"{_PREFIX}{name}.{key}.weight"] = tensor.to("cpu").contiguous()
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -605,13 +629,16 @@ def load_adapter(
         ValueError: not a plain LoRA adapter (DoRA, PiSSA, trained biases or whole modules, a
             setting that this module does not know), a value out of range, a regular expression
             that could take long to match, a layer the model lacks, an A without its B, a shape that
-            does not fit, a file that is damaged. The model is then as it was.
+            does not fit, a file that is damaged; trainable on a model that was loaded under
+            torch.inference_mode. The model is then as it was.
     """
     _check_model("load_adapter", model)
     if lora_dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"load_adapter: lora_dtype is {lora_dtype}, want float32, float16 or bfloat16"
         )
+    if trainable:
+        check_trainable("load_adapter", model)
     path = Path(path)
     config = _read_config(path)
     present = _adapters(model)
@@ -655,6 +682,7 @@ def load_adapter(
     if present:
         for name, keywords in settings.items():
             present[name].set_scaling(keywords["lora_alpha"], keywords["use_rslora"])
+            keep_adapter(present[name])
     else:
         _install(model, settings)
     model.requires_grad_(False)
@@ -809,7 +837,14 @@ def _read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
 def _check_extra(model: nn.Module, file: Path, key: str, tensor: torch.Tensor) -> None:
     """PEFT stores the embeddings too where the head is a target; they must be the model's own."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    layer, _, attribute = name.rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(layer)
+    own = None
+    if module is not None and module._parameters.get(attribute) is not None:
+        own = value_of(module, attribute)
+    if isinstance(module, Embedding4bit) and attribute == "weight":
+        with loaded(module):
+            own = dequantize_4bit(module.quantized, module.dtype)
     if own is not None and own.shape == tensor.shape and own.is_floating_point():
         dtype = min((own.dtype, tensor.dtype), key=lambda d: d.itemsize)
         if torch.equal(own.detach().to("cpu", dtype), tensor.to(dtype)):

@@ -19,9 +19,17 @@ from .nn import (
     _Lora,
     _Packed4bit,
 )
+from .offload import check_in_memory
 from .quantized_tensor import QuantizedTensor, dequantize_4bit
 
 __all__ = ["merge_and_unload"]
+
+# What to do where a model is offloaded.
+IN_MEMORY = (
+    "save the adapter, load the model without 'cpu' and 'disk' in device_map, and load the adapter "
+    "again (a CPU merges as well as a GPU); or the command qlora-ext merge, which reads one shard "
+    "at a time"
+)
 
 
 def merge_and_unload(
@@ -45,7 +53,7 @@ def merge_and_unload(
     Raises:
         TypeError: dtype is another one; model is a single layer or carries PEFT's adapters.
         ValueError: no adapters: merged already, or never added; a sharded model, whose parameters
-            are DTensors.
+            are DTensors; an offloaded model.
         OverflowError: a merged value is a NaN or beyond dtype's range, or another parameter is
             beyond float16's, naming the layer. The model is then as it was.
     """
@@ -77,6 +85,7 @@ def _check_adapters(model: nn.Module) -> None:
         layers=(nn.Linear, nn.Embedding, Experts4bit),
     )
     check_whole("merge_and_unload", model)
+    check_in_memory("merge_and_unload", model, IN_MEMORY)
     modules = list(model.modules())
     if any(isinstance(module, _Lora) for module in modules):
         return

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from .checks import CheckpointError, is_integer, is_number, short
 from .experts import Experts4bit, _up_name
 from .fit_4bit import fit_4bit, hessian_error
-from .merge import _tied_head, dense_layer, merge_and_unload
+from .merge import IN_MEMORY, _tied_head, dense_layer, merge_and_unload
 from .models import check_whole, progress, replace_module
-from .nn import FLOAT_DTYPES, Linear4bit, LoraLinear, LoraLinear4bit
+from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit
+from .offload import check_in_memory
 from .quantized_tensor import QuantizedTensor, dequantize_4bit, merge_lora_4bit, quantize_with
 
 __all__ = ["merge_into_4bit"]
@@ -214,6 +215,7 @@ def _adapted_layers(model: nn.Module) -> tuple[list[_Adapted], bool]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"merge_into_4bit: model is a {type(model).__name__}, want an nn.Module")
     check_whole("merge_into_4bit", model)
+    check_in_memory("merge_into_4bit", model, IN_MEMORY)
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     peft_model = tuners is not None and any(
         isinstance(m, tuners.BaseTunerLayer) for m in model.modules()
@@ -266,6 +268,13 @@ def _peft_layers(model: nn.Module) -> list[_Adapted]:
                 f"merge_into_4bit: {name} has adapters merged ({module.merged_adapters}), want "
                 "them unmerged; model.unmerge_adapter() does it"
             )
+        if isinstance(module.get_base_layer(), Embedding4bit) and any(
+            name in module.r for name in module.active_adapters
+        ):
+            raise ValueError(
+                f"merge_into_4bit: {name} is a packed embedding with an adapter, want adapters on "
+                "linear layers only; model.merge_and_unload() merges it into 16 bits"
+            )
         if not isinstance(module.get_base_layer(), Linear4bit):
             continue
         active = [a for a in module.active_adapters if a in getattr(module, "lora_A", {})]
@@ -279,7 +288,8 @@ def _peft_layers(model: nn.Module) -> list[_Adapted]:
             )
         if active:
             A, B, scaling = module._stacked(active)
-            lora = (A.detach().float(), B.detach().float(), scaling)
+            # A number, also where PEFT's hot-swapping made it a tensor.
+            lora = (A.detach().float(), B.detach().float(), float(scaling))
             layers.append(_Adapted(name, module, module.get_base_layer(), lora))
     return layers
 

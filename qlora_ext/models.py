@@ -26,6 +26,7 @@ from .nn import (
     is_conv1d,
     is_plain_linear,
 )
+from .offload import check_in_memory, move_hook
 from .quantized_tensor import QuantConfig
 
 __all__ = [
@@ -180,12 +181,7 @@ def replace_module(
         if key in FUSED and isinstance(new, Linear4bit):
             new.fused = key
     move_hooks(old, new)
-    hook = getattr(old, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
+    move_hook(old, new)
 
 
 _HOOKS = (
@@ -511,6 +507,12 @@ def _check_model(model: nn.Module) -> None:
                 f"quantize_model: {name} is a {type(module).__name__} of bitsandbytes, want an "
                 "unquantized model"
             )
+    check_in_memory(
+        "quantize_model",
+        model,
+        "quantize the model before it is offloaded; or load it without 'cpu' and 'disk' in "
+        "device_map, save the 4-bit model, and load that with them",
+    )
     devices = {p.device.type for p in model.parameters()}
     if "meta" in devices and len(devices) > 1:
         name = next(name for name, p in model.named_parameters() if p.is_meta)

@@ -27,6 +27,7 @@ from torch import nn
 
 from . import _C, ops
 from .checks import is_number
+from .offload import device_of
 from .quantized_tensor import (
     FLOAT_DTYPES,
     QuantConfig,
@@ -627,7 +628,7 @@ class LoraLinear4bit(_Lora, Linear4bit):
             )
         self = cls.__new__(cls)
         _share(linear, self)
-        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, device_of(linear), lora_dtype)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -695,7 +696,7 @@ class LoraLinear(_Lora, nn.Linear):
         _check_own_weight(cls.__name__, linear)
         self = cls.__new__(cls)
         _share(linear, self)
-        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, linear.weight.device, lora_dtype)
+        self._init_lora(r, lora_alpha, lora_dropout, use_rslora, device_of(linear), lora_dtype)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

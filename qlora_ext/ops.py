@@ -77,9 +77,20 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
     direct = super(torch.autograd.Function, function).apply
 
     def apply(*args):
-        if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return direct(*args)
+        try:
+            if torch._C._are_functorch_transforms_active():
+                return function.apply(*args)
+            return direct(*args)
+        except RuntimeError as error:
+            # torch saves what forward gave it when that has returned, and names neither an op nor
+            # what made the tensor.
+            if not str(error).startswith("Inference tensors cannot be saved"):
+                raise
+            raise RuntimeError(
+                f"{function.op}: one of its tensors was made under torch.inference_mode, and "
+                "autograd cannot save it for the backward pass; load the model and make its input "
+                "outside of inference_mode, or under torch.no_grad()"
+            ) from error
 
     return apply
 
@@ -179,6 +190,8 @@ class _Gemm4bit(torch.autograd.Function):
     """y = x W^T + bias + S B^T. Saved: the packed weight and its statistics (so that checkpointing
     with offload sees them), S and B. w4 is one argument, since each costs time at M = 1."""
 
+    op = "gemm_4bit"
+
     @staticmethod
     def forward(ctx, x, w4, bias, lora_S, lora_B):
         ctx.save_for_backward(*w4[:4], lora_S, lora_B)
@@ -264,6 +277,8 @@ def _(dY, lora_S, lora_B):
 
 
 class _LoraShrink(torch.autograd.Function):
+    op = "lora_shrink"
+
     @staticmethod
     def forward(ctx, x, lora_A, scaling):
         ctx.save_for_backward(x, lora_A)
@@ -282,16 +297,31 @@ class _LoraShrink(torch.autograd.Function):
 
 def _lora_shrink_eager(x, lora_A, scaling):
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad):
-        return _LoraShrink.apply(x, lora_A, scaling)
+        return _lora_shrink_apply(x, lora_A, scaling)
     with _below_autograd():
         return _ops.lora_shrink.default(x, lora_A, scaling)
 
 
+_lora_shrink_apply = _direct_apply(_LoraShrink)
 _register_autograd("lora_shrink", _lora_shrink_eager)
 
 
-def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
-    """S = scaling x A^T in fp32. Layers that share x stack their A's and share one call."""
+def _scaled(S: Tensor, scaling: Tensor) -> Tensor:
+    if scaling.dim() != 0:
+        raise ValueError(
+            f"lora_shrink: scaling has shape {list(scaling.shape)}, want a number or a 0-d tensor"
+        )
+    return S * scaling
+
+
+def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float | Tensor) -> Tensor:
+    """S = scaling x A^T in fp32. Layers that share x stack their A's and share one call.
+
+    scaling: a number, or a 0-d tensor, which a compiled graph reads anew at each call (PEFT's
+    hot-swapping writes into it). The op takes a number, so a tensor multiplies S after it.
+    """
+    if isinstance(scaling, Tensor):
+        return _scaled(lora_shrink(x, lora_A, 1.0), scaling)
     if torch.compiler.is_compiling():
         return _ops.lora_shrink.default(x, lora_A, scaling)
     return _lora_shrink_eager(x, lora_A, scaling)
@@ -351,6 +381,8 @@ class _LoraGemm4bit(torch.autograd.Function):
     """One node for the layer and its bypass, so that the backward is the fused
     dX = [dY | dS] [W; A] beside dB = dY^T S and dA = dS^T x."""
 
+    op = "lora_gemm_4bit"
+
     @staticmethod
     def forward(ctx, x, w4, lora_A, lora_B, scaling, bias, lora_S):
         with _below_autograd():
@@ -403,7 +435,7 @@ def lora_gemm_4bit(
     w4: W4,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     bias: Tensor | None = None,
     lora_S: Tensor | None = None,
 ) -> Tensor:
@@ -414,7 +446,12 @@ def lora_gemm_4bit(
     the caller has it (fp32 [..., r]; columns of one `lora_shrink` over several layers' A's are read
     in place). It stands for that function of x and A, whose gradients are the same as without it:
     it gets no gradient of its own, and another value in it would make them wrong.
+
+    scaling: a number, or a 0-d tensor as for `lora_shrink`: the bypass's input is then a product of
+    its own, and so is its part of the backward pass (lora_S is not used).
     """
+    if isinstance(scaling, Tensor):
+        return gemm_4bit(x, w4, bias, lora_shrink(x, lora_A, scaling), lora_B)
     if torch.compiler.is_compiling():
         return _ops.lora_gemm_4bit.default(x, *w4, lora_A, lora_B, scaling, bias, lora_S)[0]
     return _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias, lora_S)[0]
@@ -442,9 +479,11 @@ def _(
 
 
 def merge_lora_4bit(
-    w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+    w4: W4, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dtype: torch.dtype
 ) -> Tensor:
     """dequantize(W) + scaling B A in fp32, rounded once to `dtype`: a dense [N, K]."""
+    if isinstance(scaling, Tensor):
+        scaling = scaling.item()
     with torch.no_grad():
         return _ops.merge_lora_4bit.default(*w4, lora_A.detach(), lora_B.detach(), scaling, dtype)
 
@@ -478,6 +517,8 @@ def _(dY, weight):
 class _Linear(torch.autograd.Function):
     """y = x W^T + bias with a dense W, which is frozen as a rule: its own gradient is torch's."""
 
+    op = "linear"
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         need_dW = weight.requires_grad
@@ -505,11 +546,12 @@ def _linear_eager(x, weight, bias=None):
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(x, weight, bias)
+        return _linear_apply(x, weight, bias)
     with _below_autograd():
         return _ops.linear.default(x, weight, bias)
 
 
+_linear_apply = _direct_apply(_Linear)
 _register_autograd("linear", _linear_eager)
 
 

@@ -384,3 +384,29 @@ def test_pytree():
     assert isinstance(again, qlora_ext.QuantizedTensor) and again.op_args()[4:] == q.op_args()[4:]
     half = pytree.tree_map(lambda t: t.clone(), q)
     assert_same_bytes(qlora_ext.dequantize_4bit(half), qlora_ext.dequantize_4bit(q), "W")
+
+
+# Inference mode -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["gemm_4bit", "lora_gemm_4bit", "lora_shrink", "linear"])
+@pytest.mark.parametrize("through", ["wrapper", "raw op"])
+def test_tensors_of_inference_mode_are_named_when_a_backward_is_to_come(op, through):
+    _, q, x, A, B, _ = lora_inputs()
+    with torch.inference_mode():
+        w4 = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in q.op_args())
+        frozen_A, dense = A.clone(), torch.randn(48, 64)
+    arguments = {
+        "gemm_4bit": (x, w4),
+        "lora_gemm_4bit": (x, w4, A, B, 2.0),
+        "lora_shrink": (x, frozen_A, 2.0),
+        "linear": (x, dense),
+    }[op]
+    call = getattr(ops, op)
+    if through == "raw op":
+        arguments = [v for part in arguments for v in (part if part is w4 else [part])]
+        call = getattr(OPS, op)
+    with pytest.raises(RuntimeError, match=rf"^{op}: one of its tensors was made under torch.infe"):
+        call(*arguments)
+    with torch.no_grad():
+        call(*arguments)

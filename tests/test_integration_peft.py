@@ -877,3 +877,101 @@ def test_unload_while_merged_is_refused(folders):
 def test_modules_to_save_on_a_packed_layer_is_refused(folders):
     with pytest.raises(ValueError, match="modules_to_save names a Linear4bit, whose packed weight"):
         peft.get_peft_model(base_model(folders), lora_config(modules_to_save=["o_proj"]))
+
+
+def test_model_of_inference_mode_is_refused_before_it_trains(folders):
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_pretrained(folders[0])
+    with torch.inference_mode():
+        model = qlora_ext.quantize_model(dense, progress_bar=False)
+    with pytest.raises(ValueError, match=r"PEFT's LORA on model\.layers\.0.* under torch"):
+        peft.get_peft_model(model, lora_config())
+    model = peft.get_peft_model(model, lora_config(inference_mode=True))
+    torch.testing.assert_close(logits(model), logits(base_model(folders)))
+
+
+# Hot-swapping --------------------------------------------------------------------------------
+
+
+def saved_adapters(folders, tmp_path, *settings):
+    """Folders of adapters with these settings, and the logits of each."""
+    found = []
+    for seed, kwargs in enumerate(settings):
+        model = adapted(folders, seed=seed, **kwargs)
+        model.save_pretrained(tmp_path / str(seed))
+        found.append((tmp_path / str(seed), logits(model)))
+    return found
+
+
+def test_compiled_model_takes_other_adapters_without_compiling_again(folders, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    adapters = saved_adapters(
+        folders,
+        tmp_path,
+        {"r": 4, "lora_alpha": 8},
+        {"r": 8, "lora_alpha": 4},
+        {"r": 2, "lora_alpha": 3, "use_rslora": False},
+    )
+    model = peft.PeftModel.from_pretrained(base_model(folders), adapters[0][0]).eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    scalings = [s for layer in lora_layers(model) for s in layer.scaling.values()]
+    assert scalings and all(isinstance(scaling, torch.Tensor) for scaling in scalings)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for number, (path, want) in enumerate(adapters):
+            if number:
+                hotswap_adapter(model, str(path), adapter_name="default", torch_device="cpu")
+            got = compiled(input_ids=ids()).logits
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_tensor_as_scaling_gives_the_gradients_of_the_number(folders, dropout, compiled):
+    model = adapted(folders, lora_dropout=dropout, target_modules="all-linear").train()
+
+    def loss_and_gradients(run):
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = run(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        return [loss.detach(), *gradients]
+
+    want = loss_and_gradients(model)
+    for layer in lora_layers(model):
+        layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    got = loss_and_gradients(run)
+    assert len(got) == 1 + 2 * len(lora_layers(model))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_tensors_as_scalings_merge_and_stack(folders):
+    model = adapted(folders)
+    model.add_adapter("second", lora_config(r=2, lora_alpha=6, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    want = logits(model)
+    for layer in lora_layers(model):
+        for name, scaling in layer.scaling.items():
+            layer.scaling[name] = torch.tensor(scaling)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+    before = packed_state(model)
+    for names in (["second"], ["default", "second"]):
+        model.merge_adapter(names)
+        model.unmerge_adapter()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-4, atol=1e-4)
+
+
+def test_scaling_that_is_a_vector_is_refused(folders):
+    model = adapted(folders)
+    lora_layers(model)[0].scaling["default"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"scaling has shape \[4\], want a number or a 0-d tensor"):
+        logits(model)

@@ -231,6 +231,19 @@ def test_bad_models_are_refused_and_left_alone():
         add_lora(tiny.make("gpt2"), LoraConfig(target_modules=["c_attn"]))
 
 
+def test_models_of_inference_mode_are_refused_before_they_train(tmp_path):
+    with torch.inference_mode():
+        model = quantized()
+    with pytest.raises(ValueError, match=r"add_lora: model\.embed_tokens\.weight was made under"):
+        add_lora(model)
+    assert not adapted_names(model)
+    adapter = save_adapter(randomize(add_lora(quantized())), tmp_path)
+    with pytest.raises(ValueError, match=r"load_adapter: .* was made under torch\.inference_mode"):
+        load_adapter(model, adapter, trainable=True)
+    want = tiny.logits(load_adapter(quantized(), adapter))
+    torch.testing.assert_close(tiny.logits(load_adapter(model, adapter)), want)  # not to train
+
+
 def test_a_single_layer_is_no_model(tmp_path):
     layer = Linear4bit(64, 64)
     with pytest.raises(TypeError, match="add_lora: model is a single Linear4bit, want a model"):

@@ -3,14 +3,17 @@
 PEFT has no registry that outlives one config, so a few of its functions are wrapped, once, by
 `attach()`. What is wrapped is the table at its foot, and nothing else of PEFT is touched:
 
-    {Lora,AdaLora}Model._create_new_module   a packed layer gets `LoraLinear4bit` or AdaLoRA's
+    {Lora,AdaLora}Model._create_new_module   a packed layer gets `LoraLinear4bit` or AdaLoRA's, a
+                                             packed embedding `LoraEmbedding4bit`
     resolve_quantization_backend    BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
     dequantize_module_weight        DoRA's norms
     <tuner>._create_and_replace     any other tuner is refused with a sentence
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
-    BaseTuner.{merge,unmerge}_adapter        a sharded model is refused with a sentence
-    PeftModel.save_pretrained                the same, unless it is given a state_dict
-    ModulesToSaveWrapper.__init__            a packed layer is refused with a sentence
+    BaseTuner.{merge,unmerge}_adapter        a sharded or offloaded model is refused
+    PeftModel.save_pretrained                the same, unless it is given a state_dict; what is
+                                             offloaded is fetched
+    {ModulesToSaveWrapper,TrainableTokensLayer}.__init__   a packed layer is refused with a sentence
+    {get,set}_peft_model_state_dict          a packed embedding is stored and read as a dense table
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
     replace_lora_weights_loftq               LoftQ's start, against our quantizer
@@ -25,8 +28,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,23 +42,35 @@ import torch
 import transformers
 from peft.tuners import lora
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, SVDLinear
+from peft.tuners.lora.dora import DoraEmbeddingLayer
+from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraEmbeddingVariant
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import loftq_utils, quantization_utils
+from peft.utils import loftq_utils, quantization_utils, save_and_load
 from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
+from ..lora import check_trainable
+from ..merge import IN_MEMORY
 from ..merge_4bit import UnquantizedWeights
-from ..models import check_whole
-from ..nn import Embedding4bit, Linear4bit, _Lora
+from ..models import check_whole, output_embeddings
+from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, _Lora, _Packed4bit
+from ..offload import check_can_adapt, check_in_memory, is_offloaded, loaded, value_of
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from ..shared_input import SharedInput, share_input
 from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
 
 # Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
 _SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+
+_KEEP_TABLE = (
+    "or keep the table dense: quantize the unquantized model without quantize_embeddings=True "
+    "(the command: without --embeddings)"
+)
 
 _merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False)
 
@@ -82,24 +99,41 @@ def _innermost(layer: BaseTunerLayer) -> BaseTunerLayer:
     return layer
 
 
-def _packed_base(layer: BaseTunerLayer) -> Linear4bit:
+def _packed_base(layer: BaseTunerLayer) -> _Packed4bit:
     """The packed layer under `layer`, whether or not adapters are merged."""
     holder = _innermost(layer)
     aside = holder.__dict__.get("_qlora_ext_packed")
     return aside[0] if aside else holder.base_layer
 
 
+def _dense(packed: _Packed4bit, dtype: torch.dtype, weight=None) -> torch.nn.Module:
+    """The packed layer as a frozen nn.Linear or nn.Embedding; weight: None dequantizes its own."""
+    if isinstance(packed, Linear4bit):
+        return dense_linear(packed, dtype, weight)
+    weight = dequantize_4bit(packed.quantized, dtype) if weight is None else weight
+    table = torch.nn.Embedding(*weight.shape, packed.padding_idx, device="meta")
+    table.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return table.train(packed.training)
+
+
+def _repacked(dense: torch.nn.Module, packed: _Packed4bit) -> _Packed4bit:
+    """The dense layer packed with the settings of `packed`."""
+    if isinstance(packed, Embedding4bit):
+        return Embedding4bit.from_embedding(dense, packed.config)
+    return Linear4bit.from_linear(dense, packed.config)
+
+
 def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
-    """Puts `weight` [out, in] in the packed layer's place: dense, or packed again if asked for."""
+    """Puts `weight` in the packed layer's place: dense, or packed again if asked for."""
     packed = _packed_base(layer)
-    stand_in = dense_linear(packed, weight.dtype, weight)
+    stand_in = _dense(packed, weight.dtype, weight)
     if _merge_to_4bit.get():
         warnings.warn(
             "qlora_ext: merging into 4 bits by requantizing keeps 5 to 10% of a short fine-tune's "
             "gain; merge outside merging_to_4bit() to get 16 bits",
             stacklevel=4,
         )
-        stand_in = Linear4bit.from_linear(stand_in, packed.config)
+        stand_in = _repacked(stand_in, packed)
     holder = _innermost(layer)
     # In a list, so that it is no submodule: state_dict and parameters() are the stand-in's.
     holder.__dict__["_qlora_ext_packed"] = [packed]
@@ -113,7 +147,7 @@ def _restore(layer: BaseTunerLayer) -> None:
     if not aside:
         return
     (packed,), stand_in = aside, holder.base_layer
-    dtype = stand_in.dtype if isinstance(stand_in, Linear4bit) else stand_in.weight.dtype
+    dtype = stand_in.dtype if isinstance(stand_in, _Packed4bit) else stand_in.weight.dtype
     packed = packed.to(stand_in.weight.device)  # the model may have been moved or cast meanwhile
     holder.base_layer = packed if dtype == packed.dtype else packed.to(dtype)
 
@@ -131,7 +165,79 @@ def _check_finite(layer: str, weight: torch.Tensor, names: list[str], safe_merge
 # LoRA ----------------------------------------------------------------------------------------
 
 
-class LoraLinear4bit(PeftLoraLinear):
+class _MergesIntoDense:
+    """Merging and unmerging of LoRA on a packed layer, for a class of PEFT's whose `_stacked` gives
+    several adapters as one. A dense layer stands in for the packed one while adapters are merged.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
+
+        Args:
+            safe_merge: refuse a result with values that are not finite.
+            adapter_names: None means the active ones.
+
+        Raises:
+            ValueError: a merged value is not finite, or overflows fp16; a sharded layer. The layer
+                is then as before.
+        """
+        check_whole(f"merge: {self._name}", self)
+        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.r]
+        if not names:
+            return
+        dtype = _packed_base(self).dtype
+        merged = self.merged_adapters + names
+        if not any(name in self.lora_variant for name in merged):
+            # All of them at once from the packed weight: one rounding, whatever the order.
+            lora_A, lora_B, scaling = self._stacked(merged)
+            weight = merge_lora_4bit(
+                _packed_base(self).quantized, lora_A.detach(), lora_B.detach(), scaling, dtype
+            )
+            self._set_merged(weight, names, safe_merge)
+            return
+        for name in names:
+            weight = dequantize(self.get_base_layer()).detach().float()
+            if name in self.lora_variant:
+                weight = self.lora_variant[name].merge_safe(self, name, weight)
+            else:
+                weight = weight + self.get_delta_weight(name)
+            self._set_merged(weight.detach().to(dtype), [name], safe_merge)
+
+    def _set_merged(self, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
+        _check_finite(self._name, weight, names, safe_merge)
+        bias_change = [
+            self.lora_B[name].bias.detach() * self.scaling[name]
+            for name in names
+            if self.lora_bias[name]
+        ]
+        bias = getattr(self.get_base_layer(), "bias", None)  # an embedding has none
+        if bias_change and bias is None:
+            raise RuntimeError(
+                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+            )
+        _swap_in(self, weight)
+        if bias_change:
+            summed = bias.detach() + sum(bias_change)
+            self.get_base_layer().bias.data = summed.to(bias.dtype)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts the packed layer back, byte for byte as it was before the first merge.
+
+        Raises:
+            ValueError: a layer that was sharded while the dense one stood in; it is as before.
+        """
+        check_whole(f"unmerge: {self._name}", self)
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        _restore(self)
+        self.merged_adapters.clear()
+
+
+class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
     """PEFT's LoRA layer on a `Linear4bit`.
 
     Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
@@ -195,14 +301,20 @@ class LoraLinear4bit(PeftLoraLinear):
                     f"tensor parallel: the base layer of {self._name} was cut, and PEFT's adapters "
                     "cannot be: use add_lora"
                 )
-            return super().forward(x, *args, **kwargs)
+            base = self._modules["base_layer"]
+            if not self.lora_variant or not is_offloaded(base):
+                return super().forward(x, *args, **kwargs)
+            with loaded(base):  # PEFT's variants read the bias when the base layer has run
+                return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling = self._stacked(names)
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
         dropout = self._dropout(names[0])
         if dropout == 0.0:
             S = None
-            group = None if torch.compiler.is_compiling() else self.shared_input
+            # A scaling that is a tensor may be written to between two siblings' calls.
+            alone = torch.compiler.is_compiling() or isinstance(scaling, torch.Tensor)
+            group = None if alone else self.shared_input
             if group is not None and len(names) == 1 and group.pays(x, dropout):
                 x, _, S = group.take(self, x, base._input, lora_A, scaling, dropout)
             else:
@@ -218,10 +330,11 @@ class LoraLinear4bit(PeftLoraLinear):
         if dropout or names is None or len(names) > 1 or self._dropout(names[0]):
             return None
         lora_A, _, scaling = self._stacked(names)
-        return lora_A, scaling
+        return None if isinstance(scaling, torch.Tensor) else (lora_A, scaling)
 
-    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Several adapters as one: A [sum of r, in], B [out, sum of r], scaling."""
+    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling, a number
+        or the 0-d tensor that PEFT's `prepare_model_for_compiled_hotswap` makes of it."""
         A, B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
         if len(names) == 1:
             (name,) = names
@@ -229,71 +342,6 @@ class LoraLinear4bit(PeftLoraLinear):
         lora_A = torch.cat([A[name].weight for name in names])
         lora_B = torch.cat([B[name].weight * self.scaling[name] for name in names], dim=1)
         return lora_A, lora_B, 1.0
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
-
-        Args:
-            safe_merge: refuse a result with values that are not finite.
-            adapter_names: None means the active ones.
-
-        Raises:
-            ValueError: a merged value is not finite, or overflows fp16; a sharded layer. The layer
-                is then as before.
-        """
-        check_whole(f"merge: {self._name}", self)
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lora_A]
-        if not names:
-            return
-        dtype = _packed_base(self).dtype
-        merged = self.merged_adapters + names
-        if not any(name in self.lora_variant for name in merged):
-            # All of them at once from the packed weight: one rounding, whatever the order.
-            lora_A, lora_B, scaling = self._stacked(merged)
-            weight = merge_lora_4bit(
-                _packed_base(self).quantized, lora_A.detach(), lora_B.detach(), scaling, dtype
-            )
-            self._set_merged(weight, names, safe_merge)
-            return
-        for name in names:
-            weight = dequantize(self.get_base_layer()).detach().float()
-            if name in self.lora_variant:
-                weight = self.lora_variant[name].merge_safe(self, name, weight)
-            else:
-                weight = weight + self.get_delta_weight(name)
-            self._set_merged(weight.detach().to(dtype), [name], safe_merge)
-
-    def _set_merged(self, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
-        _check_finite(self._name, weight, names, safe_merge)
-        bias_change = [
-            self.lora_B[name].bias.detach() * self.scaling[name]
-            for name in names
-            if self.lora_bias[name]
-        ]
-        bias = self.get_base_layer().bias
-        if bias_change and bias is None:
-            raise RuntimeError(
-                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
-            )
-        _swap_in(self, weight)
-        if bias_change:
-            summed = bias.detach() + sum(bias_change)
-            self.get_base_layer().bias.data = summed.to(bias.dtype)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Puts the packed layer back, byte for byte as it was before the first merge.
-
-        Raises:
-            ValueError: a layer that was sharded while the dense one stood in; it is as before.
-        """
-        check_whole(f"unmerge: {self._name}", self)
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        _restore(self)
-        self.merged_adapters.clear()
 
     @contextlib.contextmanager
     def _dense_base(self):
@@ -335,6 +383,57 @@ class LoraLinear4bit(PeftLoraLinear):
         super().lora_ga_init(adapter_name, lora_ga_config)
 
 
+class _DoraEmbedding(DoraEmbeddingLayer):
+    """PEFT's layer of magnitudes, whose forward reads the table of the base layer."""
+
+    def forward(self, x, *, base_layer, **kwargs):
+        table = types.SimpleNamespace(weight=dequantize(base_layer))
+        return super().forward(x, base_layer=table, **kwargs)
+
+
+class _DoraEmbeddingVariant(DoraEmbeddingVariant):
+    @staticmethod
+    def init(module, adapter_name: str, **kwargs):
+        DoraEmbeddingVariant.init(module, adapter_name, **kwargs)
+        # PEFT's init makes its own class and gives no way to name another.
+        module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
+
+
+class LoraEmbedding4bit(_MergesIntoDense, PeftLoraEmbedding):
+    """PEFT's LoRA layer on an `Embedding4bit`: its forward as it is, merging as in LoRA.
+
+    The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]; the
+    table is W + scaling A^T B^T.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or type(self).__name__
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+
+    @property
+    def lora_variants(self):
+        return {(): None, ("use_dora",): _DoraEmbeddingVariant}
+
+    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Several adapters as one, in the roles of a [num_embeddings, dim] layer's: A [sum of r,
+        dim], B [num_embeddings, sum of r], and the scaling."""
+        A, B = self.lora_embedding_B, self.lora_embedding_A
+        if len(names) == 1:
+            (name,) = names
+            return A[name].T.contiguous(), B[name].T.contiguous(), self.scaling[name]
+        lora_A = torch.cat([A[name].T for name in names])
+        lora_B = torch.cat([B[name].T * self.scaling[name] for name in names], dim=1)
+        return lora_A, lora_B, 1.0
+
+    def loftq_init(self, adapter_name: str, *args) -> None:
+        """Refused: PEFT's would take the packed bytes for weights."""
+        raise ValueError(
+            f"init_lora_weights='loftq' on {self._name} needs the unquantized weight; a packed "
+            "embedding starts with init_lora_weights=True, or stays dense without "
+            "quantize_embeddings=True"
+        )
+
+
 class AdaLoraLinear4bit(SVDLinear):
     """PEFT's AdaLoRA layer on a `Linear4bit`: its forward as it is, merging as in LoRA."""
 
@@ -345,6 +444,7 @@ class AdaLoraLinear4bit(SVDLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As `LoraLinear4bit.merge`."""
         check_whole(f"merge: {self._name}", self)
+        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
                 weight = dequantize(self.get_base_layer()).detach().float()
@@ -353,7 +453,7 @@ class AdaLoraLinear4bit(SVDLinear):
                 _swap_in(self, weight.to(_packed_base(self).dtype))
                 self.merged_adapters.append(name)
 
-    unmerge = LoraLinear4bit.unmerge
+    unmerge = _MergesIntoDense.unmerge
 
 
 def _create_lora_module(original):
@@ -362,13 +462,15 @@ def _create_lora_module(original):
     @functools.wraps(original)
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, Linear4bit):
+        if not isinstance(base, (Linear4bit, Embedding4bit)):
             return original(lora_config, adapter_name, target, **kwargs)
         if kwargs.get("parameter_name") is not None:
             raise ValueError(
                 f"PEFT's target_parameters got {kwargs['target_name']}.{kwargs['parameter_name']}, "
                 "a 4-bit weight; name its layer in target_modules"
             )
+        if isinstance(base, Embedding4bit):
+            return LoraEmbedding4bit(target, adapter_name, config=lora_config, **kwargs)
         if lora_config.fan_in_fan_out:
             # A GPT-2 layer is a Conv1D, [in, out]; packed it is an ordinary [out, in] layer.
             lora_config.fan_in_fan_out = False
@@ -417,9 +519,11 @@ def _resolve_backend(original):
 
 
 def dequantize(module: torch.nn.Module) -> torch.Tensor:
-    """The weight [out, in] of a linear layer: of a packed one in fp32, else as it is."""
-    if isinstance(module, Linear4bit):
-        return dequantize_4bit(module.quantized, torch.float32)
+    """The weight [out, in] of a linear layer, or the table of an embedding: of a packed one in
+    fp32, else as it is."""
+    if isinstance(module, _Packed4bit):
+        with loaded(module):
+            return dequantize_4bit(module.quantized, torch.float32)
     return module.weight
 
 
@@ -428,7 +532,7 @@ def _dequantize_module(original):
 
     @functools.wraps(original)
     def dequantize_module_weight(module):
-        return dequantize(module) if isinstance(module, Linear4bit) else original(module)
+        return dequantize(module) if isinstance(module, _Packed4bit) else original(module)
 
     return dequantize_module_weight
 
@@ -457,6 +561,12 @@ def _refuse_packed(original):
                 "it has an adapter of qlora_ext.add_lora already; merge it with "
                 "qlora_ext.merge_and_unload, or let PEFT start from a model without"
             )
+        if isinstance(base, Embedding4bit) and method != "LORA":
+            layer = kwargs.get("current_key", args[-1] if args else "an embedding")
+            raise ValueError(
+                f"PEFT's {method} cannot train {layer}, an embedding that is packed in 4 bits; use "
+                f"LORA there, {_KEEP_TABLE}"
+            )
         if isinstance(base, Linear4bit):
             if method not in _SUPPORTED:
                 raise ValueError(
@@ -469,7 +579,14 @@ def _refuse_packed(original):
                     f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
                     "of one kind only"
                 )
-        original(self, config, adapter_name, target, *args, **kwargs)
+        if isinstance(base, _Packed4bit):
+            check_can_adapt(f"PEFT's {method}", base, self.model)
+            if not config.inference_mode:
+                layer = kwargs.get("current_key", args[-1] if args else "a layer")
+                check_trainable(f"PEFT's {method} on {layer}", base)
+        # PEFT puts an adapter where the base weight is, and starts some of them from its values.
+        with loaded(base) if isinstance(base, _Packed4bit) else contextlib.nullcontext():
+            original(self, config, adapter_name, target, *args, **kwargs)
         given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
         name, parent = given.get("target_name"), given.get("parent")
         if parent is not None and isinstance(parent._modules.get(name), LoraLinear4bit):
@@ -484,7 +601,7 @@ def _refuse_packed(original):
 def _refuse_merged(model: torch.nn.Module) -> None:
     """ValueError where a dense layer stands in: without its adapters it would stay for good."""
     for name, module in model.named_modules():
-        if "_qlora_ext_packed" not in module.__dict__ or isinstance(module.base_layer, Linear4bit):
+        if "_qlora_ext_packed" not in module.__dict__ or isinstance(module.base_layer, _Packed4bit):
             continue
         raise ValueError(
             f"unload: the adapters of {name} are merged, and a dense layer stands in for the "
@@ -497,10 +614,17 @@ def _check_whole(op: str, model: torch.nn.Module, only: str = "") -> None:
     """ValueError for a sharded model with packed layers, or with dense ones that stand in; of the
     parameters, those with `only` in their names are looked at."""
     if any(
-        isinstance(module, Linear4bit) or "_qlora_ext_packed" in module.__dict__
+        isinstance(module, _Packed4bit) or "_qlora_ext_packed" in module.__dict__
         for module in model.modules()
     ):
         check_whole(op, model, only)
+
+
+def _check_mergeable(op: str, model: torch.nn.Module) -> None:
+    """ValueError for a sharded or offloaded model with packed layers."""
+    _check_whole(op, model)
+    if any(isinstance(module, _Packed4bit) for module in model.modules()):
+        check_in_memory(op, model, IN_MEMORY)
 
 
 def _refuse_sharded(original):
@@ -508,7 +632,7 @@ def _refuse_sharded(original):
 
     @functools.wraps(original)
     def checked(self, *args, **kwargs):
-        _check_whole(original.__name__, self.model)
+        _check_mergeable(original.__name__, self.model)
         return original(self, *args, **kwargs)
 
     return checked
@@ -520,10 +644,27 @@ def _save_pretrained(original):
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
         if kwargs.get("state_dict") is None:
-            _check_whole("save_pretrained", self, only=getattr(self.base_model, "prefix", ""))
+            prefix = getattr(self.base_model, "prefix", "")
+            _check_whole("save_pretrained", self, only=prefix)
+            if any(isinstance(m, _Packed4bit) and is_offloaded(m) for m in self.modules()):
+                kwargs["state_dict"] = _fetched_state(self, prefix)
         return original(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def _fetched_state(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """The model's state dict in which what may be saved is fetched from where it is offloaded:
+    names with `prefix` in them, embeddings and the head."""
+    state = model.state_dict()
+    head = output_embeddings(model)
+    for name, module in model.named_modules():
+        table = isinstance(module, torch.nn.Embedding) or module is head
+        for key, parameter in module._parameters.items():
+            full = f"{name}.{key}"
+            if parameter is not None and parameter.is_meta and (table or prefix in full):
+                state[full] = value_of(module, key)
+    return state
 
 
 def _merge_and_unload(original):
@@ -532,7 +673,7 @@ def _merge_and_unload(original):
     @functools.wraps(original)
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:
-            _check_whole("merge_and_unload", self.model)
+            _check_mergeable("merge_and_unload", self.model)
         else:
             _refuse_merged(self.model)
         model = original(self, merge, *args, **kwargs)
@@ -543,20 +684,97 @@ def _merge_and_unload(original):
     return _unload_and_optionally_merge
 
 
-def _refuse_modules_to_save(original):
-    """Wraps `ModulesToSaveWrapper.__init__`: a packed layer cannot be trained whole."""
+def _refuse_packed_layer(original, what: str):
+    """Wraps the `__init__` of PEFT's `ModulesToSaveWrapper` and `TrainableTokensLayer`, the setting
+    `what`: neither a packed layer nor rows of it can be trained."""
 
     @functools.wraps(original)
-    def __init__(self, module_to_save, *args, **kwargs):
-        if isinstance(module_to_save, (Linear4bit, Embedding4bit)):
+    def __init__(self, base_layer, *args, **kwargs):
+        if isinstance(base_layer, _Packed4bit):
+            dense = "keep it dense with modules_to_not_convert"
+            if isinstance(base_layer, Embedding4bit):
+                dense = _KEEP_TABLE.removeprefix("or ")
             raise ValueError(
-                f"PEFT's modules_to_save names a {type(module_to_save).__name__}, whose packed "
-                "weight cannot be trained; adapt it with target_modules, or keep it dense with "
-                "modules_to_not_convert"
+                f"PEFT's {what} names a {type(base_layer).__name__}, whose packed weight cannot be "
+                f"trained; adapt it with target_modules, or {dense}"
             )
-        original(self, module_to_save, *args, **kwargs)
+        original(self, base_layer, *args, **kwargs)
 
     return __init__
+
+
+# Files -----------------------------------------------------------------------------------------
+
+
+def _packed_tables(model: torch.nn.Module) -> dict[str, Embedding4bit]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, Embedding4bit)}
+
+
+def _get_state_dict(original):
+    """Wraps `get_peft_model_state_dict`: where PEFT stores an embedding beside the adapter
+    (`save_embedding_layers`), its packed tensors become the dense table that they stand for, which
+    PEFT can load onto any base."""
+
+    @functools.wraps(original)
+    def get_peft_model_state_dict(model, *args, **kwargs):
+        state = original(model, *args, **kwargs)
+        for name, table in _packed_tables(getattr(model, "_orig_mod", model)).items():
+            parts = {key: state.get(f"{name}.{key}") for key in _PACKED_KEYS}
+            if parts["weight"] is None or parts["weight_absmax"] is None:
+                continue
+            # The tensors that were given: they may have been gathered from several processes.
+            q = dataclasses.replace(
+                table.quantized,
+                packed=parts["weight"],
+                absmax=parts["weight_absmax"],
+                nested=parts["weight_nested"],
+                mean=parts["weight_mean"],
+            )
+            for key in _PACKED_KEYS:
+                state.pop(f"{name}.{key}", None)
+            state[f"{name}.weight"] = dequantize_4bit(q, table.dtype)
+        return state
+
+    return get_peft_model_state_dict
+
+
+def _set_state_dict(original):
+    """Wraps `set_peft_model_state_dict`: an embedding stored beside the adapter is packed as the
+    model's own is, unless it is the one that the model has."""
+
+    @functools.wraps(original)
+    def set_peft_model_state_dict(model, peft_model_state_dict, *args, **kwargs):
+        state = dict(peft_model_state_dict)
+        tables = []
+        for name, table in _packed_tables(model).items():
+            # An embedding without adapter here may have had one where it was stored, or none.
+            plain = name.removesuffix(".base_layer")
+            for key in (f"{plain}.weight", f"{plain}.base_layer.weight"):
+                if key in state and state[key].is_floating_point():
+                    dense = state.pop(key)
+                    _check_table(key, dense, table)
+                    tables.append((table, dense))
+        result = original(model, state, *args, **kwargs)
+        for table, dense in tables:
+            own = dequantize_4bit(table.quantized, table.dtype)
+            if not torch.equal(dense.to(own), own):
+                table._quantize(dense.to(own.device))
+        return result
+
+    return set_peft_model_state_dict
+
+
+def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
+    """ValueError for a table of another size than the model's, or with a NaN or Inf."""
+    N, K = table._shape
+    if tuple(dense.shape) != (N, K):
+        raise ValueError(
+            f"set_peft_model_state_dict: {key} has shape {list(dense.shape)}, want [{N}, {K}] like "
+            "the model's packed embedding; resize the unquantized model (resize_token_embeddings) "
+            "before it is packed"
+        )
+    if not dense.isfinite().all():
+        raise ValueError(f"set_peft_model_state_dict: {key} has a NaN or Inf, want finite values")
 
 
 def _count_logical_weights(original):
@@ -608,7 +826,7 @@ def _prepare(original):
         *args,
         **kwargs,
     ):
-        ours = any(isinstance(module, Linear4bit) for module in model.modules())
+        ours = any(isinstance(module, _Packed4bit) for module in model.modules())
         if ours:
             return prepare_model_for_kbit_training(
                 model, use_gradient_checkpointing, gradient_checkpointing_kwargs
@@ -758,8 +976,11 @@ def attach() -> None:
             if name in vars(tuner):
                 setattr(tuner, name, _refuse_sharded(vars(tuner)[name]))
     peft.PeftModel.save_pretrained = _save_pretrained(peft.PeftModel.save_pretrained)
-    wrapper = peft_other.ModulesToSaveWrapper
-    wrapper.__init__ = _refuse_modules_to_save(wrapper.__init__)
+    for wrapper, what in (
+        (peft_other.ModulesToSaveWrapper, "modules_to_save"),
+        (TrainableTokensLayer, "trainable tokens (trainable_token_indices)"),
+    ):
+        wrapper.__init__ = _refuse_packed_layer(wrapper.__init__, what)
     for model in (peft.PeftModel, peft.PeftMixedModel):
         if "get_nb_trainable_parameters" in vars(model):
             model.get_nb_trainable_parameters = _count_logical_weights(
@@ -767,6 +988,8 @@ def attach() -> None:
             )
     _replace_everywhere(quantization_utils.resolve_quantization_backend, _resolve_backend)
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
+    _replace_everywhere(save_and_load.get_peft_model_state_dict, _get_state_dict)
+    _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)
     _replace_everywhere(loftq_utils.replace_lora_weights_loftq, _loftq)
     _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
     lora.LoraModel._qlora_ext_attached = True

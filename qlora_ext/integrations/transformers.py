@@ -38,6 +38,7 @@ from ..models import (
     check_whole,
     is_packed,
     move_hooks,
+    output_embeddings,
     read_by_parent,
     replace_module,
     use_dense_panels,
@@ -51,6 +52,7 @@ from ..nn import (
     _Lora,
     is_plain_linear,
 )
+from ..offload import check_in_memory
 from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit, quantize_with
 
 QUANT_METHOD = "qlora_ext"
@@ -529,6 +531,7 @@ def save_pretrained(
     if format == "qlora_ext":
         model.save_pretrained(path, **kwargs)
         return
+    check_in_memory("save_pretrained", model, "load it without 'cpu' and 'disk' in device_map")
     ours = model.config.quantization_config
     model.config.quantization_config = _bitsandbytes_config(model, quantizer.quantization_config)
     quantizer.saves_as = format
@@ -749,6 +752,43 @@ def _count_logical_weights(original):
     return num_parameters
 
 
+def _refuse_packed_resize(original):
+    """Wraps `PreTrainedModel._get_resized_embeddings` and `_get_resized_lm_head`, which would copy
+    rows of bytes. The head is looked at with the embedding, before that is replaced."""
+
+    @functools.wraps(original)
+    def get_resized(self, old, new_num_tokens=None, *args, **kwargs):
+        layers = [old]
+        if old is self.get_input_embeddings():
+            layers.append(output_embeddings(self))
+        # PEFT's layers hold the model's own.
+        bases = [x.get_base_layer() if hasattr(x, "get_base_layer") else x for x in layers]
+        # The second positional argument is the multiple of embeddings only.
+        given = args[0] if args and isinstance(bases[0], torch.nn.Embedding) else None
+        multiple = kwargs.get("pad_to_multiple_of", given)
+        for packed in bases:
+            if not isinstance(packed, (Embedding4bit, Linear4bit)):
+                continue
+            has = packed._shape[0]
+            want = has if new_num_tokens is None else new_num_tokens
+            if type(multiple) is int and multiple > 0:
+                want = -(-want // multiple) * multiple
+            if want == has:
+                continue
+            setting = "modules_to_not_convert naming it"
+            if isinstance(packed, Embedding4bit):
+                setting = "quantize_embeddings=False"
+            raise ValueError(
+                f"resize_token_embeddings: {type(self).__name__} has {packed._shape[0]} rows in "
+                f"its {type(packed).__name__}, and {want} are wanted; packed rows cannot be added "
+                "or dropped: resize the unquantized model before it is packed, or pack it with "
+                f"{setting}"
+            )
+        return original(self, old, new_num_tokens, *args, **kwargs)
+
+    return get_resized
+
+
 def attach() -> None:
     """Registers the config and the quantizer with transformers. Idempotent.
 
@@ -763,6 +803,9 @@ def attach() -> None:
         cls for cls in transformers.PreTrainedModel.__mro__ if "num_parameters" in vars(cls)
     )
     owner.num_parameters = _count_logical_weights(owner.num_parameters)
+    for name in ("_get_resized_embeddings", "_get_resized_lm_head"):
+        resize = getattr(transformers.PreTrainedModel, name)
+        setattr(transformers.PreTrainedModel, name, _refuse_packed_resize(resize))
 
 
 attach()
