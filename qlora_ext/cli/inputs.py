@@ -56,8 +56,10 @@ class Inputs:
             return
         left = [path for path in changed if now.get(path) is not None]
         stale = any(_makes_weights(path, self.paths) for path in left)
-        how = "changed" if left else "disappeared"
-        raise InputsChanged(f"{some(map(str, changed))} {how} during the run", stale)
+        names = some(map(str, changed))
+        if left:
+            raise InputsChanged(f"{names} changed during the run", stale)
+        raise InputsChanged(f"{names} disappeared during the run", stale)
 
     def holds(self, path: str | Path | None) -> bool:
         """Whether a path is one of the inputs or lies in one."""
