@@ -217,6 +217,18 @@ def test_the_lock_holds_no_record_that_is_torn(world):
     world.check_goes_on("quantize", parent)
 
 
+@pytest.mark.parametrize("text", ["{}", '{"new": null, "files": {}, "old": null}', "{", "[1]", "7"])
+def test_a_record_that_is_none_counts_for_nothing(world, text):
+    parent = world.fresh()
+    path = parent / "out.partial.lock"
+    path.write_bytes(lock.RECORD + b"1}\n" + lock.RECORD + b"{}}\n" + f"\n{text}\n".encode())
+    held = lock.Lock(path, parent / "out")
+    assert held.record() is None
+    held.close()
+    if text == "{}":
+        world.check_goes_on("quantize", parent)
+
+
 # Two runs -----------------------------------------------------------------------------------------
 
 

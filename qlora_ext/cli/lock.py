@@ -26,6 +26,11 @@ class Record:
     old: int | None  # inode number of the folder that --force replaces
     emptied: bool = False  # of which nothing is left but the folder: its number may be used again
 
+    def __post_init__(self):
+        kinds = type(self.qlora_ext_run), type(self.new), type(self.files)
+        if kinds != (dict, int, dict):  # a file may hold anything
+            raise TypeError(f"no record: {kinds}")
+
     def is_new(self, path: Path) -> bool:
         """Whether a path is the folder that becomes OUT, or has become it, and is whole."""
         return inode(path) == self.new and self.files.items() <= sizes(path).items()
