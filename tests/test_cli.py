@@ -1,7 +1,6 @@
 """The command line: streamed quantizing and merging against the library's own, interruptions, full
 disks, damaged files, memory limits, and what each command prints."""
 
-import contextlib
 import errno
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import qlora_ext  # noqa: E402
 from qlora_ext.checks import CheckpointError  # noqa: E402
-from qlora_ext.cli import app, estimate, shards  # noqa: E402
+from qlora_ext.cli import app, estimate, output  # noqa: E402
 from qlora_ext.cli.errors import CliError  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -214,7 +213,7 @@ def test_nothing_but_the_output_is_replaced(llama, tmp_path):
     for _ in range(2):
         run("quantize", base, around / "out", "--force")
     shutil.rmtree(around / "out")
-    assert files() == before and not list(around.glob("out.old-*"))
+    assert files() == before and sorted(p.name for p in around.glob("out*")) == ["out.old"]
 
 
 def test_checkpoints_that_cannot_be_quantized_are_one_sentence(llama, tmp_path):
@@ -372,7 +371,7 @@ def test_a_full_disk_is_one_sentence_and_a_finished_shard_is_kept(llama, tmp_pat
     class Free:
         free = 1000
 
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: Free)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: Free)
     said = run("quantize", llama, tmp_path / "other", ok=False)
     assert re.search(r"needs [\d.]+ KiB more and its disk has 1000 B free", said)
     assert not (tmp_path / "other.partial").exists()
@@ -397,24 +396,10 @@ def test_a_disk_that_is_really_full(llama, tiny_disk, monkeypatch):
     assert "more and its disk has" in said
     # Somebody else fills it up meanwhile.
     usage = shutil.disk_usage
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage("/"))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage("/"))
     said = run("quantize", llama, tiny_disk / "out", "--max-shard-size", "20KB", ok=False)
     assert "cannot be written (No space left on device)" in said
     assert re.search(r"[1-9]\d* of \d+ shards are finished and kept", said)
-
-
-def test_two_runs_do_not_write_into_one_folder(llama, tmp_path):
-    first = shards.Output(tmp_path / "out", force=False, restart=False)
-    first.open([shards.Shard("model.safetensors", [])], {})
-    with contextlib.closing(first):
-        assert "another run" in run("quantize", llama, tmp_path / "out", ok=False)
-
-
-def test_a_folder_in_the_way_is_left_alone(llama, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "mine.txt").write_text("precious")
-    assert "is in the way" in run("quantize", llama, tmp_path / "out", ok=False)
-    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "precious"
 
 
 # memory -------------------------------------------------------------------------------------------
@@ -652,7 +637,7 @@ def test_merge_by_text_checks_before_it_works(llama, tmp_path, monkeypatch):
     assert "cannot be made" in run(*command, "/proc/nope", "--own-text", ok=False)
     interrupted = tmp_path / "out.partial"
     interrupted.mkdir()
-    (interrupted / shards.STATE).write_text('{"command": "merge"}')
+    (interrupted / output.STATE).write_text('{"command": "merge"}')
     (interrupted / "model.safetensors").write_text("a finished shard")
     said = run(*command, tmp_path / "out", "--own-text", ok=False)
     assert "differs from this one" in said and (interrupted / "model.safetensors").exists()
@@ -680,7 +665,7 @@ def test_merge_by_text_leaves_nothing_of_another_run(llama, tmp_path):
     partial = tmp_path / "out.partial"
     partial.mkdir()
     layout = hashlib.sha256(b"").hexdigest()
-    (partial / shards.STATE).write_text(
+    (partial / output.STATE).write_text(
         json.dumps({"command": "merge with calibration", "layout": layout})
     )
     (partial / "model.safetensors.index.json").write_text("{}")

@@ -1,7 +1,8 @@
 """The command line: `qlora-ext COMMAND`, or `python -m qlora_ext COMMAND`.
 
 app.py declares the commands; each does its work in the module of its name. `quantize` and `merge`
-share stream.py (a module at a time) and shards.py (writing); ../checkpoint.py reads.
+share stream.py (a module at a time), shards.py (writing) and output.py (the folder that is made);
+../checkpoint.py reads.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def quiet() -> None:
 @contextlib.contextmanager
 def output(out: Path, force: bool, restart: bool, *inputs: Path):
     """The folder that is written; neither it nor an input may hold the other."""
-    from .shards import Output
+    from .output import Output
 
     made = Output(out, force=force, restart=restart, inputs=inputs)
     try:
@@ -258,10 +258,14 @@ def merge(
                 "--blocksize and --no-double-quant are for an unquantized one"
             )
         inputs = [folder, adapter_folder, *([] if own_text else [calibration])]
+        settings = {**config.to_dict(), "keep": keep, "max_shard_size": limit}
         with (
             output(out, force, restart, *inputs) as target,
-            target.at_once({"command": "merge with calibration"}) as made,
+            target.at_once({"command": "merge with calibration", "settings": settings}) as made,
         ):
+            if made is None:
+                say(f"{out} is complete: an interrupted run had written all of it")
+                return
             tokens = work.calibrated(
                 folder, adapter_folder, calibration, made, config, keep or [], limit
             )

@@ -20,12 +20,15 @@ from ..build_info import build_info
 from ..checkpoint import Checkpoint, Unit
 from ..checks import count, some
 from ..experts import Experts4bit
-from ..files import extra_files
+from ..files import INDEX, extra_files
 from ..nn import Embedding4bit, Linear4bit
 from .errors import CliError
-from .shards import Entry, Output, Shard, ShardWriter, plan_shards, write_index
+from .inputs import InputsChanged
+from .output import STATE, Output
+from .shards import Entry, Shard, ShardWriter, plan_shards, write_index
 
 M_MMAP_THRESHOLD = -3  # malloc.h
+WRITTEN = ["config.json", "generation_config.json", INDEX]  # by _write_rest
 PACKED = (Linear4bit, Embedding4bit, Experts4bit)
 
 
@@ -149,14 +152,19 @@ class Job:
                 used; JSON values by name.
             progress: `Bar` below, or the like.
         """
-        run = {
-            **run,
-            "input": self.checkpoint.fingerprint(),
-            "versions": [build_info()["version"], transformers.__version__, torch.__version__],
-        }
         return_freed_memory()
         try:
+            run = {
+                **run,
+                "input": self.checkpoint.fingerprint(),
+                "versions": [build_info()["version"], transformers.__version__, torch.__version__],
+            }
+            output.check_inputs()
             todo = output.open(self.shards, run)
+            if output.in_place:
+                progress.say(f"{output.out} is complete: an interrupted run had written all of it")
+                progress.advance(self.nbytes_in)
+                return
             if len(todo) < len(self.shards):
                 done = len(self.shards) - len(todo)
                 progress.say(f"going on: {done} of {len(self.shards)} shards are finished already")
@@ -165,20 +173,41 @@ class Job:
                           if where == number]  # fmt: skip
                 progress.shard(number + 1, len(self.shards))
                 if shard in todo:
-                    self._write(output.folder, shard, pieces, progress)
+                    self._write(output, shard, pieces, progress)
                 else:
                     progress.advance(sum(self._bytes(piece) for piece in pieces))
+            output.announce([p.name for p in self._copied()] + WRITTEN)
             self._write_rest(output.folder)
             output.complete()
         except KeyboardInterrupt:
             raise CliError(f"interrupted: {output.kept(self.shards)}") from None
-        except OSError as error:
-            raise CliError(
-                f"{output.folder} cannot be written ({error.strerror or error}): "
-                f"{output.kept(self.shards)}"
-            ) from None
+        except Exception as error:
+            raise self._explained(error, output) from None
         finally:
             output.close()
+
+    def _explained(self, error: Exception, output: Output) -> Exception:
+        """The error that tells what happened: an input that changed shows as many others."""
+        if not isinstance(error, InputsChanged) and not output.is_recorded():
+            try:
+                output.check_inputs()
+            except InputsChanged as changed:
+                error = changed
+        if isinstance(error, InputsChanged):
+            if error.stale:
+                output.discard()
+                return CliError(
+                    f"{error}, so what was made of it is dropped: give the same command again, "
+                    "which starts anew"
+                )
+            return CliError(f"{error}: {output.kept(self.shards)}")
+        if isinstance(error, OSError):
+            if output.inputs.holds(error.filename):
+                what = f"{error.filename} cannot be read"
+            else:
+                what = f"{output.folder} cannot be written"
+            return CliError(f"{what} ({error.strerror or error}): {output.kept(self.shards)}")
+        return error
 
     def _bytes(self, piece: Piece) -> int:
         return sum(self.checkpoint.files.nbytes(key) for key in piece.unit.sources)
@@ -193,13 +222,17 @@ class Job:
         """Bytes of all shards."""
         return sum(shard.nbytes for shard in self.shards)
 
-    def _write(self, folder: Path, shard: Shard, pieces: list[Piece], progress) -> None:
-        with contextlib.closing(ShardWriter(folder, shard)) as writer:
+    def _write(self, output: Output, shard: Shard, pieces: list[Piece], progress) -> None:
+        with contextlib.closing(ShardWriter(output.folder, shard)) as writer:
             for piece in pieces:
                 for name, tensor in self._convert(piece).items():
                     writer.write(name, tensor)
                 progress.advance(self._bytes(piece))
+            output.check_inputs()  # a finished shard may be used by a later run
             writer.finish()
+
+    def _copied(self) -> list[Path]:
+        return [path for path in extra_files(self.checkpoint.folder) if path.name != STATE]
 
     @torch.no_grad()
     def _convert(self, piece: Piece) -> dict[str, torch.Tensor]:
@@ -226,7 +259,7 @@ class Job:
 
     def _write_rest(self, folder: Path) -> None:
         """What save_pretrained writes beside the weights, and the other files of the input."""
-        for path in extra_files(self.checkpoint.folder):
+        for path in self._copied():
             shutil.copyfile(path, folder / path.name)
         config = self.result.config
         config.dtype = str(self.result.dtype).removeprefix("torch.")

@@ -1,0 +1,470 @@
+"""The folder OUT of a command: made as `OUT.partial`, put into place when it is whole.
+
+Next to OUT a run uses these names, and no others:
+
+    OUT.partial       what is being made; STATE in it says by which run
+    OUT.partial.lock  held by the run from start to end; see Lock
+    OUT.partial.old   what --force replaces, for a moment, where names cannot be exchanged
+
+A run can be killed between any two file operations, and the next run into OUT puts things right.
+It tells folders by their inode numbers, which a folder keeps when it is renamed: before the last
+step the numbers of the new folder and of the one it replaces are written into the lock's file (a
+`record`). So what it removes is what --force replaced, and never a folder that someone else made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..checks import count, size
+from .errors import CliError
+from .inputs import Inputs, InputsChanged
+from .lock import Lock, Record, inode, sizes
+from .rename import exchange, rename_new
+from .shards import Shard, sync_folder, write_text
+
+STATE = "qlora_ext_progress.json"
+
+
+class Output:
+    """The folder `OUT.partial`, which becomes `OUT` when everything is in it.
+
+    What it holds after an interruption is used again if the run is the same one: same command,
+    settings, versions, input files and layout.
+
+    Args:
+        out: the folder to make; its parents are made too.
+        force: replace a checkpoint that is there.
+        restart: use nothing of an interrupted run.
+        inputs: folders and files that the command reads. They are looked at now, so this must be
+            made before any of them is read; see check_inputs.
+
+    Raises:
+        CliError: OUT cannot be made or replaced, or another run is writing it.
+    """
+
+    def __init__(self, out: Path, *, force: bool, restart: bool, inputs: Iterable[Path] = ()):
+        self.out = _absolute(out)
+        self.folder = self.out.with_name(f"{self.out.name}.partial")
+        self.aside = self.out.with_name(f"{self.out.name}.partial.old")
+        lock = self.out.with_name(f"{self.out.name}.partial.lock")
+        self.force, self.restart = force, restart
+        self.lock: Lock | None = None
+        self.run: dict = {}  # what this run must have in common with the one it goes on with
+        self.in_place = False  # OUT is the whole result of a run, as the lock's file has it
+        self.taken = False  # OUT.partial is this run's
+        self.made_parents: list[Path] = []
+        self.inputs = Inputs(inputs)
+        for source in self.inputs.paths:
+            self._check_apart(source)
+        if not os.path.lexists(lock):  # else OUT may be what an interrupted run has just made
+            self._check_out()
+        self._make_parents()
+        try:
+            self.lock = Lock(lock, self.out)
+            self._recover()
+            if not self.in_place:
+                self._check_out()
+        except OSError as error:
+            self.close()
+            raise CliError(f"{self.out} cannot be made ({_reason(error)})") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_apart(self, source: Path) -> None:
+        for written in map(_real, (self.out, self.folder, self.aside)):
+            if _real(source) in (written, *written.parents):
+                raise CliError(f"{self.out} lies in the input {source}, want another folder")
+            if written in _real(source).parents:
+                raise CliError(f"{self.out} holds the input {source}, want another folder")
+
+    def _check_out(self) -> int | None:
+        """The inode number of the folder at OUT, if it may be replaced; None if there is none."""
+        try:
+            mode = os.lstat(self.out).st_mode
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CliError(f"{self.out} cannot be made ({error.strerror})") from None
+        if stat.S_ISLNK(mode):
+            raise CliError(
+                f"{self.out} is a symbolic link to {os.readlink(self.out)}: name that folder, or "
+                "another"
+            )
+        if not stat.S_ISDIR(mode):
+            raise CliError(f"{self.out} is a file, want the name of a folder to make")
+        if not self.force:
+            raise CliError(f"{self.out} exists: name another folder, or replace it with --force")
+        if os.path.ismount(self.out):
+            raise CliError(
+                f"{self.out} is a mount point, which cannot be replaced: name a folder in it"
+            )
+        try:
+            is_checkpoint = (self.out / "config.json").is_file()
+            if any(self.out.iterdir()) and not is_checkpoint:
+                raise CliError(
+                    f"{self.out} holds files and no config.json, so it is no checkpoint for "
+                    "--force to replace: name another folder"
+                )
+        except OSError as error:
+            raise CliError(f"{self.out} cannot be read ({error.strerror})") from None
+        return inode(self.out)
+
+    def _make_parents(self) -> None:
+        missing = [p for p in self.out.parents if not p.exists()]
+        for parent in reversed(missing):
+            try:
+                parent.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                self.close()
+                raise CliError(f"{parent} cannot be made ({error.strerror})") from None
+            self.made_parents.append(parent)
+
+    def _recover(self) -> None:
+        """Ends what a run that was killed in its last step has begun."""
+        record = self.lock.record()
+        if record is None:
+            return
+        if record.is_old(self.aside) and not record.is_new(self.out):
+            # It was killed between the two renames: OUT is missing.
+            source = self.folder if record.is_new(self.folder) else self.aside
+            try:
+                rename_new(source, self.out)
+            except FileExistsError:
+                raise CliError(
+                    f"{self.out} was made while a run was replacing it: what it held before is in "
+                    f"{self.aside}, and the new checkpoint in {self.folder}. Move {self.out} away "
+                    "and give the same command again"
+                ) from None
+            sync_folder(self.out.parent)
+        if record.is_new(self.out):
+            self._remove_old(record)
+            self.in_place = True
+
+    def open(self, shards: list[Shard], run: dict, *, reuse: bool = True) -> list[Shard]:
+        """Makes or takes up the folder; returns the shards that are still to be written.
+
+        Where the same run was killed in its last step, this ends it: `in_place` is True, and
+        nothing is left to do.
+
+        Args:
+            run: what this run must have in common with an interrupted one, JSON values by name.
+            reuse: False for a run that goes on from nothing: of an interrupted run only the
+                command must be the same.
+        """
+        layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
+        # As it comes back from a file.
+        self.run = json.loads(json.dumps({**run, "layout": layout}))
+        record = self.lock.record()
+        same = record is not None and not _differences(record.qlora_ext_run, self.run)
+        if self.in_place:
+            if same:
+                return []
+            self.in_place = False
+            self._check_out()
+        elif same and not self.restart and self._is_finished(record):
+            self.check_inputs()
+            self._put_into_place()
+            return []
+        self._take_folder(None if reuse else ["command"])
+        todo = [shard for shard in shards if not shard.is_whole(self.folder / shard.filename)]
+        need = sum(shard.nbytes for shard in todo)
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            kept = "" if len(todo) == len(shards) else "; the finished shards are kept"
+            if not kept:
+                self.discard()
+            raise CliError(
+                f"{self.out} needs {size(need)} more and its disk has {size(free)} free{kept}"
+            )
+        return todo
+
+    def _take_folder(self, keys: list[str] | None) -> None:
+        """OUT.partial with STATE in it and nothing that is half written.
+
+        keys: of the run, what must be the same as in an interrupted one; None is all.
+        """
+        state = self.folder / STATE
+        try:
+            self.folder.mkdir()
+        except FileExistsError:
+            if not self._is_ours():
+                raise CliError(
+                    f"{self.folder} already exists and was not left by an interrupted run: move "
+                    "it away"
+                ) from None
+            self._take_over(keys)
+        except OSError as error:
+            raise CliError(f"{self.folder} cannot be made ({error.strerror})") from None
+        if not state.exists():
+            write_text(state, json.dumps(self.run, indent=2))
+        self.taken = True
+
+    def _take_over(self, keys: list[str] | None) -> None:
+        then = self._interrupted_run()
+        if then is not None and not self.restart:
+            changed = _differences(then, self.run, keys)
+            if changed:
+                raise CliError(
+                    f"{self.folder} is of an interrupted run that differs from this one in "
+                    f"{', '.join(changed)}: repeat that run's command, or start over with --restart"
+                )
+            rest = then.get("rest")
+            for name in rest if isinstance(rest, list) else ():
+                if name in os.listdir(self.folder):
+                    (self.folder / name).unlink()
+        elif then is not None:
+            if not (self.folder / STATE).exists():  # so that it is known until the end whose it is
+                write_text(self.folder / STATE, json.dumps(then))
+            self._empty()
+        for leftover in self.folder.glob(".*.draft"):
+            leftover.unlink()
+
+    def _is_ours(self) -> bool:
+        """Whether OUT.partial was made by a run: by what it holds, or by the record."""
+        if inode(self.folder) is None:  # a file or a link
+            return False
+        names = set(os.listdir(self.folder))
+        if STATE in names or names <= {f".{STATE}.draft"}:
+            return True
+        record = self.lock.record()
+        return record is not None and self._is_finished(record)
+
+    def _is_finished(self, record: Record) -> bool:
+        """Whether OUT.partial is the whole result of the record's run."""
+        return record.is_new(self.folder) and not (self.folder / STATE).exists()
+
+    def _interrupted_run(self) -> dict | None:
+        """The run that OUT.partial is of; None if it came to nothing."""
+        try:
+            then = json.loads((self.folder / STATE).read_text())
+        except FileNotFoundError:
+            # It came to nothing, or STATE was removed before the last step.
+            record = self.lock.record()
+            finished = record is not None and self._is_finished(record)
+            return record.qlora_ext_run if finished else None
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return then if isinstance(then, dict) else {}
+
+    @contextlib.contextmanager
+    def at_once(self, run: dict) -> Iterator[Path | None]:
+        """The folder, for a run of which nothing is used again: it starts empty, and is moved into
+        place at the end, or removed after an error. None where OUT is in place already: the same
+        run was killed in its last step.
+
+        Args:
+            run: as in `open`; the inputs are added.
+        """
+        try:
+            self.open([], {**run, "input": self.inputs.fingerprint()}, reuse=False)
+            if not self.in_place:
+                self._empty(keep=(STATE,))
+        except OSError as error:
+            raise CliError(f"{self.folder} cannot be written ({_reason(error)})") from None
+        if self.in_place:
+            yield None
+            return
+        try:
+            yield self.folder
+            self.complete()
+        except BaseException as error:
+            if self.is_recorded():  # nothing is missing but the last rename
+                raise
+            self.discard()
+            if isinstance(error, Exception):
+                try:
+                    self.check_inputs()
+                except InputsChanged as changed:
+                    raise CliError(f"{changed}: give the same command again") from None
+            if self._is_of_inputs(error):
+                raise CliError(f"the input cannot be read ({error})") from None
+            if isinstance(error, (OSError, SafetensorError)):
+                raise CliError(f"{self.folder} cannot be written ({error})") from None
+            raise
+
+    def _is_of_inputs(self, error: BaseException) -> bool:
+        if isinstance(error, SafetensorError):
+            return "deserializ" in str(error)
+        return isinstance(error, OSError) and self.inputs.holds(error.filename)
+
+    def is_recorded(self) -> bool:
+        """Whether this run has come to its last step."""
+        record = self.lock.record()
+        return record is not None and record.qlora_ext_run == self.run and (
+            self._is_finished(record) or record.is_new(self.out)
+        )  # fmt: skip
+
+    def check_inputs(self) -> None:
+        """Raises InputsChanged if a file of the inputs is not what it was when the run began."""
+        self.inputs.check()
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Notes the files that will be written besides the shards. A run that goes on removes them
+        first: the input may have lost some of them by then."""
+        then = {**self.run, "rest": sorted(names)}
+        write_text(self.folder / STATE, json.dumps(then, indent=2))
+
+    def _empty(self, keep: tuple[str, ...] = ()) -> None:
+        """Removes what is in the folder, STATE last: until then it is known whose it is."""
+        _empty(self.folder, keep=(*keep, STATE))
+        if STATE not in keep:
+            (self.folder / STATE).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Removes OUT.partial, if this run has made it or taken it up."""
+        with contextlib.suppress(OSError):
+            if self.taken:
+                self._empty()
+                self.folder.rmdir()
+
+    def complete(self) -> None:
+        """Moves the folder into place.
+
+        Raises:
+            InputsChanged: what was read is not what is there now.
+            CliError: OUT came into being meanwhile, or cannot be replaced. The folder is kept, and
+                the same run put into place by `open`.
+        """
+        for path, _, names in os.walk(self.folder):
+            for name in names:
+                with open(os.path.join(path, name), "rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(path))
+        self.check_inputs()
+        self._put_into_place()
+
+    def _put_into_place(self) -> None:
+        """The last step: the record, then OUT, then what OUT was before is removed."""
+        files = {name: nbytes for name, nbytes in sizes(self.folder).items() if name != STATE}
+        record = Record(self.run, inode(self.folder), files, inode(self.out))
+        self.lock.write(record)
+        (self.folder / STATE).unlink(missing_ok=True)
+        sync_folder(self.folder)
+        try:
+            if not self.force and os.path.lexists(self.out):
+                raise FileExistsError
+            if self._check_out() != record.old:
+                raise FileExistsError
+            self._place(record)
+        except CliError as error:
+            raise CliError(f"{error}. The finished checkpoint is kept in {self.folder}") from None
+        except FileExistsError:
+            raise CliError(
+                f"{self.out} came into being during the run and was left alone; the finished "
+                f"checkpoint is kept in {self.folder}: move {self.out} away and give the same "
+                "command again"
+            ) from None
+        except OSError as error:
+            raise CliError(
+                f"{self.out} cannot be put into place ({_reason(error)}); the finished checkpoint "
+                f"is kept in {self.folder}: move {self.out} away, if it is there, and give the "
+                "same command again"
+            ) from None
+        sync_folder(self.out.parent)
+        self._remove_old(record)
+        self.in_place = True
+
+    def _place(self, record: Record) -> None:
+        if record.old is None:
+            rename_new(self.folder, self.out)
+        elif exchange(self.folder, self.out):
+            if not record.is_old(self.folder):  # another folder came in between
+                exchange(self.folder, self.out)
+                raise FileExistsError
+        else:
+            if os.path.lexists(self.aside):
+                raise CliError(f"{self.aside} exists, and its name is needed: move it away")
+            rename_new(self.out, self.aside)
+            if not record.is_old(self.aside):
+                rename_new(self.aside, self.out)
+                raise FileExistsError
+            rename_new(self.folder, self.out)
+
+    def _remove_old(self, record: Record) -> None:
+        """Removes what was replaced, which has the name of what replaced it, or its own."""
+        for path in filter(record.is_old, (self.folder, self.aside)):
+            try:
+                if not record.emptied:
+                    _empty(path)
+                    # Once the folder is removed, a stranger's may get its inode number.
+                    self.lock.write(dataclasses.replace(record, emptied=True))
+                path.rmdir()
+            except OSError as error:
+                if record.emptied:  # it is a stranger's by now
+                    return
+                raise CliError(
+                    f"{self.out} is complete; what it held before is in {path} and cannot be "
+                    f"removed ({_reason(error)}): remove it, or give the same command again"
+                ) from None
+            sync_folder(path.parent)
+
+    def close(self) -> None:
+        """Lets go of OUT. The lock's file stays if the next run needs its record."""
+        if self.lock is not None:
+            record = self.lock.record()
+            old = record and not record.emptied and any(
+                map(record.is_old, (self.folder, self.aside))
+            )  # fmt: skip
+            if not record or not (old or self._is_finished(record)):
+                with contextlib.suppress(OSError):
+                    self.lock.remove()
+            self.lock.close()
+            self.lock = None
+        while self.made_parents:
+            with contextlib.suppress(OSError):  # not empty: the result is there
+                self.made_parents.pop().rmdir()
+
+    def kept(self, shards: list[Shard]) -> str:
+        """What a stopped run leaves, in words."""
+        if self.is_recorded():
+            return "nothing is missing but the last step, which the same command does"
+        if not self.taken:
+            return "this run had not written anything yet"
+        done = sum(shard.is_whole(self.folder / shard.filename) for shard in shards)
+        return (
+            f"{done} of {count(len(shards), 'shard')} are finished and kept in {self.folder}; the "
+            "same command goes on from there"
+        )
+
+
+def _absolute(path: Path) -> Path:
+    """The folder's own name under its real parents; a link in its last part stays one."""
+    path = Path(path)
+    if path.name in ("", ".."):  # as in "." and "/", which have no name to write next to
+        path = _real(path)
+    if not path.name:
+        raise CliError(f"{path} cannot be replaced: name a folder in it")
+    return _real(path.parent) / path.name
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    for child in folder.iterdir():
+        if child.name not in keep:
+            is_folder = child.is_dir() and not child.is_symlink()
+            shutil.rmtree(child) if is_folder else child.unlink()
+
+
+def _differences(then: dict, run: dict, keys: Iterable[str] | None = None) -> list[str]:
+    return [key for key in (run if keys is None else keys) if then.get(key) != run[key]]
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
