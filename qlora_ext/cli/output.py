@@ -250,7 +250,7 @@ class Output:
     def _interrupted_run(self) -> dict | None:
         """The run that OUT.partial is of; None if it came to nothing."""
         try:
-            then = json.loads((self.folder / STATE).read_text())
+            then = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             # It came to nothing, or STATE was removed before the last step.
             record = self.lock.record()
