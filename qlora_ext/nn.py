@@ -27,7 +27,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from . import _C, ops
-from .checks import is_number
+from .checks import FLOAT_MAX, is_number, not_plain, short
 from .packed_bytes import byte_sample, is_arithmetic
 from .quantized_tensor import (
     FLOAT_DTYPES,
@@ -281,7 +281,7 @@ class _Packed4bit(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        errors = self._check_state(state_dict, prefix)
+        errors = self._check_kinds(state_dict, prefix) or self._check_state(state_dict, prefix)
         if errors:
             error_msgs += errors
             return
@@ -296,6 +296,16 @@ class _Packed4bit(nn.Module):
         if prefix + "weight" in state_dict and len(error_msgs) == before:
             self._unseal()
             self._check_bytes()
+
+    def _check_kinds(self, state_dict, prefix: str) -> list[str]:
+        """Entries for this module that are no dense tensors, a sentence each."""
+        errors = []
+        for key in self._parameters:
+            value = state_dict.get(prefix + key)
+            got = not_plain(value)
+            if prefix + key in state_dict and got is not None:
+                errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
+        return errors
 
     def _check_state(self, state_dict, prefix: str) -> list[str]:
         """What is wrong with the packed tensors of a state dict, a sentence each."""
@@ -635,11 +645,12 @@ class _Lora(nn.Module):
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
 
-        ValueError unless lora_alpha is a finite, positive number, as LoraConfig wants it.
+        ValueError unless lora_alpha is a positive number that fits float32, as in LoraConfig.
         """
-        if not is_number(lora_alpha) or not 0 < lora_alpha < math.inf:
+        if not is_number(lora_alpha) or not 0 < lora_alpha <= FLOAT_MAX:
             raise ValueError(
-                f"{type(self).__name__}: lora_alpha is {lora_alpha!r}, want a finite number above 0"
+                f"{type(self).__name__}: lora_alpha is {short(lora_alpha)}, want a finite number "
+                "above 0 that fits float32"
             )
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
