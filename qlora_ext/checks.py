@@ -34,6 +34,42 @@ def is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_scaling(function: str, scaling, argument: str = "scaling") -> None:
+    """ValueError unless scaling is a number, or a tensor of one, that fp32 can hold."""
+    if torch.compiler.is_compiling():  # a traced value has no number to look at
+        return
+    if isinstance(scaling, torch.Tensor):
+        is_good = scaling.numel() == 1 and not scaling.is_complex()
+        is_good = is_good and (scaling.is_meta or abs(scaling.item()) <= FLOAT_MAX)
+    else:
+        is_good = is_number(scaling) and abs(scaling) <= FLOAT_MAX
+    if not is_good:
+        raise ValueError(
+            f"{function}: {argument} is {short(scaling)}, want a finite number that fits float32"
+        )
+
+
+def not_plain(value) -> str | None:
+    """What a value from outside is, where it is no dense tensor in plain memory; else None.
+
+    Tensors of such kinds are refused: their memory does not hold their values, or they have none.
+    Which of them a call takes all the same (meta tensors, subclasses) is for the caller to say.
+    """
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    if value.is_quantized:
+        return f"a quantized tensor of torch ({value.dtype})"
+    if value.layout != torch.strided:
+        return None  # which the callers name
+    if value.is_conj():
+        return "a conjugate view (resolve_conj() makes a tensor of it)"
+    if value.is_neg():
+        return "a view with the negative bit (resolve_neg() makes a tensor of it)"
+    return None
+
+
 def count(number: int, noun: str) -> str:
     """ "1 shard", "2 shards"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -24,10 +24,12 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 
 from . import _C, ops
-from .checks import is_number
+from .checks import FLOAT_MAX, is_number, not_plain, short
 from .offload import device_of
+from .packed_bytes import byte_sample, is_arithmetic
 from .quantized_tensor import (
     FLOAT_DTYPES,
     QuantConfig,
@@ -39,6 +41,7 @@ from .shared_input import SharedInput
 
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
+_CODEBOOK_BYTES = 64
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -84,6 +87,10 @@ class _Packed4bit(nn.Module):
 
     config: QuantConfig
     dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
+    # A sample of the bytes that were packed or loaded, and weight's version (what torch counts
+    # writes by) when they were last compared with it: -1 for never, None if it counts none.
+    _sealed: bytes | None = None
+    _sealed_version: int | None = -1
 
     def _init_packed(self, N: int, K: int, config, dtype) -> None:
         name = type(self).__name__
@@ -126,7 +133,8 @@ class _Packed4bit(nn.Module):
 
     def _set_empty(self, device) -> None:
         """Allocates the packed tensors on device without filling them."""
-        for key, size in {**self._sizes(), "weight_codebook": (64,)}.items():
+        self._unseal()
+        for key, size in {**self._sizes(), "weight_codebook": (_CODEBOOK_BYTES,)}.items():
             setattr(self, key, _frozen(torch.empty(size, dtype=torch.uint8, device=device)))
         if not self.weight_codebook.is_meta:
             self.weight_codebook.copy_(self._codebook_bytes(device))
@@ -142,13 +150,58 @@ class _Packed4bit(nn.Module):
     def _set_quantized(self, q: QuantizedTensor) -> None:
         for key, parameter in self._as_parameters(q).items():
             setattr(self, key, parameter)
+        self._unseal()
+        self._check_bytes()
 
     def _quantize(self, weight: torch.Tensor) -> None:
         self._set_quantized(quantize_with(weight, self.config))
 
+    def _unseal(self) -> None:
+        """Lets the next _check_bytes take the bytes that are then there."""
+        self._sealed, self._sealed_version = None, -1
+
+    def _copied_from(self, other: _Packed4bit) -> None:
+        """Says that other's packed bytes were written over this module's."""
+        other._check_bytes()
+        self._sealed, self._sealed_version = other._sealed, -1
+
+    def _held(self) -> list[torch.Tensor]:
+        """The packed tensors, weight first; none where one has another shape, as a process's share
+        may have."""
+        sizes = {**self._sizes(), "weight_codebook": (_CODEBOOK_BYTES,)}
+        held = [self._parameters.get(key) for key in sizes]
+        whole = all(t is not None and t.shape == size for t, size in zip(held, sizes.values()))
+        return held if whole else []
+
+    def _check_bytes(self) -> None:
+        """RuntimeError if the packed bytes are others than were packed or loaded.
+
+        What arithmetic on all parameters does (EMA, SWA, model soups) is always found; a write to a
+        few bytes may not be. Where the bytes cannot be read, the next forward pass looks.
+        """
+        held = self._held()
+        sample = byte_sample(held) if held else None
+        if sample is None:
+            self._sealed_version = -1
+            return
+        if self._sealed is None:
+            self._sealed = sample
+        elif sample != self._sealed:
+            N, K = self._shape
+            raise RuntimeError(
+                f"{type(self).__name__}: the packed bytes of this [{N}, {K}] weight were changed "
+                "in place after they were packed or loaded. Arithmetic on them, such as an average "
+                "of all parameters, gives a broken weight: average only parameters with "
+                "requires_grad, and load other packed weights with load_state_dict"
+            )
+        weight = held[0]
+        self._sealed_version = None if weight.is_inference() else weight._version
+
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight as a QuantizedTensor that shares this module's bytes."""
+        """The weight as a QuantizedTensor that shares this module's bytes. RuntimeError if they
+        were changed in place, as averaging does."""
+        self._check_bytes()
         p = self._parameters
         return QuantizedTensor(
             packed=p["weight"].detach(),
@@ -166,8 +219,18 @@ class _Packed4bit(nn.Module):
         # Read from the dict, not through nn.Module.__getattr__: at M = 1 that would be a tenth of
         # the call. Never cached: .to(), loading and FSDP2 swap the parameters.
         p = self._parameters
+        weight = p["weight"]
+        if not is_compiling():
+            sealed = self._sealed_version
+            if sealed is not None:  # None: an inference tensor
+                try:
+                    changed = weight._version != sealed
+                except RuntimeError:  # it became one just now
+                    changed = True
+                if changed:
+                    self._check_bytes()
         return (
-            p["weight"],
+            weight,
             p["weight_absmax"],
             p["weight_nested"],
             p["weight_mean"],
@@ -184,6 +247,21 @@ class _Packed4bit(nn.Module):
     def reset_parameters(self) -> None:
         """Does nothing: packed weights come from a dense weight or a checkpoint."""
 
+    def train(self, mode: bool = True):
+        """As nn.Module's; eval() looks for bytes changed past what torch counts: writes to .data,
+        and those between two calls of a compiled model."""
+        if not mode:
+            self._check_bytes()
+        return super().train(mode)
+
+    def __getstate__(self):
+        self._check_bytes()  # a copy or a pickle goes on from here
+        return self.__dict__
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._check_bytes()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _apply(self, fn, recurse=True):
         def keep_bytes(tensor):
             moved = fn(tensor)
@@ -193,6 +271,9 @@ class _Packed4bit(nn.Module):
             return moved
 
         super()._apply(keep_bytes, recurse)
+        self._sealed_version = -1
+        if self.weight.is_meta:
+            self._unseal()
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.dtype in FLOAT_DTYPES:
             self.dtype = probe.dtype
@@ -201,7 +282,7 @@ class _Packed4bit(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        errors = self._check_state(state_dict, prefix)
+        errors = self._check_kinds(state_dict, prefix) or self._check_state(state_dict, prefix)
         if errors:
             error_msgs += errors
             return
@@ -209,9 +290,23 @@ class _Packed4bit(nn.Module):
             for key in self._sizes():
                 if prefix + key in state_dict:
                     state_dict[prefix + key] = _aligned(state_dict[prefix + key])
+        before = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if prefix + "weight" in state_dict and len(error_msgs) == before:
+            self._unseal()
+            self._check_bytes()
+
+    def _check_kinds(self, state_dict, prefix: str) -> list[str]:
+        """Entries for this module that are no dense tensors, a sentence each."""
+        errors = []
+        for key in self._parameters:
+            value = state_dict.get(prefix + key)
+            got = not_plain(value)
+            if prefix + key in state_dict and got is not None:
+                errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
+        return errors
 
     def _check_state(self, state_dict, prefix: str) -> list[str]:
         """What is wrong with the packed tensors of a state dict, a sentence each."""
@@ -219,7 +314,7 @@ class _Packed4bit(nn.Module):
         if not any(prefix + key in state_dict for key in _PACKED_KEYS):
             return []  # an adapter alone, say; torch reports the key if loading is strict
         errors = []
-        for key, size in {**self._sizes(), "weight_codebook": (64,)}.items():
+        for key, size in {**self._sizes(), "weight_codebook": (_CODEBOOK_BYTES,)}.items():
             tensor = state_dict.get(prefix + key)
             if tensor is None:
                 errors.append(
@@ -267,6 +362,15 @@ class _Packed4bit(nn.Module):
                     f"{name}: {prefix}{key} holds a NaN or an infinity, want finite fp32 "
                     "statistics; the checkpoint is damaged"
                 )
+        # The codebook is compared above.
+        sample = byte_sample([state_dict[prefix + key] for key in self._sizes()])
+        sealed = (self._sealed or b"")[:-_CODEBOOK_BYTES]
+        if sample is not None and is_arithmetic(sealed, sample):
+            errors.append(
+                f"{name}: {prefix}weight holds this layer's bytes after arithmetic on them, as an "
+                "average of state dicts gives; average the floating-point entries alone and take "
+                "the uint8 ones as they are"
+            )
         return errors
 
     def _describe(self) -> str:
@@ -456,7 +560,7 @@ def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias, always: bool) ->
     # A backward to come decides for the panels: it gains most. A graph for any number of rows
     # takes them too.
     backward = x.requires_grad and torch.is_grad_enabled()
-    if backward or torch.compiler.is_compiling() or x.numel() >= 4 * weight.shape[1]:
+    if backward or is_compiling() or x.numel() >= 4 * weight.shape[1]:
         return ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -542,11 +646,12 @@ class _Lora(nn.Module):
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
 
-        ValueError unless lora_alpha is a finite, positive number, as LoraConfig wants it.
+        ValueError unless lora_alpha is a positive number that fits float32, as in LoraConfig.
         """
-        if not is_number(lora_alpha) or not 0 < lora_alpha < math.inf:
+        if not is_number(lora_alpha) or not 0 < lora_alpha <= FLOAT_MAX:
             raise ValueError(
-                f"{type(self).__name__}: lora_alpha is {lora_alpha!r}, want a finite number above 0"
+                f"{type(self).__name__}: lora_alpha is {short(lora_alpha)}, want a finite number "
+                "above 0 that fits float32"
             )
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
@@ -636,7 +741,7 @@ class LoraLinear4bit(_Lora, Linear4bit):
         p = self._parameters
         lora_A = p["lora_A"]
         dropout = self.lora_dropout if self.training else 0.0
-        group = None if torch.compiler.is_compiling() else self.shared_input
+        group = None if is_compiling() else self.shared_input
         if group is not None and group.pays(x, dropout):
             x, dropped, S = group.take(self, x, self._input, lora_A, self.scaling, dropout)
         else:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import _C, ops
-from .checks import FLOAT_MAX, is_number, short
+from .checks import FLOAT_MAX, check_scaling, is_number, not_plain, short
 
 QUANT_TYPES = (*_C.codebooks(), "custom")
 NORMALIZATIONS = ("absmax", "standard", "none")
@@ -213,6 +214,7 @@ class QuantizedTensor:
         Codebooks and statistics that bitsandbytes does not have (any quant_type but nf4 and fp4,
         `mean`) are stored in the same way under names it will refuse.
         """
+        _check_prefix("state_dict", prefix)
         device = self.device
         meta: dict[str, Any] = {
             "quant_type": self.quant_type,
@@ -247,9 +249,28 @@ class QuantizedTensor:
     @classmethod
     def from_state_dict(cls, d: Mapping[str, Tensor], prefix: str = "weight") -> "QuantizedTensor":
         """Reads what `state_dict` or bitsandbytes wrote, any quant_storage. Nothing is trusted: a
-        wrong size, an unknown type or a hostile description is a ValueError, a missing key a
-        KeyError, and each names what it is about."""
+        wrong size, an unknown type, a tensor whose memory does not hold its values (quantized by
+        torch, nested, sparse, conjugate, negative) or a hostile description is a ValueError, a
+        missing key a KeyError, and each names what it is about. TypeError unless d is a mapping and
+        prefix a str."""
+        if not isinstance(d, Mapping):
+            raise TypeError(
+                f"QuantizedTensor.from_state_dict: d is a {type(d).__name__}, want a mapping of "
+                "names to tensors"
+            )
+        _check_prefix("from_state_dict", prefix)
         return _StateReader(d, prefix).read()
+
+
+def _check_prefix(function: str, prefix) -> None:
+    if not isinstance(prefix, str):
+        raise TypeError(
+            f"QuantizedTensor.{function}: prefix is a {type(prefix).__name__}, want a str"
+        )
+    if "\0" in prefix:
+        raise ValueError(
+            f"QuantizedTensor.{function}: prefix is {short(prefix)}, want one without NUL"
+        )
 
 
 class _StateReader:
@@ -272,15 +293,22 @@ class _StateReader:
         return self.checked(key, self.d[key])
 
     def checked(self, key: str, value) -> Tensor:
-        if not isinstance(value, Tensor) or value.device.type == "meta":
-            got = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
+        got = not_plain(value)
+        if got is None and (value.is_meta or isinstance(value, FakeTensor)):
+            got = "a tensor without data"
+        if got is not None:
             raise self.fail(f"{key} is {got}, want a tensor with data")
         if value.layout != torch.strided:
             raise self.fail(f"{key} has layout {value.layout}, want torch.strided")
         return value
 
     def near(self) -> list[str]:
-        return sorted(k for k in self.d if k == self.prefix or k.startswith(self.prefix + "."))
+        return sorted(
+            k for k in self.names() if k == self.prefix or k.startswith(self.prefix + ".")
+        )
+
+    def names(self) -> list[str]:
+        return [key for key in self.d if isinstance(key, str)]
 
     def read(self) -> QuantizedTensor:
         meta = self.read_meta()
@@ -315,7 +343,9 @@ class _StateReader:
         )
 
     def read_meta(self) -> dict[str, Any]:
-        keys = [k for k in self.d if k.startswith(f"{self.prefix}.quant_state.")]
+        keys = [k for k in self.names() if k.startswith(f"{self.prefix}.quant_state.")]
+        if any("\0" in key for key in keys):
+            raise self.fail(f"the state dict has the key {short(keys[0])}, want one without NUL")
         if len(keys) != 1:
             raise KeyError(
                 "QuantizedTensor.from_state_dict: want one key "
@@ -598,7 +628,9 @@ def lora_linear_4bit(
     bfloat16 or float16 x), scaling = alpha / r (LoRA, arXiv 2106.09685). `dropout` is the
     probability of zeroing an element of the bypass's input; it is always applied when > 0, so
     pass 0 for evaluation. Otherwise as `linear_4bit`; differentiable in x, lora_A, lora_B, bias.
+    Raises ValueError for a scaling that is not finite or does not fit float32.
     """
+    check_scaling("lora_linear_4bit", scaling)
     x = autocast(x)
     args = _op_args("lora_linear_4bit", q)
     if dropout == 0.0:
@@ -616,7 +648,9 @@ def merge_lora_4bit(
 ) -> Tensor:
     """dequantize(W) + scaling B A, summed in fp32 and rounded once to `dtype`: a dense [N, K].
 
-    lora_A [r, K], lora_B [N, r] of one dtype. Raises RuntimeError for shapes that do not fit. A sum
-    beyond float16's range becomes an infinity here; merge_and_unload names the layer instead.
+    lora_A [r, K], lora_B [N, r] of one dtype. Raises RuntimeError for shapes that do not fit,
+    ValueError for a scaling that is not finite or does not fit float32. A sum beyond float16's
+    range becomes an infinity here; merge_and_unload names the layer instead.
     """
+    check_scaling("merge_lora_4bit", scaling)
     return ops.merge_lora_4bit(_op_args("merge_lora_4bit", q), lora_A, lora_B, scaling, dtype)

@@ -10,7 +10,7 @@ from cases import CONFIGS, make_weight, random_weight
 
 import qlora_ext
 from qlora_ext import QuantConfig, QuantizedTensor, checks, ops
-from qlora_ext.nn import Linear4bit
+from qlora_ext.nn import Linear4bit, LoraLinear4bit
 
 # quantize_4bit ------------------------------------------------------------------------------
 
@@ -445,6 +445,136 @@ def test_strided_entries():
     assert d["w.nested_absmax"].numel() == 1 and d["w.nested_absmax"].stride() == (2,)
     got = QuantizedTensor.from_state_dict(d, "w")
     assert torch.equal(qlora_ext.dequantize_4bit(got), qlora_ext.dequantize_4bit(want))
+
+
+def negative(t):
+    return torch.complex(t.float(), -t.float()).conj().imag  # the values of t, negated in memory
+
+
+# Tensors whose memory does not hold their values, or that have none; and what is no tensor.
+ODD = {
+    "quantized": (
+        lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
+        r"is a quantized tensor of torch \(torch.quint8\)",
+    ),
+    "per-channel": (
+        lambda t: torch.quantize_per_channel(
+            t.float().reshape(1, -1), torch.ones(1), torch.zeros(1), 0, torch.qint8
+        ),
+        r"is a quantized tensor of torch \(torch.qint8\)",
+    ),
+    "nested": (
+        lambda t: torch.nested.nested_tensor([t.reshape(-1)]),
+        "is a nested tensor",
+    ),
+    "jagged": (
+        lambda t: torch.nested.nested_tensor([t.reshape(-1)], layout=torch.jagged),
+        "is a nested tensor",
+    ),
+    "conjugate": (lambda t: t.to(torch.complex64).conj(), "is a conjugate view"),
+    "negative": (negative, "is a view with the negative bit"),
+    "negative-bytes": (lambda t: torch._neg_view(t.clone()), "is a view with the negative bit"),
+    "none": (lambda t: None, "is NoneType, want a"),
+    "text": (lambda t: "0", "is str, want a"),
+    "number": (lambda t: 0, "is int, want a"),
+    "list": (lambda t: t.tolist(), "is list, want a"),
+    "array": (lambda t: t.numpy(), "is ndarray, want a"),
+}
+
+
+@pytest.mark.parametrize("key", entries())
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_entries(kind, key):
+    odd, message = ODD[kind]
+    with pytest.raises(ValueError, match=f"from_state_dict: w: {key} {message}"):
+        QuantizedTensor.from_state_dict(changed(key, odd), "w")
+
+
+@pytest.mark.parametrize("key", entries())
+def test_fake_entries(key):
+    d = entries()
+    d[key] = torch._subclasses.FakeTensorMode().from_tensor(d[key])
+    with pytest.raises(ValueError, match=f"from_state_dict: w: {key} is a tensor without data"):
+        QuantizedTensor.from_state_dict(d, "w")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_entries_of_a_module(kind, assign):
+    odd, message = ODD[kind]
+    layer = LoraLinear4bit(64, 48)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    for key in before:
+        d = layer.state_dict()
+        d[key] = odd(d[key])
+        with pytest.raises(RuntimeError, match=f"LoraLinear4bit: {key} {message}"):
+            layer.load_state_dict(d, assign=assign)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
+
+
+def test_odd_names():
+    d = entries()
+    with pytest.raises(TypeError, match="from_state_dict: d is a list, want a mapping"):
+        QuantizedTensor.from_state_dict([d], "w")
+    with pytest.raises(TypeError, match="from_state_dict: prefix is a NoneType, want a str"):
+        QuantizedTensor.from_state_dict(d, None)
+    with pytest.raises(ValueError, match=r"from_state_dict: prefix is 'w.x00', want one without"):
+        QuantizedTensor.from_state_dict(d, "w\0")
+    q = QuantizedTensor.from_state_dict({**d, 1: torch.zeros(1), None: None}, "w")
+    with pytest.raises(ValueError, match=r"state_dict: prefix is 'w.x00', want one without NUL"):
+        q.state_dict("w\0")
+    key = "w.quant_state.bitsandbytes__nf4"
+    d[f"{key}\0"] = d.pop(key)
+    with pytest.raises(ValueError, match=r"has the key '.*nf4.x00', want one without NUL"):
+        QuantizedTensor.from_state_dict(d, "w")
+
+
+# Scaling ------------------------------------------------------------------------------------------
+
+NO_SCALING = [
+    *(float("inf"), -float("inf"), float("nan"), 1e300, -1e39, 10**400, 10**5000, "2", None, True),
+    *(torch.tensor(float("nan")), torch.tensor(1e300, dtype=torch.float64), torch.ones(2)),
+]
+
+
+@pytest.mark.parametrize("value", NO_SCALING, ids=range(len(NO_SCALING)))
+def test_scaling_that_is_no_finite_number(value):
+    q, x = make_weight((48, 64))[1], torch.randn(2, 64)
+    A, B = torch.randn(4, 64), torch.randn(48, 4)
+    for dropout in (0.0, 0.5):
+        with pytest.raises(ValueError, match=r"lora_linear_4bit: scaling is .* want a finite num"):
+            qlora_ext.lora_linear_4bit(x, q, A, B, value, dropout=dropout)
+    with pytest.raises(ValueError, match=r"merge_lora_4bit: scaling is .* want a finite number"):
+        qlora_ext.merge_lora_4bit(q, A, B, value)
+    with pytest.raises(ValueError, match=r"LoraConfig: lora_alpha is .* want a positive number"):
+        qlora_ext.LoraConfig(lora_alpha=value)
+    with pytest.raises(ValueError, match=r"LoraLinear4bit: lora_alpha is .* want a finite number"):
+        LoraLinear4bit(64, 48, r=4, lora_alpha=value)
+    layer = LoraLinear4bit(64, 48, r=4)
+    with pytest.raises(ValueError, match=r"LoraLinear4bit: lora_alpha is .* want a finite number"):
+        layer.set_scaling(value)
+    assert layer.scaling == 4 and layer.lora_alpha == 16
+
+
+@pytest.mark.parametrize("value", NO_SCALING, ids=range(len(NO_SCALING)))
+def test_scaling_of_peft_that_is_no_finite_number(value):
+    peft = pytest.importorskip("peft")
+    config = {"r": 4, "target_modules": ["0"]}
+    net = torch.nn.Sequential(Linear4bit(64, 48))
+    layer = peft.get_peft_model(net, peft.LoraConfig(**config)).base_model.model[0]
+    for call in (
+        lambda: layer.set_scale("default", value),
+        lambda: layer.scale_layer(value),
+        lambda: layer.unscale_layer([] if value is None else value),  # None is the first scale
+    ):
+        with pytest.raises(ValueError, match=r"scale.*: 0: scale is .* want a finite number"):
+            call()
+    with pytest.raises(ValueError, match=r"unscale_layer: 0: 1 / scale is inf, want a finite num"):
+        layer.unscale_layer(0)
+    assert layer.scaling == {"default": 2}
+    net = torch.nn.Sequential(Linear4bit(64, 48))
+    with pytest.raises(ValueError, match=r"LoraConfig: 0: lora_alpha is .* want a finite number"):
+        peft.get_peft_model(net, peft.LoraConfig(**config, lora_alpha=value))
 
 
 @pytest.mark.parametrize("key", ["weight", "weight_absmax", "weight_nested", "weight_codebook"])

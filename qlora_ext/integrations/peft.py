@@ -30,6 +30,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 import sys
 import types
 import warnings
@@ -54,6 +55,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
+from ..checks import check_scaling
 from ..lora import check_trainable
 from ..merge import IN_MEMORY
 from ..merge_4bit import UnquantizedWeights
@@ -252,6 +254,30 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
         self._name = target_name or type(self).__name__
         super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """As PEFT's. ValueError for a scale that is not finite or does not fit float32."""
+        check_scaling(f"set_scale: {self._name}", scale, "scale")
+        super().set_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """As PEFT's. ValueError for a scale that is not finite or does not fit float32."""
+        check_scaling(f"scale_layer: {self._name}", scale, "scale")
+        super().scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """As PEFT's. ValueError for a scale that is zero, not finite or does not fit float32."""
+        if scale is not None:
+            check_scaling(f"unscale_layer: {self._name}", scale, "scale")
+            check_scaling(
+                f"unscale_layer: {self._name}", 1 / scale if scale else math.inf, "1 / scale"
+            )
+        super().unscale_layer(scale)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, *args, **kwargs) -> None:
+        """As PEFT's. ValueError for a lora_alpha that is not finite or does not fit float32."""
+        check_scaling(f"LoraConfig: {self._name}", lora_alpha, "lora_alpha")
+        super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
 
     @property
     def lora_variants(self):

@@ -1,0 +1,103 @@
+"""torch's AveragedModel (EMA, SWA) over models with packed weights.
+
+It averages every parameter and, with use_buffers, every buffer. Integers among them (packed bytes,
+position ids, counters) would be averaged as numbers and truncated. Here they are left out of the
+average and copied from the model, as AveragedModel itself does with buffers by default. Models
+without an integer parameter are averaged by torch alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..nn import _Packed4bit
+
+_Entry = tuple[dict[str, Tensor | None], str, Tensor]  # a module's dict, the key, what is there
+
+# For each AveragedModel the tensors that were copied last, with what torch counts their writes by.
+_copied: weakref.WeakKeyDictionary[AveragedModel, list] = weakref.WeakKeyDictionary()
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _integers(model: nn.Module) -> list[_Entry]:
+    """Every integer parameter and buffer of the model, in order."""
+    return [
+        (owner, key, tensor)
+        for module in model.modules()
+        for owner in (module._parameters, module._buffers)
+        for key, tensor in owner.items()
+        if tensor is not None and not _is_number(tensor)
+    ]
+
+
+@contextlib.contextmanager
+def _hidden(entries: list[_Entry]) -> Iterator[None]:
+    """parameters() and buffers() skip the entries meanwhile."""
+    try:
+        for owner, key, _ in entries:
+            owner[key] = None
+        yield
+    finally:
+        for owner, key, tensor in entries:
+            owner[key] = tensor
+
+
+def _is_as_copied(averaged: AveragedModel, tensors: list[Tensor]) -> bool:
+    last = _copied.get(averaged, [])
+    return len(last) == len(tensors) and all(
+        ref() is t and not t.is_inference() and t._version == version
+        for (ref, version), t in zip(last, tensors, strict=True)
+    )
+
+
+@torch.no_grad()
+def _copy(averaged: AveragedModel, model: nn.Module, pairs: list[tuple[_Entry, _Entry]]) -> None:
+    """Copies the model's integers into the average, unless none was written to since the last."""
+    tensors = [entry[2] for pair in pairs for entry in pair]
+    if _is_as_copied(averaged, tensors):
+        return
+    for (_, _, own), (_, _, theirs) in pairs:
+        own.detach().copy_(theirs.detach())
+    layers = ([m for m in x.modules() if isinstance(m, _Packed4bit)] for x in (averaged, model))
+    for own_layer, their_layer in zip(*layers, strict=True):
+        own_layer._copied_from(their_layer)
+    # An inference tensor counts no writes.
+    _copied[averaged] = [
+        (weakref.ref(t), None if t.is_inference() else t._version) for t in tensors
+    ]
+
+
+def _keeping_integers(update_parameters):
+    @functools.wraps(update_parameters)
+    def update(self: AveragedModel, model: nn.Module) -> None:
+        if all(map(_is_number, model.parameters())):
+            return update_parameters(self, model)
+        own, theirs = _integers(self.module), _integers(model)
+        names = [[(key, tensor.shape) for _, key, tensor in entries] for entries in (own, theirs)]
+        if names[0] != names[1]:
+            raise ValueError(
+                "AveragedModel: the model's packed weights have other names or shapes than those "
+                "of the average, want the model that it was made from"
+            )
+        with _hidden(own + theirs):
+            update_parameters(self, model)
+        _copy(self, model, list(zip(own, theirs, strict=True)))
+
+    update.keeps_integers = True
+    return update
+
+
+def attach() -> None:
+    """Makes AveragedModel.update_parameters leave integers as they are. Idempotent."""
+    if not hasattr(AveragedModel.update_parameters, "keeps_integers"):
+        AveragedModel.update_parameters = _keeping_integers(AveragedModel.update_parameters)

@@ -1,0 +1,66 @@
+"""How a packed layer notices that arithmetic was done on its bytes.
+
+Tools that average models (EMA, SWA, model soups) treat every tensor as numbers. Codes and the bytes
+of statistics are none: an average of uint8 tensors is truncated, so it differs even where all the
+inputs are equal. A layer keeps a sample of its bytes from when they were packed or loaded and
+compares it later. Arithmetic touches all elements alike, so a sample shows it as well as a checksum
+of everything, and costs microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+_CODES, _STATISTICS = 1024, 256  # bytes of the sample, of the first tensor and of each other one
+_WINDOWS = 4  # places that they are taken from: the head of a table alone may be all zeros
+
+
+def _windows(tensor: Tensor, size: int) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    length = flat.numel() // _WINDOWS
+    if flat.numel() <= size:
+        return flat
+    return flat[: length * _WINDOWS].view(_WINDOWS, length)[:, : size // _WINDOWS].reshape(-1)
+
+
+def byte_sample(tensors: Sequence[Tensor]) -> bytes | None:
+    """Up to 1,024 bytes of the first uint8 tensor and 256 of each other one.
+
+    None if they cannot be read here: on meta or in part (a DTensor, another subclass), while a
+    graph is traced or captured. On a GPU this waits for the device.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    plain = (Tensor, torch.nn.Parameter)
+    if not all(type(t) in plain and t.dtype == torch.uint8 and not t.is_meta for t in tensors):
+        return None
+    if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+        return None
+    sizes = [_CODES] + [_STATISTICS] * (len(tensors) - 1)
+    with _disable_current_modes():  # a mode may fake the results
+        parts = [_windows(t, size) for t, size in zip(tensors, sizes, strict=True)]
+        if len({part.device for part in parts}) > 1:
+            parts = [part.cpu() for part in parts]
+        return torch.cat(parts).cpu().numpy().tobytes()
+
+
+def is_arithmetic(old: bytes, new: bytes) -> bool:
+    """Whether new looks like old after arithmetic on each byte, as a truncated average does.
+
+    Then equal bytes have become equal bytes, none of them grew (or none shrank), and different
+    ones mostly stayed different. Other weights do not stand in such a relation.
+    """
+    if len(old) != len(new) or old == new:
+        return False
+    pairs = set(zip(old, new, strict=True))
+    values = len({before for before, _ in pairs})
+    return (
+        len(pairs) == values  # a function of the byte
+        and len(old) - values >= 32  # which is no accident
+        and 3 * len({after for _, after in pairs}) >= values >= 16
+        and (all(a >= b for a, b in pairs) or all(a <= b for a, b in pairs))
+    )
