@@ -1,6 +1,5 @@
 """What must not regress in the compiled kernels: read from SASS, so no GPU is needed."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,17 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 
 
-def load_report():
-    spec = importlib.util.spec_from_file_location(
-        "kernel_report", ROOT / "bench" / "kernel_report.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_report"] = module
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT / "bench"))
 
-
-report = load_report()
+import kernel_report as report  # noqa: E402
+import ptxas_report  # noqa: E402
+import sass_flow  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +145,93 @@ def test_dequantize_moves_sixteen_bytes_at_a_time(kernels):
         assert all("128" in report.modifiers(i) for i in stores), k.name
         assert any("128" in report.modifiers(i) for i in loop if report.opcode(i) == "LDG"), k.name
         assert k.occupancy == 1.0, k.name
+
+
+# ---------------------------------------------------------------- what ptxas did
+
+
+def test_no_copy_has_an_l2_policy():
+    """`cp.async ... L2::cache_hint` is what ptxas miscompiles for 9.0 and newer."""
+    for path in [*CUDA.glob("*.cuh"), *CUDA.glob("*.cu")]:
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        assert "cache_hint" not in code and "createpolicy" not in code, path.name
+
+
+@pytest.mark.parametrize("arch", report.FLOW_ARCHS)
+def test_no_register_is_read_that_nothing_wrote(arch):
+    """Uniform registers, predicates and registers in addresses; bench/sass_flow.py. Nor is any
+    wgmma serialized."""
+    if sentence := report.missing_tools():
+        pytest.skip(sentence)
+    ((functions, sentences),) = report.flow((arch,)).values()
+    assert sentences == ()
+    assert functions >= len(report.KERNELS)
+
+
+def test_the_flow_check_sees_every_kernel_of_the_binaries(kernels):
+    """A listing that is cut short or read wrongly would have nothing to find."""
+    cubin = report.compile_cubin("gemm_4bit", "9.0a")
+    listing = report.run(report.find_tool("cuobjdump"), "-sass", cubin)
+    functions = {name: code for _, name, code in sass_flow.parse_listing(listing)}
+    assert len(functions) == listing.count("Function :") > 0
+    assert sum(map(len, functions.values())) == len(
+        re.findall(r"^ +/\*[0-9a-f]{4,}\*/", listing, re.M)
+    )
+    # The planted fault: a copy's descriptor becomes a register that nothing writes.
+    name, code = max(functions.items(), key=lambda f: len(f[1]))
+    at = next(i for i, (_, text) in enumerate(code) if "LDGSTS" in text)
+    code[at] = code[at][0], re.sub(r"desc\[UR\d+\]", "desc[UR61]", code[at][1])
+    (finding,) = sass_flow.check_function(name, code)
+    assert finding.problem == "reads UR61, UR62, which no path wrote"
+
+
+def test_serialized_wgmma_is_reported(tmp_path):
+    cubin = tmp_path / "k.cubin"
+    said = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    Path(f"{cubin}.txt").write_text(f"ptxas info    : {said} due to k\nptxas info    : 5 bytes\n")
+    assert report.messages(cubin) == (f"ptxas info    : {said} due to k",)
+
+
+def test_ptx_for_an_older_ptxas_says_so(tmp_path, monkeypatch):
+    """12.9 refuses the header of 13.0's PTX. The file that it gets is gone afterwards."""
+    ptx, cubin = tmp_path / "k.ptx", tmp_path / "k.cubin"
+    ptx.write_text("// .version 9.0\n.version 9.0\n.target sm_90a\n")
+    given = []
+    monkeypatch.setattr(report, "run", lambda *command: given.append(command[-3].read_text()) or "")
+    for version in ("12.9.86", "13.5.37"):
+        report.Ptxas(version, Path("ptxas")).assemble(ptx, "9.0a", cubin)
+    assert given == [ptx.read_text().replace("\n.version 9.0", "\n.version 8.8"), ptx.read_text()]
+    assert list(tmp_path.iterdir()) == [ptx]
+
+
+def test_each_version_of_ptxas_is_taken_once(tmp_path, monkeypatch):
+    """nvcc's first, the others by version."""
+    releases = {
+        "a/ptxas": "13.10.2",
+        "b/ptxas": "13.0.88",
+        "c/bin/ptxas": "13.4.59",
+        "nvcc": "13.0.88",
+    }
+    for name in list(releases)[:3]:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    versions = {str(tmp_path / name): version for name, version in releases.items()}
+    monkeypatch.setattr(report, "nvcc_ptxas", lambda: report.Ptxas("13.0.88"))
+    monkeypatch.setattr(report, "version_of", lambda path: versions.get(str(path), "12.9.86"))
+    found = [p.version for p in ptxas_report.find_ptxas(tmp_path)]
+    assert [v for v in found if v != "12.9.86"] == ["13.0.88", "13.4.59", "13.10.2"]
+
+
+def test_main_loops_that_differ_are_rows():
+    lengths = {"same": [100, 100], "near": [100, 110], "far": [100, 111], "gone": [100, None]}
+    assert set(ptxas_report.differing(lengths)) == {"far", "gone"}
+    table = ptxas_report.markdown([report.Ptxas("13.0.88"), report.Ptxas("13.5.37")], lengths)
+    assert table.splitlines() == [
+        "| kernel | 13.0.88 | 13.5.37 |",
+        "| --- | --- | --- |",
+        "| `far` | 100 | 111 |",
+        "| `gone` | 100 | - |",
+    ]
 
 
 # ---------------------------------------------------------------- the library that was built
