@@ -227,7 +227,6 @@ cuda: .venv-torch-$(TORCH_NEWER)/ready
 	$(call compile_cuda,$(ARCHS),cuda)
 	cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python -m pytest -q test_kernel_report.py
 	.venv-torch-$(TORCH_NEWER)/bin/python bench/kernel_report.py
-	.venv-torch-$(TORCH_NEWER)/bin/python bench/kernel_report.py --flow
 
 archs: .venv-torch-$(TORCH_NEWER)/ready
 	rm -rf build/lib build/lib.* build/bdist.* build/archs
