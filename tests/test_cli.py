@@ -244,7 +244,7 @@ def test_checkpoints_that_cannot_be_quantized_are_one_sentence(llama, tmp_path):
     (llama / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     assert "lacks 9 tensors" in run("quantize", llama, tmp_path / "o", ok=False)
     (llama / "config.json").write_text("{")
-    assert "config.json cannot be read" in run("quantize", llama, tmp_path / "o", ok=False)
+    assert "config.json is not JSON" in run("quantize", llama, tmp_path / "o", ok=False)
     assert not (tmp_path / "o").exists()
     assert not (tmp_path / "o.partial").exists()
 
@@ -671,7 +671,7 @@ def test_merge_by_text_leaves_nothing_of_another_run(llama, tmp_path):
         shutil.copy(path, tmp_path / "damaged")
     (tmp_path / "damaged" / "tokenizer.json").write_text("{")
     broken = ["merge", tmp_path / "base", tmp_path / "damaged", tmp_path / "out", "--own-text"]
-    assert "its tokenizer does not load" in run(*broken, ok=False)
+    assert "has a tokenizer that does not load" in run(*broken, ok=False)
     assert not (tmp_path / "out.partial").exists()
 
     run(*command, "--own-text")
@@ -708,11 +708,14 @@ def test_four_bit_merge_of_what_fp16_cannot_hold_is_an_error(llama, tmp_path):
                 parameter.fill_(60000.0)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     command = ["merge", tmp_path / "half", tmp_path / "adapter", tmp_path / "out", "--four-bit"]
-    assert "lm_head.weight holds a value that float16 cannot" in run(*command, ok=False)
+    assert re.search(
+        r"lm_head.weight holds [\d,]+ values of [\d,]+ that torch.float16 cannot hold",
+        run(*command, ok=False),
+    )
     (tmp_path / "text.txt").write_text("some words " * 200)
     command[3] = tmp_path / "other"
     said = run(*command, "--calibration", tmp_path / "text.txt", ok=False)
-    assert "a merged dense layer is not finite" in said and "Traceback" not in said
+    assert "lm_head.weight holds" in said and "float16 cannot" in said
 
 
 def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):
