@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import re
 from collections import defaultdict
@@ -110,22 +111,22 @@ def _culprit(raw: dict, make_of: Callable) -> str | None:
     return next((k for k in raw if works({n: v for n, v in raw.items() if n != k})), None)
 
 
-def model_class(config) -> type:
-    """The class that was saved, or the causal language model of the config's architecture."""
+def model_class(config, path: Path | str = "config.json") -> type:
+    """The class that was saved, or the causal language model of the config's architecture; path is
+    how errors call the config's file."""
     for name in config.architectures or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             if found.config_class is not None and not isinstance(config, found.config_class):
                 raise CheckpointError(
-                    f"config.json names the architecture {name}, which is none of a "
-                    f"{config.model_type!r}"
+                    f"{path}: architectures has {name}, which is none of a {config.model_type!r}"
                 )
             return found
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise CheckpointError(
-            f"config.json names the architectures {short(config.architectures)}, and transformers "
+            f"{path}: architectures is {short(config.architectures)}, and transformers "
             f"{transformers.__version__} has none of them nor a language model for "
             f"{config.model_type!r}"
         ) from None
@@ -160,6 +161,24 @@ def build(config, dtype: torch.dtype, cls: type | None = None) -> nn.Module:
             if match := protected.search(name):
                 parameter.data = parameter.data.to(plan[pattern_of_group[match.lastgroup]])
     return model.eval()
+
+
+def build_folder(
+    folder: Path, config, dtype: torch.dtype, find_class: Callable = model_class
+) -> nn.Module:
+    """As `build`, of a config that was read from a folder: an error names the value at fault.
+
+    Args:
+        find_class: the class for (config, path of its file).
+    """
+    path = folder / "config.json"
+
+    def make(config):
+        return build(config, dtype, find_class(config, path))
+
+    return _naming_the_key(
+        path, read_json(path), lambda: make(config), lambda raw: make(_config_of(raw))
+    )
 
 
 @contextlib.contextmanager
@@ -220,20 +239,13 @@ class Checkpoint:
             )
         if method is not None:
             self._unpacker(method)
-        self.model = self._build(path)
+        if self.may_lack:
+            self.model = build(self.config, self.dtype, self.cls)
+        else:
+            self.model = build_folder(folder, self.config, self.dtype)
         # From here on names and shapes of the files meet a model that config.json describes.
         with reading(folder):
             self._match(paths, untie)
-
-    def _build(self, path: Path) -> nn.Module:
-        def make():
-            return build(self.config, self.dtype, self.cls)
-
-        if self.may_lack:
-            return make()
-        return _naming_the_key(
-            path, read_json(path), make, lambda raw: build(_config_of(raw), self.dtype)
-        )
 
     def _match(self, paths: list[str], untie: tuple[str, ...]) -> None:
         """Which tensors of the files make what of the model."""
@@ -512,8 +524,13 @@ class Checkpoint:
                     continue
                 if not any(narrower(parameter.dtype, dtype) for dtype in stored):
                     continue
+                full = f"{name}.{key}".lstrip(".")
+                sources = self.sources.get(full, ())
+                exact = None
+                if len(sources) == 1 and self.files.shapes[sources[0]] == parameter.shape:
+                    exact = functools.partial(self.files.__getitem__, sources[0])
                 try:
-                    check_finite(f"{name}.{key}".lstrip("."), parameter.detach(), parameter.dtype)
+                    check_finite(full, parameter.detach(), parameter.dtype, exact)
                 except OverflowError as error:
                     raise CheckpointError(
                         f"{self.folder}: config.json has dtype {parameter.dtype}, and {error}"

@@ -637,14 +637,14 @@ def load_adapter(
         r = lora_A.shape[0] if lora_A.ndim == 2 else 0
         if tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
             raise ValueError(
-                f"load_adapter: {name} has lora_A {list(lora_A.shape)} and lora_B "
+                f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
                 f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight"
             )
         rank = _per_layer(config, "rank_pattern", name, config.get("r", r))
         if rank != r:
             raise ValueError(
-                f"load_adapter: {name} has lora_A {list(lora_A.shape)} and the config says r = "
-                f"{rank}, want the same"
+                f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and the config "
+                f"says r = {rank}, want the same"
             )
         if name in present and present[name].r != r:
             raise ValueError(

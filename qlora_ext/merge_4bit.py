@@ -378,14 +378,15 @@ class UnquantizedWeights:
         of a file, of another model and where it cannot, as they are."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         transformers = sys.modules.get("transformers")
-        if path.is_dir() and transformers and isinstance(model, transformers.PreTrainedModel):
+        if os.path.isdir(path) and transformers and isinstance(model, transformers.PreTrainedModel):
             try:
                 from .checkpoint import Weights
 
                 return Weights(path, model)
             except (CheckpointError, ImportError, AttributeError) as error:
                 self.reason = str(error)
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        is_file = os.path.lexists(path) and not os.path.isdir(path)
+        files = [path] if is_file else sorted(path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self.op}: base is {path}, want safetensors files there")
         try:

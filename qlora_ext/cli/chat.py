@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..checkpoint import build, read_config, stored_method, unquantized
+from ..checkpoint import build_folder, read_config, stored_method, unquantized
 from ..checks import bad_regex, short
 from ..files import SafetensorsFiles, find_folder, read_json, reading, safetensors_files
 from ..lora import NotPlainLora
@@ -139,8 +139,12 @@ def load_model(folder: Path, packing, device: str):
 def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:
     """CliError where config.json describes more weights than the files can hold: those that are
     missing would be made at random, in memory."""
-    cls = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    wanted = sum(p.numel() for p in build(unquantized(config), torch.bfloat16, cls).parameters())
+
+    def find_class(config, path):
+        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+
+    model = build_folder(folder, unquantized(config), torch.bfloat16, find_class)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
     # Two weights a byte, and a tied weight is stored once. Small ones do no harm.
     held = sum(files.numel(key) * (2 if files.stored[key] == "U8" else 1) for key in files)
     if wanted > 2 * held + 2**20:
@@ -165,7 +169,7 @@ def load_adapter(model, folder: Path) -> None:
         except Exception:  # the first sentence is the one that helps
             raise CliError(str(error)) from None
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise CliError(str(error)) from None
+        raise CliError(str(error).removeprefix("load_adapter: ")) from None
 
 
 def _check_for_peft(folder: Path) -> None:

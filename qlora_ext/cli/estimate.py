@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoint import build, read_config, unquantized
+from ..checkpoint import build, build_folder, read_config, unquantized
 from ..checks import first_line, printable
 from ..experts import Experts4bit
 from ..lora import LoraConfig, add_lora
@@ -177,7 +177,7 @@ def load(model: str) -> transformers.PreTrainedConfig:
     if path.name == "config.json":
         path = path.parent
     if os.path.isdir(path):
-        return read_config(path)
+        return _read(path)
     try:
         from huggingface_hub import hf_hub_download
 
@@ -187,7 +187,13 @@ def load(model: str) -> transformers.PreTrainedConfig:
             f"{printable(model)} is no folder with config.json, and as a hub name it cannot be "
             f"had: {first_line(error)}"
         ) from None
-    return read_config(path)
+    return _read(path)
+
+
+def _read(folder: Path) -> transformers.PreTrainedConfig:
+    config = read_config(folder)
+    build_folder(folder, unquantized(config), torch.bfloat16)  # its errors name the key
+    return config
 
 
 def estimate(

@@ -128,7 +128,10 @@ def _ours(headers: SafetensorsFiles, settings: dict, name: str, taken: set) -> L
         *(f"{name}.{key}" for key in OURS if f"{name}.{key}" in headers),
     ]
     if keys[0] not in headers:
-        raise CliError(f"{name}.weight_absmax is there without {name}.weight: the file is damaged")
+        raise CliError(
+            f"{headers.where[f'{name}.weight_absmax']}: {name}.weight_absmax is there without "
+            f"{name}.weight: the file is damaged"
+        )
     taken.update(keys)
     packed = headers.shapes[keys[0]]
     # [N, K / 2] where K is even; else the bytes alone, and the shape is the model's to know.
@@ -166,7 +169,9 @@ def _bitsandbytes(headers: SafetensorsFiles, key: str, keys: list[str], taken: s
             str(meta["quant_type"]), int(meta["blocksize"]), "nested_offset" in meta, False
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise CliError(f"{key} is damaged ({type(error).__name__}: {error})") from None
+        raise CliError(
+            f"{headers.where[key]}: {key} is damaged ({type(error).__name__}: {error})"
+        ) from None
     nbytes = sum(headers.nbytes(k) for k in keys if not k.endswith("quant_map") and k != key)
     return Layer(stem.removesuffix(".weight"), kind, shape, math.prod(shape), nbytes, True)
 
@@ -175,12 +180,14 @@ def _lora(headers: SafetensorsFiles, settings: dict, key: str, taken: set) -> La
     name = key.removesuffix(".lora_A.weight")
     other = f"{name}.lora_B.weight"
     if other not in headers:
-        raise CliError(f"{key} is there without {other}: the adapter is damaged")
+        raise CliError(
+            f"{headers.where[key]}: {key} is there without {other}: the adapter is damaged"
+        )
     taken.update((key, other))
     if len(headers.shapes[key]) != 2 or len(headers.shapes[other]) != 2:
         raise CliError(
-            f"{key} has shape {list(headers.shapes[key])} and {other} {list(headers.shapes[other])}"
-            ", want two matrices: the adapter is damaged"
+            f"{headers.where[key]}: {key} has shape {list(headers.shapes[key])} and {other} "
+            f"{list(headers.shapes[other])}, want two matrices: the adapter is damaged"
         )
     (r, K), (N, _) = headers.shapes[key], headers.shapes[other]
     layer = name.removeprefix("base_model.model.")

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoint import Checkpoint, read_config, unquantized
 from ..checks import check_finite, check_parameters
 from ..experts import is_fused_experts
-from ..files import SafetensorsFiles, extra_files, fingerprint
+from ..files import SafetensorsFiles, extra_files, fingerprint, reading
 from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
 from ..merge import check_weight, dense_layer
 from ..models import quantize_model, replace_module
@@ -347,7 +347,8 @@ def calibrated(
     try:
         check_parameters(str(base), model)  # read in the dtype of its config.json
         model = load_adapter(model, adapter_folder)
-        batches = samples or write_calibration(model, tokenizer)
+        with reading(base, "has a model or tokenizer that writes no text"):
+            batches = samples or write_calibration(model, tokenizer)
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
     except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
@@ -368,7 +369,8 @@ def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{text} cannot be read as text: {error}") from None
     tokenizer.model_max_length = 10**9  # no warning: samples are cut below
-    ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
+    with reading(tokenizer.name_or_path, "has a tokenizer that fails"):
+        ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
     samples = [part for part in ids.split(length, dim=1) if part.numel()]
     if not samples:
         raise CliError(f"{text} is empty, want some pages of text like that the model is for")

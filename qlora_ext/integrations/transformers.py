@@ -495,8 +495,12 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
     method = None if stored is None else str(stored.get("quant_method"))
+    source = f"{Path(path) / 'config.json'}: quantization_config"
+    if method == QUANT_METHOD and local:
+        with reading(source):
+            QLoraExtConfig(**stored)
     if method == "bitsandbytes":
-        with reading(f"{path}: quantization_config"):
+        with reading(source):
             ours = QLoraExtConfig.from_bnb(stored)
         ours.checkpoint_format = "bitsandbytes"
         config.quantization_config = ours.to_dict()
