@@ -194,7 +194,9 @@ def _merge_dense(
             new._parameters[key] = nn.Parameter(cast(key, value, value), requires_grad=False)
     new._buffers = {
         # A mask's infinities stay what they are.
-        key: cast(key, buffer, None if buffer is None else buffer[buffer.isfinite()])
+        key: cast(
+            key, buffer, buffer if buffer is None or buffer.is_meta else buffer[buffer.isfinite()]
+        )
         for key, buffer in module._buffers.items()
     }
     return new
