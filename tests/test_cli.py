@@ -832,7 +832,7 @@ def test_merge_refuses_in_experts_transposed_layers_and_biases(name, tmp_path):
 
 def test_quantize_refuses_a_dtype_that_its_values_do_not_fit(tmp_path):
     """config.json says float16 of a checkpoint in fp32: what is not packed would become Inf."""
-    source = saved("llama", tmp_path / "in", torch.float32)
+    source = saved("llama", tmp_path / "in", torch.float32, vocab_size=256)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     for path in source.glob("*.safetensors"):
