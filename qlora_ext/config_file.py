@@ -83,6 +83,8 @@ def check_config(path: Path, raw: dict, tensors: int | None = None, within: str 
             names = value.values() if isinstance(value, dict) else [value]
             if any(n is not None and (not isinstance(n, str) or "/" in n) for n in names):
                 refuse(key, "the name of an implementation in transformers")
+        elif key.endswith("_config") and value is not None and not isinstance(value, dict):
+            refuse(key, "an object")
         elif isinstance(value, int) and not isinstance(value, bool):
             _check_count(key, value, tensors, refuse)
         elif isinstance(value, dict) and key.endswith("config"):

@@ -176,6 +176,7 @@ def test_an_index_names_files_of_its_folder(tmp_path, name):
         ({"architectures": [5]}, r"architectures is [5], want a list of names"),
         ({"dtype": "zzz"}, "dtype is 'zzz', want the name of a float dtype"),
         ({"dtype": "int8"}, "dtype is 'int8', want the name of a float dtype"),
+        ({"text_config": 10**9}, "text_config is 1000000000, want an object"),
         ({"quantization_config": 5}, "quantization_config is 5, want an object"),
         ({"attn_implementation": "someone/kernel"}, "want the name of an implementation"),
         ({"text_config": {"num_layers": 10**9}}, "text_config.num_layers is 1000000000"),
