@@ -32,9 +32,10 @@ PATH_TESTS ?= test_ops.py test_autograd.py test_properties.py test_bad_input.py 
 PEER_TESTS ?= test_bitsandbytes.py test_integration_bitsandbytes.py -m 'not slow'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
-# What `ptxas` takes besides nvcc's and triton's own: the last of CUDA 12, and the newest there is.
+# What `ptxas` takes besides nvcc's and triton's own: the last of CUDA 12, and the newest when this was
+# written. PTXAS_NEWEST=nvidia-cuda-nvcc takes the newest there is.
 PTXAS_OLDER ?= nvidia-cuda-nvcc-cu12==12.9.86
-PTXAS_NEWEST ?= nvidia-cuda-nvcc
+PTXAS_NEWEST ?= nvidia-cuda-nvcc==13.5.37
 
 ifeq ($(PYTHON),)
 PY := .venv/bin/python

@@ -10,16 +10,17 @@ Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -31,9 +32,10 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import bad_regex, short
+from ..checks import bad_regex, check_parameters, short
 from ..experts import Experts4bit, is_fused_experts
-from ..merge import dense_layer
+from ..files import SafetensorsFiles, reading, safetensors_files
+from ..merge import check_weight, dense_layer
 from ..models import (
     check_whole,
     is_packed,
@@ -438,6 +440,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # what a saved config holds
             dtype = getattr(torch, dtype)
         if dtype is not None:
+            check_parameters("dequantize", model, dtype)
             model.to(dtype)
         leave_no_packed_layer(model)
         return model
@@ -476,18 +479,31 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
         kwargs: for its from_pretrained: dtype, device_map, ...
 
     Raises:
-        ValueError: a checkpoint in neither format, or 8 bits.
+        ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged, or
+            say what no model can be made of (CheckpointError, which names the file).
     """
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub_kwargs = {key: kwargs[key] for key in (*hub, "trust_remote_code") if key in kwargs}
     config = kwargs.pop("config", None)
-    if config is None:
+    elsewhere = {"subfolder", "variant", "gguf_file"} & kwargs.keys()
+    local = os.path.isdir(path) and not elsewhere and not kwargs.get("trust_remote_code")
+    if config is None and local:
+        from ..checkpoint import read_config
+
+        files = SafetensorsFiles(safetensors_files(Path(path)), any_dtype=True)
+        config = read_config(Path(path), len(files))
+    elif config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub_kwargs)
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
     method = None if stored is None else str(stored.get("quant_method"))
+    source = f"{Path(path) / 'config.json'}: quantization_config"
+    if method == QUANT_METHOD and local:
+        with reading(source):
+            QLoraExtConfig(**stored)
     if method == "bitsandbytes":
-        ours = QLoraExtConfig.from_bnb(stored)
+        with reading(source):
+            ours = QLoraExtConfig.from_bnb(stored)
         ours.checkpoint_format = "bitsandbytes"
         config.quantization_config = ours.to_dict()
     elif method != QUANT_METHOD:
@@ -497,7 +513,8 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
             "transformers' from_pretrained"
         )
     model_class = model_class or transformers.AutoModelForCausalLM
-    return model_class.from_pretrained(path, config=config, **kwargs)
+    with reading(path, "cannot be loaded") if local else contextlib.nullcontext():
+        return model_class.from_pretrained(path, config=config, **kwargs)
 
 
 def save_pretrained(
@@ -631,7 +648,13 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
     """Makes every packed layer of a model dense, in the dtype the layer stands for, in place.
 
     The model is an ordinary one afterwards: saving it writes no quantization config.
+
+    Raises:
+        OverflowError: that dtype cannot hold a weight; the model is then as it was.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear4bit, Embedding4bit)):
+            check_weight(f"dequantize: {name}.weight", module, module.dtype)
     done = set()  # experts become one dense module with the layer that holds them
     for module in list(model.modules()):
         if module in done:
@@ -658,12 +681,9 @@ def _stored_layers(checkpoint_files) -> tuple[set[str], set[str]]:
     Raises:
         ValueError: a tensor of such a layer that is not bytes. transformers would cast it.
     """
-    dtypes = {}  # key -> dtype as safetensors names it
-    for file in checkpoint_files or []:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                keys = tensors.keys()
-                dtypes |= {key: tensors.get_slice(key).get_dtype() for key in keys}
+    files = [Path(file) for file in checkpoint_files or []]
+    files = [file for file in files if file.suffix == ".safetensors"]
+    dtypes = SafetensorsFiles(files, any_dtype=True).stored
     suffix = ".weight_absmax"
     names = {key.removesuffix(suffix) for key in dtypes if key.endswith(suffix)}
     theirs = {key.rpartition(".weight.")[0] for key in dtypes if ".weight." in key}
