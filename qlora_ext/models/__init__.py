@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .experts import Experts4bit, is_fused_experts
-from .nn import (
+from ..experts import Experts4bit, is_fused_experts
+from ..nn import (
     FLOAT_DTYPES,
     FUSED,
     Embedding4bit,
@@ -26,7 +26,7 @@ from .nn import (
     is_conv1d,
     is_plain_linear,
 )
-from .quantized_tensor import QuantConfig
+from ..quantized_tensor import QuantConfig
 
 __all__ = [
     "LayerReport",
@@ -295,7 +295,7 @@ def check_whole(op: str, model: nn.Module, only: str = "") -> None:
 def is_packed(module: nn.Module) -> bool:
     """Whether the parameters weight... of module are a packed weight of shape `_shape`: a layer of
     ours, or what tensor parallelism made of one."""
-    parallel = sys.modules.get(f"{__package__}.integrations.tensor_parallel")
+    parallel = sys.modules.get("qlora_ext.integrations.tensor_parallel")
     return isinstance(module, _Packed4bit) or (
         parallel is not None and isinstance(module, parallel.ParallelLinear4bit)
     )
@@ -654,7 +654,7 @@ def _tell_transformers(model: nn.Module, config: QuantConfig) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
-    from .integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer
+    from ..integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer
 
     kept = [
         name
