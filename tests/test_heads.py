@@ -175,6 +175,42 @@ def test_a_head_that_was_packed(tmp_path):
     assert logits(other).shape[-1] == 5 and logits(other).isfinite().all()
 
 
+def test_a_head_whose_name_ends_other_names_for_stock_transformers(tmp_path):
+    """There `dense` stands for every layer whose name ends so; ours means the one."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    class Odd(transformers.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = transformers.BertModel(config)
+            self.dense = nn.Linear(64, 3)
+            self.post_init()
+
+    model = quantize_model(Odd(config_of("bert")), progress_bar=False)
+    qlora_ext.save_pretrained(model, tmp_path, format="bitsandbytes")
+    stored = transformers.AutoConfig.from_pretrained(tmp_path).quantization_config
+    skipped = stored["llm_int8_skip_modules"]
+    assert not should_convert_module("dense", skipped)
+    assert all(should_convert_module(name, skipped) for name in packed_names(model))
+
+
+def test_a_packed_head_of_bitsandbytes_and_another_number_of_labels(tmp_path):
+    cls = auto("SequenceClassification")
+    torch.manual_seed(0)
+    model = quantize_model(cls.from_config(config_of("bert", num_labels=4)), progress_bar=False)
+    model.classifier = Linear4bit.from_linear(model.classifier)
+    model.hf_quantizer.quantization_config.modules_to_not_convert = []
+    qlora_ext.save_pretrained(model.eval(), tmp_path, format="bitsandbytes")
+    again = qlora_ext.from_pretrained(tmp_path, model_class=cls, dtype=torch.float32)
+    assert isinstance(again.classifier, Linear4bit)
+    assert torch.equal(logits(again), logits(model))
+    config = transformers.AutoConfig.from_pretrained(tmp_path, num_labels=6)
+    other = qlora_ext.from_pretrained(
+        tmp_path, model_class=cls, dtype=torch.float32, config=config, ignore_mismatched_sizes=True
+    )
+    assert logits(other).shape[-1] == 6 and logits(other).isfinite().all()
+
+
 def test_what_the_backbone_gains_is_fresh_too(tmp_path):
     """A pooler that the saved class had not: inside of the backbone, and absent."""
     torch.manual_seed(0)

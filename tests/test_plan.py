@@ -178,6 +178,7 @@ def test_a_shared_module_goes_by_every_name():
 
 
 def test_what_is_no_list_of_names_is_refused():
+    assert len(packed_names(quantize(tiny.make("gpt_neox"), modules_to_not_convert=["lm_head"])))
     for names in (5, [None], [""], {"a": 1}, "("):
         with pytest.raises(ValueError, match=r"op: modules_to_not_convert (got|has)"):
             as_names(names, "op")
@@ -220,6 +221,25 @@ class Alias(Reading):
 class ByName(Reading):
     def forward(self, x):
         return F.linear(self.called(x), getattr(getattr(self, "read"), "weight"))  # noqa: B009
+
+
+class ByDict(Reading):
+    def forward(self, x):
+        return F.linear(self.called(x), self._modules["read"]._parameters["weight"])
+
+
+class CastToFirst(Reading):
+    def forward(self, x):
+        return self.called(x).to(next(self.read.parameters()).dtype)
+
+
+class Computed(Reading):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"read0": nn.Linear(64, 64)})
+
+    def forward(self, x):
+        return F.linear(self.called(self.read(x)), getattr(self.inner, f"read{0}").weight)
 
 
 class Looped(Reading):
@@ -291,7 +311,7 @@ class Decorated(Reading):
 
 
 READS = [Direct, Sliced, Alias, ByName, Cast, Property, Helper, OwnHelper, HandedOn]
-READS += [Inherited, Decorated]
+READS += [Inherited, Decorated, ByDict, CastToFirst]
 
 
 @pytest.mark.parametrize("cls", READS, ids=lambda cls: cls.__name__)
@@ -312,6 +332,12 @@ def test_a_layer_that_is_read_stays_dense(cls):
 def test_a_list_of_layers_that_is_read_stays_dense(cls):
     model = quantize(cls())
     assert packed_names(model) == {"called", "read"}
+    assert model(torch.randn(3, 64)).isfinite().all()
+
+
+def test_a_name_that_is_computed_may_be_any():
+    model = quantize(Computed())
+    assert packed_names(model) == {"called", "read", "many.0"}
     assert model(torch.randn(3, 64)).isfinite().all()
 
 
@@ -429,6 +455,27 @@ def test_attention_that_computes_its_own_products():
         out = model(torch.randn(1, 1600)).last_hidden_state
     assert out.isfinite().all()
     assert len([name for name in packed_names(model) if "feed_forward" in name]) == 4
+
+
+class Marked(transformers.LlamaPreTrainedModel):
+    """A layer that is read unless the config says that the model is packed."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.read = nn.Linear(64, 64)
+
+    def forward(self, x):
+        if hasattr(self.config, "_is_quantized"):
+            return self.read(x)
+        return F.linear(x, self.read.weight)
+
+
+def test_a_way_around_packed_weights_is_known():
+    model = quantize(Marked(transformers.LlamaConfig()))
+    assert packed_names(model) == {"read"}
+    assert model(torch.randn(3, 64)).isfinite().all()
+    model = quantize(nn.ModuleDict({"inner": Marked(transformers.LlamaConfig())}))
+    assert model["inner"](torch.randn(3, 64)).isfinite().all()
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -36,7 +36,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import Experts4bit, is_fused_experts
@@ -543,9 +543,20 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": config.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": config.modules_to_not_convert,
+        "llm_int8_skip_modules": _skip_modules(model, config.modules_to_not_convert or []),
         "llm_int8_threshold": 6.0,
     }
+
+
+def _skip_modules(model, kept: list[str]) -> list[str]:
+    """The names that keep `kept` and no other layer dense in stock transformers, which takes a
+    name for every layer whose own name ends with it, in the midst of a word too."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    # With "$" it is a regular expression there, for the whole name.
+    return [
+        f"{name}$" if any(not should_convert_module(p, [name]) for p in packed) else name
+        for name in kept
+    ]
 
 
 def _bitsandbytes_state_dict(model) -> dict[str, torch.Tensor]:

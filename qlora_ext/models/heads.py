@@ -17,7 +17,7 @@ from ..nn import is_plain_linear
 from .walk import output_embeddings
 
 OUTPUT, TASK = "output head", "task head"
-_TASK_CLASS = re.compile(r"For[A-Z]|DoubleHeads|LMHead|WithHead")
+_TASK_CLASS = re.compile(r"For[A-Z]|Heads?|Classifi|Regress|Tagger")
 
 
 def heads_of(model: nn.Module) -> dict[int, str]:

@@ -132,8 +132,10 @@ class Plan:
         ]
 
     def unmatched(self) -> list[str]:
-        """Of `keep`, what matches no module."""
-        return self.spelled.unmatched(self.keep)
+        """Of `keep`, what matches no module. Not the usual name of the output head, which stays
+        dense by whatever name it goes."""
+        unmatched = self.spelled.unmatched(self.keep)
+        return [name for name in unmatched if name not in ("lm_head", "lm_head.weight")]
 
     def report(self, packed: Iterable[LayerReport] = ()) -> QuantizationReport:
         """The report of a model in which these layers were packed."""
@@ -294,8 +296,7 @@ def tell(op: str, report: QuantizationReport, least: float = 0.01, stacklevel: i
 
 
 def tell_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
-    """Warns of names to leave alone that match no module; a head may go by another name."""
-    names = [name for name in names if name not in ("lm_head", "lm_head.weight")]
+    """Warns of names to leave alone that match no module."""
     if names:
         warnings.warn(
             f"{op}: modules_to_not_convert has {', '.join(map(repr, names))}, which matches no "

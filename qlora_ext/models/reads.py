@@ -48,10 +48,12 @@ def read_past_forward(model: nn.Module) -> dict[int, str]:
     modules = list(model.modules())
     # A module that is given a layer and reads its weight: then all callers are looked at.
     handed = any(_reads_an_argument(type(module).forward) for module in modules)
+    # Packing marks the configs of transformers' models, and their code asks for the mark.
+    marked = [m.config for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")]
     found: dict[int, str] = {}
     for module in modules:
         for function in _methods(module, handed):
-            _Reader(module, function, found).run()
+            _Reader(module, function, found, marked).run()
     return found
 
 
@@ -168,6 +170,8 @@ def _is_relevant(function: types.FunctionType) -> bool:
     node = _source(function)
     if node is None:
         return "weight" in names
+    if {"next", "parameters"} <= names or "_parameters" in names:
+        return True
     if not names.isdisjoint(_PACKED) and any(True for _ in _reads(node)):
         return True
     return any(
@@ -207,10 +211,13 @@ _UNKNOWN = object()
 class _Reader:
     """Walks one function with `self` bound to a module, and notes which layers it reads."""
 
-    def __init__(self, module, function, found, arguments=None, method=None, depth=_DEPTH):
+    def __init__(
+        self, module, function, found, marked=(), arguments=None, method=None, depth=_DEPTH
+    ):
         self.module = module
         self.function = function
         self.found = found
+        self.marked = marked  # the configs that will say that the model is packed
         self.depth = depth
         self.method = method or f"{type(module).__name__}.{function.__name__}"
         # local name -> the objects it may stand for
@@ -313,6 +320,9 @@ class _Reader:
             name = _getattr_name(node)
             if isinstance(name, str):
                 return self._attributes(node.args[0], name)
+            if _is_call_of_name(node) and node.func.id == "getattr" and node.args:
+                # A name that is computed: any of the parts.
+                return [c for o in self.values(node.args[0]) for c in _children(o)]
             if isinstance(node.func, ast.Attribute) and node.func.attr == "get_submodule":
                 path = node.args[0].value if _is_constant(node.args) else ""
                 return [
@@ -361,8 +371,21 @@ class _Reader:
             return None if None in parts else not decisive
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             return self._compare(node)
+        if self._asks_for_mark(node):
+            return True
         value = self._setting(node)
         return None if value is _UNKNOWN else bool(value)
+
+    def _asks_for_mark(self, node: ast.AST) -> bool:
+        """hasattr(self.config, "_is_quantized")"""
+        return (
+            _is_call_of_name(node)
+            and node.func.id in ("hasattr", "getattr")
+            and len(node.args) >= 2
+            and isinstance(node.args[1], ast.Constant)
+            and node.args[1].value == "_is_quantized"
+            and any(v is config for v in self.values(node.args[0]) for config in self.marked)
+        )
 
     def _setting(self, node: ast.AST) -> Any:
         """The one value of a setting, or _UNKNOWN."""
@@ -435,7 +458,12 @@ class _Reader:
         elif isinstance(node, ast.Call):
             if (name := _getattr_name(node)) in _PACKED:
                 self._read(node, node.args[0], name)
+            self._read_first(node)
             self._call(node)
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
+            key = node.slice.value if isinstance(node.slice, ast.Constant) else None
+            if node.value.attr == "_parameters" and key in _PACKED:
+                self._read(node, node.value.value, key)
         for field, value in ast.iter_fields(node):
             if isinstance(value, list) and field in ("body", "orelse", "finalbody"):
                 self._block(value)
@@ -451,6 +479,21 @@ class _Reader:
             return
         for layer in self.values(owner):
             self._note(layer, key)
+
+    def _read_first(self, node: ast.Call) -> None:
+        """next(x.parameters()): the first parameter, which may be a layer's weight."""
+        inner = node.args[0] if _is_call_of_name(node) and node.func.id == "next" else None
+        if not isinstance(inner, ast.Call) or not isinstance(inner.func, ast.Attribute):
+            return
+        if inner.func.attr != "parameters" or self._is_harmless(node):
+            return
+        for owner in self.values(inner.func.value):
+            if isinstance(owner, nn.Module):
+                for part in owner.modules():
+                    keys = [key for key, p in part._parameters.items() if p is not None]
+                    if keys:
+                        self._note(part, keys[0])
+                        break
 
     def _is_harmless(self, node: ast.AST) -> bool:
         """Whether what is read of the weight is the same, or not used, when it is packed."""
@@ -488,7 +531,8 @@ class _Reader:
                 names = names[1:]
             arguments = {k: v for k, v in zip(names, given, strict=False) if v}
             arguments |= {k: v for k, v in named.items() if v}
-            _Reader(module, function, self.found, arguments, self.method, self.depth - 1).run()
+            deeper = self.depth - 1
+            _Reader(module, function, self.found, self.marked, arguments, self.method, deeper).run()
 
     def _called(self, node: ast.AST) -> list[tuple[nn.Module, types.FunctionType]]:
         if isinstance(node, ast.Name) and node.id not in self.locals:
@@ -534,6 +578,8 @@ def _children(owner: Any) -> list:
 def _attribute(owner: Any, name: str) -> Any:
     """owner.name without running a property's code; _UNKNOWN for tensors and what else changes."""
     if isinstance(owner, nn.Module):
+        if name == "_modules":
+            return dict(owner._modules)
         if name in owner._modules:
             return owner._modules[name]
         if name in owner._parameters or name in owner._buffers:
