@@ -370,9 +370,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if key.startswith("weight") and not getattr(parameter, "_is_hf_initialized", False)
         ]
         if missing:
+            advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
+            if self.pre_quantized:
+                advice = "it is damaged: save the packed model again, or pack the unquantized one"
             raise ValueError(
-                f"{type(model).__name__}: the checkpoint lacks {', '.join(missing)}; put a layer "
-                "that is to be trained from scratch in modules_to_not_convert"
+                f"{type(model).__name__}: the checkpoint lacks {', '.join(missing)}; {advice}"
             )
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             # From here on the model is in our layout, and saving has nothing to convert back.
