@@ -259,10 +259,11 @@ def _forget_quantization(model: nn.Module, dtype: torch.dtype, untied: bool) -> 
         return
     model.is_quantized = False
     own_config(model)
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.config.__dict__.pop("_is_quantized", None)
     for config in (model.config, model.config.get_text_config()):
-        for attribute in ("quantization_config", "_is_quantized"):
-            if attribute in config.__dict__:
-                delattr(config, attribute)
+        config.__dict__.pop("quantization_config", None)
         config.dtype = dtype
         if untied:
             config.tie_word_embeddings = False
