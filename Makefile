@@ -2,7 +2,7 @@
 #
 #   PYTHON=path/to/python   use that environment (torch must be in it) instead of making .venv
 #   TORCH=torch==2.13.0     another torch requirement; TORCH_INDEX=URL takes it from that wheel index
-#   ARGS="..."              more arguments for finetune, test, test-all or bench
+#   ARGS="..."              more arguments for finetune, test, test-all, bench or ptxas
 #   USE_CUDA=0|1, TORCH_CUDA_ARCH_LIST: as setup.py reads them
 PYTHON3 ?= python3
 PYTHON ?=
@@ -32,6 +32,10 @@ PATH_TESTS ?= test_ops.py test_autograd.py test_properties.py test_bad_input.py 
 PEER_TESTS ?= test_bitsandbytes.py test_integration_bitsandbytes.py -m 'not slow'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
+# What `ptxas` takes besides nvcc's and triton's own: the last of CUDA 12, and the newest when this was
+# written. PTXAS_NEWEST=nvidia-cuda-nvcc takes the newest there is.
+PTXAS_OLDER ?= nvidia-cuda-nvcc-cu12==12.9.86
+PTXAS_NEWEST ?= nvidia-cuda-nvcc==13.5.37
 
 ifeq ($(PYTHON),)
 PY := .venv/bin/python
@@ -59,7 +63,7 @@ extras = -c "import sys; from setuptools.config.pyprojecttoml import read_config
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-deepspeed test-paths test-abi native fuzz emulated cuda archs bench info lint format clean distclean FORCE
+.PHONY: help finetune test test-all test-deepspeed test-paths test-abi native fuzz emulated cuda archs ptxas bench info lint format clean distclean FORCE
 
 help:
 	@echo 'make finetune   fine-tune a small language model in 4 bits, merge it, let it speak'
@@ -71,8 +75,9 @@ help:
 	@echo 'make native     the CPU kernels without torch, under ASan and UBSan, on each path of this CPU'
 	@echo 'make fuzz       raw ops on hostile arguments, under ASan and UBSan: CASES=$(CASES)'
 	@echo 'make emulated   the same on arm64 and older x86-64 CPUs, by qemu-user and a cross compiler'
-	@echo 'make cuda       compile the CUDA library for $(ARCHS), import it, read its SASS; needs nvcc, no GPU'
-	@echo 'make archs      compile it for $(OTHER_ARCHS)'
+	@echo 'make cuda       compile the CUDA library for $(ARCHS), import it, check its SASS; needs nvcc, no GPU'
+	@echo 'make archs      compile it for $(OTHER_ARCHS), check the SASS'
+	@echo 'make ptxas      the 9.0a code through every ptxas that pip brings; the SASS of each is checked'
 	@echo 'make bench      the CPU benchmarks'
 	@echo 'make info       what was built, and which CPU path is live'
 	@echo 'make lint       ruff, clang-format and typos;  make format  rewrites'
@@ -247,10 +252,24 @@ cuda: .venv-torch-$(TORCH_NEWER)/ready
 	rm -rf build/lib build/lib.* build/bdist.* build/cuda
 	$(call compile_cuda,$(ARCHS),cuda)
 	cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python -m pytest -q test_kernel_report.py
+	.venv-torch-$(TORCH_NEWER)/bin/python bench/kernel_report.py
 
 archs: .venv-torch-$(TORCH_NEWER)/ready
 	rm -rf build/lib build/lib.* build/bdist.* build/archs
 	$(call compile_cuda,$(OTHER_ARCHS),archs)
+	cd tests && ../.venv-torch-$(TORCH_NEWER)/bin/python ../bench/sass_flow.py \
+	  "$$(../.venv-torch-$(TORCH_NEWER)/bin/python -c 'import pathlib, qlora_ext; \
+	    print(*pathlib.Path(qlora_ext.__file__).parent.glob("_C_cuda*.so"))')"
+
+build/ptxas/ready: Makefile .venv-torch-$(TORCH_NEWER)/ready
+	rm -rf build/ptxas
+	.venv-torch-$(TORCH_NEWER)/bin/python -m pip install -q --no-deps --target build/ptxas/older '$(PTXAS_OLDER)'
+	.venv-torch-$(TORCH_NEWER)/bin/python -m pip install -q --no-deps --target build/ptxas/newest '$(PTXAS_NEWEST)'
+	@touch $@
+
+ptxas: build/ptxas/ready
+	@command -v nvcc > /dev/null || { echo 'nvcc is not on the PATH'; exit 1; }
+	.venv-torch-$(TORCH_NEWER)/bin/python bench/ptxas_report.py build/ptxas $(ARGS)
 
 # --- lint: the versions are .pre-commit-config.yaml's
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -27,17 +27,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import sass_flow
+from sass_flow import find_tool, run
+
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "kernel_report"
 PAGE = ROOT / "docs" / "kernel_report.md"
-ARCHS = ("7.5", "8.0", "9.0a")
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-Xptxas=--warn-on-spills,--warning-as-error",
-]
+ARCHS = ("7.5", "8.0", "9.0a")  # of the table
+FLOW_ARCHS = (*ARCHS, "10.0", "12.0")  # of the data-flow check
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+PTXAS_FLAGS = ["--warn-on-spills", "--warning-as-error"]
 
 # What SASS does not say: threads per block, the shared-memory struct, and the weights that a thread
 # decodes in one turn of the main loop. {0}, {1}, ... are the kernel's template arguments; both may
@@ -86,70 +86,116 @@ SM_LIMITS = {
 # ---------------------------------------------------------------- tools
 
 
-def find_tool(name):
-    """cuobjdump or nvdisasm: on the PATH, in the toolkit or the triton wheel; None if nowhere."""
-    found = shutil.which(name) or shutil.which(
-        name, path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
-    )
-    if found:
-        return found
-    spec = importlib.util.find_spec("triton")
-    for place in spec.submodule_search_locations if spec else ():
-        tool = Path(place) / "backends" / "nvidia" / "bin" / name
-        if tool.is_file():
-            return str(tool)
-    return None
-
-
 def missing_tools():
     """A sentence that says what this script lacks here, or None."""
     if shutil.which("nvcc") is None:
         return "kernel_report: nvcc is not on the PATH"
-    if find_tool("cuobjdump") is None or find_tool("nvdisasm") is None:
-        return (
-            "kernel_report: cuobjdump and nvdisasm are not on the PATH, and triton is not installed"
-        )
-    return None
+    sentence = sass_flow.missing_tools()
+    return f"kernel_report: {sentence}" if sentence else None
 
 
-def run(*command):
-    env = dict(os.environ)
-    env["PATH"] = os.pathsep.join(
-        [str(Path(find_tool("nvdisasm") or ".").parent), env.get("PATH", "")]
-    )
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
+@dataclasses.dataclass(frozen=True)
+class Ptxas:
+    """One ptxas; without a path it is the one that nvcc calls."""
+
+    version: str
+    path: Path | None = None
+
+    def assemble(self, ptx, arch, cubin):
+        """Its messages; the cubin is written."""
+        target = f"-arch=sm_{arch.replace('.', '')}"
+        if self.path is None:
+            options = ",".join(PTXAS_FLAGS)
+            return run("nvcc", target, "-O3", f"-Xptxas={options}", "-cubin", ptx, "-o", cubin)
+        if int(self.version.split(".")[0]) >= 13:
+            return run(self.path, target, "-O3", *PTXAS_FLAGS, ptx, "-o", cubin)
+        # 12.9 and older know PTX up to 8.8, in which ours says the same.
+        lowered = cubin.with_suffix(".lowered.ptx")
+        text = ptx.read_text()
+        lowered.write_text(re.sub(r"^\.version 9\.\d+$", ".version 8.8", text, flags=re.M))
+        try:
+            return run(self.path, target, "-O3", *PTXAS_FLAGS, lowered, "-o", cubin)
+        finally:
+            lowered.unlink()
 
 
-def compile_cubin(source, arch):
-    """csrc/cuda/<source>.cu for one architecture, cached by the text of csrc."""
-    digest = hashlib.sha256(" ".join([*FLAGS, arch]).encode())
-    for path in sorted([*CUDA.iterdir(), *(ROOT / "csrc").glob("*.h")]):
-        if path.suffix in (".cuh", ".h") or path.stem == source:
-            digest.update(path.read_bytes())
-    cubin = BUILD / f"{source}-{arch}-{digest.hexdigest()[:16]}.cubin"
-    if not cubin.exists():
+def version_of(program):
+    """The release of nvcc or of a ptxas, 13.0.88 say."""
+    return re.search(r"release [\d.]+, V([\d.]+)", run(program, "--version"))[1]
+
+
+@functools.cache
+def nvcc_ptxas():
+    return Ptxas(version_of("nvcc"))
+
+
+def made(name, digest, suffix, make):
+    """build/kernel_report/<name>-<digest><suffix>; make(partial) writes it where it is missing."""
+    path = BUILD / f"{name}-{digest}{suffix}"
+    if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        for old in BUILD.glob(f"{source}-{arch}-*.cubin"):
+        for old in BUILD.glob(f"{name}-{'?' * len(digest)}{suffix}"):
             old.unlink()
-        sm = arch.replace(".", "")
-        partial = cubin.with_suffix(f".{os.getpid()}")
+            Path(f"{old}.txt").unlink(missing_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}{suffix}")
+        make(partial)
+        partial.rename(path)
+    return path
+
+
+def digest_of(*texts, files=()):
+    digest = hashlib.sha256(" ".join(texts).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_ptx(source, arch):
+    """csrc/cuda/<source>.cu as PTX for one architecture, cached by the text of csrc."""
+    files = [
+        path
+        for path in sorted([*CUDA.iterdir(), *(ROOT / "csrc").glob("*.h")])
+        if path.suffix in (".cuh", ".h") or path.name == f"{source}.cu"
+    ]
+
+    def make(partial):
+        target = f"-arch=compute_{arch.replace('.', '')}"
         run(
             "nvcc",
             *FLAGS,
             "-I",
             ROOT / "csrc",
-            "-gencode",
-            f"arch=compute_{sm},code=sm_{sm}",
-            "-cubin",
+            target,
+            "-ptx",
             CUDA / f"{source}.cu",
             "-o",
             partial,
         )
-        partial.rename(cubin)
-    return cubin
+
+    digest = digest_of(*FLAGS, nvcc_ptxas().version, files=files)
+    return made(f"{source}-{arch}", digest, ".ptx", make)
+
+
+def compile_cubin(source, arch, ptxas=None):
+    """The PTX of csrc/cuda/<source>.cu through one ptxas (default: nvcc's). Beside it lies what
+    ptxas said, NAME.cubin.txt."""
+    ptxas = ptxas or nvcc_ptxas()
+    ptx = compile_ptx(source, arch)
+
+    def make(partial):
+        said = ptxas.assemble(ptx, arch, partial)
+        Path(f"{BUILD / name}-{digest}.cubin.txt").write_text(said)
+
+    name = f"{source}-{arch}-ptxas-{ptxas.version}"
+    digest = digest_of(*PTXAS_FLAGS, files=[ptx])
+    return made(name, digest, ".cubin", make)
+
+
+def messages(cubin):
+    """What ptxas said about this cubin that is worth a line: it serialized wgmma (C7510, C7511),
+    which it calls information."""
+    said = Path(f"{cubin}.txt").read_text()
+    return tuple(line for line in said.splitlines() if re.search(r"\bC751[01]\b", line))
 
 
 # ---------------------------------------------------------------- one kernel
@@ -255,18 +301,14 @@ def clean_name(demangled):
 
 
 def disassemble(cubin, arch):
-    usage, code, name = {}, {}, None
+    usage, name = {}, None
     for line in run(find_tool("cuobjdump"), "-res-usage", cubin).splitlines():
         if m := re.search(r"Function (\S+):", line):
             name = m[1]
         elif m := re.search(r"REG:(\d+) STACK:(\d+)", line):
             usage[name] = int(m[1]), int(m[2])
-    for line in run(find_tool("cuobjdump"), "-sass", cubin).splitlines():
-        if m := re.search(r"Function : (\S+)", line):
-            name = m[1]
-            code[name] = []
-        elif m := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
-            code[name].append((int(m[1], 16), m[2]))
+    listing = run(find_tool("cuobjdump"), "-sass", cubin)
+    code = {name: code for _, name, code in sass_flow.parse_listing(listing)}
     mangled = [n for n in code if n in usage]
     plain = subprocess.run(
         ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
@@ -293,38 +335,34 @@ def cpp_expressions(kernels):
             "}",
         ]
     )
-    digest = hashlib.sha256(text.encode())
-    for path in sorted([*CUDA.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")]):
-        digest.update(path.read_bytes())
-    program = BUILD / f"sizes-{digest.hexdigest()[:16]}"
-    if not program.exists():
+
+    def make(partial):
         source = BUILD / "sizes.cu"
         source.write_text(text)
-        for old in BUILD.glob("sizes-*"):
-            old.unlink()
-        run(
-            "nvcc",
-            "-std=c++20",
-            "--expt-relaxed-constexpr",
-            "-I",
-            ROOT / "csrc",
-            "-gencode",
-            "arch=compute_80,code=sm_80",
-            "-o",
-            program,
-            source,
-        )
+        target = "arch=compute_80,code=sm_80"
+        run("nvcc", *FLAGS, "-I", ROOT / "csrc", "-gencode", target, "-o", partial, source)
+
+    files = sorted([*CUDA.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")])
+    program = made("sizes", digest_of(text, files=files), "", make)
     for k, line in zip(kernels, run(program).splitlines(), strict=True):
         k.threads, k.shared, weights = map(int, line.split())
         k.weights = weights if weights > 0 else None
 
 
+def all_sources():
+    return sorted(p.stem for p in CUDA.glob("*.cu"))
+
+
+def in_parallel(function, jobs):
+    """[function(*job)], MAX_JOBS (2) at a time: for what waits for other programs."""
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        return list(pool.map(lambda job: function(*job), jobs))
+
+
 def report(archs=ARCHS, sources=None):
     """All kernels of the given files (default: all of csrc/cuda/*.cu), empty variants left out."""
-    sources = sorted(sources or (p.stem for p in CUDA.glob("*.cu")))
-    jobs = [(source, arch) for source in sources for arch in archs]
-    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        cubins = list(pool.map(lambda job: compile_cubin(*job), jobs))
+    jobs = [(source, arch) for source in sources or all_sources() for arch in archs]
+    cubins = in_parallel(compile_cubin, jobs)
     seen, kernels = set(), []
     for (_, arch), cubin in zip(jobs, cubins, strict=True):
         for k in disassemble(cubin, arch):
@@ -336,6 +374,20 @@ def report(archs=ARCHS, sources=None):
         raise RuntimeError(f"kernel_report: no entry in KERNELS for {', '.join(unknown)}")
     cpp_expressions(kernels)
     return kernels
+
+
+def flow(archs=FLOW_ARCHS, sources=None, ptxas=None):
+    """{architecture: (functions, sentences)}: what sass_flow finds and what messages() gives."""
+    jobs = [(source, arch, ptxas) for source in sources or all_sources() for arch in archs]
+    cubins = in_parallel(compile_cubin, jobs)
+    kernels = in_parallel(disassemble, [(c, a) for c, (_, a, _) in zip(cubins, jobs, strict=True)])
+    result = {arch: [0, []] for arch in archs}
+    for (_, arch, _), cubin, functions in zip(jobs, cubins, kernels, strict=True):
+        result[arch][0] += len(functions)
+        result[arch][1] += messages(cubin)
+        for k in functions:
+            result[arch][1] += map(str, sass_flow.check_function(k.name, k.code))
+    return {arch: (functions, tuple(found)) for arch, (functions, found) in result.items()}
 
 
 # ---------------------------------------------------------------- the table
@@ -391,6 +443,15 @@ def markdown(kernels):
 BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of table -->"
 
 
+def write_table(begin, end, table):
+    """Into docs/kernel_report.md, between two of its lines."""
+    before, opened, rest = PAGE.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise RuntimeError(f"kernel_report: {PAGE} lacks the line {begin if not opened else end}")
+    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all of them")
@@ -398,17 +459,25 @@ def main():
     parser.add_argument(
         "--write", action="store_true", help="replace the table in docs/kernel_report.md"
     )
+    parser.add_argument(
+        "--flow", action="store_true", help="check the data flow instead, of newer ones too"
+    )
     arguments = parser.parse_args()
     if sentence := missing_tools():
         sys.exit(sentence)
+    if arguments.flow:
+        wrong = 0
+        for arch, (functions, sentences) in flow(sources=arguments.only).items():
+            print(
+                f"{arch}: {functions} functions, {len(sentences)} findings", *sentences, sep="\n  "
+            )
+            wrong += len(sentences)
+        sys.exit(1 if wrong else 0)
     table = markdown(report(tuple(arguments.arch or ARCHS), arguments.only))
-    if not arguments.write:
+    if arguments.write:
+        write_table(BEGIN, END, table)
+    else:
         print(table)
-        return
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":

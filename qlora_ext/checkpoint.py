@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,37 +31,102 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import ContextManagers, LoadStateDictConfig, _get_dtype
 
-from .checks import CheckpointError, count, size, some
-from .files import FLOATS, Files, fingerprint, read_json, safetensors_files
+from .checks import (
+    CheckpointError,
+    check_finite,
+    count,
+    first_line,
+    narrower,
+    out_of_memory,
+    printable,
+    short,
+    size,
+    some,
+)
+from .config_file import LAYER_COUNTS, read_raw_config
+from .files import (
+    FLOATS,
+    SafetensorsFiles,
+    check_file,
+    fingerprint,
+    read_json,
+    reading,
+    safetensors_files,
+)
 
 
-def read_config(folder: Path):
-    """transformers' config of a checkpoint."""
-    raw = read_json(folder / "config.json")
-    if raw.get("auto_map"):
-        raise CheckpointError(
-            f"{folder}/config.json brings model code of its own (auto_map), which is not run here; "
-            "want an architecture of transformers"
-        )
+def read_config(folder: Path, tensors: int | None = None):
+    """transformers' config of a checkpoint.
+
+    Args:
+        folder: its config.json is read; nothing in it is run.
+        tensors: how many the folder's files hold, where that is known.
+    """
+    raw = read_raw_config(folder, tensors)
+    return _naming_the_key(
+        folder / "config.json",
+        raw,
+        lambda: transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False),
+        _config_of,
+    )
+
+
+def _config_of(raw: dict):
+    """A config made of raw values, as from_pretrained makes it of a file's."""
+    return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+
+
+def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
+    """make(); where it fails, the error names the value of `raw`, the object in `path`, without
+    which make_of succeeds, if there is one."""
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json: {str(error).strip().splitlines()[0]}"
-        ) from None
+        with reading(path):
+            return make()
+    except CheckpointError as error:
+        cause = error.__cause__
+        key = None if cause is None else _culprit(raw, make_of)
+        if key is None:
+            raise
+    raise CheckpointError(
+        f"{path}: {printable(key)} is {short(raw[key])}, which transformers cannot take "
+        f"({first_line(cause)})"
+    )
 
 
-def model_class(config) -> type:
-    """The class that was saved, or the causal language model of the config's architecture."""
+def _culprit(raw: dict, make_of: Callable) -> str | None:
+    """The key without whose value make_of(raw) works."""
+
+    def works(values: dict) -> bool:
+        try:
+            make_of(copy.deepcopy(values))
+        except Exception:  # whatever it was before, or another consequence
+            return False
+        return True
+
+    few = {key: min(value, 1) for key, value in raw.items() if key in LAYER_COUNTS
+           and isinstance(value, int)}  # fmt: skip
+    raw = {**raw, **few}  # quick to build
+    if works(raw):
+        return None
+    return next((k for k in raw if works({n: v for n, v in raw.items() if n != k})), None)
+
+
+def model_class(config, path: Path | str = "config.json") -> type:
+    """The class that was saved, or the causal language model of the config's architecture; path is
+    how errors call the config's file."""
     for name in config.architectures or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            if found.config_class is not None and not isinstance(config, found.config_class):
+                raise CheckpointError(
+                    f"{path}: architectures has {name}, which is none of a {config.model_type!r}"
+                )
             return found
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise CheckpointError(
-            f"config.json names the architectures {config.architectures}, and transformers "
+            f"{path}: architectures is {short(config.architectures)}, and transformers "
             f"{transformers.__version__} has none of them nor a language model for "
             f"{config.model_type!r}"
         ) from None
@@ -96,6 +161,24 @@ def build(config, dtype: torch.dtype, cls: type | None = None) -> nn.Module:
             if match := protected.search(name):
                 parameter.data = parameter.data.to(plan[pattern_of_group[match.lastgroup]])
     return model.eval()
+
+
+def build_folder(
+    folder: Path, config, dtype: torch.dtype, find_class: Callable = model_class
+) -> nn.Module:
+    """As `build`, of a config that was read from a folder: an error names the value at fault.
+
+    Args:
+        find_class: the class for (config, path of its file).
+    """
+    path = folder / "config.json"
+
+    def make(config):
+        return build(config, dtype, find_class(config, path))
+
+    return _naming_the_key(
+        path, read_json(path), lambda: make(config), lambda raw: make(_config_of(raw))
+    )
 
 
 @contextlib.contextmanager
@@ -138,21 +221,34 @@ class Checkpoint:
         self.folder = folder
         self.cls = None if like is None else type(like)
         self.may_lack = like is not None
-        self.config = read_config(folder) if like is None else unquantized(like.config)
-        self.files = Files(safetensors_files(folder))
+        path = folder / "config.json"
+        if like is None:
+            check_file(path)  # before the weights: a folder without it is no checkpoint
+        self.files = SafetensorsFiles(safetensors_files(folder))
+        if like is None:
+            self.config = read_config(folder, len(self.files))
+        else:
+            self.config = unquantized(like.config)
         dtype = "auto" if like is None else self.files.float_dtype()
         paths = [str(path) for path in self.files.paths]
         method = stored_method(self.config)
         self.quantizer = None
-        try:
+        with reading(path):
             self.config, self.dtype = _get_dtype(
                 dtype, paths, self.config, None, None, weights_only=True
             )
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{folder}/config.json: {error}") from None
         if method is not None:
             self._unpacker(method)
-        self.model = build(self.config, self.dtype, self.cls)
+        if self.may_lack:
+            self.model = build(self.config, self.dtype, self.cls)
+        else:
+            self.model = build_folder(folder, self.config, self.dtype)
+        # From here on names and shapes of the files meet a model that config.json describes.
+        with reading(folder):
+            self._match(paths, untie)
+
+    def _match(self, paths: list[str], untie: tuple[str, ...]) -> None:
+        """Which tensors of the files make what of the model."""
         if self.quantizer is not None:
             self._pack(paths)
         self.conversions = get_model_conversion_mapping(self.model, None, self.quantizer)
@@ -176,7 +272,7 @@ class Checkpoint:
 
         stored = self.config.quantization_config
         stored = stored if isinstance(stored, dict) else stored.to_dict()
-        try:
+        with reading(f"{self.folder / 'config.json'}: quantization_config"):
             if method == "bitsandbytes":
                 settings = QLoraExtConfig.from_bnb(stored)
                 settings.checkpoint_format = "bitsandbytes"
@@ -187,18 +283,13 @@ class Checkpoint:
                     f"{self.folder} is quantized by {method}, want an unquantized checkpoint, or "
                     "one of qlora_ext or bitsandbytes in 4 bits"
                 )
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.folder}/config.json: {error}") from None
         self.quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
 
     def _pack(self, paths: list[str]) -> None:
-        try:
-            with torch.device("meta"):
-                self.quantizer._process_model_before_weight_loading(
-                    self.model, dtype=self.dtype, checkpoint_files=paths
-                )
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {error}") from None
+        with torch.device("meta"):
+            self.quantizer._process_model_before_weight_loading(
+                self.model, dtype=self.dtype, checkpoint_files=paths
+            )
 
     # names
 
@@ -395,22 +486,21 @@ class Checkpoint:
                 part._buffers.update(buffers)
 
     def _read(self, unit: Unit) -> None:
+        paths = some({self.files.where[key].name for key in unit.sources})
         try:
-            tensors = {key: self.files.slice(key) for key in unit.sources}
-            with reading_in_order():
-                info, _ = convert_and_load_state_dict_in_model(
-                    self.model, tensors, self.load_config, None
-                )
-        except (SafetensorError, OSError) as error:
-            paths = {self.files.where[key].name for key in unit.sources}
-            raise CheckpointError(f"{some(paths)} cannot be read ({error})") from None
-        except MemoryError:
+            with reading(self.folder / paths):
+                tensors = {key: self.files.slice(key) for key in unit.sources}
+                with reading_in_order():
+                    info, _ = convert_and_load_state_dict_in_model(
+                        self.model, tensors, self.load_config, None
+                    )
+        except CheckpointError as error:
+            if error.__cause__ is None or not out_of_memory(error.__cause__):
+                raise
             need = sum(self.files.nbytes(key) for key in unit.sources)
             raise CheckpointError(
                 f"memory is used up: {some(unit.modules)} alone takes {size(need)}"
             ) from None
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.folder}: {error}") from None
         finally:
             self.model._weight_conversions = self.used_conversions
         problems = [*info.conversion_errors.values(), *sorted(info.mismatched_keys)]
@@ -420,6 +510,31 @@ class Checkpoint:
             module, _, key = target.rpartition(".")
             if module in unit.modules:
                 self.model.get_submodule(module)._parameters[key] = self.model.get_parameter(source)
+        self._check_cast(unit)
+
+    def _check_cast(self, unit: Unit) -> None:
+        """CheckpointError where config.json names a narrower dtype than the files have, and it
+        does not hold what they do."""
+        stored = {self.files.dtypes[key] for key in unit.sources} & set(FLOATS)
+        for name in unit.modules:
+            module = self.model.get_submodule(name)
+            parts = module.named_parameters() if name in self.wholes else module._parameters.items()
+            for key, parameter in parts:
+                if parameter is None or parameter.is_meta or not parameter.is_floating_point():
+                    continue
+                if not any(narrower(parameter.dtype, dtype) for dtype in stored):
+                    continue
+                full = f"{name}.{key}".lstrip(".")
+                sources = self.sources.get(full, ())
+                exact = None
+                if len(sources) == 1 and self.files.shapes[sources[0]] == parameter.shape:
+                    exact = functools.partial(self.files.__getitem__, sources[0])
+                try:
+                    check_finite(full, parameter.detach(), parameter.dtype, exact)
+                except OverflowError as error:
+                    raise CheckpointError(
+                        f"{self.folder}: config.json has dtype {parameter.dtype}, and {error}"
+                    ) from None
 
     def fingerprint(self) -> list:
         """Of the input files: name, bytes and time of the last change."""

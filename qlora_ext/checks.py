@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -84,18 +85,95 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
+def narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a float dtype has a smaller range than another."""
+    return torch.finfo(dtype).max < torch.finfo(other).max
+
+
+def check_finite(
+    name: str,
+    values: torch.Tensor,
+    dtype: torch.dtype,
+    exact: Callable[[], torch.Tensor] | None = None,
+    advice: str = "",
+) -> None:
+    """The one check of weights before they are written or put into a model.
+
+    Args:
+        name: of the weight, with its layer's, for the error.
+        values: of any float dtype; they are to become `dtype`, or have been rounded to it.
+        exact: makes the values before they were rounded, for the error; called only for that.
+        advice: what to do, where a wider dtype would hold them.
+
+    Raises:
+        OverflowError: a value is a NaN, or beyond the range of dtype; names the layer and the dtype
+            and says how many values those are, and what the largest magnitude is.
+    """
+    if values.numel() == 0 or values.is_meta:
+        return
+    least, most = values.detach().aminmax()
+    if least.to(dtype).isfinite() and most.to(dtype).isfinite():
+        return
+    source = (values if exact is None else exact()).detach()
+    bad = int((~source.to(dtype).isfinite()).sum())
+    if not bad:  # rounded once from what is not here
+        source, bad = values.detach(), int((~values.isfinite()).sum())
+    finite = source.double()
+    nans = int(finite.isnan().sum())
+    largest = finite.abs().nan_to_num(nan=0.0, posinf=math.inf).max().item()
+    kinds = f"{count(bad, 'value')} of {values.numel():,} that {dtype} cannot hold"
+    kinds += f", {count(nans, 'NaN')} among them" if nans else ""
+    raise OverflowError(
+        f"{name} holds {kinds}; the largest magnitude is {largest:g}, want at most "
+        f"{torch.finfo(dtype).max:g}" + ("" if nans or not advice else f"; {advice}")
+    )
+
+
+def check_parameters(op: str, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """OverflowError unless `dtype` (None: its own) holds each float parameter of a model."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            check_finite(f"{op}: {name}", parameter, dtype or parameter.dtype)
+
+
 def some(names, limit: int = 4) -> str:
     """The first names of a list and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(printable(name) for name in names[:limit]) + more
 
 
-class CheckpointError(Exception):
-    """Files of a checkpoint that cannot be read as what they should be; its text is one sentence.
+def printable(text: str) -> str:
+    """Text for a message: line breaks, a terminal's escapes and halves of characters as escapes,
+    and cut where it is long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
+    return text if len(text) <= 300 else f"{text[:280]}... ({len(text)} characters or more)"
 
-    The commands show it as they show a CliError.
-    """
+
+def first_line(error: BaseException, with_type: bool = False) -> str:
+    """What an error says, in one line that is not too long; with its type, where its text alone
+    does not say what went wrong."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):  # a heading
+        lines[0] += f" {lines[1].strip()}"
+    text = printable(lines[0]) if lines else ""
+    with_type |= not isinstance(error, (ValueError, RuntimeError, OSError, ImportError))
+    return ": ".join([type(error).__name__] * (with_type or not text) + [text] * bool(text))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no memory could be had, on the CPU or a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
+
+
+class SentenceError(ValueError):
+    """An error whose text is one sentence for the user; the commands print it and end."""
+
+
+class CheckpointError(SentenceError):
+    """Files of a checkpoint or adapter that cannot be read as what they should be."""
 
 
 # Regular expressions ------------------------------------------------------------------------------

@@ -1,15 +1,33 @@
-"""The files of a checkpoint: which they are, and their tensors read one at a time."""
+"""The files of a checkpoint or adapter: the one place where what comes from a folder is judged.
+
+A folder may come from anyone. JSON goes through `read_json`, tensors through `SafetensorsFiles`,
+and a library that reads a file by itself runs within `reading`. Whatever is wrong is a
+CheckpointError that names the file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import stat
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .checks import CheckpointError, count, some
+from .checks import (
+    CheckpointError,
+    SentenceError,
+    count,
+    first_line,
+    out_of_memory,
+    printable,
+    short,
+    some,
+)
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -28,146 +46,171 @@ DTYPE_NAMES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INDEX = "model.safetensors.index.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 NOT_COPIED = ("config.json", "README.md", ".gitattributes", "quantize_config.json")
 OPEN_FILES = 2  # a module may lie across two shards
+
+# Bounds of what is taken from a file; real ones are far below.
+MAX_JSON = 2**26  # bytes
+MAX_DEPTH = 64  # of lists and objects in each other
+MAX_HEADER = 10**8  # bytes; safetensors' own
+MAX_NAME = 1000  # characters of a tensor's name
+MAX_DIMENSIONS = 16
+MAX_NUMEL = 2**50
+
+
+@contextlib.contextmanager
+def reading(source: Path | str, what: str = "cannot be read"):
+    """Within it a library reads `source`: what it raises is the file's fault, and says so.
+
+    Raises:
+        CheckpointError: "source what (reason)" in place of any other error, which is its cause.
+    """
+    try:
+        yield
+    except (SentenceError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        why = "memory is used up" if out_of_memory(error) else first_line(error)
+        raise CheckpointError(f"{source} {what} ({why})") from error
+
+
+# Files --------------------------------------------------------------------------------------------
 
 
 def find_folder(name: str) -> Path:
     """The folder of a model or adapter given as a folder or a hub name (then it is downloaded)."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    name = str(name)
+    if os.path.isdir(name):  # False for what is no path at all, where Path.is_dir raises
+        return Path(name)
+    if os.path.lexists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(
-            f"{name} is no folder, want one with config.json and safetensors files"
+            f"{printable(name)} is no folder, want one with config.json and safetensors files"
         )
     try:
         from huggingface_hub import snapshot_download
 
-        ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
-        return Path(snapshot_download(name, ignore_patterns=ignored))
+        kinds = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+        return Path(snapshot_download(name, ignore_patterns=kinds))
     except Exception as error:  # many kinds: no such name, no network, no permission
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CheckpointError(
-            f"{name} is no folder here, and as a hub name it cannot be had: "
-            f"{type(error).__name__}: {reason}"
+            f"{printable(name)} is no folder here, and as a hub name it cannot be had: "
+            f"{first_line(error, with_type=True)}"
         ) from None
 
 
-def read_json(path: Path) -> dict:
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def check_file(path: Path) -> int:
+    """Bytes of a file that can be opened without waiting: no pipe, device or folder.
+
+    Raises:
+        CheckpointError: it is one of those, or missing, or may not be read.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        status = os.stat(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:  # a circle of links, a name that is none
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "thing of another kind")
+        raise CheckpointError(f"{path} is a {kind}, want a file")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path} cannot be read (Permission denied)")
+    return status.st_size
+
+
+def read_text(path: Path, limit: int = MAX_JSON) -> str:
+    """A file of at most `limit` bytes of UTF-8."""
+    nbytes = check_file(path)
+    if nbytes > limit:
+        raise CheckpointError(f"{path} has {nbytes:,} bytes, want at most {limit:,}")
+    with reading(path):
+        return path.read_bytes().decode("utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    text = read_text(path)
+    with reading(path, "is not JSON"):
+        value = json.loads(text)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, want a JSON object")
+    _check_depth(path, value)
     return value
+
+
+def _check_depth(path: Path, value) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise CheckpointError(f"{path} nests more than {MAX_DEPTH} lists and objects in each other")
+
+
+def _odd_name(name: object, limit: int) -> str | None:
+    """What is wrong with a name that goes into messages and paths; None where nothing is."""
+    if not isinstance(name, str):
+        return f"a {type(name).__name__}"
+    if not name:
+        return "empty"
+    if len(name) > limit:
+        return f"{len(name):,} characters long, want at most {limit:,}"
+    if not name.isprintable():  # NUL, a terminal's escapes, half a character
+        return "not printable"
+    return None
 
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The checkpoint's files: those its index names, or its only one."""
     index = folder / INDEX
     single = folder / "model.safetensors"
-    if index.exists():
+    if os.path.lexists(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map, want one that names the shards")
+        for key, name in weight_map.items():
+            odd = _odd_name(name, 255)
+            if odd is None and (name in (".", "..") or "/" in name or os.sep in name):
+                odd = "not a file of its own folder"
+            if odd is None and not name.endswith(".safetensors"):
+                odd = "not a .safetensors file"
+            if odd is not None:
+                raise CheckpointError(
+                    f"{index}: weight_map[{short(key)}] is {short(name)}, which is {odd}: want "
+                    "names of safetensors files in its own folder"
+                )
         names = sorted(set(weight_map.values()))
-        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if bad:
-            raise CheckpointError(f"{index} names {bad[0]!r}, want files of its own folder")
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {count(len(missing), 'shard')} of {len(names)}: {some(missing)}"
             )
         return [folder / name for name in names]
-    if single.is_file():
+    if os.path.lexists(single):
         return [single]
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS[1:])
+    with reading(folder):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS[1:])
     hint = f" (it holds {some(others)}; transformers' save_pretrained writes safetensors)"
     raise CheckpointError(
         f"{folder} has no model.safetensors nor {INDEX}, want a safetensors checkpoint"
         f"{hint if others else ''}"
     )
-
-
-def open_shard(path: Path):
-    """safetensors' handle; a damaged file is one sentence. Reads by pread: a mapped file would
-    count as memory of this process."""
-    try:
-        return safe_open(path, framework="pt", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from None
-
-
-class Files:
-    """The tensors of several safetensors files, read on demand."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.where: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.handles: OrderedDict[Path, object] = OrderedDict()
-        for path in paths:
-            handle = open_shard(path)
-            names = handle.keys()
-            for key in names:
-                part = handle.get_slice(key)
-                if key in self.where:
-                    raise CheckpointError(
-                        f"{key} is in {self.where[key]} and in {path}, want it once"
-                    )
-                if part.get_dtype() not in TORCH_DTYPES:
-                    raise CheckpointError(
-                        f"{path}: {key} has dtype {part.get_dtype()}, which is unknown"
-                    )
-                self.where[key] = path
-                self.shapes[key] = tuple(part.get_shape())
-                self.dtypes[key] = TORCH_DTYPES[part.get_dtype()]
-
-    def nbytes(self, key: str) -> int:
-        return self.shapes_numel(key) * self.dtypes[key].itemsize
-
-    def shapes_numel(self, key: str) -> int:
-        return torch.Size(self.shapes[key]).numel()
-
-    def slice(self, key: str):
-        """safetensors' slice; only what is indexed is read."""
-        path = self.where[key]
-        if path not in self.handles:
-            while len(self.handles) >= OPEN_FILES:
-                self.handles.popitem(last=False)
-            self.handles[path] = open_shard(path)
-        self.handles.move_to_end(path)
-        return self.handles[path].get_slice(key)
-
-    def float_dtype(self) -> torch.dtype:
-        """The dtype of all float tensors, or float32 where they have several or none."""
-        found = {dtype for dtype in self.dtypes.values() if dtype in FLOATS}
-        return found.pop() if len(found) == 1 else torch.float32
-
-    def meta(self, key: str) -> torch.Tensor:
-        return torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta")
-
-    def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same values, read a few rows at a time."""
-        if self.shapes[one] != self.shapes[other]:
-            return False
-        if not self.shapes[one]:
-            return bool((self.slice(one)[...] == self.slice(other)[...]).all())
-        rows = self.shapes[one][0]
-        step = max(1, 2**22 // max(1, self.shapes_numel(one) // max(rows, 1)))
-        return all(
-            torch.equal(
-                self.slice(one)[i : min(i + step, rows)], self.slice(other)[i : min(i + step, rows)]
-            )
-            for i in range(0, rows, step)
-        )
 
 
 def extra_files(folder: Path) -> list[Path]:
@@ -185,3 +228,148 @@ def extra_files(folder: Path) -> list[Path]:
 
 def fingerprint(paths: list[Path]) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+# Tensors ------------------------------------------------------------------------------------------
+
+
+def _open(path: Path):
+    """safetensors' handle; it checks the header against the file: kinds, sizes, overlaps, gaps.
+    Reads by pread: a mapped file would count as memory of this process."""
+    from safetensors import safe_open  # `import qlora_ext` needs torch alone
+
+    with reading(path, "is damaged or not a safetensors file"):
+        return safe_open(path, framework="pt", backend="pread")
+
+
+def _read_header(path: Path) -> dict[str, dict]:
+    """Name -> what a header says of the tensor: dtype, shape, data_offsets.
+
+    safetensors' own reader checks the header against the file and does not tell of names that are
+    there twice, of which it takes the last.
+    """
+    nbytes = check_file(path)
+    if path.suffix in PICKLES:
+        raise CheckpointError(
+            f"{path} may be a pickle, which can run any code when it is read: want a safetensors "
+            "file"
+        )
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path} has {short(twice)} twice in its header, want it once")
+        return found
+
+    _open(path)
+    with reading(path, "is damaged or not a safetensors file"), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER, nbytes - 8):
+            raise ValueError(f"its header is said to have {length:,} bytes")
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=once)
+        header.pop("__metadata__", None)
+    return header
+
+
+class SafetensorsFiles(Mapping):
+    """The tensors of several safetensors files by name, each read when it is asked for.
+
+    Args:
+        paths: the files.
+        any_dtype: take dtypes that torch has no name for here; such a tensor has no entry in
+            `dtypes`, and is not to be read.
+
+    Attributes:
+        where: name -> file. shapes: name -> shape. stored: name -> dtype as safetensors calls it.
+        dtypes: name -> torch dtype.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, no safetensors file, or something to wait
+            for; a name that is there twice, not printable or too long; a shape that no tensor has;
+            an unknown dtype.
+    """
+
+    def __init__(self, paths: Iterable[Path], *, any_dtype: bool = False):
+        self.paths = list(paths)
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.stored: dict[str, str] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._nbytes: dict[str, int] = {}
+        self._handles: OrderedDict[Path, object] = OrderedDict()
+        for path in self.paths:
+            for key, tensor in _read_header(path).items():
+                self._add(path, key, tensor, any_dtype)
+
+    def _add(self, path: Path, key: str, tensor: dict, any_dtype: bool) -> None:
+        shape, dtype = tuple(tensor["shape"]), tensor["dtype"]
+        if odd := _odd_name(key, MAX_NAME):
+            raise CheckpointError(f"{path}: the name of a tensor, {short(key)}, is {odd}")
+        if key in self.where:
+            raise CheckpointError(f"{key} is in {self.where[key]} and in {path}, want it once")
+        # Of a tensor without elements, too, whose other sides nothing else bounds.
+        if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
+            raise CheckpointError(f"{path}: {short(key)} has shape {short(list(shape))}")
+        if dtype in TORCH_DTYPES:
+            self.dtypes[key] = TORCH_DTYPES[dtype]
+        elif not any_dtype:
+            raise CheckpointError(f"{path}: {key} has dtype {dtype}, which is unknown")
+        start, end = tensor["data_offsets"]
+        self.where[key], self.shapes[key], self.stored[key] = path, shape, dtype
+        self._nbytes[key] = end - start
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self.where:
+            raise KeyError(key)
+        with reading(f"{self.where[key]}: {key}"):
+            return self.slice(key)[...]
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read it
+        return key in self.where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def nbytes(self, key: str) -> int:
+        return self._nbytes[key]
+
+    def numel(self, key: str) -> int:
+        return math.prod(self.shapes[key])
+
+    def slice(self, key: str):
+        """safetensors' slice; only what is indexed is read."""
+        path = self.where[key]
+        if path not in self._handles:
+            while len(self._handles) >= OPEN_FILES:
+                self._handles.popitem(last=False)
+            self._handles[path] = _open(path)
+        self._handles.move_to_end(path)
+        return self._handles[path].get_slice(key)
+
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of all float tensors, or float32 where they have several or none."""
+        found = {dtype for dtype in self.dtypes.values() if dtype in FLOATS}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def meta(self, key: str) -> torch.Tensor:
+        return torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta")
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values, read a few rows at a time."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        if not self.shapes[one]:
+            return bool((self.slice(one)[...] == self.slice(other)[...]).all())
+        rows = self.shapes[one][0]
+        step = max(1, 2**22 // max(1, self.numel(one) // max(rows, 1)))
+        return all(
+            torch.equal(
+                self.slice(one)[i : min(i + step, rows)], self.slice(other)[i : min(i + step, rows)]
+            )
+            for i in range(0, rows, step)
+        )

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checks import FLOAT_MAX, bad_regex, is_number, is_regex, short
+from .checks import FLOAT_MAX, CheckpointError, bad_regex, is_number, is_regex, short
 from .experts import Experts4bit
+from .files import SafetensorsFiles, read_json
 from .models import (
     check_model,
     check_whole,
@@ -508,6 +509,11 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 # PEFT's files -------------------------------------------------------------------------------------
 
+
+class NotPlainLora(ValueError):
+    """An adapter of PEFT's that is more than W + scaling B A; PEFT itself may load it."""
+
+
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -658,14 +664,14 @@ def load_adapter(
         r = lora_A.shape[0] if lora_A.ndim == 2 else 0
         if tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
             raise ValueError(
-                f"load_adapter: {name} has lora_A {list(lora_A.shape)} and lora_B "
+                f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
                 f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight"
             )
         rank = _per_layer(config, "rank_pattern", name, config.get("r", r))
         if rank != r:
             raise ValueError(
-                f"load_adapter: {name} has lora_A {list(lora_A.shape)} and the config says r = "
-                f"{rank}, want the same"
+                f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and the config "
+                f"says r = {rank}, want the same"
             )
         if name in present and present[name].r != r:
             raise ValueError(
@@ -698,17 +704,18 @@ def load_adapter(
 
 def _read_config(path: Path) -> dict:
     file = path / _CONFIG
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"load_adapter: {file} is missing, want a directory with {_CONFIG}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_adapter: {file} is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load_adapter: {file} has peft_type {got!r}, want 'LORA'")
-    _check_plain(file, config)
+        config = read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"load_adapter: {error}") from error
     _check_values(file, config)
+    if config.get("peft_type") != "LORA":
+        raise NotPlainLora(
+            f"load_adapter: {file} has peft_type {short(config.get('peft_type'))}, want 'LORA'"
+        )
+    _check_plain(file, config)
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         config[key] = {re.compile(rf"(.*\.)?({p})$"): value for p, value in patterns.items()}
@@ -729,24 +736,24 @@ _HARMLESS = {
 
 
 def _check_plain(file: Path, config: dict) -> None:
-    """ValueError for a key that makes the adapter something else than W + scaling B A."""
+    """NotPlainLora for a key that makes the adapter something else than W + scaling B A."""
     elsewhere = "peft.PeftModel.from_pretrained loads this adapter"
     for key, value in config.items():
         if key == "bias":
             if value not in ("none", None):
-                raise ValueError(
+                raise NotPlainLora(
                     f"load_adapter: {file} has bias={short(value)}, want 'none'; {elsewhere}"
                 )
         elif key == "init_lora_weights":
             if value is not None and not any(value == start for start in _PLAIN_STARTS):
-                raise ValueError(
+                raise NotPlainLora(
                     f"load_adapter: {file} has init_lora_weights={short(value)}, which changes "
                     "the base weights, want a plain LoRA adapter; PEFT's save_pretrained with "
                     "path_initial_model_for_weight_conversion writes one (not for loftq)"
                 )
         elif key not in _HARMLESS and value not in (None, False, [], {}, ""):
             want = "False" if isinstance(value, bool) else "None"
-            raise ValueError(
+            raise NotPlainLora(
                 f"load_adapter: {file} has {short(key)[1:-1]}={short(value)}, want {want}; "
                 f"{elsewhere}"
             )
@@ -801,27 +808,24 @@ def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtyp
 
 def _read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
     """Layer name -> (lora_A, lora_B) of an adapter file; dtype_of: name -> dtype they will have."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = path / _WEIGHTS
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"load_adapter: {file} is missing, want the adapter's weights")
     try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"load_adapter: {file} is damaged ({error})") from None
+        tensors = SafetensorsFiles([file])
+    except CheckpointError as error:
+        raise CheckpointError(f"load_adapter: {error}") from error
     linears = _linears(model)
     halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key in tensors:
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B)\.weight", key)
         if match is None:
-            _check_extra(model, file, key, tensor)
+            _check_extra(model, file, key, tensors)
             continue
         name = match[1]
         if name not in linears:
             raise ValueError(f"load_adapter: {file} adapts {name}, no layer; {_found(model)}")
-        halves.setdefault(name, {})[match[2]] = tensor
+        halves.setdefault(name, {})[match[2]] = tensors[key]
     for name, half in halves.items():
         for key in ("lora_A", "lora_B"):
             if key not in half:
@@ -834,7 +838,7 @@ def _read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
     return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
 
 
-def _check_extra(model: nn.Module, file: Path, key: str, tensor: torch.Tensor) -> None:
+def _check_extra(model: nn.Module, file: Path, key: str, tensors: SafetensorsFiles) -> None:
     """PEFT stores the embeddings too where the head is a target; they must be the model's own."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
     layer, _, attribute = name.rpartition(".")
@@ -845,11 +849,12 @@ def _check_extra(model: nn.Module, file: Path, key: str, tensor: torch.Tensor) -
     if isinstance(module, Embedding4bit) and attribute == "weight":
         with loaded(module):
             own = dequantize_4bit(module.quantized, module.dtype)
-    if own is not None and own.shape == tensor.shape and own.is_floating_point():
+    if own is not None and own.shape == tensors.shapes[key] and own.is_floating_point():
+        tensor = tensors[key]
         dtype = min((own.dtype, tensor.dtype), key=lambda d: d.itemsize)
         if torch.equal(own.detach().to("cpu", dtype), tensor.to(dtype)):
             return
-    raise ValueError(
-        f"load_adapter: {file} holds {key} {list(tensor.shape)}, want lora_A and lora_B of linear "
-        "layers only; peft.PeftModel.from_pretrained loads this adapter"
+    raise NotPlainLora(
+        f"load_adapter: {file} holds {key} {list(tensors.shapes[key])}, want lora_A and lora_B of "
+        "linear layers only; peft.PeftModel.from_pretrained loads this adapter"
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .checks import check_finite
 from .experts import Experts4bit, dense_experts
 from .models import check_model, check_whole, own_config, places_of, progress, replace_module
 from .nn import (
@@ -54,8 +55,9 @@ def merge_and_unload(
         TypeError: dtype is another one; model is a single layer or carries PEFT's adapters.
         ValueError: no adapters: merged already, or never added; a sharded model, whose parameters
             are DTensors; an offloaded model.
-        OverflowError: a merged value is a NaN or beyond dtype's range, or another parameter is
-            beyond float16's, naming the layer. The model is then as it was.
+        OverflowError: a merged value, or another parameter, is a NaN or beyond dtype's range,
+            naming the layer, how many such values it has and the largest. The model is then as it
+            was.
     """
     if dtype not in FLOAT_DTYPES:
         raise TypeError(
@@ -196,51 +198,46 @@ def _weight_bound(q: QuantizedTensor) -> float:
     return values * scale + mean
 
 
-def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
-    """OverflowError, before anything is changed, if a merged value is not finite in dtype.
+_WIDER = "merge to torch.bfloat16 or torch.float32"
 
-    Parameters and buffers that are not merged are only looked at for float16, whose range is small.
+
+def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
+    """OverflowError, by that name, unless dtype holds the weight of a packed or adapted layer.
+
+    The weight itself is made only where bounds from its statistics do not settle it.
     """
-    most = torch.finfo(dtype).max
+    weight = module._parameters["weight"]
+    if weight.is_meta:
+        return
+    packed = isinstance(module, _Packed4bit)
+    bound = _weight_bound(module.quantized) if packed else weight.abs().max().item()
+    if isinstance(module, _Lora):
+        A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
+        # |B A| <= (row norms of B) * (column norms of A), by Cauchy-Schwarz.
+        bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
+    if not bound < torch.finfo(dtype).max / 2:
+        values = _merged_weight(module, torch.float32)
+        check_finite(name, values, dtype, advice=_WIDER if dtype == torch.float16 else "")
+
+
+def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
+    """OverflowError, before anything is changed, if a value is not finite in dtype."""
+    op = "merge_and_unload: "
+    advice = _WIDER if dtype == torch.float16 else ""
     for name, module in model.named_modules():
         own = dict(module._parameters)
         if isinstance(module, (_Packed4bit, _Lora)):
-            weight = own.pop("weight")
-            if weight.is_meta:
-                continue
-            packed = isinstance(module, _Packed4bit)
-            bound = _weight_bound(module.quantized) if packed else weight.abs().max().item()
-            if isinstance(module, _Lora):
-                A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
-                # |B A| <= (row norms of B) * (column norms of A), by Cauchy-Schwarz.
-                bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
-            # The product itself is made only where the cheap bound does not settle it.
-            if not bound < most / 2:
-                _check_values(f"{name}.weight", _merged_weight(module, torch.float32), dtype)
-        if dtype != torch.float16:
-            continue
+            own.pop("weight")
+            check_weight(f"{op}{name}.weight".replace(" .", " "), module, dtype)
         for key, parameter in own.items():
             if _is_float(parameter) and "lora_" not in key:
-                _check_values(f"{name}.{key}".lstrip("."), parameter, dtype)
+                check_finite(f"{op}{f'{name}.{key}'.lstrip('.')}", parameter, dtype, advice=advice)
         for key, buffer in module._buffers.items():
             if _is_float(buffer) and _is_saved(module, key) and not buffer.is_meta:
                 values = buffer.to_dense() if buffer.layout != torch.strided else buffer
                 # A mask's infinities stay what they are.
-                _check_values(f"{name}.{key}".lstrip("."), values[values.isfinite()], dtype)
-
-
-def _check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.numel() == 0 or tensor.is_meta:
-        return
-    largest = tensor.detach().abs().max()
-    if largest.isnan():
-        raise OverflowError(f"merge_and_unload: {name} holds a NaN, want finite values")
-    if not largest.to(dtype).isfinite():
-        wider = "; merge to torch.bfloat16 or torch.float32" if dtype == torch.float16 else ""
-        raise OverflowError(
-            f"merge_and_unload: {name} holds {largest.item():g}, want at most "
-            f"{torch.finfo(dtype).max:g} for {dtype}{wider}"
-        )
+                values = values[values.isfinite()]
+                check_finite(f"{op}{f'{name}.{key}'.lstrip('.')}", values, dtype, advice=advice)
 
 
 # transformers' bookkeeping ------------------------------------------------------------------------
@@ -262,10 +259,11 @@ def _forget_quantization(model: nn.Module, dtype: torch.dtype, untied: bool) -> 
         return
     model.is_quantized = False
     own_config(model)
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.config.__dict__.pop("_is_quantized", None)
     for config in (model.config, model.config.get_text_config()):
-        for attribute in ("quantization_config", "_is_quantized"):
-            if attribute in config.__dict__:
-                delattr(config, attribute)
+        config.__dict__.pop("quantization_config", None)
         config.dtype = dtype
         if untied:
             config.tie_word_embeddings = False

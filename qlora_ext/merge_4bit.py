@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import CheckpointError, is_integer, is_number, short
+from .checks import CheckpointError, check_finite, check_parameters, is_integer, is_number, short
 from .experts import Experts4bit, _up_name
+from .files import SafetensorsFiles
 from .fit_4bit import fit_4bit, hessian_error
-from .merge import IN_MEMORY, _tied_head, dense_layer, merge_and_unload
+from .merge import IN_MEMORY, _tied_head, check_weight, dense_layer, merge_and_unload
 from .models import check_whole, progress, replace_module
 from .nn import FLOAT_DTYPES, Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit
 from .offload import check_in_memory
@@ -93,7 +94,8 @@ def merge_into_4bit(
             below 0 or not finite; hessian_bytes that is not an int of at least 1; a base that is
             not there, is not safetensors, lacks a layer, has another shape, or is not what was
             packed.
-        OverflowError: an adapter on a dense layer whose sum its dtype cannot hold.
+        OverflowError: a sum W + s B A that is not finite, or beyond the dtype of a dense layer,
+            naming the layer.
 
     KeyboardInterrupt or an error midway leaves the model as it was, except where a PeftModel is
     given neither base nor calibration: that merge is PEFT's own.
@@ -127,7 +129,9 @@ def merge_into_4bit(
             stacklevel=2,
         )
         if peft_model:
-            return model.merge_and_unload().to(dtype)
+            merged = model.merge_and_unload()
+            check_parameters("merge_into_4bit", merged, dtype)
+            return merged.to(dtype)
         return merge_and_unload(model, dtype, progress_bar=progress_bar)
     source = None if base is None else UnquantizedWeights(base, model)
     batches = None if calibration is None else _batches(calibration)
@@ -144,7 +148,9 @@ def merge_into_4bit(
         swaps.append((new, layer.module))
 
     def target_of(layer: _Adapted) -> Tensor:
-        return layer.target() if source is None else source.target(layer)
+        target = layer.target() if source is None else source.target(layer)
+        check_finite(f"merge_into_4bit: {layer.name}.weight", target, torch.float32)
+        return target
 
     try:
         with torch.no_grad():
@@ -311,13 +317,9 @@ def _unload(model: nn.Module, peft_model: bool, swaps: list) -> nn.Module:
     if peft_model:
         return _unload_peft(model)
     tied = _tied_head(model)
-    for module in [m for m in model.modules() if isinstance(m, LoraLinear)]:
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]:
+        check_weight(f"merge_into_4bit: {name}.weight", module, module.weight.dtype)
         new = dense_layer(module, module.weight.dtype)
-        if not new.weight.isfinite().all():
-            raise OverflowError(
-                f"merge_into_4bit: a merged dense layer is not finite in {module.weight.dtype}, "
-                "want a wider dtype: model.to(torch.bfloat16) first"
-            )
         new.requires_grad_(False)
         replace_module(model, module, new)
         swaps.append((new, module))
@@ -375,6 +377,8 @@ class UnquantizedWeights:
 
     def __init__(self, base, model: nn.Module, op: str = "merge_into_4bit"):
         self.op = op
+        is_path = isinstance(base, (str, os.PathLike))
+        self.called = f"base ({os.fspath(base)})" if is_path else "base"
         self.reason = ""  # why transformers' names of a folder's tensors are not known
         self.experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts4bit)}
         if isinstance(base, nn.Module):
@@ -394,14 +398,26 @@ class UnquantizedWeights:
         of a file, of another model and where it cannot, as they are."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         transformers = sys.modules.get("transformers")
-        if path.is_dir() and transformers and isinstance(model, transformers.PreTrainedModel):
+        if os.path.isdir(path) and transformers and isinstance(model, transformers.PreTrainedModel):
             try:
                 from .checkpoint import Weights
 
                 return Weights(path, model)
             except (CheckpointError, ImportError, AttributeError) as error:
                 self.reason = str(error)
-        return _Safetensors(path, self.op)
+        is_file = os.path.lexists(path) and not os.path.isdir(path)
+        files = [path] if is_file else sorted(path.glob("*.safetensors"))
+        want = (
+            "want the folder of the unquantized model, with its safetensors files, or one such "
+            "file; a model on the hub must be downloaded first"
+        )
+        if not files:
+            lacks = "has no safetensors files" if os.path.isdir(path) else "does not exist"
+            raise ValueError(f"{self.op}: base is {short(str(path))}, which {lacks}, {want}")
+        try:
+            return SafetensorsFiles(files, any_dtype=True)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.op}: {self.called}: {error}") from error
 
     def weight(self, full_name: str, packed: Linear4bit) -> Tensor:
         """The unquantized weight of a packed layer, fp32 [N, K].
@@ -420,8 +436,8 @@ class UnquantizedWeights:
         if key not in self.tensors:
             near = [k for k in self.tensors if k.endswith(name.rpartition(".")[2] + ".weight")]
             raise ValueError(
-                f"{self.op}: base has no {key}, want the unquantized model that was packed; "
-                f"it has {near[:3] or list(self.tensors)[:3]}"
+                f"{self.op}: {self.called} has no {key}, want the unquantized model that was "
+                f"packed; it has {near[:3] or list(self.tensors)[:3]}"
                 + (f"; as a model's folder it cannot be read: {self.reason}" if self.reason else "")
             )
         weight = self.tensors[key]
@@ -430,14 +446,14 @@ class UnquantizedWeights:
             weight, flip = weight[pick], experts.is_transposed
         if weight.dtype not in FLOAT_DTYPES or weight.is_meta:
             raise ValueError(
-                f"{self.op}: base has {key} in {weight.dtype} on {weight.device}, want float "
-                "values: the model as it was before it was packed"
+                f"{self.op}: {self.called} has {key} in {weight.dtype} on {weight.device}, want "
+                "float values: the model as it was before it was packed"
             )
         weight = weight.T if flip else weight
         want = (packed.out_features, packed.in_features)
         if tuple(weight.shape) != want:
             raise ValueError(
-                f"{self.op}: base has {key} of shape {list(weight.shape)}, want "
+                f"{self.op}: {self.called} has {key} of shape {list(weight.shape)}, want "
                 f"{list(want)}: it must be the unquantized model that was packed"
             )
         return weight.detach().to(packed.weight.device, torch.float32)
@@ -452,7 +468,7 @@ class UnquantizedWeights:
         # Stored in another dtype, a weight in a hundred changes its code.
         if now.numel() and same / 2 < 0.9:
             raise ValueError(
-                f"{self.op}: base is not what was packed: {same / 2:.0%} of the codes of "
+                f"{self.op}: {self.called} is not what was packed: {same / 2:.0%} of the codes of "
                 f"{layer.name} agree, want nearly all. An adapter that was initialised by changing "
                 "the packed weight (PiSSA, OLoRA) needs calibration instead"
             )
@@ -461,44 +477,6 @@ class UnquantizedWeights:
         """W + s B A, fp32 [N, K]."""
         A, B, scaling = layer.lora
         return self.weight(layer.name, layer.packed).addmm(B, A, alpha=scaling)
-
-
-class _Safetensors(Mapping):
-    """The tensors of a safetensors file, or of those in a folder, each read when asked for."""
-
-    def __init__(self, path: Path, op: str):
-        from safetensors import SafetensorError, safe_open
-
-        want = (
-            "want the folder of the unquantized model, with its safetensors files, or one such "
-            "file; a model on the hub must be downloaded first"
-        )
-        if not path.exists():
-            raise ValueError(f"{op}: base is {short(str(path))}, which does not exist, {want}")
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ValueError(
-                f"{op}: base is {short(str(path))}, which has no safetensors files, {want}"
-            )
-        self.files = []
-        for file in files:
-            try:
-                self.files.append(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{op}: base has {file}, which is damaged or not a safetensors file "
-                    f"({error}), {want}"
-                ) from None
-        self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.where[key].get_tensor(key)
-
-    def __iter__(self):
-        return iter(self.where)
-
-    def __len__(self) -> int:
-        return len(self.where)
 
 
 # What the layers see ------------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def test_merge_of_a_conv1d_model_gives_conv1d(tmp_path):
 def test_broken_adapter_is_not_merged(folders):
     model = adapted(folders)
     lora_layers(model)[0].lora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*not finite"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight holds .* NaN"):
         model.merge_adapter(safe_merge=True)
     assert not lora_layers(model)[0].merged
     assert isinstance(lora_layers(model)[0].base_layer, Linear4bit)
@@ -465,7 +465,7 @@ def test_merge_beyond_float16_is_refused(folders):
     base = base_model(folders, dtype=torch.float16)
     model = peft.get_peft_model(base, lora_config())
     lora_layers(model)[0].lora_B["default"].weight.data.fill_(1e6)
-    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+    with pytest.raises(ValueError, match=r"that torch\.float16 cannot hold"):
         model.merge_adapter()
 
 

@@ -1,6 +1,5 @@
 """What must not regress in the compiled kernels: read from SASS, so no GPU is needed."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,17 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 
 
-def load_report():
-    spec = importlib.util.spec_from_file_location(
-        "kernel_report", ROOT / "bench" / "kernel_report.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_report"] = module
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT / "bench"))
 
-
-report = load_report()
+import kernel_report as report  # noqa: E402
+import ptxas_report  # noqa: E402
+import sass_flow  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +145,125 @@ def test_dequantize_moves_sixteen_bytes_at_a_time(kernels):
         assert all("128" in report.modifiers(i) for i in stores), k.name
         assert any("128" in report.modifiers(i) for i in loop if report.opcode(i) == "LDG"), k.name
         assert k.occupancy == 1.0, k.name
+
+
+# ---------------------------------------------------------------- what ptxas did
+
+
+def test_no_copy_has_an_l2_policy():
+    """`cp.async ... L2::cache_hint` is what ptxas miscompiles for 9.0 and newer."""
+    for path in [*CUDA.glob("*.cuh"), *CUDA.glob("*.cu")]:
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        assert "cache_hint" not in code and "createpolicy" not in code, path.name
+
+
+@pytest.mark.parametrize("arch", report.FLOW_ARCHS)
+def test_no_register_is_read_that_nothing_wrote(arch, capsys):
+    """Uniform registers, predicates and registers in addresses; bench/sass_flow.py. Nor is any
+    wgmma serialized."""
+    if sentence := report.missing_tools():
+        pytest.skip(sentence)
+    ((functions, sentences),) = report.flow((arch,)).values()
+    with capsys.disabled():  # `make cuda` shows it
+        print(f"\ndata flow, {arch}: {functions} functions, {len(sentences)} findings", end=" ")
+    assert sentences == ()
+    assert functions >= len(report.KERNELS)
+
+
+def test_the_flow_check_sees_every_kernel_of_the_binaries(kernels):
+    """A listing that is cut short or read wrongly would have nothing to find."""
+    cubin = report.compile_cubin("gemm_4bit", "9.0a")
+    listing = report.run(report.find_tool("cuobjdump"), "-sass", cubin)
+    functions = {name: code for _, name, code in sass_flow.parse_listing(listing)}
+    assert len(functions) == listing.count("Function :") > 0
+    assert sum(map(len, functions.values())) == len(
+        re.findall(r"^ +/\*[0-9a-f]{4,}\*/", listing, re.M)
+    )
+    # The planted fault: a copy's descriptor becomes a register that nothing writes.
+    name, code, at = next(
+        (name, code, i)
+        for name, code in functions.items()
+        for i, (_, text) in enumerate(code)
+        if "LDGSTS" in text
+    )
+    code[at] = code[at][0], re.sub(r"desc\[UR\d+\]", "desc[UR61]", code[at][1])
+    (finding,) = sass_flow.check_function(name, code)
+    assert finding.problem == "reads UR61, UR62, which no path wrote"
+
+
+# Reads its accumulators between two wgmma, without a wait.
+SERIALIZED = """
+__global__ void planted(float* out, unsigned long long b, unsigned a) {
+  float d[4] = {1, 2, 3, 4};
+  asm volatile("wgmma.fence.sync.aligned;");
+  for (int i = 0; i < 4; ++i) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a), "r"(a + 1), "r"(a + 2), "r"(a + 3), "l"(b));
+    d[0] += 1.0f;
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;");
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = d[i];
+}
+"""
+
+
+def test_serialized_wgmma_is_reported(tmp_path):
+    """ptxas calls it information, and succeeds."""
+    if sentence := report.missing_tools():
+        pytest.skip(sentence)
+    source, ptx, cubin = (tmp_path / f"planted.{suffix}" for suffix in ("cu", "ptx", "cubin"))
+    source.write_text(SERIALIZED)
+    report.run("nvcc", "-arch=compute_90a", "-ptx", source, "-o", ptx)
+    said = report.nvcc_ptxas().assemble(ptx, "9.0a", cubin)
+    Path(f"{cubin}.txt").write_text(said)
+    (message,) = report.messages(cubin)
+    assert "wgmma.mma_async instructions are serialized" in message and "planted" in message
+
+
+def test_ptx_for_an_older_ptxas_says_so(tmp_path, monkeypatch):
+    """12.9 refuses the header of 13.0's PTX. The file that it gets is gone afterwards."""
+    ptx, cubin = tmp_path / "k.ptx", tmp_path / "k.cubin"
+    ptx.write_text("// .version 9.0\n.version 9.0\n.target sm_90a\n")
+    given = []
+    monkeypatch.setattr(report, "run", lambda *command: given.append(command[-3].read_text()) or "")
+    for version in ("12.9.86", "13.5.37"):
+        report.Ptxas(version, Path("ptxas")).assemble(ptx, "9.0a", cubin)
+    assert given == [ptx.read_text().replace("\n.version 9.0", "\n.version 8.8"), ptx.read_text()]
+    assert list(tmp_path.iterdir()) == [ptx]
+
+
+def test_each_version_of_ptxas_is_taken_once(tmp_path, monkeypatch):
+    """nvcc's first, the others by version."""
+    releases = {
+        "a/ptxas": "13.10.2",
+        "b/ptxas": "13.0.88",
+        "c/bin/ptxas": "13.4.59",
+        "nvcc": "13.0.88",
+    }
+    for name in list(releases)[:3]:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    versions = {str(tmp_path / name): version for name, version in releases.items()}
+    monkeypatch.setattr(report, "nvcc_ptxas", lambda: report.Ptxas("13.0.88"))
+    monkeypatch.setattr(report, "version_of", lambda path: versions.get(str(path), "12.9.86"))
+    found = [p.version for p in ptxas_report.find_ptxas(tmp_path)]
+    assert [v for v in found if v != "12.9.86"] == ["13.0.88", "13.4.59", "13.10.2"]
+
+
+def test_main_loops_that_differ_are_rows():
+    lengths = {"same": [100, 100], "near": [100, 110], "far": [100, 111], "gone": [100, None]}
+    assert set(ptxas_report.differing(lengths)) == {"far", "gone"}
+    table = ptxas_report.markdown([report.Ptxas("13.0.88"), report.Ptxas("13.5.37")], lengths)
+    assert table.splitlines() == [
+        "| kernel | 13.0.88 | 13.5.37 |",
+        "| --- | --- | --- |",
+        "| `far` | 100 | 111 |",
+        "| `gone` | 100 | - |",
+    ]
 
 
 # ---------------------------------------------------------------- the library that was built

@@ -240,7 +240,7 @@ def test_a_saved_buffer_beyond_float16_is_refused():
     model.register_buffer("scratch", torch.tensor([1e9]), persistent=False)
     bad = copy.deepcopy(model)
     bad.register_buffer("bias_table", torch.tensor([1e9]))
-    with pytest.raises(OverflowError, match=r": bias_table holds 1e\+09, want at most 65504"):
+    with pytest.raises(OverflowError, match=r": bias_table holds 1 value .* 1e\+09, want"):
         merge(bad)
     merge(model)
     assert model.mask[1] == -torch.inf and model.mask.dtype == torch.float16
@@ -285,6 +285,6 @@ def test_merged_weights_that_are_not_finite_are_refused(dtype, value, head):
     with torch.no_grad():
         layer.lora_B[3] = value
         layer.lora_A[:] = 5.0
-    with pytest.raises(OverflowError, match=rf"{name}\.weight holds (a NaN|inf), want"):
+    with pytest.raises(OverflowError, match=rf"{name}\.weight holds .*torch.* cannot hold"):
         merge(model, dtype)
     assert model.get_submodule(name) is layer

@@ -169,7 +169,7 @@ def test_layers_that_torch_reads_past_their_forward_stay():
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
         want = model["encoder"](x)
-        with pytest.warns(UserWarning, match="read by a torch module around it"):
+        with pytest.warns(UserWarning, match="read by TransformerEncoderLayer"):
             quantize(model)
         assert torch.equal(model["encoder"](x), want)
     assert packed_names(model) == ["up"]

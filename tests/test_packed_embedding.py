@@ -159,7 +159,9 @@ def test_a_merge_that_is_not_finite_changes_nothing():
     layer = model.base_model.model.model.embed_tokens
     layer.lora_embedding_A["default"].data.fill_(1e5)
     before = packed_bytes(model)
-    with pytest.raises(ValueError, match=r"merge: .*embed_tokens: its weight .* is not finite"):
+    with pytest.raises(
+        ValueError, match=r"merge: .*embed_tokens.weight holds .* that torch.float16 cannot hold"
+    ):
         model.merge_adapter()
     assert isinstance(layer.base_layer, Embedding4bit)
     assert all(torch.equal(packed_bytes(model)[key], value) for key, value in before.items())

@@ -88,7 +88,6 @@ struct BackwardTile {
   int w_n, y_n;                 // rows of W that the pieces belong to, from the stage's first
   int y_rows;                   // rows of dY from the first piece's to the last that exists
   bool w_valid;                 // the piece's columns are below K
-  uint64_t policy;
 
   ScalePipeline<kNested> scale_pipeline;
   uint32_t next_run, last_run;
@@ -134,7 +133,6 @@ struct BackwardTile {
     w_source = p.gemm.weight.packed + ((n_begin + w_n) * K + k0 + piece * 32) / 2;
     w_target = ptx::shared_address(s.w) + w_n * Traits::kWRowBytes +
                ((piece / 2) ^ (w_n / 8 & 3)) * 32 + piece % 2 * 16;
-    policy = ptx::evict_first_policy();
 
     const int unit = tid % 8, m = tid / 8;
     y_n = unit * 8;
@@ -186,7 +184,7 @@ struct BackwardTile {
     for (int i = 0; i < 2; ++i) {
       const uint32_t target = w_target + slot * Traits::kWStageBytes + i * 32 * Traits::kWRowBytes;
       if (w_valid && n + w_n + i * 32 < length) {
-        ptx::cp_async_16_hint(target, w_source + i * (16 * p.gemm.weight.K), policy);
+        ptx::cp_async_16(target, w_source + i * (16 * p.gemm.weight.K));
       }
     }
     const int left = length - n - y_n;  // elements of dY in this thread's 16 bytes

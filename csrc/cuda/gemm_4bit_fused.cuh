@@ -108,7 +108,6 @@ struct FusedTile {
   uint32_t w_target, x_target;  // shared addresses in stage 0
   int w_k, x_k;                 // of the pieces, from the stage's first k
   int w_rows, x_rows;           // rows from the first piece's to the last that exists
-  uint64_t policy;
 
   // Scales: this thread's (row, run) of a stage.
   ScalePipeline<kNested> scale_pipeline;
@@ -163,7 +162,6 @@ struct FusedTile {
     w_target = ptx::shared_address(s.table) + Traits::kFirstLine + segment;
     w_source = p.gemm.weight.packed + ((n0 + n) * K + k_begin + w_k) / 2;
     w_rows = static_cast<int>(min(p.gemm.weight.N - n0, static_cast<int64_t>(Traits::kTileN))) - n;
-    policy = ptx::evict_first_policy();
 
     constexpr int kUnits = Traits::kTileK / 8;  // of a row of x
     const int unit = tid % kUnits, m = tid / kUnits;
@@ -217,7 +215,7 @@ struct FusedTile {
       const uint32_t target =
           w_target + (slot * Traits::kStageLines + i * 32) * Traits::kLineStride;
       if (k + w_k < length && i * kWCopyRows < w_rows) {
-        ptx::cp_async_16_hint(target, w_source + i * (kWCopyRows * p.gemm.weight.K / 2), policy);
+        ptx::cp_async_16(target, w_source + i * (kWCopyRows * p.gemm.weight.K / 2));
       }
     }
 #pragma unroll

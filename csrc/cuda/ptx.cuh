@@ -155,15 +155,10 @@ __device__ __forceinline__ uint32_t load_streaming(const uint32_t* pointer) {
 // Global to shared, without registers. The bytes may be read by the issuing thread after
 // cp_async_wait, by others after a barrier as well. Source and destination are aligned to the
 // size. On sm_75 these are plain loads and stores, and commit and wait do nothing.
-
-// L2 eviction policy for data that is read once (packed weights).
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy = 0;
-#if __CUDA_ARCH__ >= 800
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
-  return policy;
-}
+//
+// None takes an L2 policy (`L2::cache_hint`): for sm_90 and newer ptxas 12.9.86 to 13.3 makes of
+// `cp.async` with one a copy whose address holds uniform registers that nothing wrote (13.4.59 does
+// not). A driver that compiles PTX has the same ptxas inside. bench/sass_flow.py looks for it.
 
 #if __CUDA_ARCH__ < 800
 namespace detail {
@@ -198,18 +193,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
 #endif
 }
 
-// The same with an L2 policy from evict_first_policy().
-__device__ __forceinline__ void cp_async_16_hint(uint32_t shared, const void* global,
-                                                 uint64_t policy) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared),
-               "l"(global), "l"(policy)
-               : "memory");
-#else
-  detail::copy_now<uint4>(shared, global, 16);
-#endif
-}
-
 // Reads valid_bytes (0 to 16) and fills the rest of the 16 with zeros. With 0 nothing is read,
 // but `global` must still be an aligned pointer.
 __device__ __forceinline__ void cp_async_16_zfill(uint32_t shared, const void* global,
@@ -217,17 +200,6 @@ __device__ __forceinline__ void cp_async_16_zfill(uint32_t shared, const void* g
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid_bytes)
-               : "memory");
-#else
-  detail::copy_now<uint4>(shared, global, valid_bytes);
-#endif
-}
-
-__device__ __forceinline__ void cp_async_16_zfill_hint(uint32_t shared, const void* global,
-                                                       int valid_bytes, uint64_t policy) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared),
-               "l"(global), "r"(valid_bytes), "l"(policy)
                : "memory");
 #else
   detail::copy_now<uint4>(shared, global, valid_bytes);
@@ -460,19 +432,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
   trap();
 #endif
 }
-__device__ __forceinline__ void bulk_copy_hint(uint32_t shared, const void* global, uint32_t bytes,
-                                               uint32_t mbarrier, uint64_t policy) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared),
-      "l"(global), "r"(bytes), "r"(mbarrier), "l"(policy)
-      : "memory");
-#else
-  trap();
-#endif
-}
-
 // Moves registers between warpgroups; every warp of the warpgroup executes it.
 template <int registers>
 __device__ __forceinline__ void setmaxnreg_increase() {

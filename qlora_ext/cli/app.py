@@ -15,7 +15,7 @@ import typer
 
 from .. import _C
 from ..build_info import build_info, in_words
-from ..checks import CheckpointError, count, size
+from ..checks import SentenceError, count, size
 from . import INSTALL
 from .errors import CliError
 from .screen import bar, console, say, table
@@ -58,11 +58,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def run() -> None:
-    """The entry point: a failure is one sentence on stderr and exit status 1."""
+    """The entry point: a failure is one sentence on stderr and exit status 1.
+
+    Whatever goes wrong because of a file is a SentenceError (files.reading); what is left is a
+    fault of this program and stays a traceback.
+    """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         app()
-    except (CliError, CheckpointError) as error:
+    except SentenceError as error:
+        if os.environ.get("QLORA_EXT_TRACEBACK"):
+            raise
         fail(command, str(error))
     except ModuleNotFoundError as error:
         fail(command, f"{error.name} is not installed: {INSTALL}")
@@ -70,6 +76,8 @@ def run() -> None:
         fail(command, "interrupted")
     except BrokenPipeError:  # `qlora-ext inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        fail(command, "memory is used up")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         fail(command, f"{error.strerror or error}{where}")
@@ -77,7 +85,7 @@ def run() -> None:
 
 def fail(command: str, sentence: str) -> None:
     """Says why and ends."""
-    say(f"qlora-ext {command}: {sentence}", stderr=True)
+    say(f"qlora-ext {command}: {' '.join(sentence.split())}", stderr=True)
     sys.exit(1)
 
 
@@ -361,6 +369,7 @@ def estimate(
     config = None if dense else quant_config(quant_type, blocksize, double_quant)
     import torch
 
+    from ..files import reading
     from ..lora import LoraConfig
     from . import estimate as work
 
@@ -370,9 +379,11 @@ def estimate(
         lora = LoraConfig(r=rank, target_modules=targets)
     except ValueError as error:
         raise CliError(str(error)) from None
-    found = work.estimate(
-        work.load(model), seq=seq, batch=batch, quant=config, lora=lora, checkpointing=checkpointing
-    )
+    settings = work.load(model)
+    with reading(f"{model}: config.json", "cannot be estimated"):
+        found = work.estimate(
+            settings, seq=seq, batch=batch, quant=config, lora=lora, checkpointing=checkpointing
+        )
     rows = [[name, size(nbytes)] for name, nbytes in found.parts.items()]
     rows.append([f"CUDA context, and {work.SLACK:.0%} for the allocator",
                  size(found.total - sum(found.parts.values()))])  # fmt: skip

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import transformers
 
-from ..checkpoint import stored_method
-from ..files import find_folder, read_json
+from ..checkpoint import build_folder, read_config, stored_method, unquantized
+from ..checks import bad_regex, short
+from ..files import SafetensorsFiles, find_folder, read_json, reading, safetensors_files
+from ..lora import NotPlainLora
 from .errors import CliError
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Chat:
@@ -26,12 +31,18 @@ class Chat:
         from ..integrations.transformers import QLoraExtConfig
 
         folder = find_folder(name)
-        adapter = folder if (folder / "adapter_config.json").exists() else None
+        adapter = folder if os.path.lexists(folder / ADAPTER) else None
         if adapter is not None:
-            base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            base = base or read_json(folder / ADAPTER).get("base_model_name_or_path")
             if not base:
                 raise CliError(f"{folder} does not name its base: give it with --base")
+            if not isinstance(base, str):
+                raise CliError(
+                    f"{folder / ADAPTER}: base_model_name_or_path is {short(base)}, want the name "
+                    "of a folder or model: give it with --base"
+                )
             folder = find_folder(base)
+        self.folder = folder
         self.model = load_model(folder, QLoraExtConfig() if four_bit else None, device)
         if adapter is not None:
             load_adapter(self.model, adapter)
@@ -41,14 +52,22 @@ class Chat:
 
     def prompt(self, text: str) -> torch.Tensor:
         """Token ids [1, S]: by the tokenizer's chat template, or the text as it is without one."""
-        if self.tokenizer.chat_template is None:
-            ids = self.tokenizer(text, return_tensors="pt").input_ids
-        else:
-            turns = [*self.turns, {"role": "user", "content": text}]
-            made = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        source = getattr(self.tokenizer, "name_or_path", self.folder)
+        with reading(source, "has a tokenizer that fails"):
+            if self.tokenizer.chat_template is None:
+                ids = self.tokenizer(text, return_tensors="pt").input_ids
+            else:
+                turns = [*self.turns, {"role": "user", "content": text}]
+                made = self.tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+                ids = made["input_ids"]
+        known = self.model.get_input_embeddings().num_embeddings
+        if ids.numel() and int(ids.max()) >= known:
+            raise CliError(
+                f"{source}: its tokenizer makes token {int(ids.max())} and the model has "
+                f"{known:,}: want the tokenizer of this model"
             )
-            ids = made["input_ids"]
         return ids.to(self.model.device)
 
     @torch.no_grad()
@@ -66,15 +85,17 @@ class Chat:
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-            streamer=streamer,
-            **sampling,
-        )
-        said = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        # What its config.json and generation_config.json ask for is run here.
+        with reading(self.folder, "has a model that cannot answer"):
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                streamer=streamer,
+                **sampling,
+            )
+            said = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         self.turns += [
             {"role": "user", "content": text},
             {"role": "assistant", "content": said},
@@ -86,20 +107,51 @@ def load_model(folder: Path, packing, device: str):
     """A model in whatever format its folder is, on a device.
 
     packing: the QLoraExtConfig to pack an unquantized one with, or None.
+
+    Raises:
+        CheckpointError, CliError: a folder that is no checkpoint in safetensors files, or whose
+            config.json describes a much larger model than they hold.
     """
     from ..integrations.transformers import from_pretrained
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+    if os.path.lexists(folder / ADAPTER):
+        raise CliError(f"{folder} is an adapter ({ADAPTER}), want the model that it is for")
+    files = SafetensorsFiles(safetensors_files(folder), any_dtype=True)
+    config = read_config(folder, len(files))
+    settings = {
+        "dtype": "auto",
+        "device_map": None if device == "cpu" else device,
+        "trust_remote_code": False,
+        "use_safetensors": True,  # never a pickle
+    }
+    if os.path.lexists(folder / "generation_config.json"):
+        read_json(folder / "generation_config.json")
+    with reading(folder, "cannot be loaded as a model"):
+        _check_weights(folder, config, files)
         method = stored_method(config)
-        settings = {"dtype": "auto", "device_map": None if device == "cpu" else device}
         if method in ("qlora_ext", "bitsandbytes"):
             return from_pretrained(folder, **settings)
         if method is None and packing is not None:
             settings["quantization_config"] = packing
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        raise CliError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:
+    """CliError where config.json describes more weights than the files can hold: those that are
+    missing would be made at random, in memory."""
+
+    def find_class(config, path):
+        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+
+    model = build_folder(folder, unquantized(config), torch.bfloat16, find_class)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    # Two weights a byte, and a tied weight is stored once. Small ones do no harm.
+    held = sum(files.numel(key) * (2 if files.stored[key] == "U8" else 1) for key in files)
+    if wanted > 2 * held + 2**20:
+        raise CliError(
+            f"{folder}: config.json describes a model of {wanted:,} weights, and its files hold "
+            f"{held:,}"
+        )
 
 
 def load_adapter(model, folder: Path) -> None:
@@ -108,22 +160,44 @@ def load_adapter(model, folder: Path) -> None:
 
     try:
         ours(model, folder)
-    except (ValueError, TypeError) as error:
+    except NotPlainLora as error:
+        _check_for_peft(folder)
         try:
             import peft
 
             peft.PeftModel.from_pretrained(model, folder)  # the model is adapted in place
         except Exception:  # the first sentence is the one that helps
             raise CliError(str(error)) from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise CliError(str(error).removeprefix("load_adapter: ")) from None
+
+
+def _check_for_peft(folder: Path) -> None:
+    """CliError unless PEFT may read an adapter: it would unpickle, import a module that the config
+    names, match any regular expression, and make matrices and layers of any size."""
+    path = folder / ADAPTER
+    config = read_json(path)
+    files = SafetensorsFiles([folder / ADAPTER_WEIGHTS], any_dtype=True)
+    largest = max((n for key in files for n in files.shapes[key]), default=0)
+    patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    ranks = [config.get("r"), *(patterns[0].values() if isinstance(patterns[0], dict) else ())]
+    if any(isinstance(rank, int) and rank > largest for rank in ranks):
+        raise CliError(f"{path}: r is {short(config.get('r'))}, want the rank of its tensors")
+    for key in ("megatron_config", "layer_replication"):
+        if config.get(key):
+            raise CliError(f"{path}: {key} is {short(config[key])}, want an adapter without")
+    names = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern",
+                                         "modules_to_save", "target_parameters")]  # fmt: skip
+    texts = [text for value in [*names, *patterns] if isinstance(value, (str, list, dict))
+             for text in ([value] if isinstance(value, str) else value)]  # fmt: skip
+    if bad := bad_regex(text for text in texts if isinstance(text, str)):
+        raise CliError(f"{path} has {short(bad[0])} among its names of layers, want {bad[1]}")
 
 
 def load_tokenizer(folders: list[Path]):
     """The first tokenizer there is: an adapter may bring one."""
     for folder in folders:
         if (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists():
-            try:
-                return transformers.AutoTokenizer.from_pretrained(folder)
-            except Exception as error:  # tokenizers raises that very class for a damaged file
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise CliError(f"{folder}: its tokenizer does not load ({first})") from None
+            with reading(folder, "has a tokenizer that does not load"):
+                return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     raise CliError(f"{folders[-1]} has no tokenizer (tokenizer.json)")

@@ -1,5 +1,7 @@
 """What a command says when it cannot go on: one sentence, no traceback."""
 
+from ..checks import SentenceError
 
-class CliError(Exception):
+
+class CliError(SentenceError):
     """Ends the command with exit status 1; its text is the sentence that the user reads."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import types
 import warnings
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoint import build, read_config, unquantized
+from ..checkpoint import build, build_folder, read_config, unquantized
+from ..checks import first_line, printable
 from ..experts import Experts4bit
 from ..lora import LoraConfig, add_lora
 from ..models import memory_report, num_parameters, quantize_model
@@ -153,8 +155,7 @@ def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
     except Exception as error:  # an architecture's forward may do anything
         raise CliError(
             f"the forward pass of {type(model).__name__} does not run without memory "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}): its activations "
-            "cannot be counted"
+            f"({first_line(error, with_type=True)}): its activations cannot be counted"
         ) from None
     layers: dict[str, int] = {}
     for nbytes, layer, _ in found.values():
@@ -175,15 +176,24 @@ def load(model: str) -> transformers.PreTrainedConfig:
     path = Path(model)
     if path.name == "config.json":
         path = path.parent
-    if path.is_dir():
-        return read_config(path)
+    if os.path.isdir(path):
+        return _read(path)
     try:
-        return transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(model, "config.json")).parent
+    except Exception as error:  # no such name, no network, no permission
         raise CliError(
-            f"{model} is no folder with config.json, and as a hub name it cannot be had: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{printable(model)} is no folder with config.json, and as a hub name it cannot be "
+            f"had: {first_line(error)}"
         ) from None
+    return _read(path)
+
+
+def _read(folder: Path) -> transformers.PreTrainedConfig:
+    config = read_config(folder)
+    build_folder(folder, unquantized(config), torch.bfloat16)  # its errors name the key
+    return config
 
 
 def estimate(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .. import _C
-from ..checks import count, size
+from ..checks import count, printable, short, size
+from ..config_file import check_config
+from ..files import MAX_NUMEL, SafetensorsFiles, read_json, reading, safetensors_files
 from ..quantized_tensor import BLOCKSIZES
 from .errors import CliError
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
+MARK = ".quant_state.bitsandbytes__"
 OURS = ("weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -49,37 +51,11 @@ class Contents:
     nbytes: int
 
 
-class _Headers:
-    def __init__(self, files: list[Path]):
-        self.files = files
-        self.tensors: dict[str, tuple[str, tuple[int, ...], Path]] = {}
-        for path in files:
-            try:
-                with safe_open(path, framework="pt", backend="pread") as handle:
-                    names = handle.keys()
-                    for key in names:
-                        part = handle.get_slice(key)
-                        self.tensors[key] = (part.get_dtype(), tuple(part.get_shape()), path)
-            except (SafetensorError, OSError) as error:
-                raise CliError(f"{path} is damaged or not a safetensors file ({error})") from None
-
-    def numel(self, key: str) -> int:
-        return math.prod(self.tensors[key][1])
-
-    def nbytes(self, key: str) -> int:
-        return self.numel(key) * BITS.get(self.tensors[key][0], 8) // 8
-
-    def read(self, key: str) -> torch.Tensor:
-        with safe_open(self.tensors[key][2], framework="pt", backend="pread") as handle:
-            return handle.get_tensor(key)
-
-
 def read(path: Path) -> Contents:
     """What is in a checkpoint's or adapter's folder, or in one safetensors file."""
     files, settings, kind = _find(path)
-    headers = _Headers(files)
-    names = headers.tensors
-    if any(".quant_state.bitsandbytes__" in key for key in names):
+    names = headers = SafetensorsFiles(files, any_dtype=True)
+    if any(MARK in key for key in names):
         kind = "bitsandbytes, 4 bits"
     elif any(key.endswith(".weight_absmax") for key in names):
         kind = "qlora_ext, 4 bits"
@@ -87,49 +63,57 @@ def read(path: Path) -> Contents:
         kind = "LoRA adapter (PEFT's format)"
     elif any(key.endswith(".SCB") for key in names):
         kind = "bitsandbytes, 8 bits"
-    layers = _layers(headers, settings)
+    with reading(path, "is damaged"):
+        layers = _layers(headers, settings)
     return Contents(kind, files, settings, layers, sum(headers.nbytes(key) for key in names))
 
 
 def _find(path: Path) -> tuple[list[Path], dict, str]:
-    if path.is_file():
+    if not os.path.lexists(path):
+        raise CliError(f"{printable(str(path))} is neither a folder nor a file")
+    if not os.path.isdir(path):
         return [path], {}, "safetensors file"
-    if not path.is_dir():
-        raise CliError(f"{path} is neither a folder nor a file")
     adapter = path / "adapter_config.json"
-    if adapter.exists():
-        from ..files import read_json
-
+    if os.path.lexists(adapter):
         files = sorted(path.glob("adapter_model*.safetensors"))
         if not files:
             raise CliError(f"{path} has no adapter_model.safetensors")
         return files, read_json(adapter), "adapter"
-    from ..files import read_json, safetensors_files
-
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    config = {}
+    if os.path.lexists(path / "config.json"):
+        config = read_json(path / "config.json")
+        check_config(path / "config.json", config)
     return safetensors_files(path), config, "unquantized"
 
 
-def _layers(headers: _Headers, settings: dict) -> list[Layer]:
+def _layers(headers: SafetensorsFiles, settings: dict) -> list[Layer]:
     found, taken = [], set()
-    for key in headers.tensors:
+    stems = {key.partition(MARK)[0] for key in headers if MARK in key}
+    inside = defaultdict(list)  # weight that bitsandbytes packed -> it and what belongs to it
+    for key in headers if stems else ():
+        parts = key.split(".")
+        for stem in {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & stems:
+            inside[stem].append(key)
+    for key in headers:
         if key.endswith(".weight_absmax"):
             found.append(_ours(headers, settings, key.removesuffix(".weight_absmax"), taken))
-        elif ".quant_state.bitsandbytes__" in key:
-            found.append(_bitsandbytes(headers, key, taken))
+        elif MARK in key:
+            found.append(_bitsandbytes(headers, key, inside[key.partition(MARK)[0]], taken))
         elif key.endswith(".lora_A.weight"):
             found.append(_lora(headers, settings, key, taken))
-    for key, (dtype, shape, _) in headers.tensors.items():
+    for key, shape in headers.shapes.items():
         if key not in taken:
-            numel = headers.numel(key)
             name = key.removesuffix(".weight")
-            found.append(Layer(name, dtype, shape, numel, headers.nbytes(key), False))
-    order = {name: i for i, name in enumerate(sorted(headers.tensors, key=_natural))}
+            kind, numel, nbytes = headers.stored[key], headers.numel(key), headers.nbytes(key)
+            found.append(Layer(name, kind, shape, numel, nbytes, False))
+    order = {name: i for i, name in enumerate(sorted(headers, key=_natural))}
     return sorted(found, key=lambda layer: order.get(f"{layer.name}.weight", len(order)))
 
 
 def _natural(name: str) -> list:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _describe(quant_type: str, blocksize: int, nested: bool, mean: bool) -> str:
@@ -138,33 +122,34 @@ def _describe(quant_type: str, blocksize: int, nested: bool, mean: bool) -> str:
     return text + (", nested" if nested else "") + (", with means" if mean else "")
 
 
-def _ours(headers: _Headers, settings: dict, name: str, taken: set) -> Layer:
+def _ours(headers: SafetensorsFiles, settings: dict, name: str, taken: set) -> Layer:
     keys = [
         f"{name}.weight",
-        *(f"{name}.{key}" for key in OURS if f"{name}.{key}" in headers.tensors),
+        *(f"{name}.{key}" for key in OURS if f"{name}.{key}" in headers),
     ]
-    if keys[0] not in headers.tensors:
-        raise CliError(f"{name}.weight_absmax is there without {name}.weight: the file is damaged")
+    if keys[0] not in headers:
+        raise CliError(
+            f"{headers.where[f'{name}.weight_absmax']}: {name}.weight_absmax is there without "
+            f"{name}.weight: the file is damaged"
+        )
     taken.update(keys)
-    packed = headers.tensors[keys[0]][1]
+    packed = headers.shapes[keys[0]]
     # [N, K / 2] where K is even; else the bytes alone, and the shape is the model's to know.
     flat = len(packed) != 2 or packed[1] == 1
     numel = 2 * headers.numel(keys[0])
-    nested = f"{name}.weight_nested" in headers.tensors
+    nested = f"{name}.weight_nested" in headers
     blocks = headers.numel(f"{name}.weight_absmax") // (1 if nested else 4)
     blocksize = next((b for b in BLOCKSIZES if -(-numel // b) == blocks), 0)
     quant_type = (settings.get("quantization_config") or {}).get("quant_type")
     codebook = f"{name}.weight_codebook"
-    if codebook in headers.tensors:
-        values = tuple(headers.read(codebook).view(torch.float32).tolist())
+    if codebook in headers:
+        values = tuple(headers[codebook].view(torch.float32).tolist())
         known = {tuple(table): name for name, table in _C.codebooks().items()}
         quant_type = known.get(values, "custom")
     nbytes = sum(headers.nbytes(key) for key in keys if key != codebook)
     return Layer(
         name,
-        _describe(
-            quant_type or "4 bits", blocksize, nested, f"{name}.weight_mean" in headers.tensors
-        ),
+        _describe(quant_type or "4 bits", blocksize, nested, f"{name}.weight_mean" in headers),
         None if flat else (packed[0], 2 * packed[1]),
         numel,
         nbytes,
@@ -172,34 +157,43 @@ def _ours(headers: _Headers, settings: dict, name: str, taken: set) -> Layer:
     )
 
 
-def _bitsandbytes(headers: _Headers, key: str, taken: set) -> Layer:
-    stem = key.partition(".quant_state.")[0]
-    keys = [k for k in headers.tensors if k == stem or k.startswith(f"{stem}.")]
+def _bitsandbytes(headers: SafetensorsFiles, key: str, keys: list[str], taken: set) -> Layer:
+    stem = key.partition(MARK)[0]
     taken.update(keys)
     try:
-        meta = json.loads(bytes(headers.read(key).to(torch.uint8).reshape(-1).tolist()))
+        meta = json.loads(bytes(headers[key].to(torch.uint8).reshape(-1).tolist()))
         shape = tuple(int(n) for n in meta["shape"])
+        if not all(0 <= n <= MAX_NUMEL for n in shape):
+            raise ValueError(f"shape is {short(shape)}")
         kind = _describe(
             str(meta["quant_type"]), int(meta["blocksize"]), "nested_offset" in meta, False
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise CliError(f"{key} is damaged ({type(error).__name__}: {error})") from None
+        raise CliError(
+            f"{headers.where[key]}: {key} is damaged ({type(error).__name__}: {error})"
+        ) from None
     nbytes = sum(headers.nbytes(k) for k in keys if not k.endswith("quant_map") and k != key)
     return Layer(stem.removesuffix(".weight"), kind, shape, math.prod(shape), nbytes, True)
 
 
-def _lora(headers: _Headers, settings: dict, key: str, taken: set) -> Layer:
+def _lora(headers: SafetensorsFiles, settings: dict, key: str, taken: set) -> Layer:
     name = key.removesuffix(".lora_A.weight")
     other = f"{name}.lora_B.weight"
-    if other not in headers.tensors:
-        raise CliError(f"{key} is there without {other}: the adapter is damaged")
+    if other not in headers:
+        raise CliError(
+            f"{headers.where[key]}: {key} is there without {other}: the adapter is damaged"
+        )
     taken.update((key, other))
-    r, K = headers.tensors[key][1]
-    N = headers.tensors[other][1][0]
-    short = name.removeprefix("base_model.model.")
+    if len(headers.shapes[key]) != 2 or len(headers.shapes[other]) != 2:
+        raise CliError(
+            f"{headers.where[key]}: {key} has shape {list(headers.shapes[key])} and {other} "
+            f"{list(headers.shapes[other])}, want two matrices: the adapter is damaged"
+        )
+    (r, K), (N, _) = headers.shapes[key], headers.shapes[other]
+    layer = name.removeprefix("base_model.model.")
     numel = headers.numel(key) + headers.numel(other)
     nbytes = headers.nbytes(key) + headers.nbytes(other)
-    return Layer(short, f"LoRA r={r}, {headers.tensors[key][0]}", (N, K), numel, nbytes, False)
+    return Layer(layer, f"LoRA r={r}, {headers.stored[key]}", (N, K), numel, nbytes, False)
 
 
 def rows(contents: Contents, every: bool) -> list[list[str]]:
@@ -231,16 +225,20 @@ def summary(contents: Contents) -> list[str]:
         f"{count(len(contents.files), 'file')}"
     ]
     if packed:
-        bits = 8 * sum(layer.nbytes for layer in packed) / weights
+        bits = 8 * sum(layer.nbytes for layer in packed) / max(weights, 1)
         lines.append(
-            f"packed: {count(len(packed), 'layer')}, {weights / numel:.1%} of the weights, "
-            f"{bits:.3f} bits per packed weight, {8 * contents.nbytes / numel:.3f} over all"
+            f"packed: {count(len(packed), 'layer')}, {weights / max(numel, 1):.1%} of the weights, "
+            f"{bits:.3f} bits per packed weight, {8 * contents.nbytes / max(numel, 1):.3f} over all"
         )
     settings = contents.settings
     if "peft_type" in settings:
+        said = {
+            key: value if isinstance(value, str) and len(value) < 80 else short(value)
+            for key, value in settings.items()
+        }
         lines.append(
-            f"{settings.get('peft_type')} for {settings.get('base_model_name_or_path')}: "
-            f"r={settings.get('r')}, lora_alpha={settings.get('lora_alpha')}"
+            f"{said.get('peft_type')} for {said.get('base_model_name_or_path')}: "
+            f"r={said.get('r')}, lora_alpha={said.get('lora_alpha')}"
             + (", rsLoRA" if settings.get("use_rslora") else "")
             + (", DoRA" if settings.get("use_dora") else "")
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint, read_config, unquantized
+from ..checks import check_finite, check_parameters
 from ..experts import is_fused_experts
-from ..files import extra_files, fingerprint
+from ..files import SafetensorsFiles, extra_files, fingerprint, reading
 from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
-from ..merge import dense_layer
+from ..merge import check_weight, dense_layer
 from ..models import quantize_model, replace_module
-from ..nn import is_conv1d, linear_shape
+from ..nn import Embedding4bit, Linear4bit, is_conv1d, linear_shape
 from ..quantized_tensor import QuantConfig
 from .errors import CliError
 from .quantize import pack_like, quantized_result
@@ -106,15 +108,12 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
 
 def adapted_layers(folder: Path) -> set[str]:
     """Names of the layers an adapter file changes, as the file spells them."""
-    from ..files import open_shard
-
     path = folder / FILES[1]
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CliError(f"{path} is missing, want an adapter's folder, with {' and '.join(FILES)}")
-    keys = open_shard(path).keys()
     return {
         key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        for key in keys
+        for key in SafetensorsFiles([path])
         if ".lora_" in key
     }
 
@@ -148,7 +147,15 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
             module = new
         else:
             replace_module(module, base, new)
-    return dense_layer(module, dtype)
+    for layer, part in module.named_modules():
+        if isinstance(part, (Linear4bit, Embedding4bit)):
+            _overflow_is_one_sentence(
+                dtype, check_weight, ".".join(filter(None, (name, layer, "weight"))), part, dtype
+            )
+    new = dense_layer(module, dtype)
+    for key, parameter in new.named_parameters():
+        _check(f"{name}.{key}", parameter, dtype)
+    return new
 
 
 def _merge_dense(
@@ -166,37 +173,49 @@ def _merge_dense(
             for e in range(len(stack)):
                 pair = inside.pop(f"{name}.packed.{e}.{side}", None)
                 if pair is not None:
-                    dense = module._parameters[key][e]
-                    stack[e] = pair.added_to(dense, module.is_transposed)  # rounded here
+                    total = pair.added_to(module._parameters[key][e], module.is_transposed)
+                    _check(f"{name}.{key}[{e}]", total, stack.dtype)
+                    stack[e] = total  # rounded here
             merged[key] = stack
         if inside:
             raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
 
-    def cast(tensor):
-        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    def cast(key, tensor, values):
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        _check(f"{name}.{key}".lstrip("."), values, dtype or tensor.dtype)
+        return tensor if dtype is None else tensor.to(dtype)
 
     new = copy.copy(module)
-    new._parameters = {
-        key: None
-        if parameter is None
-        else nn.Parameter(cast(merged.get(key, parameter.detach())), requires_grad=False)
-        for key, parameter in module._parameters.items()
-    }
+    new._parameters = dict(module._parameters)
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            value = merged.get(key, parameter.detach())
+            new._parameters[key] = nn.Parameter(cast(key, value, value), requires_grad=False)
     new._buffers = {
-        key: None if buffer is None else cast(buffer) for key, buffer in module._buffers.items()
+        # A mask's infinities stay what they are.
+        key: cast(
+            key, buffer, buffer if buffer is None or buffer.is_meta else buffer[buffer.isfinite()]
+        )
+        for key, buffer in module._buffers.items()
     }
     return new
 
 
-def _check_finite(name: str, module: nn.Module, dtype: torch.dtype, how="with --dtype") -> None:
-    if dtype != torch.float16:
-        return
-    for key, parameter in module._parameters.items():
-        if parameter is not None and not parameter.isfinite().all():
-            raise CliError(
-                f"{name}.{key} holds a value that float16 cannot (more than 65504, or none at "
-                f"all): merge {how} bfloat16 or float32"
-            )
+def _check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """CliError unless dtype holds the values."""
+    _overflow_is_one_sentence(dtype, check_finite, name, values, dtype)
+
+
+def _overflow_is_one_sentence(dtype: torch.dtype, check, *arguments) -> None:
+    try:
+        check(*arguments)
+    except OverflowError as error:
+        wider = dtype == torch.float16 and "NaN" not in str(error)
+        said = str(error).partition("; merge to ")[0]
+        raise CliError(
+            said + ("; merge with --dtype bfloat16 or float32" if wider else "")
+        ) from None
 
 
 # Jobs ---------------------------------------------------------------------------------------------
@@ -260,7 +279,6 @@ def _dense_job(checkpoint, config, adapter, max_shard_bytes, dtype) -> Job:
             new = _merge_packed(name, module, adapter, dtype)
         else:
             new = _merge_dense(name, module, adapter, dtype)
-        _check_finite(name, new, dtype)
         return new
 
     return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
@@ -277,8 +295,6 @@ def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, 
             # Packed from the fp32 sum: rounding it to 16 bits first would gain nothing.
             dtype = None if packed else next(module.parameters()).dtype
             module = _merge_dense(name, module, adapter, dtype)
-            if dtype is not None:
-                _check_finite(name, module, dtype, "without --four-bit and with --dtype")
         return pack(name, module)
 
     return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
@@ -331,8 +347,10 @@ def calibrated(
             "want the tokenizer of this model"
         )
     try:
+        check_parameters(str(base), model)  # read in the dtype of its config.json
         model = load_adapter(model, adapter_folder)
-        batches = samples or write_calibration(model, tokenizer)
+        with reading(base, "has a model or tokenizer that writes no text"):
+            batches = samples or write_calibration(model, tokenizer)
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
     except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
@@ -353,7 +371,8 @@ def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{text} cannot be read as text: {error}") from None
     tokenizer.model_max_length = 10**9  # no warning: samples are cut below
-    ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
+    with reading(tokenizer.name_or_path, "has a tokenizer that fails"):
+        ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
     samples = [part for part in ids.split(length, dim=1) if part.numel()]
     if not samples:
         raise CliError(f"{text} is empty, want some pages of text like that the model is for")

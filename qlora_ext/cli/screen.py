@@ -29,7 +29,12 @@ def console(stderr: bool = False) -> Console:
 
 def say(text: str, *, stderr: bool = False) -> None:
     """Prints plain text: brackets in it are no markup, and lines are not wrapped."""
-    console(stderr).print(text, markup=False, soft_wrap=True)
+    console(stderr).print(shown(text), markup=False, soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    """Text from a file without what would steer the terminal or cannot be encoded."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
@@ -42,7 +47,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
             escape(column), justify="left" if number < left else "right", overflow="fold"
         )
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(escape(shown(cell)) for cell in row))
     console().print(made)
 
 

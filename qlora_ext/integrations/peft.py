@@ -55,7 +55,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
-from ..checks import check_scaling
+from ..checks import check_finite, check_scaling
 from ..lora import check_trainable
 from ..merge import IN_MEMORY
 from ..merge_4bit import UnquantizedWeights
@@ -154,14 +154,21 @@ def _restore(layer: BaseTunerLayer) -> None:
     holder.base_layer = packed if dtype == packed.dtype else packed.to(dtype)
 
 
-def _check_finite(layer: str, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
-    """ValueError for a merged weight with NaN or Inf, where one was to be looked for."""
-    # Sums beyond float16's range are infinities; no merge may write those.
-    if (safe_merge or weight.dtype == torch.float16) and not torch.isfinite(weight).all():
+def _check_finite(
+    layer: str,
+    weight: torch.Tensor,
+    names: list[str],
+    dtype: torch.dtype,
+    exact: Callable[[], torch.Tensor] | None = None,
+) -> None:
+    """ValueError, which is what PEFT's callers expect, for a merged weight that dtype cannot hold;
+    exact makes it before it was rounded."""
+    try:
+        check_finite(f"{layer}.weight", weight, dtype, exact)
+    except OverflowError as error:
         raise ValueError(
-            f"merge: {layer}: its weight with adapters {names} is not finite in {weight.dtype}; "
-            "an adapter is broken, or the dtype too narrow"
-        )
+            f"merge: with adapters {names}, {error}: an adapter is broken, or the dtype too narrow"
+        ) from None
 
 
 # LoRA ----------------------------------------------------------------------------------------
@@ -176,12 +183,12 @@ class _MergesIntoDense:
         """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
 
         Args:
-            safe_merge: refuse a result with values that are not finite.
+            safe_merge: makes no difference: values that are not finite are always refused.
             adapter_names: None means the active ones.
 
         Raises:
-            ValueError: a merged value is not finite, or overflows fp16; a sharded layer. The layer
-                is then as before.
+            ValueError: a merged value is not finite, or overflows the dtype; a sharded layer. The
+                layer is then as before.
         """
         check_whole(f"merge: {self._name}", self)
         check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
@@ -194,10 +201,16 @@ class _MergesIntoDense:
         if not any(name in self.lora_variant for name in merged):
             # All of them at once from the packed weight: one rounding, whatever the order.
             lora_A, lora_B, scaling = self._stacked(merged)
-            weight = merge_lora_4bit(
-                _packed_base(self).quantized, lora_A.detach(), lora_B.detach(), scaling, dtype
+            sum_in = functools.partial(
+                merge_lora_4bit,
+                _packed_base(self).quantized,
+                lora_A.detach(),
+                lora_B.detach(),
+                scaling,
             )
-            self._set_merged(weight, names, safe_merge)
+            weight = sum_in(dtype)
+            _check_finite(self._name, weight, names, dtype, lambda: sum_in(torch.float32))
+            self._set_merged(weight, names)
             return
         for name in names:
             weight = dequantize(self.get_base_layer()).detach().float()
@@ -205,10 +218,10 @@ class _MergesIntoDense:
                 weight = self.lora_variant[name].merge_safe(self, name, weight)
             else:
                 weight = weight + self.get_delta_weight(name)
-            self._set_merged(weight.detach().to(dtype), [name], safe_merge)
+            _check_finite(self._name, weight, [name], dtype)
+            self._set_merged(weight.detach().to(dtype), [name])
 
-    def _set_merged(self, weight: torch.Tensor, names: list[str], safe_merge: bool) -> None:
-        _check_finite(self._name, weight, names, safe_merge)
+    def _set_merged(self, weight: torch.Tensor, names: list[str]) -> None:
         bias_change = [
             self.lora_B[name].bias.detach() * self.scaling[name]
             for name in names
@@ -219,9 +232,11 @@ class _MergesIntoDense:
             raise RuntimeError(
                 "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
             )
-        _swap_in(self, weight)
         if bias_change:
             summed = bias.detach() + sum(bias_change)
+            _check_finite(f"{self._name}.bias", summed, names, bias.dtype)
+        _swap_in(self, weight)
+        if bias_change:
             self.get_base_layer().bias.data = summed.to(bias.dtype)
         self.merged_adapters.extend(names)
 
@@ -475,7 +490,7 @@ class AdaLoraLinear4bit(SVDLinear):
             if name in self.lora_A:
                 weight = dequantize(self.get_base_layer()).detach().float()
                 weight = (weight + self.get_delta_weight(name)).detach()
-                _check_finite(self._name, weight.to(_packed_base(self).dtype), [name], safe_merge)
+                _check_finite(self._name, weight, [name], _packed_base(self).dtype)
                 _swap_in(self, weight.to(_packed_base(self).dtype))
                 self.merged_adapters.append(name)
 
@@ -529,6 +544,8 @@ class PackedBackend(quantization_utils.QuantizationBackend):
             _restore(peft_layer)
         else:
             dtype = _packed_base(peft_layer).dtype
+            name = peft_layer.__dict__.get("_qlora_ext_name", type(peft_layer).__name__)
+            _check_finite(name, weight_data, list(peft_layer.active_adapters), dtype)
             _swap_in(peft_layer, weight_data.detach().to(dtype).contiguous())
 
 
@@ -615,6 +632,9 @@ def _refuse_packed(original):
             original(self, config, adapter_name, target, *args, **kwargs)
         given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
         name, parent = given.get("target_name"), given.get("parent")
+        if parent is not None and name in parent._modules:
+            key = given.get("current_key") or name
+            parent._modules[name].__dict__["_qlora_ext_name"] = key  # for errors
         if parent is not None and isinstance(parent._modules.get(name), LoraLinear4bit):
             share_input(parent, name)
 
@@ -700,6 +720,8 @@ def _merge_and_unload(original):
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:
             _check_mergeable("merge_and_unload", self.model)
+            if len(args) < 2 and any(isinstance(m, _Packed4bit) for m in self.model.modules()):
+                kwargs["safe_merge"] = True  # of the dense layers too, which PEFT merges
         else:
             _refuse_merged(self.model)
         model = original(self, merge, *args, **kwargs)

@@ -10,42 +10,51 @@ Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
-from safetensors import safe_open
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import bad_regex, short
+from ..checks import check_parameters
 from ..experts import Experts4bit, is_fused_experts
-from ..merge import dense_layer
+from ..files import SafetensorsFiles, reading, safetensors_files
+from ..merge import check_weight, dense_layer
 from ..models import (
     check_whole,
     is_packed,
-    move_hooks,
     output_embeddings,
-    read_by_parent,
+    places_of,
     replace_module,
     use_dense_panels,
 )
+from ..models.names import as_names
+from ..models.plan import Plan, Stored, tell, tell_unmatched
 from ..nn import (
     _PACKED_KEYS,
-    FUSED,
     Embedding4bit,
     Linear4bit,
     PanelLinear,
@@ -59,30 +68,6 @@ QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
 
 
-def _names(modules_to_not_convert: Any) -> list[str] | None:
-    """`modules_to_not_convert` as a list; a string is one name.
-
-    Raises:
-        ValueError: something else than names, or regular expressions that are not quick to match.
-    """
-    names = modules_to_not_convert
-    if names is None:
-        return None
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, (list, tuple, set, frozenset)) or not all(
-        isinstance(name, str) and name for name in names
-    ):
-        raise ValueError(
-            f"QLoraExtConfig: modules_to_not_convert got {modules_to_not_convert!r}, want a list "
-            "of names of layers"
-        )
-    if bad := bad_regex(names):
-        raise ValueError(
-            f"QLoraExtConfig: modules_to_not_convert has {short(bad[0])}, want {bad[1]}"
-        )
-    return sorted(names) if isinstance(names, (set, frozenset)) else list(names)
-
-
 class QLoraExtConfig(QuantizationConfigMixin):
     """How `from_pretrained` packs the linear layers of a model into 4 bits.
 
@@ -90,9 +75,10 @@ class QLoraExtConfig(QuantizationConfigMixin):
         quant_type: 'nf4', 'fp4', 'linear' or 'custom' (with `codebook`).
         blocksize: weights per scale, a power of two from 32 to 4096; None is one scale a weight.
         double_quant: store the scales in 8 bits (4.127 bits per weight at block 64, else 4.5).
-        modules_to_not_convert: names (ends, starts or regular expressions, as transformers matches
-            them) of layers to leave alone, or one such name, besides the output head, tied weights
-            and what the model class protects in fp32, which are always left alone. One that matches
+        modules_to_not_convert: names of layers to leave alone, or one such name: full names,
+            dotted parts of them ("lm_head", "layers.0.mlp"), containers ("vision_tower"), or
+            regular expressions for these. What quantize_model always leaves alone need not be
+            named: heads, tied weights, what the model class protects in fp32. One that matches
             nothing is named in a warning.
         checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed, which
             `qlora_ext.from_pretrained` sets by itself; what we save is in 'qlora_ext'.
@@ -123,7 +109,8 @@ class QLoraExtConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.checkpoint_format = checkpoint_format
-        self.modules_to_not_convert = _names(modules_to_not_convert)
+        names = as_names(modules_to_not_convert, "QLoraExtConfig")
+        self.modules_to_not_convert = None if modules_to_not_convert is None else names
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
 
@@ -304,58 +291,41 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self, model, dtype=None, checkpoint_files=None, **kwargs
     ):
         self._check_distribution(getattr(model.config, "distributed_config", None))
-        # As the checkpoint spells them: names can differ from the model's by a prefix.
-        stored, dense = _stored_layers(checkpoint_files) if self.pre_quantized else (set(), set())
-
-        def is_stored(name: str, among=stored) -> bool:
-            return any(key == name or key.endswith(f".{name}") for key in among)
-
-        kept = set(_names(self.quantization_config.modules_to_not_convert) or [])
-        by_default = set(get_keys_to_not_convert(model))
-        read_past = read_by_parent(model)
-        by_default |= {name for name, module in model.named_modules() if id(module) in read_past}
-        if self.pre_quantized:
-            # The saved list says what was kept. A class with another head (or none) than the one
-            # that was saved has other defaults.
-            kept |= {name for name in by_default if not is_stored(name)}
-            if self.quantization_config.checkpoint_format == "bitsandbytes":
-                # Its list leaves out what the model class protects (T5's wo), and what is no
-                # nn.Linear itself (Falcon's).
-                linears = (n for n, module in model.named_modules() if is_plain_linear(module))
-                kept |= {name for name in linears if is_stored(name, dense)}
-        else:
-            _warn_of_unmatched(model, kept - by_default)
-            kept |= by_default
-            kept |= set(getattr(model, "_keep_in_fp32_modules", None) or [])
-            kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
-        self.quantization_config.modules_to_not_convert = sorted(kept)
+        config = self.quantization_config
+        self.plan = plan = Plan(
+            model,
+            as_names(config.modules_to_not_convert, "QLoraExtConfig"),
+            stored=stored_layers(model, checkpoint_files, packed=self.pre_quantized),
+            packed_checkpoint=self.pre_quantized,
+        )
+        if not self.pre_quantized:
+            tell_unmatched("QLoraExtConfig", model, plan.unmatched())
+        config.modules_to_not_convert = plan.kept
         packed = 0
-        for name, module in list(model.named_modules()):
-            if is_plain_linear(module) and should_convert_module(name, kept):
+        places = places_of(model)
+        for name in plan.names:
+            module = model.get_submodule(name)
+            if is_plain_linear(module):
                 layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
-                last = name.rpartition(".")[2]
-                layer.fused = last if last in FUSED else None
-            elif type(module) is torch.nn.Embedding and is_stored(name):
+            elif isinstance(module, torch.nn.Embedding):
                 layer = Embedding4bit.from_embedding(module, self.quant_config)
-            elif is_fused_experts(module) and _holds_experts(stored, name):
+            elif self.pre_quantized:
                 layer = Experts4bit.from_experts(module, self.quant_config)
             else:
+                packed += 1  # when their values are there
                 continue
             layer.requires_grad_(False)
             # transformers initialises what it finds missing with normal_, which bytes do not have;
             # what is missing here is refused below.
             for part in layer.modules():
                 part._is_hf_initialized = True
-            model.set_submodule(name, layer)
-            move_hooks(module, layer)
+            replace_module(model, module, layer, places)
             packed += 1
         if packed == 0:
             sentence = "QLoraExtConfig: found no linear layer to pack in"
             if self.pre_quantized:
                 sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
-            raise ValueError(
-                f"{sentence} {type(model).__name__} (kept as they are: {sorted(kept)})"
-            )
+            raise ValueError(f"{sentence} {type(model).__name__} (kept as they are: {plan.kept})")
 
     def _check_distribution(self, config) -> None:
         """ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
@@ -383,11 +353,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
         transformers assembles them from several tensors of a checkpoint, so they are packed when
         the model is complete: until then they are in memory as they were stored.
         """
-        kept = self.quantization_config.modules_to_not_convert
-        for name, module in list(model.named_modules()):
-            if not is_fused_experts(module) or not should_convert_module(name, kept):
-                continue
-            if not any(parameter.is_meta for parameter in module.parameters()):
+        for name in self.plan.names:
+            module = model.get_submodule(name)
+            if is_fused_experts(module) and not any(p.is_meta for p in module.parameters()):
                 replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -406,9 +374,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if key.startswith("weight") and not getattr(parameter, "_is_hf_initialized", False)
         ]
         if missing:
+            advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
+            if self.pre_quantized:
+                advice = "it is damaged: save the packed model again, or pack the unquantized one"
             raise ValueError(
-                f"{type(model).__name__}: the checkpoint lacks {', '.join(missing)}; put a layer "
-                "that is to be trained from scratch in modules_to_not_convert"
+                f"{type(model).__name__}: the checkpoint lacks {', '.join(missing)}; {advice}"
             )
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             # From here on the model is in our layout, and saving has nothing to convert back.
@@ -428,9 +398,12 @@ class QLoraExtHfQuantizer(HfQuantizer):
             ]
             if damage:
                 raise ValueError("; ".join(damage))
-        else:
-            packed = sum(layer.quantized.numel() for layer in layers.values())
-            _warn_of_dense(model, packed, self.quantization_config.modules_to_not_convert)
+        model.quantization_report = self.plan.report(
+            self.plan.packed_layer(name, model.get_submodule(name)) for name in self.plan.names
+        )
+        if not self.pre_quantized:
+            tell("QLoraExtConfig", model.quantization_report, least=0.0)
+        del self.plan  # it holds the unpacked model's layers
         use_dense_panels(model)
         return model
 
@@ -438,6 +411,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # what a saved config holds
             dtype = getattr(torch, dtype)
         if dtype is not None:
+            check_parameters("dequantize", model, dtype)
             model.to(dtype)
         leave_no_packed_layer(model)
         return model
@@ -476,18 +450,31 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
         kwargs: for its from_pretrained: dtype, device_map, ...
 
     Raises:
-        ValueError: a checkpoint in neither format, or 8 bits.
+        ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged, or
+            say what no model can be made of (CheckpointError, which names the file).
     """
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub_kwargs = {key: kwargs[key] for key in (*hub, "trust_remote_code") if key in kwargs}
     config = kwargs.pop("config", None)
-    if config is None:
+    elsewhere = {"subfolder", "variant", "gguf_file"} & kwargs.keys()
+    local = os.path.isdir(path) and not elsewhere and not kwargs.get("trust_remote_code")
+    if config is None and local:
+        from ..checkpoint import read_config
+
+        files = SafetensorsFiles(safetensors_files(Path(path)), any_dtype=True)
+        config = read_config(Path(path), len(files))
+    elif config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub_kwargs)
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
     method = None if stored is None else str(stored.get("quant_method"))
+    source = f"{Path(path) / 'config.json'}: quantization_config"
+    if method == QUANT_METHOD and local:
+        with reading(source):
+            QLoraExtConfig(**stored)
     if method == "bitsandbytes":
-        ours = QLoraExtConfig.from_bnb(stored)
+        with reading(source):
+            ours = QLoraExtConfig.from_bnb(stored)
         ours.checkpoint_format = "bitsandbytes"
         config.quantization_config = ours.to_dict()
     elif method != QUANT_METHOD:
@@ -497,7 +484,8 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
             "transformers' from_pretrained"
         )
     model_class = model_class or transformers.AutoModelForCausalLM
-    return model_class.from_pretrained(path, config=config, **kwargs)
+    with reading(path, "cannot be loaded") if local else contextlib.nullcontext():
+        return model_class.from_pretrained(path, config=config, **kwargs)
 
 
 def save_pretrained(
@@ -577,9 +565,20 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": config.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": config.modules_to_not_convert,
+        "llm_int8_skip_modules": _skip_modules(model, config.modules_to_not_convert or []),
         "llm_int8_threshold": 6.0,
     }
+
+
+def _skip_modules(model, kept: list[str]) -> list[str]:
+    """The names that keep `kept` and no other layer dense in stock transformers, which takes a
+    name for every layer whose own name ends with it, in the midst of a word too."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    # With "$" it is a regular expression there, for the whole name.
+    return [
+        f"{name}$" if any(not should_convert_module(p, [name]) for p in packed) else name
+        for name in kept
+    ]
 
 
 def _bitsandbytes_state_dict(model) -> dict[str, torch.Tensor]:
@@ -631,7 +630,13 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
     """Makes every packed layer of a model dense, in the dtype the layer stands for, in place.
 
     The model is an ordinary one afterwards: saving it writes no quantization config.
+
+    Raises:
+        OverflowError: that dtype cannot hold a weight; the model is then as it was.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear4bit, Embedding4bit)):
+            check_weight(f"dequantize: {name}.weight", module, module.dtype)
     done = set()  # experts become one dense module with the layer that holds them
     for module in list(model.modules()):
         if module in done:
@@ -647,51 +652,143 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
             replace_module(model, module, dense_layer(module, module.dtype).requires_grad_(False))
         elif getattr(module, "from_conv1d", False):
             replace_module(model, module, as_it_was(module))
+    mark_quantized(model, False)
+    model.__dict__.pop("quantization_report", None)
     if isinstance(getattr(model, "hf_quantizer", None), QLoraExtHfQuantizer):
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def _stored_layers(checkpoint_files) -> tuple[set[str], set[str]]:
-    """Names of the layers that the checkpoint holds packed, by us or bitsandbytes, and of those
-    with another weight, as the checkpoint spells them.
+def _headers(checkpoint_files) -> dict[str, tuple[str, int]]:
+    """Key -> dtype as safetensors names it, and bytes, of every tensor of a checkpoint.
 
     Raises:
-        ValueError: a tensor of such a layer that is not bytes. transformers would cast it.
+        CheckpointError: a safetensors file that is damaged. Of another file that cannot be read
+            transformers' loader says what is wrong.
     """
-    dtypes = {}  # key -> dtype as safetensors names it
-    for file in checkpoint_files or []:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                keys = tensors.keys()
-                dtypes |= {key: tensors.get_slice(key).get_dtype() for key in keys}
-    suffix = ".weight_absmax"
-    names = {key.removesuffix(suffix) for key in dtypes if key.endswith(suffix)}
-    theirs = {key.rpartition(".weight.")[0] for key in dtypes if ".weight." in key}
-    weights = {key.removesuffix(".weight") for key in dtypes if key.endswith(".weight")}
-    for key, dtype in dtypes.items():
-        layer, _, kind = key.rpartition(".")
-        if layer in names and kind in _PACKED_KEYS and dtype != "U8":
-            raise ValueError(
-                f"{key}: dtype got {dtype}, want U8, packed bytes; the checkpoint was changed "
-                "after it was saved"
-            )
-    return names | theirs, weights - names - theirs
+    paths = [Path(file) for file in checkpoint_files or []]
+    others = [path for path in paths if path.suffix != ".safetensors"]
+    tensors = SafetensorsFiles([path for path in paths if path not in others], any_dtype=True)
+    found = {key: (dtype, tensors.nbytes(key)) for key, dtype in tensors.stored.items()}
+    for path in others:
+        try:
+            state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except Exception:
+            return {}
+        for key, tensor in state.items():
+            dtype = "U8" if tensor.dtype == torch.uint8 else str(tensor.dtype)
+            found[key] = dtype, tensor.nbytes
+    return found
 
 
-def _warn_of_unmatched(model, names: set[str]) -> None:
-    """Warns of names to leave alone that match no module; a head may go by another name."""
-    modules = [name for name, _ in model.named_modules()]
-    unmatched = sorted(
-        name
-        for name in names - {"lm_head"}
-        if all(should_convert_module(module, [name]) for module in modules)
+def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
+    """What a checkpoint holds of a model's layers, under the names that they have in the model;
+    None where its tensors cannot be told.
+
+    Args:
+        model: the unpacked model, on meta.
+        packed: whether the checkpoint's config says that it is packed.
+
+    Raises:
+        ValueError: a tensor of a packed layer that is not bytes. transformers would cast it.
+    """
+    headers = _headers(checkpoint_files)
+    if not headers:
+        return None
+    ours, all_packed = set(), set()
+    if packed:
+        owner = {key: key.rpartition(".")[::2] for key in headers}
+        ours = {layer for layer, kind in owner.values() if kind in _PACKED_KEYS[1:]}
+        for key, (layer, kind) in owner.items():
+            if layer in ours and kind in _PACKED_KEYS and headers[key][0] != "U8":
+                raise ValueError(
+                    f"{key}: dtype got {headers[key][0]}, want U8, packed bytes; the checkpoint "
+                    "was changed after it was saved"
+                )
+        theirs = {key.rpartition(".weight.")[0] for key in headers if ".weight." in key}
+        alone = {
+            key.removesuffix(".weight")
+            for key, (dtype, _) in headers.items()
+            if key.endswith(".weight") and dtype == "U8"
+        }
+        all_packed = ours | theirs | alone
+    sizes: dict[str, int] = {}
+    dense, names, unknown = set(), {}, set()
+    for key, targets in _targets(model, headers).items():
+        stored_as = key.removesuffix(".weight")
+        if not targets and key.endswith(".weight"):
+            unknown.add(stored_as)
+        for target in targets:
+            layer = target.removesuffix(".weight")
+            if stored_as in all_packed:
+                sizes[layer] = headers[key][1]
+            else:
+                dense.add(layer)
+            names[layer] = stored_as
+    for name, module in model.named_modules():
+        if is_fused_experts(module):
+            if _holds_experts(ours, name):
+                sizes[name] = 0
+        elif name not in sizes and name not in dense and is_plain_linear(module):
+            # A name that transformers' renaming does not know (`key_mapping`): by its end.
+            ends = [one for one in unknown if _same_end(one, name)]
+            if ends and ends[0] in all_packed:
+                sizes[name] = headers[f"{ends[0]}.weight"][1]
+            elif ends:
+                dense.add(name)
+    saved = getattr(model.config, "architectures", None) or []
+    return Stored(
+        packed=sizes,
+        dense=frozenset(dense),
+        same_class=type(model).__name__ in saved and not unknown,
+        names=names,
     )
-    if unmatched:
-        warnings.warn(
-            f"QLoraExtConfig: modules_to_not_convert has {', '.join(map(repr, unmatched))}, which "
-            f"matches no module of {type(model).__name__}: nothing is left alone by it",
-            stacklevel=3,
-        )
+
+
+def _same_end(one: str, other: str) -> bool:
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+
+
+def _targets(model, keys) -> dict[str, list[str]]:
+    """Tensor of a checkpoint -> the weights of model that transformers' loader makes of it."""
+    conversions = get_model_conversion_mapping(model, None, None)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        targets = [name]
+        if pattern is not None:  # one tensor may become several
+            first, *others = by_pattern[pattern].target_patterns
+            targets += [name.replace(first, other, 1) for other in others]
+        found[key] = [t for t in targets if t.endswith(".weight") and t in state]
+    return found
+
+
+def checkpoint_names(model) -> dict[str, str]:
+    """Layer of a transformers model -> its name in the files that the class is saved in, where
+    that is another one: LLaVA's files say `language_model.model` for `model.language_model`."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    back = []
+    for conversion in conversions[::-1]:
+        try:
+            back.append(conversion.reverse_transform())
+        except (ValueError, NotImplementedError):  # one that has no way back
+            continue
+    renamings = [c for c in back if isinstance(c, WeightRenaming)]
+    converters = [c for c in back if isinstance(c, WeightConverter)]
+    found = {}
+    for name, module in model.named_modules():
+        if is_plain_linear(module):
+            key, pattern = rename_source_key(f"{name}.weight", renamings, converters, reverse=True)
+            if pattern is None and key != f"{name}.weight":
+                found[name] = key.removesuffix(".weight")
+    return found
 
 
 def _holds_experts(stored: set[str], name: str) -> bool:
@@ -701,27 +798,14 @@ def _holds_experts(stored: set[str], name: str) -> bool:
     return any(key == first or key.endswith(f".{first}") for key in stored)
 
 
-def _warn_of_dense(model, packed: int, kept: list[str]) -> None:
-    """Warns of matrices that are neither packed (`packed` weights are), nor kept on purpose, nor
-    embeddings: a router, say."""
-    embeddings = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
-    }
-    left = {}
-    for name, parameter in model.named_parameters():
-        layer = name.rpartition(".")[0]
-        if parameter.ndim < 2 or not parameter.is_floating_point() or layer in embeddings:
-            continue
-        if should_convert_module(layer, kept):
-            left[name] = parameter.numel()
-    if left:
-        share = sum(left.values()) / (packed + sum(left.values()))
-        names = ", ".join(list(left)[:8]) + (", ..." if len(left) > 8 else "")
-        warnings.warn(
-            f"qlora_ext: {share:.1%} of the layer weights stay unpacked, in {len(left)} tensors: "
-            f"{names}",
-            stacklevel=2,
-        )
+def mark_quantized(model, quantized: bool = True) -> None:
+    """Sets or removes what tells transformers' own code that weights of a model are packed."""
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            if quantized:
+                part.config._is_quantized = True
+            else:
+                part.config.__dict__.pop("_is_quantized", None)
 
 
 def logical_surplus(module: torch.nn.Module) -> int:

@@ -145,13 +145,12 @@ __global__ void probe_copies(CopiesIo io) {
   const unsigned t = threadIdx.x;
   const uint32_t shared = ptx::shared_address(smem.bytes) + 16 * t;
   const unsigned char* in = io.in + 16 * t;
-  const uint64_t policy = ptx::evict_first_policy();
   for (int i = 0; i < 4; ++i) ptx::cp_async_zfill<4>(shared + 4 * i, in + 4 * i, io.valid);
   for (int i = 0; i < 2; ++i)
     ptx::cp_async_zfill<8>(shared + 1024 + 8 * i, in + 8 * i, 2 * io.valid);
   ptx::cp_async_commit();
   ptx::cp_async_16_zfill(shared + 2048, in, 4 * io.valid);
-  ptx::cp_async_16_zfill_hint(shared + 3072, in, 4 * io.valid, policy);
+  ptx::cp_async_16(shared + 3072, in);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   for (int i = 0; i < 16; ++i) {
@@ -171,7 +170,7 @@ __global__ void probe_copies(CopiesIo io) {
   __syncthreads();
   if (t < 32 && ptx::elect_one()) {  // one thread brings the bytes, another only arrives
     ptx::mbarrier_arrive_expect(full, 1024);
-    ptx::bulk_copy_hint(ptx::shared_address(smem.bytes[4]), io.in, 1024, full, policy);
+    ptx::bulk_copy(ptx::shared_address(smem.bytes[4]), io.in, 1024, full);
   }
   if (t == 63) ptx::mbarrier_arrive(full);
   ptx::mbarrier_wait(full, 0);

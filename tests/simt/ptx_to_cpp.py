@@ -430,10 +430,6 @@ class Function:
             return f"{wait} {self.target(operands[0])} = true;"
         raise Unknown(f"mbarrier.{operation}")
 
-    def _createpolicy(self, parts, operands, line):
-        known(parts == ["fractional", "L2::evict_first", "b64"] and operands[1:] in (["1.0"], []))
-        return f"{self.target(operands[0])} = 0;"
-
     def _cp(self, parts, operands, line):
         if parts == ["async", "commit_group"]:
             return "simt::copy_async_commit();"
@@ -441,18 +437,15 @@ class Function:
             return f"simt::copy_async_wait({int(operands[0])});"
         if parts == ["async", "wait_all"]:
             return "simt::copy_async_commit(); simt::copy_async_wait(0);"
-        hint = parts[-1] == "L2::cache_hint"
         if parts[:2] == ["async", "bulk"]:
             form = ["shared::cluster", "global", "mbarrier::complete_tx::bytes"]
-            known(parts[2 : 5 if hint else None] == form)
+            known(parts[2:] == form)
             shared, barrier = (self.address(operands[i], "shared") for i in (0, 3))
             source, size = self.address(operands[1], "global"), self.value(operands[2], "b32")
             return f"ptx::bulk_copy({shared}, isa::pointer({source}, 16), {size}, {barrier});"
-        kind = parts[:-1] if hint else parts
-        operands = operands[:-1] if hint else operands
-        known(kind in (["async", "cg", "shared", "global"], ["async", "ca", "shared", "global"]))
+        known(parts in (["async", "cg", "shared", "global"], ["async", "ca", "shared", "global"]))
         size = int(operands[2])
-        if size not in ((16,) if kind[1] == "cg" else (4, 8, 16)) or len(operands) > 4:
+        if size not in ((16,) if parts[1] == "cg" else (4, 8, 16)) or len(operands) > 4:
             raise Unknown(f"cp.{'.'.join(parts)} of {operands[2:]}")
         shared = self.address(operands[0], "shared")
         source = self.address(operands[1], "global")

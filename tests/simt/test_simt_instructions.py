@@ -191,10 +191,10 @@ def test_copies_and_loads(probe, valid):
     begin = -out.ctypes.data % 16
     probe("probe_copies_run", pack(buffer[start:], out[begin:], valid))
     out = out[begin : begin + 9 * 1024].reshape(9, 1024)
-    for copied, size in zip(out, (4, 8, 16, 16)):  # what is not valid is zero
+    for copied, size in zip(out[:3], (4, 8, 16), strict=True):  # what is not valid is zero
         keep = np.arange(1024) % size < size // 4 * valid
         np.testing.assert_array_equal(copied, np.where(keep, data, 0))
-    for copied in out[4:8]:
+    for copied in out[3:8]:
         np.testing.assert_array_equal(copied, data)
     want = (np.arange(1024) // 32 + np.arange(1024) % 32).astype(np.uint8)
     np.testing.assert_array_equal(out[8], want)

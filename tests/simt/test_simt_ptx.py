@@ -84,6 +84,10 @@ def translated(body, head="", params=""):
         ("ld.global.v2.u32 %r1, [%rd1];", "into %r1"),
         ("cvt.rzi.s32.f32 %r1, %r2;", "cvt.rzi"),
         ("cp.async.cg.shared.global [%r1], [%rd1], 8;", "of ['8']"),
+        (
+            "cp.async.cg.shared.global.L2::cache_hint [%r1], [%rd1], 16, %rd2;",
+            "cache_hint [%r1], [%rd1], 16, %rd2: this form of it",
+        ),
         ("bar.sync 1;", "bar.sync"),
         ("call.uni elsewhere, ();", "call elsewhere"),
         ("@%p1 bra.div LABEL;", "bra.div"),

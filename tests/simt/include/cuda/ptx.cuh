@@ -94,18 +94,11 @@ inline void copy(uint32_t shared, const void* global, int valid_bytes, const cha
 }
 }  // namespace detail
 
-inline uint64_t evict_first_policy() { return 0x12f0000000000000u; }
 inline void cp_async_16(uint32_t shared, const void* global) {
   detail::copy<16>(shared, global, 16, "cp_async_16");
 }
-inline void cp_async_16_hint(uint32_t shared, const void* global, uint64_t) {
-  detail::copy<16>(shared, global, 16, "cp_async_16_hint");
-}
 inline void cp_async_16_zfill(uint32_t shared, const void* global, int valid_bytes) {
   detail::copy<16>(shared, global, valid_bytes, "cp_async_16_zfill");
-}
-inline void cp_async_16_zfill_hint(uint32_t shared, const void* global, int valid_bytes, uint64_t) {
-  detail::copy<16>(shared, global, valid_bytes, "cp_async_16_zfill_hint");
 }
 template <int bytes>
 inline void cp_async_zfill(uint32_t shared, const void* global, int valid_bytes) {
@@ -206,10 +199,6 @@ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint3
   for (uint32_t i = 0; i < bytes; ++i) (void)source[i];
 #endif
   simt::bulk_copy(shared, global, bytes, mbarrier);
-}
-inline void bulk_copy_hint(uint32_t shared, const void* global, uint32_t bytes, uint32_t mbarrier,
-                           uint64_t) {
-  bulk_copy(shared, global, bytes, mbarrier);
 }
 
 // Register counts mean nothing here.

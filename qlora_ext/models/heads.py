@@ -1,0 +1,66 @@
+"""Which layers of a transformers model are its heads: they stay dense, and may be fresh.
+
+A head is what a class adds to its backbone: the output embeddings, and the linear layers outside
+the backbone (`score`, `classifier`, `qa_outputs`, and the layers before them, as RoBERTa's
+`classifier.dense`). The backbone is what `base_model_prefix` names, or, in a class that has none
+under that name (T5ForQuestionAnswering), every part that is a transformers model itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..nn import is_plain_linear
+from .walk import output_embeddings
+
+OUTPUT, TASK = "output head", "task head"
+_TASK_CLASS = re.compile(r"For[A-Z]|Heads?|Classifi|Regress|Tagger")
+
+
+def heads_of(model: nn.Module) -> dict[int, str]:
+    """id of a head's layer -> what it is: OUTPUT or TASK. Heads of parts that are transformers
+    models themselves (the decoder of an EncoderDecoderModel) are found too."""
+    found: dict[int, str] = {}
+    for part in [m for m in model.modules() if m is model or is_transformers_model(m)]:
+        for layer in _outside_backbone(part):
+            found.setdefault(id(layer), TASK)
+        head = output_embeddings(part)
+        if head is not None:
+            found[id(head)] = OUTPUT
+    return found
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether module has what the core reads of a transformers model, a name for its backbone."""
+    return isinstance(getattr(type(module), "base_model_prefix", None), str)
+
+
+def _outside_backbone(model: nn.Module) -> list[nn.Module]:
+    if not is_transformers_model(model):
+        return []
+    prefix = model.base_model_prefix
+    backbone = model._modules.get(prefix) if prefix else None
+    parts = [m for m in _without_inside(model) if is_transformers_model(m)]
+    if backbone is not None:
+        parts.append(backbone)
+    elif not parts or not _TASK_CLASS.search(type(model).__name__):
+        return []  # a backbone itself, or one whose parts cannot be told
+    if backbone is None:  # a stack is no head, whatever its class is
+        parts += [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inside = {id(m) for part in parts for m in part.modules()}
+    return [m for m in model.modules() if id(m) not in inside and _is_linear(m)]
+
+
+def _without_inside(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules below model, without those inside of transformers models below it."""
+    for child in model.children():
+        yield child
+        if not is_transformers_model(child):
+            yield from _without_inside(child)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_plain_linear(module)

@@ -1,0 +1,110 @@
+"""Names of layers to leave alone: one meaning for every way to give them.
+
+A name matches a layer if it is a run of the dotted parts of the layer's full name: "lm_head",
+"vision_tower", "layers.0.mlp" and full names do, "proj" does not match "q_proj". What holds other
+characters than names have is a regular expression for such a run: "layers.[0-3]", "(q|k)_proj".
+
+The full name may also be spelled as in another class of the same architecture (with or without the
+backbone's prefix, "model." of Llama) or as in the checkpoint that the model is read from.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..checks import bad_regex, short
+
+_PLAIN = re.compile(r"[\w.-]+")
+
+
+def as_names(names: Any, owner: str) -> list[str]:
+    """`modules_to_not_convert` as a list of names; one string is one name, None is none.
+
+    Args:
+        owner: whose argument it is, for the error.
+
+    Raises:
+        ValueError: something else than names, or regular expressions that are not quick to match.
+    """
+    if names is None:
+        return []
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) and name for name in listed
+    ):
+        raise ValueError(
+            f"{owner}: modules_to_not_convert got {short(names)}, want a list of names of layers"
+        )
+    patterns = [name for name in listed if not _PLAIN.fullmatch(name)]
+    if bad := bad_regex(patterns):
+        raise ValueError(f"{owner}: modules_to_not_convert has {short(bad[0])}, want {bad[1]}")
+    return sorted(listed) if isinstance(listed, (set, frozenset)) else list(listed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _expression(pattern: str) -> re.Pattern:
+    if not _PLAIN.fullmatch(pattern):
+        return re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")
+    return re.compile(rf"(?:^|\.){re.escape(pattern)}(?:\.|$)")
+
+
+def literal(name: str) -> str:
+    """A module's name as a pattern that matches it alone, whatever characters it has."""
+    return name if _PLAIN.fullmatch(name) else re.escape(name)
+
+
+def matches(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that is a run of name's dotted parts: "mlp.gate" of "h.0.mlp.gate".
+
+    The name of a layer's weight stands for the layer: "lm_head.weight".
+    """
+    for pattern in patterns:
+        if _expression(pattern.removesuffix(".weight") or pattern).search(name):
+            return pattern
+    return None
+
+
+class Names:
+    """A model's modules under every name they may be given by.
+
+    Args:
+        stored: module name -> its name in a checkpoint, where that is known.
+    """
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, str] | None = None):
+        self.model = model
+        self.stored = stored or {}
+        prefix = getattr(model, "base_model_prefix", "")
+        # A backbone that was loaded by itself: its layers have the prefix in every other class.
+        alone = isinstance(prefix, str) and prefix and not hasattr(model, prefix)
+        self.prefix = f"{prefix}." if alone else ""
+        first: dict[int, str] = {}
+        self.shared: dict[str, list[str]] = {}  # a module's first name -> its others
+        for name, module in model.named_modules(remove_duplicate=False):
+            if first.setdefault(id(module), name) != name:
+                self.shared.setdefault(first[id(module)], []).append(name)
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """The names of one module."""
+        own = (name, *self.shared.get(name, ()))
+        prefixed = tuple(self.prefix + one for one in own) if self.prefix else ()
+        stored = (self.stored[name],) if name in self.stored else ()
+        return own + prefixed + stored
+
+    def matches(self, name: str, patterns: Iterable[str]) -> str | None:
+        """The first pattern that matches the module of that name."""
+        patterns = tuple(patterns)
+        for spelling in self.spellings(name):
+            if pattern := matches(spelling, patterns):
+                return pattern
+        return None
+
+    def unmatched(self, patterns: Iterable[str]) -> list[str]:
+        """The patterns that match no module."""
+        modules = [name for name, _ in self.model.named_modules() if name]
+        return [p for p in patterns if not any(self.matches(name, [p]) for name in modules)]

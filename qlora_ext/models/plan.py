@@ -1,0 +1,305 @@
+"""The one decision which layers of a model are packed, and why the others are not.
+
+quantize_model, `from_pretrained` (unquantized checkpoints and packed ones, ours and bitsandbytes'),
+`qlora-ext quantize`, `merge` and `estimate` all take it from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ..experts import is_fused_experts
+from ..nn import FLOAT_DTYPES, _Packed4bit, is_plain_linear
+from .heads import heads_of
+from .names import Names, literal, matches
+from .reads import read_past_forward
+from .report import LayerReport, QuantizationReport
+from .walk import _numel
+
+logger = logging.getLogger("qlora_ext")
+
+ABSENT = "not in the checkpoint, so made anew"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a checkpoint holds, by the names that its layers have in the model."""
+
+    packed: Mapping[str, int]  # layer -> bytes of its packed weight
+    dense: frozenset[str]  # layers with a weight of another dtype
+    same_class: bool  # whether the class that was saved is the model's: then nothing may be absent
+    names: Mapping[str, str]  # layer -> its name in the checkpoint
+
+    def has(self, name: str) -> bool:
+        """Whether the layer's weight is there, packed or not."""
+        return name in self.packed or name in self.dense
+
+    def lacks_one_of(self, name: str) -> bool:
+        """Whether an absent layer is damage: other layers at its place in the stack are there, or
+        all of the class was saved."""
+        if self.same_class:
+            return True
+        pattern = re.compile(re.sub(r"\\?\b\d+\b", r"\\d+", re.escape(name)))
+        return any(pattern.fullmatch(other) for other in (*self.packed, *self.dense))
+
+
+class Plan:
+    """Which layers of a model are packed, and why the others are not.
+
+    Args:
+        model: the unpacked model, with values or on the meta device.
+        keep: names of layers to leave alone (see names.py).
+        embeddings: whether untied embedding tables are packed.
+        stored: the checkpoint that the model will be read from, where its tensors are known.
+        packed_checkpoint: whether that is packed already: then it decides.
+        other_names: layer -> a name that it has in files, where `stored` does not say.
+
+    Attributes:
+        names: the modules to pack, in the model's order.
+        skipped: a LayerReport of every other weight, with its reason.
+
+    Raises:
+        ValueError: a checkpoint that lacks layers it should have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keep: Iterable[str] = (),
+        *,
+        embeddings: bool = False,
+        stored: Stored | None = None,
+        packed_checkpoint: bool = False,
+        other_names: Mapping[str, str] | None = None,
+    ):
+        self.model = model
+        self.keep = tuple(keep)
+        self.embeddings = embeddings
+        self.stored = stored
+        self.packed_checkpoint = packed_checkpoint
+        self.spelled = Names(model, stored.names if stored else other_names)
+        self.protected = {
+            pattern
+            for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+            for pattern in getattr(model, attribute, None) or ()
+        }
+        self.heads = heads_of(model)
+        self.read_past = read_past_forward(model)
+        self.owners = defaultdict(list)  # id of a parameter -> names of the modules that hold it
+        on_meta = False
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners[id(parameter)].append(name)
+                    on_meta |= parameter.is_meta
+        self.tied: dict[str, str] = {}  # parameter -> the one it will be tied to
+        if on_meta:  # transformers ties what it has read
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            for one, other in tied.items():
+                self.tied.setdefault(one, other)
+                self.tied.setdefault(other, one)
+        self.names: list[str] = []
+        self.kinds: dict[str, str] = {}  # of those modules, the classes' names
+        self.skipped: list[LayerReport] = []
+        self.lacking: list[str] = []
+        for name, module in model.named_modules():
+            self._consider(name, module)
+        if self.lacking:
+            raise ValueError(
+                f"{type(model).__name__}: the checkpoint lacks "
+                f"{', '.join(f'{name}.weight' for name in self.lacking[:8])}"
+                f"{f' and {len(self.lacking) - 8} more' if len(self.lacking) > 8 else ''}, want "
+                "all of its layers; one that is to be trained from scratch goes into "
+                "modules_to_not_convert when the unquantized model is packed"
+            )
+
+    @property
+    def kept(self) -> list[str]:
+        """The linear layers that stay dense, by full name: what a saved config records."""
+        packed = set(self.names)
+        return [
+            literal(name)
+            for name, module in self.model.named_modules()
+            if is_plain_linear(module) and name not in packed
+        ]
+
+    def unmatched(self) -> list[str]:
+        """Of `keep`, what matches no module. Not the usual name of the output head, which stays
+        dense by whatever name it goes."""
+        unmatched = self.spelled.unmatched(self.keep)
+        return [name for name in unmatched if name not in ("lm_head", "lm_head.weight")]
+
+    def report(self, packed: Iterable[LayerReport] = ()) -> QuantizationReport:
+        """The report of a model in which these layers were packed."""
+        return QuantizationReport((*packed, *self.skipped))
+
+    def packed_layer(self, name: str, module: nn.Module) -> LayerReport:
+        """The LayerReport of `module`, which packing made of the layer of that name."""
+        layers = [part for part in module.modules() if isinstance(part, _Packed4bit)]
+        return LayerReport(
+            name=name,
+            kind=self.kinds[name],
+            numel=sum(_numel(layer) for layer in layers),
+            nbytes=sum(layer.quantized.nbytes for layer in layers),
+            reason=None,
+        )
+
+    def _consider(self, name: str, module: nn.Module) -> None:
+        reason = self._reason(name, module)
+        packed = ()
+        if reason is None:
+            self.names.append(name)
+            self.kinds[name] = type(module).__name__
+            packed = weight_names(module)
+        rest = [p for key, p in module._parameters.items() if key not in packed]
+        # A tied parameter is reported once, where it first occurs.
+        rest = [p for p in rest if p is not None and self.owners[id(p)][0] == name]
+        if rest:
+            self.skipped.append(
+                LayerReport(
+                    name=name,
+                    kind=type(module).__name__,
+                    numel=sum(p.numel() for p in rest),
+                    nbytes=sum(p.nbytes for p in rest),
+                    reason=reason or "bias",
+                )
+            )
+
+    def _reason(self, name: str, module: nn.Module) -> str | None:
+        """Why module is not packed, or None if it is to be."""
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            return "its weight is parametrized"
+        is_table = isinstance(module, nn.Embedding)
+        if not is_plain_linear(module) and not is_table and not is_fused_experts(module):
+            return _reason_not_linear(module)
+        if self.packed_checkpoint and self.stored is not None:
+            return self._reason_in_packed_checkpoint(name, module)
+        if reason := self._reason_of_model(name, module):
+            return reason
+        if is_table and not self.embeddings:
+            return "embedding (quantize_embeddings=True packs it)"
+        if is_table and (type(module) is not nn.Embedding or module.max_norm is not None):
+            return "embedding with a forward of its own"
+        if reason := self._reason_read(module):
+            return reason
+        for key in weight_names(module):
+            if module._parameters[key].dtype not in FLOAT_DTYPES:
+                return f"its weight is {module._parameters[key].dtype}"
+        if self.stored is not None and is_plain_linear(module) and not self.stored.has(name):
+            return self._reason_absent(name)
+        return None
+
+    def _reason_of_model(self, name: str, module: nn.Module) -> str | None:
+        if id(module) in self.heads:
+            return self.heads[id(module)]
+        if any(module._parameters.get(key) is None for key in weight_names(module)):
+            return "its weight is not a parameter, but computed by a hook"
+        for key in weight_names(module):
+            others = [o for o in self.owners[id(module._parameters[key])] if o != name]
+            if others:
+                return f"tied to {others[0]}"
+            if other := self.tied.get(f"{name}.{key}"):
+                return f"tied to {other.removesuffix('.weight')}"
+        if pattern := self.spelled.matches(name, self.keep):
+            return f"modules_to_not_convert={pattern!r}"
+        for key in weight_names(module):
+            if pattern := matches(f"{name}.{key}", self.protected):
+                return f"kept in fp32 by {type(self.model).__name__} ({pattern!r})"
+        return None
+
+    def _reason_read(self, module: nn.Module) -> str | None:
+        if reader := self.read_past.get(id(module)):
+            return f"its weight is read by {reader}, past the layer's own forward"
+        return None
+
+    def _reason_in_packed_checkpoint(self, name: str, module: nn.Module) -> str | None:
+        """What the checkpoint holds decides; the rest is for layers that it has not."""
+        if name in self.stored.packed:
+            want = sum(-(-module._parameters[key].numel() // 2) for key in weight_names(module))
+            if is_plain_linear(module) and self.stored.packed[name] != want:
+                # transformers refuses it, or with ignore_mismatched_sizes makes it anew.
+                return "packed in another size in the checkpoint"
+            return None
+        if not is_plain_linear(module):
+            return "not packed in the checkpoint"
+        reason = self._reason_of_model(name, module) or self._reason_read(module)
+        if reason is None and name in self.stored.dense:
+            return "dense in the checkpoint"
+        return reason or self._reason_absent(name)
+
+    def _reason_absent(self, name: str) -> str:
+        if self.stored.lacks_one_of(name):
+            self.lacking.append(name)
+        return ABSENT
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of module that quantizing packs."""
+    if is_fused_experts(module):
+        return tuple(key for key, p in module._parameters.items() if p is not None and p.ndim == 3)
+    return ("weight",)
+
+
+def _reason_not_linear(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return "a subclass of nn.Linear with a forward of its own"
+    dims = [p.ndim for p in module._parameters.values() if p is not None]
+    if dims and max(dims) >= 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        return "stacked weights in a layout of its own, not an nn.Linear"
+    if dims and max(dims) >= 2:
+        return "not an nn.Linear"
+    return "norms and biases"
+
+
+# What is said -------------------------------------------------------------------------------------
+
+_EXPECTED = (
+    "output head",
+    "task head",
+    "tied to",
+    "embedding",
+    "norms and biases",
+    "bias",
+    "modules_to_not",
+    ABSENT,
+)
+
+
+def tell(op: str, report: QuantizationReport, least: float = 0.01, stacklevel: int = 3) -> None:
+    """Logs a report, and warns of what stays dense beyond the usual.
+
+    Args:
+        op: who tells.
+        least: the share of the model's weights below which nothing is said: routers and the like.
+        stacklevel: of the warning, as seen from the caller of this function.
+    """
+    logger.info("%s", report)
+    unexpected = [part for part in report.unquantized if not part.reason.startswith(_EXPECTED)]
+    share = sum(part.numel for part in unexpected) / max(report.numel, 1)
+    if not unexpected or share < least:
+        return
+    patterns = {re.sub(r"\b\d+\b", "*", part.name): part.reason for part in unexpected}
+    named = "; ".join(f"{name} ({reason})" for name, reason in list(patterns.items())[:8])
+    warnings.warn(
+        f"{op}: {share:.1%} of the weights stay unquantized in layers one might expect to be "
+        f"packed: {named}. model.quantization_report has the rest",
+        stacklevel=stacklevel,
+    )
+
+
+def tell_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
+    """Warns of names to leave alone that match no module."""
+    if names:
+        warnings.warn(
+            f"{op}: modules_to_not_convert has {', '.join(map(repr, names))}, which matches no "
+            f"module of {type(model).__name__}: nothing is left alone by it",
+            stacklevel=3,
+        )

@@ -1,0 +1,175 @@
+"""Packing a whole model, layer by layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..experts import Experts4bit, is_fused_experts
+from ..nn import Embedding4bit, Linear4bit, _Lora, _Packed4bit, is_plain_linear
+from ..offload import check_in_memory
+from ..quantized_tensor import QuantConfig
+from .names import as_names
+from .plan import Plan, tell
+from .walk import (
+    linear_names,
+    own_config,
+    places_of,
+    progress,
+    replace_module,
+    use_dense_panels,
+)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model: model is a {type(model).__name__}, want an nn.Module")
+    if is_plain_linear(model):
+        raise TypeError(
+            f"quantize_model: model is a single {type(model).__name__}, want a model that contains "
+            "layers; Linear4bit.from_linear packs one layer"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _Packed4bit):
+            raise ValueError(
+                f"quantize_model: {name or 'model'} is a {type(module).__name__}, want an "
+                "unquantized model; this one is quantized already"
+            )
+        source = type(module).__module__
+        if isinstance(module, _Lora) or source.startswith("peft."):
+            raise ValueError(
+                f"quantize_model: {name or 'model'} is a {type(module).__name__}, want a model "
+                "without adapters; quantize first, then add them"
+            )
+        if source.startswith("bitsandbytes."):
+            raise ValueError(
+                f"quantize_model: {name} is a {type(module).__name__} of bitsandbytes, want an "
+                "unquantized model"
+            )
+    check_in_memory(
+        "quantize_model",
+        model,
+        "quantize the model before it is offloaded; or load it without 'cpu' and 'disk' in "
+        "device_map, save the 4-bit model, and load that with them",
+    )
+    devices = {p.device.type for p in model.parameters()}
+    if "meta" in devices and len(devices) > 1:
+        name = next(name for name, p in model.named_parameters() if p.is_meta)
+        raise ValueError(
+            f"quantize_model: {name} is on the meta device (offloaded?) and has no values, want "
+            "all weights in memory, or the whole model on meta"
+        )
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantConfig | None = None,
+    *,
+    modules_to_not_convert: Iterable[str] | None = None,
+    quantize_embeddings: bool = False,
+    dense_panels: bool | None = None,
+    progress_bar: bool = True,
+) -> nn.Module:
+    """Packs a model's linear layers in 4 bits, in place, one layer after another.
+
+    Each dense weight is released before the next is read, so the peak stays near one layer above
+    the result. Left alone, with a reason each in `model.quantization_report`: the output head and
+    task heads, tied weights, layers whose weight the model's code reads past their forward, what
+    the model class protects in fp32, `modules_to_not_convert`, embeddings, and everything that is
+    not a linear layer. A warning names what that leaves unquantized beyond the usual (a router,
+    say). Experts that transformers stacks in one parameter are packed one by one, as Experts4bit.
+
+    Args:
+        model: any nn.Module with nn.Linear or transformers' Conv1D layers; one that is wholly on
+            the meta device stays there, packed in shape only.
+        config: a QuantConfig; None is NF4 with blocks of 64, double-quantized.
+        modules_to_not_convert: names of layers to leave alone: full ones, dotted parts
+            ("layers.0.mlp"), containers ("vision_tower"), or regular expressions for these.
+        quantize_embeddings: pack untied nn.Embedding tables too.
+        dense_panels: make the nn.Linear layers that stay dense PanelLinear, which compute in fp32
+            panels: True always, False never, None where this CPU has no instructions for the dtype.
+        progress_bar: show a tqdm bar.
+
+    Returns:
+        model. `print(model.quantization_report)` says what was packed and what was not.
+
+    Raises:
+        TypeError: model is not a module, or is a single layer; config is not a QuantConfig.
+        ValueError: quantized already; has adapters; partly on the meta device; a name in
+            modules_to_not_convert that matches nothing, or is none; no layer to pack.
+        RuntimeError: a NaN or Inf in a weight, naming the layer and the index. The layers before
+            it are packed.
+    """
+    if config is not None and not isinstance(config, QuantConfig):
+        raise TypeError(f"quantize_model: config is a {type(config).__name__}, want a QuantConfig")
+    config = config or QuantConfig()
+    _check_model(model)
+    names = modules_to_not_convert
+    if isinstance(names, Iterable) and not isinstance(names, (str, set, frozenset)):
+        names = list(names)
+    keep = as_names(names, "quantize_model")
+    plan = Plan(model, keep, embeddings=quantize_embeddings, other_names=_file_names(model, keep))
+    if unmatched := plan.unmatched():
+        raise ValueError(
+            f"quantize_model: modules_to_not_convert has {unmatched[0]!r}, which matches no "
+            f"module, want names among {linear_names(model)}"
+        )
+    if not plan.names:
+        raise ValueError(
+            f"quantize_model: {type(model).__name__} has no layer to pack, want at least one "
+            f"nn.Linear or Conv1D. {plan.report()}"
+        )
+    packed, kept = [], plan.kept
+    places = places_of(model)
+    for name in progress(plan.names, "quantize", progress_bar):
+        old = model.get_submodule(name)
+        try:
+            if isinstance(old, nn.Embedding):
+                new = Embedding4bit.from_embedding(old, config)
+            elif is_fused_experts(old):
+                new = Experts4bit.from_experts(old, config)
+            else:
+                new = Linear4bit.from_linear(old, config)
+        except RuntimeError as error:
+            raise RuntimeError(f"quantize_model: {name}: {error}") from error
+        packed.append(plan.packed_layer(name, new))
+        replace_module(model, old, new, places)
+        del old, new
+    model.quantization_report = plan.report(packed)
+    tell("quantize_model", model.quantization_report)
+    _tell_transformers(model, config, kept)
+    use_dense_panels(model, dense_panels)
+    return model
+
+
+def _file_names(model: nn.Module, keep: list[str]) -> dict[str, str]:
+    """What the layers of a transformers model are called in its files, if that is asked."""
+    transformers = sys.modules.get("transformers")
+    if not keep or transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    from ..integrations.transformers import checkpoint_names
+
+    return checkpoint_names(model)
+
+
+def _tell_transformers(model: nn.Module, config: QuantConfig, kept: list[str]) -> None:
+    """Marks a transformers model as from_pretrained marks one that it packs: it saves, and so
+    reloads, as a quantized one, and its own code knows that its weights are packed."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    from ..integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer, mark_quantized
+
+    inside: set[int] = set()
+    for part in list(model.modules()):
+        if isinstance(part, transformers.PreTrainedModel) and id(part) not in inside:
+            inside.update(map(id, part.modules()))
+            own_config(part)
+            mark_quantized(part)
+    if not isinstance(model, transformers.PreTrainedModel):
+        return
+    settings = QLoraExtConfig(modules_to_not_convert=kept, **config.to_dict())
+    model.hf_quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
+    model.config.quantization_config = model.hf_quantizer.quantization_config

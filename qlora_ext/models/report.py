@@ -1,0 +1,176 @@
+"""What became of a model's weights, and what they weigh."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+
+from torch import nn
+
+from .walk import _numel, is_packed
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer's (or one bare parameter's) weights."""
+
+    name: str
+    kind: str  # class of the module that holds it
+    numel: int  # logical weights, without biases where the weight was packed
+    nbytes: int  # bytes after quantizing
+    reason: str | None  # why it is unquantized; None where it was packed
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport:
+    """Every weight of a model, packed or not. `str()` is a table of what was left out and why."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers that were packed."""
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def unquantized(self) -> tuple[LayerReport, ...]:
+        """The layers that were not, largest first."""
+        rest = [layer for layer in self.layers if layer.reason is not None]
+        return tuple(sorted(rest, key=lambda layer: -layer.numel))
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the model's weights that are packed, 0 to 1."""
+        return sum(layer.numel for layer in self.quantized) / max(self.numel, 1)
+
+    @property
+    def numel(self) -> int:
+        """Logical weights of the model."""
+        return sum(layer.numel for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per packed weight, statistics included."""
+        numel = sum(layer.numel for layer in self.quantized)
+        return 8 * sum(layer.nbytes for layer in self.quantized) / max(numel, 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.quantized)} layers in {self.bits_per_weight:.3f} bits per weight: "
+            f"{self.quantized_share:.1%} of {self.numel:,} weights. Unquantized:"
+        ]
+        grouped: dict[tuple[str, str, str], list[LayerReport]] = defaultdict(list)
+        for layer in self.unquantized:
+            # Layers of a stack share a row: layers.0.norm and layers.7.norm are layers.*.norm.
+            pattern = re.sub(r"\b\d+\b", "*", layer.name)
+            grouped[pattern, layer.kind, layer.reason].append(layer)
+        rows = sorted(grouped.items(), key=lambda item: -sum(part.numel for part in item[1]))
+        for (pattern, kind, reason), parts in rows:
+            numel = sum(layer.numel for layer in parts)
+            times = f" x{len(parts)}" if len(parts) > 1 else ""
+            share = numel / max(self.numel, 1)
+            lines.append(f"  {share:7.2%}  {pattern}{times} ({kind}, {numel:,}): {reason}")
+        return "\n".join(lines if rows else [lines[0].replace(" Unquantized:", "")])
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a model by part; every tensor is counted once, however often it is shared."""
+
+    parts: dict[str, int]  # part -> bytes
+    quantized_numel: int  # logical weights that are packed
+    num_parameters: int  # logical weights of the model
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per packed weight: codes, scales and means; 0 if nothing is packed."""
+        packed = self.parts["4-bit weights"] + self.parts["4-bit statistics"]
+        return 8 * packed / self.quantized_numel if self.quantized_numel else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.total / 2**20:,.2f} MiB, {self.num_parameters:,} weights, "
+            f"{self.bits_per_weight:.3f} bits per packed weight"
+        ]
+        for part, nbytes in self.parts.items():
+            if nbytes:
+                lines.append(f"  {nbytes / 2**20:10,.2f} MiB  {part}")
+        return "\n".join(lines)
+
+
+def num_parameters(
+    model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Logical weights of a model: a packed weight counts in_features * out_features.
+
+    Args:
+        only_trainable: count parameters with requires_grad, so none that is packed.
+        exclude_embeddings: leave the weights of embedding tables out.
+
+    Shared parameters count once.
+    """
+    count, seen = 0, set()
+    for module in model.modules():
+        packed = is_packed(module)
+        if exclude_embeddings and isinstance(module, nn.Embedding):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if only_trainable and not parameter.requires_grad:
+                continue
+            if packed and key.startswith("weight"):
+                count += _numel(module) if key == "weight" else 0
+            else:
+                count += parameter.numel()
+    return count
+
+
+def memory_report(model: nn.Module) -> MemoryReport:
+    """Bytes by part: 4-bit weights and statistics, LoRA adapters, embeddings, unquantized layers,
+    other parameters (norms, biases) and buffers. Gradients and optimizer states are not the
+    model's and are not counted."""
+    parts = dict.fromkeys(
+        (
+            "4-bit weights",
+            "4-bit statistics",
+            "LoRA adapters",
+            "embeddings",
+            "unquantized layers",
+            "other parameters",
+            "buffers",
+        ),
+        0,
+    )
+    quantized, seen = 0, set()
+    for name, module in model.named_modules():
+        packed = is_packed(module)
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for key, tensor in tensors:
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if packed and key == "weight":
+                part = "4-bit weights"
+                quantized += _numel(module)
+            elif packed and key in ("weight_absmax", "weight_nested", "weight_mean"):
+                part = "4-bit statistics"
+            elif "lora_" in f"{name}.{key}":
+                part = "LoRA adapters"
+            elif key in module._buffers:
+                part = "buffers"
+            elif isinstance(module, nn.Embedding):
+                part = "embeddings"
+            elif tensor.ndim > 1:
+                part = "unquantized layers"
+            else:
+                part = "other parameters"
+            parts[part] += tensor.nbytes
+    return MemoryReport(parts, quantized, num_parameters(model))

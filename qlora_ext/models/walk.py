@@ -1,0 +1,198 @@
+"""Walking a model: where its layers are, replacing them, and what cannot be worked on."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..nn import FUSED, Linear4bit, PanelLinear, _Packed4bit, is_conv1d
+from ..offload import move_hook
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits (lm_head), or None."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+Places = dict[int, list[tuple[nn.Module, str]]]
+
+
+def places_of(model: nn.Module) -> Places:
+    """id of a module -> where model holds it: (parent, attribute), as often as it is shared."""
+    places: Places = defaultdict(list)
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places[id(child)].append((parent, key))
+    return places
+
+
+def replace_module(
+    model: nn.Module, old: nn.Module, new: nn.Module, places: Places | None = None
+) -> None:
+    """Puts new wherever model holds old, maybe in several places; hooks move, accelerate's too.
+
+    `places` is places_of(model), for a caller that replaces many modules: it stays right for those
+    that were not replaced yet.
+    """
+    for parent, key in (places or places_of(model))[id(old)]:
+        setattr(parent, key, new)
+        if key in FUSED and isinstance(new, Linear4bit):
+            new.fused = key
+    move_hooks(old, new)
+    move_hook(old, new)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Moves old's forward and backward hooks, and those before them, to new, behind new's own.
+
+    State dict hooks stay: they are about old's keys.
+    """
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+        old._is_full_backward_hook = None
+    for key in _HOOKS:
+        hooks, own = getattr(old, key), getattr(new, key)
+        if not hooks:
+            continue
+        # The very dict where that is possible: it is what the hooks' handles remove them from.
+        setattr(old, key, type(hooks)())
+        if own.keys() <= hooks.keys():  # none, or copies of them
+            setattr(new, key, hooks)
+        else:
+            own.update(hooks)
+
+
+def read_by_parent(model: nn.Module) -> set[int]:
+    """ids of linear layers whose weight torch's own modules read past the layer's forward, as the
+    fast path of nn.TransformerEncoderLayer does."""
+    found = set()
+    for module in model.modules():
+        for kind, keys in (
+            (nn.TransformerEncoderLayer, ("linear1", "linear2")),
+            (nn.MultiheadAttention, ("out_proj",)),
+        ):
+            if isinstance(module, kind):
+                found |= {id(module._modules.get(key)) for key in keys}
+    return found - {id(None)}
+
+
+def progress(items: list, what: str, enabled: bool) -> Iterator:
+    """items behind a tqdm bar, where tqdm is installed and the bar is wanted."""
+    if not enabled:
+        return iter(items)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return iter(items)
+    return iter(tqdm(items, desc=what, unit="layer"))
+
+
+def check_model(
+    op: str,
+    model: nn.Module,
+    *,
+    one_layer: str,
+    peft: str,
+    layers: tuple[type, ...] = (nn.Linear, nn.Embedding),
+) -> None:
+    """TypeError unless model is a module that contains layers, none of which is PEFT's.
+
+    Args:
+        one_layer, peft: what to do with a single layer, and what is wanted instead of PEFT's.
+        layers: classes of a single layer, besides Conv1D.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}, want an nn.Module")
+    if isinstance(model, layers) or is_conv1d(model):
+        raise TypeError(
+            f"{op}: model is a single {type(model).__name__}, want a model that contains layers; "
+            f"{one_layer}"
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise TypeError(
+                f"{op}: {name or 'model'} is PEFT's {type(module).__name__}, want {peft}"
+            )
+
+
+def check_whole(op: str, model: nn.Module, only: str = "") -> None:
+    """ValueError if a parameter, of those with `only` in their names, is one process's share of a
+    tensor: a DTensor, as FSDP2 and tensor parallelism make them, or one of DeepSpeed's ZeRO-3."""
+    dtensor = sys.modules.get("torch.distributed.tensor")  # there are none before it is imported
+    for name, parameter in model.named_parameters():
+        if only not in name:
+            continue
+        if dtensor is not None and isinstance(parameter, dtensor.DTensor):
+            raise ValueError(
+                f"{op}: {name} is a DTensor, of which this process holds a share, want a whole "
+                "model: gather the state into one, as docs/sharding.md does"
+            )
+        if parameter.numel() == 0 and getattr(parameter, "ds_numel", 0):
+            raise ValueError(
+                f"{op}: {name} is a tensor of DeepSpeed's ZeRO-3, of which this process holds a "
+                "share, want it whole: within deepspeed.zero.GatheredParameters, as "
+                "docs/sharding.md does"
+            )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the parameters weight... of module are a packed weight of shape `_shape`: a layer of
+    ours, or what tensor parallelism made of one."""
+    parallel = sys.modules.get("qlora_ext.integrations.tensor_parallel")
+    return isinstance(module, _Packed4bit) or (
+        parallel is not None and isinstance(module, parallel.ParallelLinear4bit)
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return module._shape.numel() if is_packed(module) else module.weight.numel()
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The linear layers of a model by pattern, those of a stack as one: layers.*.mlp.up_proj."""
+    names = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
+    return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+
+
+def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
+    """Makes a model's plain nn.Linear layers on a CPU PanelLinear, in place.
+
+    Args:
+        panels: True: they use panels for bf16 and fp16 always; None: where torch's own product is
+            slow on this machine, which each call decides; False changes nothing. Parameters, ties
+            and the state dict stay what they are.
+    """
+    if panels is False:
+        return
+    for layer in [m for m in model.modules() if type(m) is nn.Linear]:
+        if panels or (layer.weight.device.type == "cpu" and layer.weight.is_floating_point()):
+            replace_module(model, layer, PanelLinear.from_linear(layer, always=bool(panels)))
+
+
+def own_config(model: nn.Module) -> None:
+    """Gives a transformers model a config of its own, where other models were made from it too."""
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and id(config) in copies:
+            module.config = copies[id(config)]
