@@ -532,10 +532,14 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def _write_aside(path: Path, write) -> None:
-    """Writes beside path and moves into place, so that a full disk leaves the old file whole."""
+    """Writes beside path and moves into place, so that a full disk leaves the old file whole. The
+    umask decides who may read it: safetensors alone would let only the owner."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode
         write(draft)
+        draft.chmod(mode)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -10,6 +10,9 @@ import torch
 
 
 def pytest_configure():
+    # How wide and in which colours a user's shell wants output: tests read it as a pipe gets it.
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        os.environ.pop(name, None)
     # Where QLORA_EXT_CPU shows our kernels a lesser CPU, torch and bitsandbytes see it as well.
     peers.take_the_path_of(os.environ.get("QLORA_EXT_CPU", ""))
 

@@ -30,7 +30,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import qlora_ext  # noqa: E402
 from qlora_ext.checks import CheckpointError  # noqa: E402
-from qlora_ext.cli import app, estimate, output  # noqa: E402
+from qlora_ext.cli import app, estimate, output, screen  # noqa: E402
 from qlora_ext.cli.errors import CliError  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -950,6 +950,25 @@ def test_a_fault_of_the_program_stays_a_traceback(llama, monkeypatch, capsys):
     assert isinstance(caught.value.__cause__, AttributeError)
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o077], ids=oct)
+def test_who_may_read_the_files_is_said_by_the_umask(llama, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        run("quantize", llama, tmp_path / "base", "--max-shard-size", "60KB")
+        adapter = make_adapter(load(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+        run("merge", tmp_path / "base", adapter, tmp_path / "merged")
+        (tmp_path / "text.txt").write_text("some words " * 50)
+        calibration = ("--calibration", tmp_path / "text.txt")
+        run("merge", tmp_path / "base", adapter, tmp_path / "packed", *calibration)
+    finally:
+        os.umask(before)
+    for folder in ("base", "adapter", "merged", "packed"):
+        # What is copied as it is has its source's, which was made under another umask.
+        made = [p for p in (tmp_path / folder).iterdir() if "token" not in p.name]
+        modes = {path.name: oct(path.stat().st_mode & 0o777) for path in made}
+        assert modes == dict.fromkeys(modes, oct(0o666 & ~umask)), folder
+
+
 # the other commands -------------------------------------------------------------------------------
 
 
@@ -1001,6 +1020,13 @@ def test_inspect_counts_what_memory_report_counts(llama, tmp_path):
     assert "nf4, block 64, nested" in run("inspect", one)
     one.write_bytes(one.read_bytes()[:-9])
     assert "damaged" in run("inspect", tmp_path / "q", ok=False)
+
+
+def test_rows_into_a_pipe_are_whole_where_colours_are_forced(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen.table("", ["name"], [["model.layers.0." + "w" * 120, "end of row"]])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "model" in line]
+    assert "end of row" in row
 
 
 def test_estimate_counts_weights_exactly_and_activations_by_the_sample(llama):

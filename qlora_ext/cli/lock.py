@@ -73,7 +73,7 @@ class Lock:
 
     def _open(self) -> int:
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise CliError(f"{self.path} cannot be made ({error.strerror})") from None
         if not stat.S_ISREG(os.fstat(file).st_mode):

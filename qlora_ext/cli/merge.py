@@ -355,6 +355,9 @@ def calibrated(
     except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
     model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    # safetensors makes files that only their owner may read, whatever the umask says.
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)
     for path in extra_files(base):
         shutil.copyfile(path, folder / path.name)
     if text is None and len(tokenizer) <= rows:  # perhaps the adapter's

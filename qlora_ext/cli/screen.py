@@ -17,14 +17,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-# Into a file or pipe rich would take 80 columns and break rows.
+# Into a file or pipe rich would take 80 columns and break rows, also where colours are forced.
 _WIDTH = None if "COLUMNS" in os.environ else 200
 
 
 def console(stderr: bool = False) -> Console:
     """Made anew per use: tests replace sys.stdout."""
     made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
+    return made if made.file.isatty() else Console(stderr=stderr, highlight=False, width=_WIDTH)
 
 
 def say(text: str, *, stderr: bool = False) -> None:

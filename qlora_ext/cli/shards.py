@@ -101,7 +101,7 @@ class ShardWriter:
         self.path = folder / shard.filename
         self.draft = folder / f".{shard.filename}.draft"
         self.missing = set(shard.entries)
-        self.file = os.open(self.draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.file = os.open(self.draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             self._reserve()
             self._write(0, memoryview(shard.header))
