@@ -174,6 +174,12 @@ def _run(command):
         print(result.stderr, file=sys.stderr)
 
 
+def _listed(rule):
+    """The files that a target is made of, from a compiler's rule for make."""
+    words = re.findall(r"(?:\\.|\S)+", rule.replace("\\\n", " ").split(": ", 1)[1])
+    return [re.sub(r"\\(.)", r"\1", word).replace("$$", "$") for word in words]
+
+
 def _made(source, suffix, compiler, command):
     """A file that a compiler makes of one source, made if anything it is made of has changed.
     `command(target, depfile, source)`; `compiler`: its version. Paths are relative to the checkout,
@@ -190,8 +196,7 @@ def _made(source, suffix, compiler, command):
     depfile = target.with_suffix(".d")
     before = time.time()
     _run(command(str(target), str(depfile), source))
-    words = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    paths = [os.path.relpath(ROOT / word, ROOT) for word in words]
+    paths = [os.path.relpath(ROOT / word, ROOT) for word in _listed(depfile.read_text())]
     # A file that was edited while it was being compiled must not count as compiled.
     edited = any((ROOT / path).stat().st_mtime > before for path in paths)
     record.write_text(json.dumps({path: edited or _hash(ROOT / path) for path in paths}, indent=1))

@@ -1,5 +1,6 @@
 """What keeps one kernel source fit for nvcc and the emulator, checked by reading the files."""
 
+import json
 import re
 
 import pytest
@@ -73,3 +74,22 @@ def test_no_call_allocates_copies_or_synchronizes():
 @pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
 def test_no_torch_in_device_files(path):
     assert not re.search(r"#include[^\n]*(torch|ATen|c10|pybind11|host/)", path.read_text())
+
+
+def test_a_source_is_compiled_again_when_a_header_in_a_folder_with_spaces_changes(
+    tmp_path, monkeypatch
+):
+    """The compiler lists a checkout's absolute paths with their spaces, # and $ escaped."""
+    folder, source = tmp_path / "CUDA's headers, #2 for $5", tmp_path / "one.cpp"
+    folder.mkdir()
+    header = folder / "value.h"
+    header.write_text("#define VALUE 1\n")
+    source.write_text('#include "value.h"\nextern const int value = VALUE;\n')
+    monkeypatch.setattr(build, "BUILD", tmp_path)
+    made = build._compile(source, ["-I", str(folder)])
+    listed = json.loads(made.with_suffix(".json").read_text())
+    assert {(build.ROOT / path).resolve() for path in listed} == {header, source}
+    first = made.read_bytes()
+    header.write_text("#define VALUE 2\n")
+    build._hash.cache_clear()
+    assert build._compile(source, ["-I", str(folder)]) == made and made.read_bytes() != first
