@@ -739,8 +739,9 @@ def markdown(record: dict, source: str) -> str:
 def write_table(results: Path, document: Path) -> None:
     """Puts a results file's tables between the marks of a document."""
     table = markdown(json.loads(results.read_text()), f"bench/results/{results.name}")
-    before, rest = document.read_text().split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    text = f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    document.write_text(text, encoding="utf-8")
     print(f"wrote the tables of {results} into {document}")
 
 

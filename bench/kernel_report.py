@@ -445,11 +445,11 @@ BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of tabl
 
 def write_table(begin, end, table):
     """Into docs/kernel_report.md, between two of its lines."""
-    before, opened, rest = PAGE.read_text().partition(begin)
+    before, opened, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not opened or not closed:
         raise RuntimeError(f"kernel_report: {PAGE} lacks the line {begin if not opened else end}")
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def main():

@@ -52,7 +52,7 @@ def test_contenders_take_turns_and_slow_ones_run_once(bench, monkeypatch):
 
 
 def test_the_page_shows_the_results_that_it_names(bench):
-    page = (ROOT / "docs" / "cpu.md").read_text()
+    page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
     table = page.split(bench.BEGIN)[1].split(bench.END)[0].strip("\n")
     source = re.search(r"From `(bench/results/[^`]+)`", table)[1]
     assert table == bench.markdown(json.loads((ROOT / source).read_text()), source)

@@ -1001,6 +1001,16 @@ def test_help_and_failures_of_the_process(tmp_path):
     assert len(err.strip().splitlines()) == 1
 
 
+def test_letters_that_the_terminal_lacks_are_escaped(llama, tmp_path):
+    """A locale of Latin-1, with a name that needs more."""
+    model = load(llama)
+    model.name_or_path = "Zo\u00eb/\u4e2d"
+    adapter = make_adapter(model, tmp_path / "adapter")
+    latin = dict(env={**os.environ, "PYTHONIOENCODING": "latin-1"}, encoding="latin-1")
+    out, err = command("inspect", adapter, **latin).communicate(timeout=60)
+    assert "LORA for Zo\u00eb/\\u4e2d" in out, err
+
+
 def test_inspect_counts_what_memory_report_counts(llama, tmp_path):
     run("quantize", llama, tmp_path / "q")
     text = run("inspect", tmp_path / "q")
@@ -1144,7 +1154,7 @@ def test_the_commands_in_the_docs_run(tmp_path, monkeypatch):
     tiny_tokenizer(source)
     make_adapter(load(source), tmp_path / "adapter")
     (tmp_path / "text.txt").write_text("some text, like that which the model is for\n" * 20)
-    text = (REPOSITORY / "docs" / "cli.md").read_text()
+    text = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:\$ )?qlora-ext (.+)$", text, re.MULTILINE)
     assert {line.split()[0] for line in commands} == {
         "quantize", "merge", "inspect", "estimate", "chat", "bench", "info"

@@ -450,7 +450,7 @@ def test_memory_is_one_group_of_hessians(monkeypatch):
 def test_snippets_of_the_page_run(tmp_path, monkeypatch):
     from integration_helpers import REPOSITORY, tiny_llama, tiny_tokenizer
 
-    page = (REPOSITORY / "docs" / "merging.md").read_text()
+    page = (REPOSITORY / "docs" / "merging.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) == 2
     base, adapter = tmp_path / "base", tmp_path / "adapter"

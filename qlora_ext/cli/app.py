@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -64,6 +65,9 @@ def run() -> None:
     fault of this program and stays a traceback.
     """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model writes letters that the encoding may lack: as on stderr, they are escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SentenceError as error:
