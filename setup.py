@@ -24,8 +24,7 @@ try:
 except ImportError:
     sys.exit(
         "qlora_ext builds against your torch and finds none: install torch >= 2.11, then run\n"
-        "    pip install --no-build-isolation .\n"
-        "(pip's build isolation hides an installed torch, so the flag matters)"
+        "    pip install --no-build-isolation .\n(pip's build isolation hides an installed torch)"
     )
 
 
@@ -98,15 +97,13 @@ def extensions():
     cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
     cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, as of 2.11
     cxx += [f'-DQLORA_EXT_CUDA_ARCHS="{archs}"']
-    links = []
-    if sanitize := os.environ.get("QLORA_EXT_SANITIZE"):  # for tests/fuzz, e.g. address,undefined
-        links = [f"-fsanitize={sanitize}"]
+    links = [f"-fsanitize={s}"] if (s := os.environ.get("QLORA_EXT_SANITIZE")) else []
+    if links:  # for tests/fuzz, e.g. address,undefined
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *links]
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
     nvcc += ["-Xptxas=--warn-on-spills,--warning-as-error"]
-    flags = {"cxx": cxx, "nvcc": nvcc}
-    options = {"include_dirs": [os.path.join(ROOT, "csrc")], "extra_compile_args": flags}
-    options["extra_link_args"] = links
+    options = {"include_dirs": [os.path.join(ROOT, "csrc")], "extra_link_args": links}
+    options["extra_compile_args"] = {"cxx": cxx, "nvcc": nvcc}
     cpu, cuda = ["csrc/library.cpp", *sources("host", "cpu")], sources("host", "cuda")
     built = [CppExtension("qlora_ext._C", cpu, **options)]
     return built + [CUDAExtension("qlora_ext._C_cuda", cuda, **options)] if CUDA else built

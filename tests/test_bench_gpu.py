@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -716,23 +717,25 @@ def gpu_sh(folder, *, says="exit 0", sanitizer="", before=lambda out: None, edit
         path.chmod(0o755)
 
     calls = folder / "calls"
-    plots = " ".join(f"{out}/{name}.png" for name in ("forward", "forward_LoRA", "backward_LoRA"))
-    python = f"""echo "$*" | head -n 1 >> {calls}
-ls {out} | wc -l >> {folder}/counts
+    note_call = f"head -n 1 >> {shlex.quote(str(calls))}"
+    python = f"""echo "$*" | {note_call}
+folder={shlex.quote(str(folder))} out={shlex.quote(str(out))}
+ls "$out" | wc -l >> "$folder/counts"
 case "$*" in
   *get_device_capability*) echo 9.0a ;;
   *get_device_name*) echo nvidia-test ;;
-  *sysconfig*) echo /usr/include/python3; [ -e {folder}/no_headers ] && exit 1 ;;
+  *sysconfig*) echo /usr/include/python3; [ -e "$folder/no_headers" ] && exit 1 ;;
   *parity.py*) echo "| step | loss |"; echo "a warning" ;;
-  *"bench/gpu.py {out}"*) echo '{{}}' > {out}/bench.json; touch {plots}; echo "5% of floor"
-    echo "SM clock 1755 to 1980 MHz" ;;
+  *"bench/gpu.py $out"*) echo '{{}}' > "$out/bench.json"
+    touch "$out"/{{forward,forward_LoRA,backward_LoRA}}.png
+    echo "5% of floor"; echo "SM clock 1755 to 1980 MHz" ;;
 esac
 {says}"""
     tool("python", python)
     tool("nvidia-smi", "echo a GPU")
     tool("nvcc", "echo release 13.0")
     if sanitizer is not None:
-        note = f'echo "sanitizer $*" | head -n 1 >> {calls}'
+        note = f'echo "sanitizer $*" | {note_call}'
         help_text = '[ "$1" = --help ] && { echo "  --kernel-name arg"; exit; }'
         tool("compute-sanitizer", f"{help_text}\n{note}\n{sanitizer}")
     done = subprocess.run(

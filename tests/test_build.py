@@ -231,11 +231,12 @@ def test_no_torch_header_in_device_files():
 
 def test_files_are_read_as_utf_8_in_every_locale(tmp_path):
     """Python decodes files by the locale, unless told: one of ASCII or Latin-1 is still in use."""
-    code = f"""
-import locale, pathlib
+    # The folder is an argument, since its name may have letters that ASCII lacks.
+    code = """
+import locale, pathlib, sys
 from qlora_ext import files, lora
 assert locale.getpreferredencoding(False) != "utf-8"
-folder = pathlib.Path({str(tmp_path)!r})
+folder = pathlib.Path(sys.argv[1])
 assert files.read_json(folder / "config.json")["base_model_name_or_path"] == "\\u00e9\\u4e2d"
 assert lora._read_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
 """
@@ -245,7 +246,7 @@ assert lora._read_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
     for name in ("config.json", "adapter_config.json"):
         (tmp_path / name).write_text(text, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, tmp_path],
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},

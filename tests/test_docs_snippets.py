@@ -26,7 +26,7 @@ OTHER = {"", "yaml", "json"}
 
 def fences(page: str) -> list[tuple[str, str]]:
     """(language, text) of every fenced block."""
-    text = (REPOSITORY / page).read_text()
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     found = re.findall(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     assert len(found) == len(re.findall(r"^ *```", text, re.MULTILINE)) / 2, page
     return found

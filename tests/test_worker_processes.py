@@ -1,5 +1,8 @@
 """A packed model in processes that the parent starts after it has computed with threads."""
 
+import multiprocessing.util
+import tempfile
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 from qlora_ext import LoraConfig, add_lora, quantize_model
 
 THREADS = 2  # with one, torch starts no threads, and a forked child would not hang either
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sockets_with_short_names():
+    """A socket's name has at most 107 bytes. Python before 3.14 takes any temporary folder for its
+    sockets, however long the folder's name is."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tempfile, "tempdir", "/tmp")
+        multiprocessing.util.get_temp_dir()  # keeps what it finds
 
 
 @pytest.fixture
