@@ -112,6 +112,15 @@ def test_quantize_reads_sixteen_bytes_at_a_time(kernels):
             assert k.widths("LDG")[128] >= 1, k.name
 
 
+def test_dispatch_assumes_the_blocks_that_an_sm_holds(kernels):
+    """fused_cost in gemm_4bit.cu and kFusedCost in gemm_4bit_backward.cu count waves by them."""
+    for k in of(kernels, "gemm_4bit_fused", AMPERE):
+        two = k.arch == "9.0a" and k.arguments[2] in ("1", "2")
+        assert k.blocks_per_sm == (2 if two else 1), k.name
+    for k in of(kernels, "gemm_4bit_backward_fused", AMPERE):
+        assert k.blocks_per_sm == 1, k.name
+
+
 def test_small_m_takes_at_most_three_instructions_per_weight(kernels):
     for k in of(kernels, "gemm_4bit_fused"):
         tiles = k.arguments[2]

@@ -80,9 +80,12 @@ def train(mesh, **settings):
             losses.append(m(input_ids=ids, labels=ids).loss)
             losses[-1].backward()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+        # Gradients of q and k are small differences of large terms, whose rounding depends on the
+        # machine: up to 7e-5 of such a gradient was seen, 1e-6 of the model's largest.
+        largest = max(p.grad.abs().max() for p in trained(one).values())
         for name, want in trained(one).items():
-            got = trained(model)[name].grad.full_tensor()
-            assert (got - want.grad).abs().max() <= 1e-5 * want.grad.abs().max() + 1e-7, name
+            error = (trained(model)[name].grad.full_tensor() - want.grad).abs().max()
+            assert error <= 1e-4 * want.grad.abs().max() + 1e-6 * largest, name
         norms = [torch.nn.utils.clip_grad_norm_(trained(m).values(), 0.1) for m in (one, model)]
         torch.testing.assert_close(norms[1].full_tensor(), norms[0], rtol=1e-5, atol=0)
         for optimizer in optimizers:

@@ -52,9 +52,17 @@ def read_past_forward(model: nn.Module) -> dict[int, str]:
     marked = [m.config for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")]
     found: dict[int, str] = {}
     for module in modules:
+        if not _holds_modules(module):
+            continue
         for function in _methods(module, handed):
             _Reader(module, function, found, marked).run()
+    for cache in (_functions_of_file, _source, _parents):
+        cache.cache_clear()  # syntax trees take tens of megabytes
     return found
+
+
+def _holds_modules(module: nn.Module) -> bool:
+    return bool(module._modules) or any(map(_children, vars(module).values()))
 
 
 # Functions and their source -----------------------------------------------------------------------
@@ -167,13 +175,12 @@ def _getattr_name(node: ast.AST) -> str | None:
 def _is_relevant(function: types.FunctionType) -> bool:
     """Whether the function may read a layer's weight, itself or through one it calls."""
     names = _names(function.__code__)
-    node = _source(function)
-    if node is None:
-        return "weight" in names
     if {"next", "parameters"} <= names or "_parameters" in names:
         return True
-    if not names.isdisjoint(_PACKED) and any(True for _ in _reads(node)):
-        return True
+    if not names.isdisjoint(_PACKED):
+        node = _source(function)
+        if "weight" in names if node is None else any(True for _ in _reads(node)):
+            return True
     return any(
         _reads_an_argument(called)
         for called in (function.__globals__.get(name) for name in names)
