@@ -49,6 +49,15 @@ def test_tensors_are_read_by_name_from_several_files(tmp_path):
         files["b"]
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_tensors_without_elements_are_read(tmp_path, shape):
+    tensor = torch.zeros(shape, dtype=torch.float16)
+    save_file({"a": tensor, "b": tensor.clone()}, tmp_path / "1.safetensors")
+    files = SafetensorsFiles([tmp_path / "1.safetensors"])
+    assert files["a"].shape == shape and files["a"].dtype == torch.float16
+    assert files.equal("a", "b")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
