@@ -12,6 +12,7 @@ again. Read main() first: the steps stand there in order.
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -123,6 +124,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model answers with letters that the encoding may lack: as on stderr, they are escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments()
     parallel.start(args.device)
     transformers.utils.logging.disable_progress_bar()

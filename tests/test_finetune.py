@@ -185,6 +185,18 @@ def test_a_failed_rename_loses_no_folder(example, tmp_path, monkeypatch, error):
     assert (target / "a").read_text() == "old" and os.listdir(tmp_path) == ["adapter"]
 
 
+def test_letters_that_the_terminal_lacks_are_escaped(example, monkeypatch):
+    module, raw = example("finetune"), io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+        patched.setattr(sys, "argv", ["finetune.py", "--help"])
+        with pytest.raises(SystemExit):
+            module.main()
+        module.say("Zo\u00eb, \u4e2d")
+        sys.stdout.flush()
+        assert raw.getvalue().endswith(b"Zo\xeb, \\u4e2d\n")
+
+
 def test_steps_fit_the_time(example, capsys):
     module = example("finetune")
     args = module.parse_arguments(["--minutes", "5"])
