@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable
 
@@ -35,19 +36,33 @@ def is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_scaling(function: str, scaling, argument: str = "scaling") -> None:
-    """ValueError unless scaling is a number, or a tensor of one, that fp32 can hold."""
+def check_scaling(function: str, scaling, argument: str = "scaling"):
+    """The scaling: a float, or a tensor as it was given. ValueError unless it is a number, or a
+    tensor of one, that fp32 can hold."""
     if torch.compiler.is_compiling():  # a traced value has no number to look at
-        return
+        return scaling
     if isinstance(scaling, torch.Tensor):
-        is_good = scaling.numel() == 1 and not scaling.is_complex()
-        is_good = is_good and (scaling.is_meta or abs(scaling.item()) <= FLOAT_MAX)
+        is_good = scaling.numel() == 1 and not scaling.is_meta
+        is_good = is_good and not scaling.is_complex() and scaling.dtype != torch.bool
+        is_good = is_good and abs(scaling.item()) <= FLOAT_MAX
     else:
-        is_good = is_number(scaling) and abs(scaling) <= FLOAT_MAX
+        is_good = isinstance(scaling, numbers.Real) and not isinstance(scaling, bool)
+        is_good = is_good and abs(scaling) <= FLOAT_MAX
     if not is_good:
         raise ValueError(
             f"{function}: {argument} is {short(scaling)}, want a finite number that fits float32"
         )
+    return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
+
+
+def check_input(function: str, **tensors) -> None:
+    """TypeError unless each is a tensor of a layout that the ops take."""
+    for argument, value in tensors.items():
+        got = not_plain(value)
+        if got is None and value.layout != torch.strided:
+            got = f"a tensor of layout {value.layout}"
+        if got is not None and not got.endswith("makes a tensor of it)"):  # torch resolves views
+            raise TypeError(f"{function}: {argument} is {got}, want a dense tensor")
 
 
 def not_plain(value) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import _C, ops
-from .checks import FLOAT_MAX, check_scaling, is_number, not_plain, short
+from .checks import FLOAT_MAX, check_input, check_scaling, is_number, not_plain, short
 
 QUANT_TYPES = (*_C.codebooks(), "custom")
 NORMALIZATIONS = ("absmax", "standard", "none")
@@ -610,6 +610,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     x and bias; the saved tensors are the packed bytes. Raises RuntimeError naming a shape, dtype or
     device that does not fit.
     """
+    check_input("linear_4bit", x=x)
     return ops.gemm_4bit(autocast(x), _op_args("linear_4bit", q), bias)
 
 
@@ -630,7 +631,8 @@ def lora_linear_4bit(
     pass 0 for evaluation. Otherwise as `linear_4bit`; differentiable in x, lora_A, lora_B, bias.
     Raises ValueError for a scaling that is not finite or does not fit float32.
     """
-    check_scaling("lora_linear_4bit", scaling)
+    check_input("lora_linear_4bit", x=x, lora_A=lora_A, lora_B=lora_B)
+    scaling = check_scaling("lora_linear_4bit", scaling)
     x = autocast(x)
     args = _op_args("lora_linear_4bit", q)
     if dropout == 0.0:
@@ -652,5 +654,6 @@ def merge_lora_4bit(
     ValueError for a scaling that is not finite or does not fit float32. A sum beyond float16's
     range becomes an infinity here; merge_and_unload names the layer instead.
     """
-    check_scaling("merge_lora_4bit", scaling)
+    check_input("merge_lora_4bit", lora_A=lora_A, lora_B=lora_B)
+    scaling = check_scaling("merge_lora_4bit", scaling)
     return ops.merge_lora_4bit(_op_args("merge_lora_4bit", q), lora_A, lora_B, scaling, dtype)

@@ -1,6 +1,8 @@
 """What the ops say of arguments that they refuse, and of memory that torch cannot give; operands
 that start at odd addresses, as views into a file's bytes do."""
 
+import fractions
+
 import numpy as np
 import pytest
 import torch
@@ -159,3 +161,55 @@ def test_none_for_a_required_tensor(op):
     if op == "gemm_4bit":
         with pytest.raises(RuntimeError, match="lora_B is missing, want both or neither"):
             ops.gemm_4bit(x, *w4, None, S, None)
+
+
+def test_a_storage_that_was_freed_or_cut():
+    """FSDP1 and offloaders free a storage under its tensors; a read would end the process."""
+    w4, x, dY, A, B, _ = operands()
+
+    def cut(tensor, nbytes):
+        tensor = tensor.clone()
+        tensor.untyped_storage().resize_(nbytes)
+        return tensor
+
+    for nbytes in (0, 16, x.nbytes - 1):
+        says = rf"x has shape \[5, 64\] and a storage of {nbytes} bytes, want one that holds it"
+        with pytest.raises(RuntimeError, match=f"^gemm_4bit: {says}"):
+            ops.gemm_4bit(cut(x, nbytes), *w4)
+        with pytest.raises(RuntimeError, match=f"^lora_shrink: {says}"):
+            ops.lora_shrink(cut(x, nbytes), A, 1.0)
+    with pytest.raises(RuntimeError, match=r"^gemm_4bit: packed has .* a storage of 0 bytes"):
+        ops.gemm_4bit(x, cut(w4[0], 0), *w4[1:])
+    with pytest.raises(RuntimeError, match=r"^merge_lora_4bit: lora_B has .* storage of 8 bytes"):
+        ops.merge_lora_4bit(*w4, A, cut(B, 8), 1.0, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^quantize_4bit: weight has .* a storage of 0 bytes"):
+        qlora_ext.quantize_4bit(cut(dY, 0))
+    part = torch.randn(8, 64)[3:]  # a view may lie anywhere in a storage that holds it
+    assert ops.gemm_4bit(part[:, :64], *w4).shape == (5, N)
+    part.untyped_storage().resize_(4 * 64 * 7)
+    with pytest.raises(RuntimeError, match=r"^gemm_4bit: x has shape .* a storage of 1792 bytes"):
+        ops.gemm_4bit(part, *w4)
+
+
+@pytest.mark.parametrize("x", [None, [1.0] * 64, np.ones((2, 64)), torch.eye(64).to_sparse()])
+def test_functions_name_what_is_no_dense_tensor(x):
+    q = qlora_ext.quantize_4bit(torch.randn(N, K))
+    A, B = torch.randn(R, K), torch.randn(N, R)
+    with pytest.raises(TypeError, match=r"^linear_4bit: x is .*, want a dense tensor"):
+        qlora_ext.linear_4bit(x, q)
+    with pytest.raises(TypeError, match=r"^lora_linear_4bit: lora_A is .*, want a dense tensor"):
+        qlora_ext.lora_linear_4bit(torch.randn(2, K), q, x, B, 1.0)
+    with pytest.raises(TypeError, match=r"^merge_lora_4bit: lora_B is .*, want a dense tensor"):
+        qlora_ext.merge_lora_4bit(q, A, x, 1.0)
+
+
+def test_scaling_of_any_real_type():
+    q, x = qlora_ext.quantize_4bit(torch.randn(N, K)), torch.randn(2, K)
+    A, B = torch.randn(R, K), torch.randn(N, R)
+    want = qlora_ext.lora_linear_4bit(x, q, A, B, 2.5)
+    for scaling in (np.float32(2.5), fractions.Fraction(5, 2), torch.tensor(2.5)):
+        got = qlora_ext.lora_linear_4bit(x, q, A, B, scaling)
+        torch.testing.assert_close(got, want)
+    for scaling in (torch.tensor(2.5, device="meta"), torch.tensor(True), True, "2.5"):
+        with pytest.raises(ValueError, match=r"^lora_linear_4bit: scaling is .*, want a finite"):
+            qlora_ext.lora_linear_4bit(x, q, A, B, scaling)

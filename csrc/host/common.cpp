@@ -40,13 +40,15 @@ DType float_dtype(const char* op, const char* arg, ScalarType dtype) {
 
 namespace {
 
-double element_bytes(ScalarType dtype) {
+// 1 for dtypes that no op takes.
+int64_t element_bytes(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Byte: return 1;
     case ScalarType::Half:
     case ScalarType::BFloat16: return 2;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
     case ScalarType::Long: return 8;
-    default: return 4;
+    default: return 1;
   }
 }
 
@@ -58,7 +60,7 @@ Tensor allocated(const char* op, const char* what, const Ints& sizes, ScalarType
   try {
     return make();
   } catch (const std::exception&) {
-    double bytes = element_bytes(dtype);
+    double bytes = static_cast<double>(element_bytes(dtype));
     for (const int64_t size : sizes) bytes *= static_cast<double>(size);
     std::ostringstream amount;
     amount.precision(0);
@@ -141,8 +143,20 @@ float as_scaling(const char* op, double scaling) {
   return value;
 }
 
-void check_defined(const char* op, const char* arg, const Tensor& tensor) {
+void check_tensor(const char* op, const char* arg, const Tensor& tensor) {
   QLORA_CHECK(tensor.defined(), op, arg, " is None, want a tensor");
+  int64_t last = tensor.storage_offset();  // element that lies furthest in the storage
+  if (tensor.is_contiguous()) {
+    last += tensor.numel() - 1;
+    if (tensor.numel() == 0) return;
+  } else {
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  QLORA_CHECK(last < bytes / element_bytes(tensor.scalar_type()), op, arg, " has shape ",
+              list_string(tensor.sizes()), " and a storage of ", bytes,
+              " bytes, want one that holds it (it was freed or resized)");
 }
 
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like) {
@@ -164,7 +178,7 @@ void check_same_device(const char* op, const char* arg, const Tensor& tensor, co
 }
 
 Rows as_rows(const char* op, const char* arg, const Tensor& x) {
-  check_defined(op, arg, x);
+  check_tensor(op, arg, x);
   const int64_t dim = x.dim();
   QLORA_CHECK(dim >= 1, op, arg, " is a scalar, want at least one dimension");
   Rows r{x, nullptr, 1, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
@@ -179,7 +193,7 @@ Rows as_rows(const char* op, const char* arg, const Tensor& x) {
 
 Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
                std::initializer_list<int64_t> want, const Tensor& device_of) {
-  check_defined(op, arg, tensor);
+  check_tensor(op, arg, tensor);
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == want.size();
   for (size_t d = 0; same && d < want.size(); ++d) same = sizes[d] == want.begin()[d];
@@ -260,7 +274,7 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
 
 const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, int64_t bytes,
                         const char* meaning, const Tensor& device_of, Tensor& keep) {
-  check_defined(op, arg, tensor);
+  check_tensor(op, arg, tensor);
   QLORA_CHECK(tensor.scalar_type() == ScalarType::Byte, op, arg, " has dtype ",
               dtype_name(tensor.scalar_type()), ", want uint8 (", meaning, ")");
   QLORA_CHECK(tensor.numel() == bytes, op, arg, " has ", tensor.numel(), " bytes, want ", bytes,

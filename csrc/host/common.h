@@ -70,8 +70,9 @@ Tensor contiguous(const char* op, const char* arg, const Tensor& tensor, int64_t
 // The scaling as kernels take it: refused if it is not a finite float32.
 float as_scaling(const char* op, double scaling);
 
-// Torch takes None for a required tensor and passes one that is undefined.
-void check_defined(const char* op, const char* arg, const Tensor& tensor);
+// Whether there is a tensor, and memory under all of it: torch takes None for a required tensor and
+// passes one that is undefined, and a storage can be freed or cut under its tensors (`resize_`).
+void check_tensor(const char* op, const char* arg, const Tensor& tensor);
 
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like);
 

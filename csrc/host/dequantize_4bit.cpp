@@ -35,7 +35,7 @@ void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Optio
   const DeviceScope scope(packed);
   const Weight w =
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, packed);
-  check_defined(op, "out", out);
+  check_tensor(op, "out", out);
   const auto sizes = out.sizes();
   QLORA_CHECK(Ints(sizes.begin(), sizes.end()) == shape, op, "out has shape ", list_string(sizes),
               ", want ", list_string(shape));

@@ -7,6 +7,7 @@ Tensor embedding_4bit(const Tensor& indices, const Tensor& packed, const Tensor&
                       int64_t blocksize, const std::string& quant_type,
                       const OptionalFloats& codebook, ScalarType dtype) {
   constexpr const char* op = "embedding_4bit";
+  check_tensor(op, "indices", indices);
   const bool is_long = indices.scalar_type() == ScalarType::Long;
   QLORA_CHECK(is_long || indices.scalar_type() == ScalarType::Int, op, "indices has dtype ",
               dtype_name(indices.scalar_type()), ", want int64 or int32");

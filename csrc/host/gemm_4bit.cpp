@@ -84,7 +84,7 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const Opti
               " is missing, want both or neither");
   Rows rows_S;
   if (lora_S) {
-    check_defined(op, "lora_B", *lora_B);
+    check_tensor(op, "lora_B", *lora_B);
     QLORA_CHECK(lora_B->dim() == 2, op, "lora_B has shape ", list_string(lora_B->sizes()),
                 ", want [", p.weight.N, ", r]");
     p.R = lora_B->size(1);

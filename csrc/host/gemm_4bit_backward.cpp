@@ -53,7 +53,7 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
   Dense dense_A;
   Tensor dense_dS;
   if (lora_dS) {
-    check_defined(op, "lora_A", *lora_A);
+    check_tensor(op, "lora_A", *lora_A);
     QLORA_CHECK(lora_A->dim() == 2, op, "lora_A has shape ", list_string(lora_A->sizes()),
                 ", want [r, ", p.weight.K, "]");
     p.R = lora_A->size(0);

@@ -5,7 +5,7 @@ namespace qlora_ext::host {
 LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
                       int64_t K, const Tensor& device_of) {
   LoraPair pair;
-  check_defined(op, "lora_A", lora_A);
+  check_tensor(op, "lora_A", lora_A);
   QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
               ", want [r, ", K, "]");
   pair.R = lora_A.size(0);
@@ -21,7 +21,7 @@ LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B
 Tensor shrink(const char* op, const Tensor& x, const Tensor& lora_A, double scaling,
               const DeviceScope& scope) {
   const Rows rows = as_rows(op, "x", x);
-  check_defined(op, "lora_A", lora_A);
+  check_tensor(op, "lora_A", lora_A);
   QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
               ", want [r, ", rows.cols, "]");
   const int64_t R = lora_A.size(0);
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
                                            const Tensor& lora_A, double scaling, bool need_dx,
                                            const DeviceScope& scope) {
   const Rows rows = as_rows(op, "x", x);
-  check_defined(op, "lora_A", lora_A);
+  check_tensor(op, "lora_A", lora_A);
   QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
               ", want [r, ", rows.cols, "]");
   const int64_t R = lora_A.size(0);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
                                            const Tensor& lora_B, double scaling,
                                            const DeviceScope& scope) {
   const Rows rows = as_rows(op, "dY", dY);
-  check_defined(op, "lora_B", lora_B);
+  check_tensor(op, "lora_B", lora_B);
   QLORA_CHECK(lora_B.dim() == 2, op, "lora_B has shape ", list_string(lora_B.sizes()), ", want [",
               rows.cols, ", r]");
   const int64_t R = lora_B.size(1);

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t b
                                                  double companding_k) {
   constexpr const char* op = "quantize_4bit";
   Quantize4bitParams p{};
-  check_defined(op, "weight", weight);
+  check_tensor(op, "weight", weight);
   p.dtype = float_dtype(op, "weight", weight.scalar_type());
   p.normalization = as_normalization(op, normalization);
   QLORA_CHECK(p.normalization != Normalization::kNone || blocksize == 0, op, "blocksize is ",

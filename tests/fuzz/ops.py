@@ -254,7 +254,7 @@ DTYPES = (
 
 
 KINDS = ("dtype", "short", "long", "flat", "rank", "scalar", "empty", "huge", "sparse", "meta")
-KINDS += ("bytes", "gradient", "none", "number")
+KINDS += ("bytes", "gradient", "none", "number", "freed")
 
 
 def spoil_tensor(rng, tensor):
@@ -289,6 +289,10 @@ def spoil_tensor(rng, tensor):
         return changed
     if kind == "gradient" and tensor.is_floating_point():
         return tensor.clone().requires_grad_()
+    if kind == "freed" and tensor.numel():
+        freed = tensor.clone()
+        freed.untyped_storage().resize_(rng.choice((0, freed.nbytes - 1)))
+        return freed
     if kind == "none":
         return None
     if kind == "number":
@@ -609,6 +613,7 @@ def is_plain(value):
         and value.layout == torch.strided
         and value.numel() < 2**24
         and not value.is_neg()
+        and (value.numel() == 0 or value.untyped_storage().nbytes() >= value.nbytes)
     )
 
 

@@ -10,7 +10,7 @@ namespace {
 // A dense [N, K] weight whose columns (or rows, for the backward) match x's last dimension.
 Dense as_matrix(const char* op, const Tensor& weight, const char* arg, const Rows& rows, int dim,
                 const Tensor& x) {
-  check_defined(op, "weight", weight);
+  check_tensor(op, "weight", weight);
   QLORA_CHECK(weight.dim() == 2, op, "weight has shape ", list_string(weight.sizes()),
               ", want [N, K]");
   QLORA_CHECK(weight.size(dim) == rows.cols, op, arg, " has ", rows.cols, " columns, want ",
