@@ -425,8 +425,9 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA covers mapped memory on Linux")
 def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
-    """A checkpoint of several shards, its largest weight 4 MB, with a third of its size allowed
-    beyond what the libraries take by themselves. Loading it whole fails under the same limit."""
+    """A checkpoint of several shards, its largest weight 4 MB, with two fifths of its size allowed
+    beyond what the libraries take by themselves. Loading it whole fails under the same limit.
+    (Merging took up to 48 of these 58 MB on a Xeon, whose math library has larger buffers.)"""
     source, out = tmp_path / "in", tmp_path / "out"
     tiny_llama(
         source,
@@ -441,7 +442,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
     nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert nbytes > 140e6
     assert len(list(source.glob("*.safetensors"))) >= 7
-    allowed = nbytes // 3
+    allowed = nbytes * 2 // 5
 
     def limited(code, *arguments):
         text = LIMITED.format(arguments=list(map(str, arguments)), allowed=allowed, code=code)
