@@ -1,5 +1,7 @@
 """What is packed: the names to leave alone, and layers whose weight is read past their forward."""
 
+import functools
+
 import every_architecture
 import layer_reads
 import pytest
@@ -44,7 +46,8 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config)
 
 
-MODELS = {"llava": llava, "llama": lambda: tiny.make("llama"), "t5": lambda: tiny.make("t5")}
+MODELS = {"llava": llava}
+MODELS |= {name: functools.partial(tiny.make, name) for name in ("llama", "t5", "mixtral")}
 
 
 def by_quantize_model(model, folder, names):
@@ -82,6 +85,9 @@ ENTRANCES = [by_quantize_model, by_from_pretrained, by_bitsandbytes_config, by_c
     [
         ("llava", ["vision_tower"], lambda n: "vision_tower" in n),
         ("llava", ["vision_tower.encoder", "q_proj"], lambda n: ".encoder." in n or "q_proj" in n),
+        ("llava", ["vision_tower.vision_model"], lambda n: "vision_tower" in n),
+        ("mixtral", ["block_sparse_moe"], lambda n: ".mlp." in n),
+        ("mixtral", ["layers.0.block_sparse_moe.experts"], lambda n: "layers.0.mlp.experts" in n),
         ("llava", ["language_model.model.layers.0"], lambda n: "language_model.layers.0." in n),
         ("llama", ["layers.1.mlp", "k_proj"], lambda n: "layers.1.mlp" in n or "k_proj" in n),
         ("llama", ["model.layers.0.self_attn.q_proj"], lambda n: n.endswith("0.self_attn.q_proj")),
@@ -92,7 +98,7 @@ ENTRANCES = [by_quantize_model, by_from_pretrained, by_bitsandbytes_config, by_c
         ),
         ("t5", ["encoder"], lambda n: n.startswith("encoder.")),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_a_name_means_the_same_in_every_entrance(family, names, kept, tmp_path):
     make = MODELS[family]

@@ -71,7 +71,8 @@ def read_past_forward(model: nn.Module) -> dict[int, str]:
             continue
         for name, function in _methods(module, handed, reached):
             _Reader(module, function, found, marked, runs=name in reached).run()
-    for cache in (_functions_of_file, _source, _parents):
+    caches = (_functions_of_file, _source, _parents, _binding_nodes, _may_return_layers)
+    for cache in caches:
         cache.cache_clear()  # syntax trees take tens of megabytes
     return found
 
@@ -366,14 +367,15 @@ class _Reader:
         """Finds what the local names stand for; returns the source."""
         node = _source(self.function)
         if node is not None:
-            for child in ast.walk(node):
+            binding = _binding_nodes(node)
+            for child in binding:
                 if isinstance(child, ast.FunctionDef) and child is not node:
                     self.nested[child.name] = child
                 elif isinstance(child, ast.Assign) and isinstance(child.value, ast.Lambda):
                     names = [t.id for t in child.targets if isinstance(t, ast.Name)]
                     self.nested.update(dict.fromkeys(names, child.value))
             for _ in range(2):  # a name may be bound from one that is bound further down, in a loop
-                for child in ast.walk(node):
+                for child in binding:
                     self._bind(child)
         return node
 
@@ -568,7 +570,7 @@ class _Reader:
                 continue
             for function in _functions(inspect.getattr_static(type(owner), name, None)):
                 node = _source(function)
-                if node is None or not any(True for _ in _returns(node)):
+                if node is None or not _may_return_layers(node):
                     continue
                 inner = _Reader(
                     owner, function, {}, self.marked, None, self.method, self.depth - 1, self.runs
@@ -946,6 +948,20 @@ def _is_static(module: nn.Module, function: types.FunctionType) -> bool:
 
 def _argument_names(function: ast.FunctionDef | ast.Lambda) -> list[str]:
     return [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+
+
+@functools.lru_cache(maxsize=16384)
+def _binding_nodes(node: ast.FunctionDef) -> tuple[ast.AST, ...]:
+    kinds = (ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.Call)
+    kinds += (ast.For, ast.AsyncFor, ast.comprehension)
+    return tuple(child for child in ast.walk(node) if isinstance(child, kinds))
+
+
+@functools.lru_cache(maxsize=16384)
+def _may_return_layers(node: ast.FunctionDef) -> bool:
+    """Whether a method looks like one that picks a layer: a short one. Those that compute are not
+    followed, which would take time."""
+    return len(node.body) <= 6 and sum(1 for _ in ast.walk(node)) <= 200 and any(_returns(node))
 
 
 def _returns(node: ast.FunctionDef) -> Iterator[ast.AST]:
