@@ -264,3 +264,75 @@ def test_heads_of_parts():
     assert names == {"decoder.cls.predictions.decoder", "decoder.cls.predictions.transform.dense"}
     assert heads_of(transformers.BertModel(bert)) == {}
     assert heads_of(nn.Sequential(nn.Linear(4, 4))) == {}
+
+
+class Backbone(nn.Module):
+    """A module of a user's own around a transformers model."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = transformers.LlamaModel(config_of("llama"))
+        self.classifier = nn.Linear(64, 4)
+        self.value = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.blocks = nn.ModuleList([nn.Linear(64, 64)])
+
+    def forward(self, ids):
+        hidden = self.backbone(ids).last_hidden_state
+        return self.classifier(hidden), self.value(self.blocks[0](hidden))
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Backbone()
+
+
+class Ranker(transformers.PreTrainedModel):
+    """One that says nothing of its backbone."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = transformers.LlamaModel(config)
+        self.rank = nn.Linear(64, 1)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.rank(self.encoder(input_ids).last_hidden_state)
+
+
+class Towers(nn.Module):
+    """Two models, what joins them, and a head."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.first = transformers.BertModel(config_of("bert"))
+        self.join = nn.Linear(64, 64)
+        self.second = second
+        self.score = nn.Linear(64, 1)
+
+
+def test_heads_of_a_users_own_class(tmp_path):
+    own = {"classifier", "value.0", "value.2"}
+    ranker = Ranker(config_of("llama"))
+    ranker.save_pretrained(tmp_path)
+    cases = [
+        (Backbone(), own, {"blocks.0"}),
+        (Around(), {f"net.{name}" for name in own}, {"net.blocks.0"}),
+        (ranker, {"rank"}, set()),
+        (Towers(transformers.LlamaModel(config_of("llama"))), {"score"}, {"join"}),
+        (Towers(transformers.LlamaForCausalLM(config_of("llama"))), set(), {"join", "score"}),
+    ]
+    for model, heads, beside in cases:
+        parts = [n for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
+        inside = {n for n in packed_names(quantize_model(model, progress_bar=False))}
+        outside = {n for n in inside if not any(p and n.startswith(p) for p in parts)}
+        assert outside == beside
+        reasons = {part.name: part.reason for part in model.quantization_report.unquantized}
+        assert {n for n in reasons if reasons[n] == "task head"} == heads
+        for name in heads:
+            assert model.get_submodule(name).weight.requires_grad
+    config = qlora_ext.QLoraExtConfig()
+    loaded = Ranker.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    assert packed_names(loaded) == packed_names(ranker)

@@ -1,6 +1,9 @@
 """What is packed: the names to leave alone, and layers whose weight is read past their forward."""
 
+import functools
+
 import every_architecture
+import layer_reads
 import pytest
 import tiny_models as tiny
 import torch
@@ -43,7 +46,8 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config)
 
 
-MODELS = {"llava": llava, "llama": lambda: tiny.make("llama"), "t5": lambda: tiny.make("t5")}
+MODELS = {"llava": llava}
+MODELS |= {name: functools.partial(tiny.make, name) for name in ("llama", "t5", "mixtral")}
 
 
 def by_quantize_model(model, folder, names):
@@ -81,6 +85,9 @@ ENTRANCES = [by_quantize_model, by_from_pretrained, by_bitsandbytes_config, by_c
     [
         ("llava", ["vision_tower"], lambda n: "vision_tower" in n),
         ("llava", ["vision_tower.encoder", "q_proj"], lambda n: ".encoder." in n or "q_proj" in n),
+        ("llava", ["vision_tower.vision_model"], lambda n: "vision_tower" in n),
+        ("mixtral", ["block_sparse_moe"], lambda n: ".mlp." in n),
+        ("mixtral", ["layers.0.block_sparse_moe.experts"], lambda n: "layers.0.mlp.experts" in n),
         ("llava", ["language_model.model.layers.0"], lambda n: "language_model.layers.0." in n),
         ("llama", ["layers.1.mlp", "k_proj"], lambda n: "layers.1.mlp" in n or "k_proj" in n),
         ("llama", ["model.layers.0.self_attn.q_proj"], lambda n: n.endswith("0.self_attn.q_proj")),
@@ -91,7 +98,7 @@ ENTRANCES = [by_quantize_model, by_from_pretrained, by_bitsandbytes_config, by_c
         ),
         ("t5", ["encoder"], lambda n: n.startswith("encoder.")),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_a_name_means_the_same_in_every_entrance(family, names, kept, tmp_path):
     make = MODELS[family]
@@ -310,8 +317,103 @@ class Decorated(Reading):
         return F.linear(self.called(x), self.read.weight)
 
 
+class OtherFile(Reading):
+    def forward(self, x):
+        return layer_reads.multiply(self.read, self.called(x))
+
+
+class Static(Reading):
+    def forward(self, x):
+        return layer_reads.Products.multiply(self.read, self.called(x))
+
+
+class Imports(Reading):
+    def forward(self, x):
+        from layer_reads import multiply as product
+
+        return product(self.read, self.called(x))
+
+
+class FirstListed(Reading):
+    def forward(self, x):
+        return self.called(x) @ list(self.read.parameters())[0].T  # noqa: RUF015
+
+
+class ParameterLoop(Reading):
+    def forward(self, x):
+        x = self.called(x)
+        for parameter in self.read.parameters():
+            x = x @ parameter.T if parameter.ndim == 2 else x + parameter
+        return x
+
+
+class ParameterDict(Reading):
+    def forward(self, x):
+        return self.called(x) @ dict(self.read.named_parameters())["weight"].T
+
+
+class StateDict(Reading):
+    def forward(self, x):
+        return self.called(x) @ self.read.state_dict()["weight"].T
+
+
+class GetParameter(Reading):
+    def forward(self, x):
+        return self.called(x) @ self.get_parameter("read.weight").T
+
+
+class Nested(Reading):
+    def forward(self, x):
+        def product(layer):
+            return self.called(x) @ layer.weight.T
+
+        return product(self.read)
+
+
+class Lambda(Reading):
+    def forward(self, x):
+        return sum(map(lambda layer: self.called(x) @ layer.weight.T, [self.read]))
+
+
+class OtherFirstName(Reading):
+    def forward(module, x):
+        return F.linear(module.called(x), module.read.weight)
+
+
+class Returned(Reading):
+    def pick(self):
+        return self.read
+
+    def forward(self, x):
+        return F.linear(self.called(x), self.pick().weight)
+
+
+class InDict(Reading):
+    def forward(self, x):
+        layers = {"a": self.read, "b": self.called}
+        return F.linear(layers["b"](x), layers["a"].weight)
+
+
+class NamedLikeLoading(Reading):
+    def load_balance(self, x):
+        return F.linear(x, self.read.weight)
+
+    def forward(self, x):
+        return self.load_balance(self.called(x))
+
+
+class Penalty(Reading):
+    def penalty(self):
+        return sum(m.weight.float().pow(2).sum() for m in self.read.modules())
+
+    def forward(self, x):
+        return self.called(x) * self.penalty()
+
+
 READS = [Direct, Sliced, Alias, ByName, Cast, Property, Helper, OwnHelper, HandedOn]
-READS += [Inherited, Decorated, ByDict, CastToFirst]
+READS += [Inherited, Decorated, ByDict, CastToFirst, OtherFile, Static, Imports, FirstListed]
+READS += [ParameterLoop, ParameterDict, StateDict, GetParameter, Nested, Lambda, OtherFirstName]
+READS += [Returned, InDict, NamedLikeLoading, Penalty]
 
 
 @pytest.mark.parametrize("cls", READS, ids=lambda cls: cls.__name__)
@@ -328,10 +430,114 @@ def test_a_layer_that_is_read_stays_dense(cls):
     assert got.dtype == want.dtype and (got - want).norm() < 0.3 * want.norm()
 
 
-@pytest.mark.parametrize("cls", [Looped, Listed], ids=lambda cls: cls.__name__)
+class Unpacked(Looped):
+    def forward(self, x):
+        (first,) = self.many
+        return F.linear(self.called(self.read(x)), first.weight)
+
+
+class Tail(Looped):
+    def forward(self, x):
+        for layer in self.many[-1:]:
+            x = F.linear(x, layer.weight)
+        return self.called(self.read(x))
+
+
+class Next(Looped):
+    def forward(self, x):
+        layers = iter(self.many)
+        return F.linear(self.called(self.read(x)), next(layers).weight)
+
+
+@pytest.mark.parametrize(
+    "cls", [Looped, Listed, Unpacked, Tail, Next], ids=lambda cls: cls.__name__
+)
 def test_a_list_of_layers_that_is_read_stays_dense(cls):
     model = quantize(cls())
     assert packed_names(model) == {"called", "read"}
+    assert model(torch.randn(3, 64)).isfinite().all()
+
+
+class OverAll(nn.Module):
+    """A penalty on the weights, as a loss has it, over all linear layers but those of `other`."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        self.other = nn.ModuleList([nn.Linear(64, 64)])
+        self.how = how
+
+    def modules_loop(self):
+        total = 0.0
+        for m in self.net.modules():
+            if isinstance(m, nn.Linear):
+                total += m.weight.float().pow(2).sum()
+        return total
+
+    def parameters_loop(self):
+        return sum(p.float().pow(2).sum() for p in self.net.parameters())
+
+    def helper(self):
+        return layer_reads.penalty(self.net)
+
+    def applied(self):
+        totals = []
+
+        def add(m):
+            if not isinstance(m, nn.Linear):
+                return
+            totals.append(m.weight.float().pow(2).sum())
+
+        self.net.apply(add)
+        return sum(totals)
+
+    def forward(self, x):
+        return (
+            self.other[0](x).mean()
+            + {
+                "modules_loop": self.modules_loop,
+                "parameters_loop": self.parameters_loop,
+                "helper": self.helper,
+                "applied": self.applied,
+            }[self.how]()
+        )
+
+
+@pytest.mark.parametrize("how", ["modules_loop", "parameters_loop", "helper", "applied"])
+def test_a_loop_over_all_weights_gives_the_right_number(how):
+    torch.manual_seed(0)
+    model, x = OverAll(how), torch.randn(3, 64)
+    want = model(x)
+    quantize(model)
+    assert packed_names(model) == {"other.0"}
+    assert (model(x) - want).abs() < 0.1 * want.abs()
+
+
+class Utilities(Reading):
+    """Loops over all weights that no forward calls, or that look at no linear layer."""
+
+    def freeze(self):
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+
+    def norms(self):
+        return {n: m.weight.norm() for n, m in self.named_modules() if hasattr(m, "weight")}
+
+    def scales(self):
+        return sum(m.weight.sum() for m in self.modules() if isinstance(m, nn.LayerNorm))
+
+    def trained(self):
+        return sum(p.pow(2).sum() for p in self.parameters() if p.requires_grad)
+
+    def forward(self, x):
+        self.freeze()
+        dtype = next(self.many.parameters()).device
+        return self.called(self.read(x)).to(dtype) + self.scales() + self.trained()
+
+
+def test_loops_that_touch_no_packed_weight_cost_nothing():
+    model = quantize(Utilities())
+    assert packed_names(model) == {"called", "read", "many.0"}
     assert model(torch.randn(3, 64)).isfinite().all()
 
 

@@ -52,7 +52,7 @@ from ..models import (
     use_dense_panels,
 )
 from ..models.names import as_names
-from ..models.plan import Plan, Stored, tell, tell_unmatched
+from ..models.plan import Plan, Stored, tell, tell_unmatched, weight_names
 from ..nn import (
     _PACKED_KEYS,
     Embedding4bit,
@@ -292,11 +292,13 @@ class QLoraExtHfQuantizer(HfQuantizer):
     ):
         self._check_distribution(getattr(model.config, "distributed_config", None))
         config = self.quantization_config
+        keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
         self.plan = plan = Plan(
             model,
-            as_names(config.modules_to_not_convert, "QLoraExtConfig"),
+            keep,
             stored=stored_layers(model, checkpoint_files, packed=self.pre_quantized),
             packed_checkpoint=self.pre_quantized,
+            other_names=checkpoint_names(model) if keep else (),
         )
         if not self.pre_quantized:
             tell_unmatched("QLoraExtConfig", model, plan.unmatched())
@@ -768,12 +770,17 @@ def _targets(model, keys) -> dict[str, list[str]]:
     return found
 
 
-def checkpoint_names(model) -> dict[str, str]:
+def checkpoint_names(model) -> list[dict[str, str]]:
     """Layer of a transformers model -> its name in the files that the class is saved in, where
-    that is another one: LLaVA's files say `language_model.model` for `model.language_model`."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    that is another one: LLaVA's files say `language_model.model` for `model.language_model`. A
+    model that was loaded has a second mapping, for the file that it was read from."""
+    of_file = getattr(model, "_weight_conversions", None)
+    of_class = get_model_conversion_mapping(model, add_legacy=False)
+    found = [_saved_names(model, c) for c in (of_class, of_file) if c is not None]
+    return [names for names in found if names]
+
+
+def _saved_names(model, conversions: list) -> dict[str, str]:
     back = []
     for conversion in conversions[::-1]:
         try:
@@ -788,14 +795,27 @@ def checkpoint_names(model) -> dict[str, str]:
             key, pattern = rename_source_key(f"{name}.weight", renamings, converters, reverse=True)
             if pattern is None and key != f"{name}.weight":
                 found[name] = key.removesuffix(".weight")
+        elif is_fused_experts(module):
+            # A file has a tensor per expert and name: `block_sparse_moe.experts.*.w1.weight`.
+            own = f"{name}.{weight_names(module)[0]}"
+            key, _ = rename_source_key(own, renamings, converters, reverse=True)
+            stored = key.partition(".*")[0] if ".*" in key else key.rpartition(".")[0]
+            if stored != name:
+                found[name] = stored
     return found
 
 
 def _holds_experts(stored: set[str], name: str) -> bool:
-    """Whether packed experts are among the `stored` layers under the end of `name`: a checkpoint
-    may spell what is before it in another way (Mixtral's `block_sparse_moe.experts`)."""
+    """Whether packed experts are among the `stored` layers under the end of `name`, in the same
+    layer of the stack: a checkpoint may spell what is before it in another way (Mixtral's
+    `block_sparse_moe.experts`)."""
     first = f"{name.rpartition('.')[2]}.packed.0.up"
-    return any(key == first or key.endswith(f".{first}") for key in stored)
+    places = (key.removesuffix(first) for key in stored if f".{key}".endswith(f".{first}"))
+    return any(_numbers(place) == _numbers(name) for place in places)
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdigit()]
 
 
 def mark_quantized(model, quantized: bool = True) -> None:

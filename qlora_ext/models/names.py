@@ -73,12 +73,13 @@ class Names:
     """A model's modules under every name they may be given by.
 
     Args:
-        stored: module name -> its name in a checkpoint, where that is known.
+        stored: mappings of module name -> its name in a checkpoint, where that is known: in the
+            one at hand, and in those that the class is saved in.
     """
 
-    def __init__(self, model: nn.Module, stored: Mapping[str, str] | None = None):
+    def __init__(self, model: nn.Module, *stored: Mapping[str, str]):
         self.model = model
-        self.stored = stored or {}
+        self.stored = stored
         prefix = getattr(model, "base_model_prefix", "")
         # A backbone that was loaded by itself: its layers have the prefix in every other class.
         alone = isinstance(prefix, str) and prefix and not hasattr(model, prefix)
@@ -93,7 +94,7 @@ class Names:
         """The names of one module."""
         own = (name, *self.shared.get(name, ()))
         prefixed = tuple(self.prefix + one for one in own) if self.prefix else ()
-        stored = (self.stored[name],) if name in self.stored else ()
+        stored = tuple(names[name] for names in self.stored if name in names)
         return own + prefixed + stored
 
     def matches(self, name: str, patterns: Iterable[str]) -> str | None:

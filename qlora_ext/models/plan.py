@@ -60,7 +60,8 @@ class Plan:
         embeddings: whether untied embedding tables are packed.
         stored: the checkpoint that the model will be read from, where its tensors are known.
         packed_checkpoint: whether that is packed already: then it decides.
-        other_names: layer -> a name that it has in files, where `stored` does not say.
+        other_names: mappings of layer -> the name that it has in files of its class, besides those
+            in `stored`.
 
     Attributes:
         names: the modules to pack, in the model's order.
@@ -78,14 +79,14 @@ class Plan:
         embeddings: bool = False,
         stored: Stored | None = None,
         packed_checkpoint: bool = False,
-        other_names: Mapping[str, str] | None = None,
+        other_names: Iterable[Mapping[str, str]] = (),
     ):
         self.model = model
         self.keep = tuple(keep)
         self.embeddings = embeddings
         self.stored = stored
         self.packed_checkpoint = packed_checkpoint
-        self.spelled = Names(model, stored.names if stored else other_names)
+        self.spelled = Names(model, stored.names if stored else {}, *other_names)
         self.protected = {
             pattern
             for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

@@ -144,11 +144,11 @@ def quantize_model(
     return model
 
 
-def _file_names(model: nn.Module, keep: list[str]) -> dict[str, str]:
+def _file_names(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
     """What the layers of a transformers model are called in its files, if that is asked."""
     transformers = sys.modules.get("transformers")
     if not keep or transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return {}
+        return []
     from ..integrations.transformers import checkpoint_names
 
     return checkpoint_names(model)

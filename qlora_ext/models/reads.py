@@ -13,25 +13,39 @@ What only compares dtypes, asks for the device or tests for None does no harm an
 from __future__ import annotations
 
 import ast
+import builtins
+import contextlib
 import functools
 import inspect
 import linecache
 import re
+import sys
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
 # Parameters that packing replaces: those of linear layers and embeddings, and of fused experts.
 _PACKED = ("weight", "gate_up_proj", "up_proj", "down_proj")
-# Methods that run before packing, or replace weights on purpose.
+# Methods that run before packing, or replace weights on purpose, unless a forward calls them.
 _BEFORE_PACKING = re.compile(
     r"__init__|_?init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
     r"(get|set)_(input|output|decoder)_?.*embeddings.*|_?resize_.*|_?get_resized_.*|"
     r"_?prune_.*|_?load_.*|_?save_.*|convert_.*|_?freeze.*|extra_repr|__(str|repr|setstate)__|"
     r"(apply|remove)_weight_norm"
 )
+_NEVER = re.compile(r"__init__|_init_weights|post_init|_?tie_.*|extra_repr|__(str|repr|setstate)__")
+# Where a model's computation begins; the steps are those of a LightningModule.
+_BEGINS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+# What lists the weights of a module with those of its submodules, and the submodules.
+_ALL_WEIGHTS = frozenset(("parameters", "named_parameters", "state_dict", "get_parameter"))
+_ALL_MODULES = frozenset(("modules", "named_modules"))
+# Calls that hand on what is in their arguments.
+_PASSING = frozenset(("list", "tuple", "iter", "reversed", "sorted", "set", "dict", "enumerate"))
+_PASSING |= frozenset(("zip", "chain", "islice", "filter", "OrderedDict"))
+# Calls that take a module's parameters and compute with the module's own forward.
+_RUNS_FORWARD = frozenset(("functional_call", "checkpoint"))
 # Classes with general code, about no layer in particular.
 _GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
@@ -51,12 +65,14 @@ def read_past_forward(model: nn.Module) -> dict[int, str]:
     # Packing marks the configs of transformers' models, and their code asks for the mark.
     marked = [m.config for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")]
     found: dict[int, str] = {}
+    reached = _reached({type(module) for module in modules})
     for module in modules:
         if not _holds_modules(module):
             continue
-        for function in _methods(module, handed):
-            _Reader(module, function, found, marked).run()
-    for cache in (_functions_of_file, _source, _parents):
+        for name, function in _methods(module, handed, reached):
+            _Reader(module, function, found, marked, runs=name in reached).run()
+    caches = (_functions_of_file, _source, _parents, _binding_nodes, _may_return_layers)
+    for cache in caches:
         cache.cache_clear()  # syntax trees take tens of megabytes
     return found
 
@@ -68,31 +84,93 @@ def _holds_modules(module: nn.Module) -> bool:
 # Functions and their source -----------------------------------------------------------------------
 
 
-def _methods(module: nn.Module, every: bool) -> list[types.FunctionType]:
-    methods = _class_methods(type(module))
-    every = every or any(_reads_an_argument(f) for f in methods)
-    functions = [f for f in methods if every or _is_relevant(f)]
+def _methods(
+    module: nn.Module, every: bool, reached: set[str]
+) -> list[tuple[str, types.FunctionType]]:
+    methods = [
+        (name, function)
+        for name, function in _class_methods(type(module))
+        if name in reached or not _BEFORE_PACKING.fullmatch(name)
+    ]
+    every = every or any(_reads_an_argument(f) for _, f in methods)
     own = module.__dict__.get("forward")  # one that was put in place of the class's
     if own is not None:
-        functions += [f for f in _functions(own) if every or _is_relevant(f)]
-    return functions
+        methods += [("forward", f) for f in _functions(own)]
+    return [(name, f) for name, f in methods if every or _is_relevant(f)]
 
 
 @functools.lru_cache(maxsize=4096)
-def _class_methods(cls: type) -> tuple[types.FunctionType, ...]:
+def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
     """The methods that an instance runs: an overridden one only where super() calls it."""
     found, calls_super = [], {}
     for owner in cls.__mro__:
         if _GENERAL.match(owner.__module__) or owner is object:
             continue
         for name, attribute in vars(owner).items():
-            if _BEFORE_PACKING.fullmatch(name) or calls_super.get(name) is False:
+            if _NEVER.fullmatch(name) or calls_super.get(name) is False:
                 continue
             functions = _functions(attribute)
             if functions:
-                found += functions
+                found += [(name, f) for f in functions]
                 calls_super[name] = any("super" in f.__code__.co_names for f in functions)
     return tuple(found)
+
+
+def _reached(classes: set[type]) -> set[str]:
+    """Names of the methods that a forward may call, by name alone: what loops over all weights in
+    a method that none calls (to freeze or to count them) is not part of the computation."""
+    methods: dict[str, list] = {}
+    for cls in classes:
+        for name, function in _class_methods(cls):
+            methods.setdefault(name, []).append(function)
+    reached, queue = set(), list(_BEGINS)
+    while queue:
+        name = queue.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        for function in methods.get(name, ()):
+            queue += _names_called(function)
+    return reached
+
+
+@functools.lru_cache(maxsize=16384)
+def _names_called(function: types.FunctionType) -> frozenset[str]:
+    names = _names(function.__code__)
+    for called in _functions_called(function):
+        names |= _names(called.__code__)
+    return frozenset(names)
+
+
+@functools.lru_cache(maxsize=16384)
+def _functions_called(function: types.FunctionType) -> tuple[types.FunctionType, ...]:
+    """The functions outside of the class that the code of `function` names: `multiply(x)`,
+    `helpers.multiply(x)`, `Helpers.multiply(x)`."""
+    names = _names(function.__code__)
+    found = []
+    for name in names:
+        named = _object_named(function, name)
+        if isinstance(named, types.FunctionType):
+            found += _functions(named)
+        elif isinstance(named, (types.ModuleType, type)):
+            if re.match(r"torch(\.|$)", getattr(named, "__module__", None) or named.__name__):
+                continue
+            for other in names & vars(named).keys():
+                found += _functions(vars(named)[other])
+    return tuple(found)
+
+
+def _object_named(function: types.FunctionType, name: str) -> Any:
+    """What a name that is not local stands for in a function, or a module that it imports, if that
+    was imported before; None for what is not known."""
+    if name in function.__code__.co_freevars and function.__closure__ is not None:
+        cell = function.__closure__[function.__code__.co_freevars.index(name)]
+        with contextlib.suppress(ValueError):  # an empty cell
+            return cell.cell_contents
+    for place in (function.__globals__, vars(builtins), sys.modules):
+        if name in place:
+            return place[name]
+    return sys.modules.get(f"{function.__globals__.get('__package__')}.{name}")
 
 
 def _functions(attribute: Any) -> list[types.FunctionType]:
@@ -175,34 +253,60 @@ def _getattr_name(node: ast.AST) -> str | None:
 def _is_relevant(function: types.FunctionType) -> bool:
     """Whether the function may read a layer's weight, itself or through one it calls."""
     names = _names(function.__code__)
-    if {"next", "parameters"} <= names or "_parameters" in names:
+    if not names.isdisjoint(_ALL_WEIGHTS) or "_parameters" in names:
         return True
     if not names.isdisjoint(_PACKED):
         node = _source(function)
         if "weight" in names if node is None else any(True for _ in _reads(node)):
             return True
-    return any(
-        _reads_an_argument(called)
-        for called in (function.__globals__.get(name) for name in names)
-        if isinstance(called, types.FunctionType)
-    )
+    return any(map(_reads_an_argument, _functions_called(function)))
 
 
 @functools.lru_cache(maxsize=16384)
 def _reads_an_argument(function: Any) -> bool:
-    """Whether it reads the weight of a layer that it is given."""
+    """Whether it reads the weight of a layer that it is given, or that is in what it is given."""
     for inner in _functions(function):
-        if "weight" not in _names(inner.__code__) or (inner.__module__ or "").startswith("torch."):
+        names = _names(inner.__code__)
+        if names.isdisjoint({"weight", *_ALL_WEIGHTS}) or re.match(
+            r"torch\.", inner.__module__ or ""
+        ):
             continue
         node = _source(inner)
         if node is None:
             continue
-        arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} - {"self"}
-        for read in _reads(node):
-            owner = read.value if isinstance(read, ast.Attribute) else read.args[0]
-            if any(isinstance(n, ast.Name) and n.id in arguments for n in ast.walk(owner)):
-                return True
+        given = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} - {"self"}
+        for _ in range(2):  # what is made of them, in loops too
+            for child in ast.walk(node):
+                for target, value in _bindings(child):
+                    if _mentions(value, given):
+                        given |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+        if any(_mentions(owner, given) for owner in _owners(node)):
+            return True
     return False
+
+
+def _owners(node: ast.AST) -> Iterator[ast.AST]:
+    """The x of x.weight, getattr(x, "weight"), x.parameters()."""
+    for read in _reads(node):
+        yield read.value if isinstance(read, ast.Attribute) else read.args[0]
+    for child in ast.walk(node):
+        if isinstance(child, ast.Attribute) and child.attr in _ALL_WEIGHTS:
+            yield child.value
+
+
+def _bindings(node: ast.AST) -> list[tuple[ast.AST, ast.AST]]:
+    """(target, value) pairs of a node that binds names."""
+    if isinstance(node, ast.Assign):
+        return [(target, node.value) for target in node.targets]
+    if isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+        return [(node.target, node.value)]
+    if isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
+        return [(node.target, node.iter)]
+    return []
+
+
+def _mentions(node: ast.AST, names: Iterable[str]) -> bool:
+    return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
 
 
 @functools.lru_cache(maxsize=16384)
@@ -215,11 +319,27 @@ def _parents(node: ast.FunctionDef) -> dict[ast.AST, ast.AST]:
 _UNKNOWN = object()
 
 
+class _Weight(NamedTuple):
+    """A parameter of a layer, as parameters() lists it."""
+
+    layer: nn.Module
+    key: str
+
+
 class _Reader:
     """Walks one function with `self` bound to a module, and notes which layers it reads."""
 
     def __init__(
-        self, module, function, found, marked=(), arguments=None, method=None, depth=_DEPTH
+        self,
+        module,
+        function,
+        found,
+        marked=(),
+        arguments=None,
+        method=None,
+        depth=_DEPTH,
+        runs=True,
+        bound=True,
     ):
         self.module = module
         self.function = function
@@ -227,19 +347,37 @@ class _Reader:
         self.marked = marked  # the configs that will say that the model is packed
         self.depth = depth
         self.method = method or f"{type(module).__name__}.{function.__name__}"
+        self.runs = runs  # whether a forward calls the function, as far as names tell
+        self.nested: dict[str, ast.FunctionDef | ast.Lambda] = {}
         # local name -> the objects it may stand for
         self.locals: dict[str, list] = {"self": [module], **(arguments or {})}
+        first = _first_argument(function) if bound else None
+        if first is not None and not _is_static(module, function):
+            self.locals.setdefault(first, [module])
 
     def run(self) -> None:
-        node = _source(self.function)
+        node = self.bind()
         if node is None:
             self._by_names()
             return
         self.parents = _parents(node)
-        for _ in range(2):  # a name may be bound from one that is bound further down, in a loop
-            for child in ast.walk(node):
-                self._bind(child)
         self._block(node.body)
+
+    def bind(self) -> ast.FunctionDef | None:
+        """Finds what the local names stand for; returns the source."""
+        node = _source(self.function)
+        if node is not None:
+            binding = _binding_nodes(node)
+            for child in binding:
+                if isinstance(child, ast.FunctionDef) and child is not node:
+                    self.nested[child.name] = child
+                elif isinstance(child, ast.Assign) and isinstance(child.value, ast.Lambda):
+                    names = [t.id for t in child.targets if isinstance(t, ast.Name)]
+                    self.nested.update(dict.fromkeys(names, child.value))
+            for _ in range(2):  # a name may be bound from one that is bound further down, in a loop
+                for child in binding:
+                    self._bind(child)
+        return node
 
     def _by_names(self) -> None:
         """Without source (a class made in an interactive session): a layer that is named in a
@@ -259,24 +397,62 @@ class _Reader:
     # names
 
     def _bind(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                self._assign(target, node.value)
-        elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-            self._assign(node.target, node.value)
-        elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
+        if isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
             self._loop(node.target, node.iter)
+        elif isinstance(node, ast.Call):
+            self._bind_nested(node)
+        else:
+            for target, value in _bindings(node):
+                self._assign(target, value)
+
+    def _bind_nested(self, node: ast.Call) -> None:
+        """What functions inside of this one are given: `f(layer)`, `map(f, self.layers)`."""
+        called = self._nested(node.func)
+        if called is not None:
+            for argument, value in zip(_argument_names(called), node.args, strict=False):
+                self._add(argument, self.values(value))
+        handed = [f for f in map(self._nested, node.args) if f is not None]
+        handed += [f for f in (self._nested(k.value) for k in node.keywords) if f is not None]
+        if not handed:
+            return
+        given = [v for argument in node.args for v in self.values(argument)]
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "apply":
+            owners = self.values(node.func.value)
+            given += [m for o in owners if isinstance(o, nn.Module) for m in self._all(o)]
+        given += [c for v in given for c in _children(v)]
+        for function in handed:
+            for argument in _argument_names(function):
+                self._add(argument, [v for v in given if isinstance(v, (nn.Module, _Weight))])
+
+    def _nested(self, node: ast.AST) -> ast.FunctionDef | ast.Lambda | None:
+        if isinstance(node, ast.Lambda):
+            return node
+        return self.nested.get(node.id) if isinstance(node, ast.Name) else None
 
     def _assign(self, target: ast.AST, value: ast.AST) -> None:
         if isinstance(target, ast.Name):
             self._add(target.id, self.values(value))
-        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for one, other in zip(target.elts, value.elts, strict=False):
-                self._assign(one, other)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            if isinstance(value, (ast.Tuple, ast.List)) and len(target.elts) == len(value.elts):
+                for one, other in zip(target.elts, value.elts, strict=True):
+                    self._assign(one, other)
+                return
+            inside = [c for v in self.values(value) for c in _children(v)]
+            self._spread(target, inside)
+
+    def _spread(self, target: ast.AST, values: list) -> None:
+        """Each name in target may be each of the values; a starred one is a list of them."""
+        if isinstance(target, ast.Name):
+            self._add(target.id, values)
+        elif isinstance(target, ast.Starred) and isinstance(target.value, ast.Name):
+            self._add(target.value.id, [values] if values else [])
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            for one in target.elts:
+                self._spread(one, values)
 
     def _add(self, name: str, values: list) -> None:
         known = self.locals.setdefault(name, [])
-        known += [v for v in values if not any(v is k for k in known)]
+        known += [v for v in values if not any(v is k or _equal(v, k) for k in known)]
 
     def _loop(self, target: ast.AST, iterated: ast.AST) -> None:
         name = iterated.func.id if _is_call_of_name(iterated) else None
@@ -285,22 +461,13 @@ class _Reader:
                 self._loop(one, other)
         elif name == "enumerate" and isinstance(target, ast.Tuple) and len(target.elts) == 2:
             self._loop(target.elts[1], iterated.args[0])
-        elif name in ("reversed", "list", "tuple", "iter") and iterated.args:
+        elif name in _PASSING and len(iterated.args) == 1:
             self._loop(target, iterated.args[0])
-        elif isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Attribute):
-            owner = self.values(iterated.func.value)
-            children = [c for o in owner for c in _children(o)]
-            if iterated.func.attr in ("items", "named_children"):
-                target = target.elts[-1] if isinstance(target, ast.Tuple) else target
-            elif iterated.func.attr not in ("children", "values"):
-                return
-            if isinstance(target, ast.Name):
-                self._add(target.id, children)
-        elif isinstance(target, ast.Name):
-            if isinstance(iterated, (ast.Tuple, ast.List)):
-                self._add(target.id, [v for e in iterated.elts for v in self.values(e)])
-            else:
-                self._add(target.id, [c for o in self.values(iterated) for c in _children(o)])
+        else:
+            if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Attribute):
+                pairs = iterated.func.attr == "items" or iterated.func.attr.startswith("named_")
+                target = target.elts[-1] if pairs and isinstance(target, ast.Tuple) else target
+            self._spread(target, [c for v in self.values(iterated) for c in _children(v)])
 
     # expressions
 
@@ -321,8 +488,25 @@ class _Reader:
             return [v for branch in branches for v in self.values(branch)]
         if isinstance(node, ast.BoolOp):
             return [v for part in node.values for v in self.values(part)]
-        if isinstance(node, ast.NamedExpr):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):  # of lists
+            both = self.values(node.left) + self.values(node.right)
+            return [v for v in both if _children(v)]
+        if isinstance(node, (ast.NamedExpr, ast.Starred)):
             return self.values(node.value)
+        if isinstance(node, (ast.Tuple, ast.List)):
+            return _listed(v for part in node.elts for v in self.values(part))
+        if isinstance(node, ast.Dict):
+            each = {
+                key.value: values[0]
+                for key, value in zip(node.keys, node.values, strict=True)
+                if isinstance(key, ast.Constant) and len(values := self.values(value)) == 1
+            }
+            if len(each) == len(node.keys):
+                return [each]
+            return _listed(v for part in node.values for v in self.values(part))
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
+            with self._narrowed([t for g in node.generators for t in g.ifs]):
+                return _listed(self.values(node.elt))
         if isinstance(node, ast.Call):
             name = _getattr_name(node)
             if isinstance(name, str):
@@ -339,26 +523,104 @@ class _Reader:
                     for name, m in owner.named_modules()
                     if name == path and path
                 ]
-            if _is_call_of_name(node) and node.func.id in ("next", "iter", "list", "tuple"):
-                return [v for a in node.args[:1] for v in self.values(a)]
-            if isinstance(node.func, ast.Attribute) and node.func.attr in ("children", "values"):
-                return [c for o in self.values(node.func.value) for c in _children(o)]
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else None
+            name = node.func.id if _is_call_of_name(node) else name
+            if name == "next" and node.args:
+                values = self.values(node.args[0])
+                return values + [c for v in values for c in _children(v)]
+            if name in _PASSING:
+                return [v for a in node.args for v in self.values(a)]
+            if isinstance(node.func, ast.Attribute):
+                return self._from_method(node, name)
         return []
 
+    def _from_method(self, node: ast.Call, name: str) -> list:
+        """What a method returns: layers, lists of layers, weights."""
+        owners = self.values(node.func.value)
+        if name in ("children", "named_children"):
+            return [_children(o) for o in owners]
+        if name in ("values", "items"):
+            return [_children(o) for o in owners]
+        modules = [o for o in owners if isinstance(o, nn.Module)]
+        if name == "get" and owners and _is_constant(node.args):
+            return self._selected(owners, node.args[0].value)
+        if name in _ALL_MODULES:
+            return [self._all(o) for o in modules]
+        if name in _ALL_WEIGHTS:
+            found = [_Weight(m, k) for o in modules for m in self._all(o) for k in m._parameters]
+            if name != "get_parameter":
+                return [found]
+            path = node.args[0].value if _is_constant(node.args) else None
+            paths = {id(m): n for o in modules for n, m in o.named_modules()}
+            whole = [".".join(filter(None, (paths[id(w.layer)], w.key))) for w in found]
+            return [w for w, n in zip(found, whole, strict=True) if path in (None, n)]
+        return self._returned(modules, name)
+
+    def _all(self, module: nn.Module) -> list[nn.Module]:
+        """A module and those below it, in what a forward calls: elsewhere it counts as none."""
+        return list(module.modules()) if self.runs else []
+
+    def _returned(self, owners: list[nn.Module], name: str) -> list:
+        """The layers that methods of the model's own code return, properties too."""
+        found = []
+        if self.depth == 0 or name.startswith("__") or name == "forward":
+            return found
+        for owner in owners:
+            if name in owner._modules or name in owner.__dict__:
+                continue
+            for function in _functions(inspect.getattr_static(type(owner), name, None)):
+                node = _source(function)
+                if node is None or not _may_return_layers(node):
+                    continue
+                inner = _Reader(
+                    owner, function, {}, self.marked, None, self.method, self.depth - 1, self.runs
+                )
+                inner.bind()
+                for value in _returns(node):
+                    found += [
+                        v
+                        for v in inner.values(value)
+                        if isinstance(v, (nn.Module, _Weight)) or _children(v)
+                    ]
+        return found
+
     def _attributes(self, owner: ast.AST, name: str) -> list:
-        found = [_attribute(o, name) for o in self.values(owner)]
-        return [value for value in found if value is not _UNKNOWN]
+        owners = self.values(owner)
+        found = [_attribute(o, name) for o in owners]
+        found = [value for value in found if value is not _UNKNOWN]
+        computed = [
+            o
+            for o in owners
+            if isinstance(o, nn.Module)
+            and isinstance(inspect.getattr_static(type(o), name, None), property)
+        ]
+        return found + (self._returned(computed, name) if computed else [])
 
     def _items(self, node: ast.Subscript) -> list:
+        owners = self.values(node.value)
+        if isinstance(node.slice, ast.Slice):
+            try:
+                bounds = (node.slice.lower, node.slice.upper, node.slice.step)
+                part = slice(*(None if b is None else ast.literal_eval(b) for b in bounds))
+            except ValueError:
+                part = slice(None)
+            return [children[part] for o in owners if (children := _children(o))]
+        try:
+            key = ast.literal_eval(node.slice)
+        except ValueError:
+            key = None
+        return self._selected(owners, key)
+
+    def _selected(self, owners: list, key: Any) -> list:
+        """owner[key], or all that is in owner where the key is not known."""
         found = []
-        for owner in self.values(node.value):
-            key = node.slice
-            if isinstance(key, ast.UnaryOp) and isinstance(key.op, ast.USub):
-                key = key.operand.value if isinstance(key.operand, ast.Constant) else None
-                key = -key if isinstance(key, int) else None
-            else:
-                key = key.value if isinstance(key, ast.Constant) else None
+        for owner in owners:
             children = _children(owner)
+            weights = [w for w in (*children, owner) if isinstance(w, _Weight)]
+            if weights:  # list(layer.parameters())[0], layer.state_dict()["weight"]
+                named = isinstance(key, str)
+                found += [w for w in weights if not named or w.key == key.rpartition(".")[2]]
+                continue
             try:
                 found += [owner[key]] if children and key is not None else children
             except (KeyError, IndexError, TypeError):
@@ -430,19 +692,77 @@ class _Reader:
     # statements
 
     def _block(self, statements: list[ast.stmt]) -> None:
-        for statement in statements:
-            if isinstance(statement, ast.If):
+        with contextlib.ExitStack() as rest:
+            for statement in statements:
+                if not isinstance(statement, ast.If):
+                    self._visit(statement)
+                    continue
                 truth = self.truth(statement.test)
                 self._visit(statement.test)
                 if truth is not False:
-                    self._block(statement.body)
+                    with self._narrowed([statement.test]):
+                        self._block(statement.body)
                 if truth is not True:
-                    self._block(statement.orelse)
+                    with self._narrowed([statement.test], False):
+                        self._block(statement.orelse)
                 taken = {True: statement.body, False: statement.orelse}.get(truth)
                 if taken and isinstance(taken[-1], (ast.Return, ast.Raise)):
                     return  # what follows does not run
-            else:
-                self._visit(statement)
+                if isinstance(statement.body[-1], (ast.Continue, ast.Return, ast.Raise)):
+                    rest.enter_context(self._narrowed([statement.test], False))
+
+    @contextlib.contextmanager
+    def _narrowed(self, tests: list[ast.AST], truth: bool = True) -> Iterator[None]:
+        """Where tests hold (or do not), names stand for less: after `isinstance(m, nn.LayerNorm)`
+        m is no linear layer, and a weight whose requires_grad is asked for is not a packed one."""
+        before = dict(self.locals)
+        for test in tests:
+            self._narrow(test, truth)
+        try:
+            yield
+        finally:
+            for name, values in before.items():
+                self.locals[name] = values
+
+    def _narrow(self, test: ast.AST, truth: bool) -> None:
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            self._narrow(test.operand, not truth)
+        elif isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) is truth:
+            for part in test.values:
+                self._narrow(part, truth)
+        elif isinstance(test, ast.Attribute) and test.attr == "requires_grad" and truth:
+            if isinstance(test.value, ast.Name) and test.value.id in self.locals:
+                values = self.locals[test.value.id]
+                self.locals[test.value.id] = [v for v in values if not isinstance(v, _Weight)]
+        elif (
+            _is_call_of_name(test)
+            and test.func.id == "isinstance"
+            and len(test.args) == 2
+            and isinstance(test.args[0], ast.Name)
+            and test.args[0].id in self.locals
+        ):
+            kinds, name = self._classes(test.args[1]), test.args[0].id
+            if kinds:
+                values = self.locals[name]
+                self.locals[name] = [v for v in values if isinstance(v, kinds) is truth]
+
+    def _classes(self, node: ast.AST) -> tuple[type, ...]:
+        """The classes of isinstance's second argument; none where one of them is not known."""
+        if isinstance(node, ast.Tuple):
+            parts = [self._classes(part) for part in node.elts]
+            return tuple(c for part in parts for c in part) if all(parts) else ()
+        named = self._object(node)
+        return (named,) if isinstance(named, type) else ()
+
+    def _object(self, node: ast.AST) -> Any:
+        """The function, class or module that `helpers.multiply` names, or None."""
+        if isinstance(node, ast.Name):
+            return None if node.id in self.locals else _object_named(self.function, node.id)
+        if isinstance(node, ast.Attribute):
+            owner = self._object(node.value)
+            if isinstance(owner, (types.ModuleType, type)):
+                return vars(owner).get(node.attr)
+        return None
 
     def _visit(self, node: ast.AST) -> None:
         if isinstance(node, ast.IfExp):
@@ -460,6 +780,16 @@ class _Reader:
                 if self.truth(part) is stop:
                     return
             return
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+            for generator in node.generators:
+                self._visit(generator.iter)
+            with self._narrowed([t for g in node.generators for t in g.ifs]):
+                for part in ("elt", "key", "value"):
+                    if (inside := getattr(node, part, None)) is not None:
+                        self._visit(inside)
+            return
+        if isinstance(node, (ast.Name, ast.Subscript, ast.Call)):
+            self._use(node)
         if isinstance(node, ast.Attribute) and node.attr in _PACKED:
             self._read(node, node.value, node.attr)
         elif isinstance(node, ast.Call):
@@ -487,14 +817,40 @@ class _Reader:
         for layer in self.values(owner):
             self._note(layer, key)
 
+    def _use(self, node: ast.AST) -> None:
+        """A weight of those that parameters() lists, where something is done with it."""
+        if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+            return
+        if isinstance(node, ast.Call) and _first_of(node) is not None:
+            return  # _read_first
+        parent = self.parents.get(node)
+        if isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
+            return
+        if isinstance(parent, (ast.Assign, ast.NamedExpr, ast.AnnAssign)) and not isinstance(
+            getattr(parent, "target", None), ast.Attribute
+        ):
+            return
+        if isinstance(parent, ast.Subscript) and parent.value is node:
+            return
+        if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values", "keys", "get"):
+            return
+        if isinstance(parent, ast.Call):
+            called = getattr(parent.func, "attr", getattr(parent.func, "id", None))
+            if called in _PASSING | _RUNS_FORWARD | {"next", "len"}:
+                return
+        if self._is_harmless(node):
+            return
+        for value in self.values(node):
+            for weight in (value, *_children(value)):
+                if isinstance(weight, _Weight):
+                    self._note(weight.layer, weight.key)
+
     def _read_first(self, node: ast.Call) -> None:
         """next(x.parameters()): the first parameter, which may be a layer's weight."""
-        inner = node.args[0] if _is_call_of_name(node) and node.func.id == "next" else None
-        if not isinstance(inner, ast.Call) or not isinstance(inner.func, ast.Attribute):
+        owners = _first_of(node)
+        if owners is None or self._is_harmless(node):
             return
-        if inner.func.attr != "parameters" or self._is_harmless(node):
-            return
-        for owner in self.values(inner.func.value):
+        for owner in self.values(owners):
             if isinstance(owner, nn.Module):
                 for part in owner.modules():
                     keys = [key for key, p in part._parameters.items() if p is not None]
@@ -527,38 +883,120 @@ class _Reader:
         named = {k: [v for v in values if isinstance(v, nn.Module)] for k, values in named.items()}
         if not any(given) and not any(named.values()):
             return
-        for module, function in self._called(node.func):
+        for module, function, bound in self._called(node.func):
             if not _reads_an_argument(function):
                 continue
             source = _source(function)
             if source is None:
                 continue
             names = [a.arg for a in (*source.args.posonlyargs, *source.args.args)]
-            if names[:1] == ["self"]:
+            if bound or names[:1] == ["self"]:
                 names = names[1:]
             arguments = {k: v for k, v in zip(names, given, strict=False) if v}
             arguments |= {k: v for k, v in named.items() if v}
-            deeper = self.depth - 1
-            _Reader(module, function, self.found, self.marked, arguments, self.method, deeper).run()
+            _Reader(
+                module, function, self.found, self.marked, arguments, self.method,
+                self.depth - 1, self.runs, bound,
+            ).run()  # fmt: skip
 
-    def _called(self, node: ast.AST) -> list[tuple[nn.Module, types.FunctionType]]:
-        if isinstance(node, ast.Name) and node.id not in self.locals:
-            called = self.function.__globals__.get(node.id)
-            return [(self.module, f) for f in _functions(called)] if called is not None else []
+    def _called(self, node: ast.AST) -> list[tuple[nn.Module, types.FunctionType, bool]]:
+        """(the module it is about, function, whether its first argument is that module)"""
+        called = self._object(node)
+        if called is None and isinstance(node, ast.Name) and node.id not in self.locals:
+            called = self._imported(node.id)
+        if called is not None:
+            return [(self.module, f, False) for f in _functions(called)]
         found = []
         for module in self.values(node):
             if isinstance(module, nn.Module):
-                found += [(module, f) for f in _functions(type(module).forward)]
+                found += [(module, f, True) for f in _functions(type(module).forward)]
         if isinstance(node, ast.Attribute):
             for owner in self.values(node.value):
                 if isinstance(owner, nn.Module) and node.attr not in owner._modules:
                     method = inspect.getattr_static(type(owner), node.attr, None)
-                    found += [(owner, f) for f in _functions(method)]
+                    bound = not isinstance(method, staticmethod)
+                    found += [(owner, f, bound) for f in _functions(method)]
         return found
+
+    def _imported(self, name: str) -> Any:
+        """What a function imports under that name, from a module that was imported before."""
+        for node in ast.walk(_source(self.function)):
+            if isinstance(node, ast.ImportFrom):
+                package = self.function.__globals__.get("__package__") or ""
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                path = [*(above if node.level else []), *([node.module] if node.module else [])]
+                module = sys.modules.get(".".join(path))
+                for alias in node.names:
+                    if module is not None and (alias.asname or alias.name) == name:
+                        return vars(module).get(alias.name)
+        return None
+
+
+def _first_argument(function: types.FunctionType) -> str | None:
+    """The name of a method's first argument, by habit `self`; None for what is no method."""
+    owner = function.__qualname__.rpartition(".")[0]
+    count = function.__code__.co_argcount
+    if not owner or owner.endswith("<locals>") or count == 0:
+        return None
+    return function.__code__.co_varnames[0]
+
+
+def _is_static(module: nn.Module, function: types.FunctionType) -> bool:
+    method = inspect.getattr_static(type(module), function.__name__, None)
+    return isinstance(method, staticmethod)
+
+
+def _argument_names(function: ast.FunctionDef | ast.Lambda) -> list[str]:
+    return [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+
+
+@functools.lru_cache(maxsize=16384)
+def _binding_nodes(node: ast.FunctionDef) -> tuple[ast.AST, ...]:
+    kinds = (ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.Call)
+    kinds += (ast.For, ast.AsyncFor, ast.comprehension)
+    return tuple(child for child in ast.walk(node) if isinstance(child, kinds))
+
+
+@functools.lru_cache(maxsize=16384)
+def _may_return_layers(node: ast.FunctionDef) -> bool:
+    """Whether a method looks like one that picks a layer: a short one. Those that compute are not
+    followed, which would take time."""
+    return len(node.body) <= 6 and sum(1 for _ in ast.walk(node)) <= 200 and any(_returns(node))
+
+
+def _returns(node: ast.FunctionDef) -> Iterator[ast.AST]:
+    for child in ast.walk(node):
+        if isinstance(child, (ast.Return, ast.Yield)) and child.value is not None:
+            yield child.value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are the same weight, or lists of the same layers."""
+    if isinstance(one, _Weight) and isinstance(other, _Weight):
+        return one.layer is other.layer and one.key == other.key
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(a is b or _equal(a, b) for a, b in zip(one, other, strict=True))
+    return False
+
+
+def _listed(values: Iterable) -> list:
+    """One list of the layers and weights among the values, or nothing."""
+    layers = [v for v in values if isinstance(v, (nn.Module, _Weight))]
+    return [layers] if layers else []
 
 
 def _is_call_of_name(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+def _first_of(node: ast.Call) -> ast.AST | None:
+    """The x of next(x.parameters())."""
+    inner = node.args[0] if _is_call_of_name(node) and node.func.id == "next" else None
+    while _is_call_of_name(inner) and inner.func.id == "iter" and inner.args:
+        inner = inner.args[0]
+    if not isinstance(inner, ast.Call) or not isinstance(inner.func, ast.Attribute):
+        return None
+    return inner.func.value if inner.func.attr == "parameters" else None
 
 
 def _is_constant(args: list[ast.AST]) -> bool:
@@ -578,7 +1016,9 @@ def _children(owner: Any) -> list:
     if isinstance(owner, dict):
         owner = list(owner.values())
     if isinstance(owner, (list, tuple)):
-        return [item for item in owner if isinstance(item, nn.Module)]
+        if isinstance(owner, _Weight):
+            return []
+        return [item for item in owner if isinstance(item, (nn.Module, _Weight))]
     return []
 
 
