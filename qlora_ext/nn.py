@@ -42,6 +42,7 @@ from .shared_input import SharedInput
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
 _CODEBOOK_BYTES = 64
+_FORWARDS = 256  # the bytes are compared again after so many forward passes, whatever torch counts
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -87,10 +88,13 @@ class _Packed4bit(nn.Module):
 
     config: QuantConfig
     dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
-    # A sample of the bytes that were packed or loaded, and weight's version (what torch counts
-    # writes by) when they were last compared with it: -1 for never, None if it counts none.
-    _sealed: bytes | None = None
-    _sealed_version: int | None = -1
+    # A sample of the bytes that were packed or loaded. When they were last compared with it:
+    # weight's version (what torch counts writes by; -1 for never, None if it counts none) and
+    # address (None if tools move it), and the forward passes until they are compared again.
+    _sealed: bytes | None
+    _sealed_version: int | None
+    _sealed_address: int | None
+    _forwards_left: int
 
     def _init_packed(self, N: int, K: int, config, dtype) -> None:
         name = type(self).__name__
@@ -110,6 +114,7 @@ class _Packed4bit(nn.Module):
         self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
         self._nested = config.double_quant and config.normalization != "none"
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
+        self._unseal()
         for key in _PACKED_KEYS:
             self.register_parameter(key, None)
 
@@ -159,6 +164,7 @@ class _Packed4bit(nn.Module):
     def _unseal(self) -> None:
         """Lets the next _check_bytes take the bytes that are then there."""
         self._sealed, self._sealed_version = None, -1
+        self._sealed_address, self._forwards_left = None, _FORWARDS
 
     def _copied_from(self, other: _Packed4bit) -> None:
         """Says that other's packed bytes were written over this module's."""
@@ -179,7 +185,17 @@ class _Packed4bit(nn.Module):
         What arithmetic on all parameters does (EMA, SWA, model soups) is always found; a write to a
         few bytes may not be. Where the bytes cannot be read, the next forward pass looks.
         """
+        self._forwards_left = _FORWARDS
         held = self._held()
+        for key, tensor in zip((*self._sizes(), "weight_codebook"), held):
+            if tensor.dtype != torch.uint8:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8: something "
+                    "assigned other values to the .data of a packed weight, as "
+                    "vector_to_parameters and averages of all parameters do; change only "
+                    "parameters with requires_grad, and load the packed weight again with "
+                    "load_state_dict(assign=True)"
+                )
         sample = byte_sample(held) if held else None
         if sample is None:
             self._sealed_version = -1
@@ -196,6 +212,17 @@ class _Packed4bit(nn.Module):
             )
         weight = held[0]
         self._sealed_version = None if weight.is_inference() else weight._version
+        self._sealed_address = weight.data_ptr()
+
+    def _check_written(self, weight: torch.Tensor) -> None:
+        """_check_bytes for a forward pass that found another version or address of weight."""
+        known = self._sealed_version != -1
+        moved = known and weight.data_ptr() != self._sealed_address
+        self._check_bytes()
+        # The same bytes elsewhere: FSDP2, ZeRO-3 and offloading put them somewhere else for each
+        # forward pass, and on a GPU each comparison waits for the device. The count is left.
+        if moved:
+            self._sealed_address = None
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -216,25 +243,30 @@ class _Packed4bit(nn.Module):
         )
 
     def _w4(self):
-        # Read from the dict, not through nn.Module.__getattr__: at M = 1 that would be a tenth of
-        # the call. Never cached: .to(), loading and FSDP2 swap the parameters.
-        p = self._parameters
+        # Read from the dicts, not through nn.Module.__getattr__ and __setattr__: at M = 1 that
+        # would be a tenth of the call. Never cached: .to(), loading and FSDP2 swap the parameters.
+        d = self.__dict__
+        p = d["_parameters"]
         weight = p["weight"]
         if not is_compiling():
-            sealed = self._sealed_version
-            if sealed is not None:  # None: an inference tensor
-                try:
-                    changed = weight._version != sealed
-                except RuntimeError:  # it became one just now
-                    changed = True
-                if changed:
-                    self._check_bytes()
+            d["_forwards_left"] = left = d["_forwards_left"] - 1
+            sealed = d["_sealed_version"]
+            try:  # torch counts no writes to an inference tensor, and raises
+                changed = (
+                    (sealed is not None and weight._version != sealed)
+                    or left < 0
+                    or (weight.data_ptr() != d["_sealed_address"] is not None)
+                )
+            except RuntimeError:  # it became one just now
+                changed = True
+            if changed:
+                self._check_written(weight)
         return (
             weight,
             p["weight_absmax"],
             p["weight_nested"],
             p["weight_mean"],
-            *self._format,
+            *d["_format"],
         )
 
     def _replicate_for_data_parallel(self):
@@ -249,14 +281,14 @@ class _Packed4bit(nn.Module):
 
     def train(self, mode: bool = True):
         """As nn.Module's; eval() looks for bytes changed past what torch counts: writes to .data,
-        and those between two calls of a compiled model."""
+        and those between two calls of a compiled model. A forward pass looks now and then."""
         if not mode:
             self._check_bytes()
         return super().train(mode)
 
     def __getstate__(self):
-        self._check_bytes()  # a copy or a pickle goes on from here
-        return self.__dict__
+        self._check_bytes()
+        return {**self.__dict__, "_sealed_version": -1}  # a copy's bytes lie elsewhere
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._check_bytes()
