@@ -140,10 +140,35 @@ def test_a_failed_update_leaves_the_models_whole():
     assert torch.equal(net(torch.arange(16)), averaged.eval()(torch.arange(16)))
 
 
-def test_another_model_than_the_average_was_made_from():
-    averaged = AveragedModel(make_net())
-    with pytest.raises(ValueError, match="AveragedModel: the model's packed weights have other na"):
-        averaged.update_parameters(nn.Sequential(make_net(), Linear4bit(64, 64)))
+def dense_layer(net):
+    net.down = nn.Linear(128, 48)
+    return net
+
+
+def dense(net):
+    return qlora_ext.merge_and_unload(net, progress_bar=False)
+
+
+CHANGED = {
+    "other": lambda net: nn.Sequential(net, Linear4bit(64, 64)),
+    "one layer merged": dense_layer,
+    "merged": dense,
+    "another rank": lambda net: qlora_ext.add_lora(
+        Net(), qlora_ext.LoraConfig(r=2, target_modules=["up", "down"])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("way", ["model", "average"])
+def test_another_model_than_the_average_was_made_from(change, way):
+    net, other = make_net(), CHANGED[change](make_net())
+    average, model = (net, other) if way == "model" else (other, net)
+    averaged = AveragedModel(average)
+    before = copy.deepcopy(averaged.state_dict())
+    with pytest.raises(ValueError, match="AveragedModel: the model's parameters have other names"):
+        averaged.update_parameters(model)
+    assert all(torch.equal(t, before[key]) for key, t in averaged.state_dict().items())
 
 
 def test_models_without_packed_weights_are_left_to_torch():
