@@ -230,6 +230,8 @@ class _Packed4bit(nn.Module):
         were changed in place, as averaging does."""
         self._check_bytes()
         p = self._parameters
+        if "weight" not in p:
+            raise self._packed_error("weight")
         return QuantizedTensor(
             packed=p["weight"].detach(),
             absmax=p["weight_absmax"].detach(),
@@ -247,7 +249,10 @@ class _Packed4bit(nn.Module):
         # would be a tenth of the call. Never cached: .to(), loading and FSDP2 swap the parameters.
         d = self.__dict__
         p = d["_parameters"]
-        weight = p["weight"]
+        try:
+            weight = p["weight"]
+        except KeyError:
+            raise self._packed_error("weight") from None
         if not is_compiling():
             d["_forwards_left"] = left = d["_forwards_left"] - 1
             sealed = d["_sealed_version"]
@@ -268,6 +273,21 @@ class _Packed4bit(nn.Module):
             p["weight_mean"],
             *d["_format"],
         )
+
+    def _packed_error(self, key: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: {key} is packed, so it cannot be pruned, parametrized or "
+            "normalized (torch.nn.utils); do that to the dense layer, make it permanent "
+            "(prune.remove, remove_parametrizations), and pack it then; here, undo it or load the "
+            "layer anew"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; RuntimeError for what torch.nn.utils.prune makes of a packed weight."""
+        key = name.removesuffix("_orig")
+        if key != name and key in _PACKED_KEYS:
+            raise self._packed_error(key)
+        super().register_parameter(name, param)
 
     def _replicate_for_data_parallel(self):
         # A replica's tensors are plain attributes, made anew in every forward pass.
@@ -584,6 +604,12 @@ SLOW_ON_CPU = _slow_on_cpu()
 
 def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias, always: bool) -> torch.Tensor:
     """x W^T + b, through fp32 panels where that is faster than torch's own product, or always."""
+    if weight.dtype is torch.uint8:
+        raise RuntimeError(
+            "PanelLinear: weight is uint8, the packed table that the layer was tied to "
+            "(tie_weights): only a dense table can be tied; tie before packing, which leaves tied "
+            "tables dense, or set config.tie_word_embeddings=False and load the layer anew"
+        )
     low = weight.dtype in (SLOW_ON_CPU if not always else (torch.bfloat16, torch.float16))
     if not low or x.dtype is not weight.dtype or x.device.type != "cpu":
         return F.linear(x, weight, bias)

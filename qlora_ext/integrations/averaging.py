@@ -95,9 +95,9 @@ def _keeping_integers(update_parameters):
             return update_parameters(self, model)
         if _layout(self.module) != _layout(model):
             raise ValueError(
-                "AveragedModel: the model's parameters have other names or shapes than those of the "
-                "average, want the model that it was made from: not packed, dequantized or merged "
-                "since, and with the same adapters; make a new AveragedModel of it"
+                "AveragedModel: the model's parameters have other names or shapes than those of "
+                "the average, want the model that it was made from: not packed, dequantized or "
+                "merged since, and with the same adapters; make a new AveragedModel of it"
             )
         own, theirs = _integers(self.module), _integers(model)
         with _hidden(own + theirs):
