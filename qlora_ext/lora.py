@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -256,6 +256,17 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _check_no_table(model: nn.Module, is_target: Callable[[str], bool]) -> None:
+    """ValueError if a target is an embedding: another adapter than a linear layer's."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and is_target(name):
+            raise ValueError(
+                f"add_lora: target_modules has {name}, a {type(module).__name__}, want linear "
+                "layers; PEFT's LoRA adapts embeddings, packed ones too (peft.get_peft_model with "
+                f"target_modules naming {name.rpartition('.')[2]!r})"
+            )
+
+
 def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
@@ -351,10 +362,12 @@ def _explicit_targets(model, targets, linears) -> list[str]:
     if isinstance(targets, str):
         names = [name for name in linears if re.fullmatch(targets, name)]
         if not names:
+            _check_no_table(model, lambda name: re.fullmatch(targets, name) is not None)
             raise ValueError(f"add_lora: target_modules={targets!r} matches none; {_found(model)}")
         return names
     for target in targets:
         if not any(_ends_with(name, target) for name in linears):
+            _check_no_table(model, lambda name, target=target: _ends_with(name, target))
             raise ValueError(f"add_lora: target_modules has {target!r}, no layer; {_found(model)}")
     return [name for name in linears if any(_ends_with(name, target) for target in targets)]
 

@@ -42,6 +42,7 @@ from .shared_input import SharedInput
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
 _CODEBOOK_BYTES = 64
+_FORWARDS = 256  # the bytes are compared again after so many forward passes, whatever torch counts
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -87,10 +88,13 @@ class _Packed4bit(nn.Module):
 
     config: QuantConfig
     dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
-    # A sample of the bytes that were packed or loaded, and weight's version (what torch counts
-    # writes by) when they were last compared with it: -1 for never, None if it counts none.
-    _sealed: bytes | None = None
-    _sealed_version: int | None = -1
+    # A sample of the bytes that were packed or loaded. When they were last compared with it:
+    # weight's version (what torch counts writes by; -1 for never, None if it counts none) and
+    # address (None if tools move it), and the forward passes until they are compared again.
+    _sealed: bytes | None
+    _sealed_version: int | None
+    _sealed_address: int | None
+    _forwards_left: int
 
     def _init_packed(self, N: int, K: int, config, dtype) -> None:
         name = type(self).__name__
@@ -110,6 +114,7 @@ class _Packed4bit(nn.Module):
         self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
         self._nested = config.double_quant and config.normalization != "none"
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
+        self._unseal()
         for key in _PACKED_KEYS:
             self.register_parameter(key, None)
 
@@ -159,6 +164,7 @@ class _Packed4bit(nn.Module):
     def _unseal(self) -> None:
         """Lets the next _check_bytes take the bytes that are then there."""
         self._sealed, self._sealed_version = None, -1
+        self._sealed_address, self._forwards_left = None, _FORWARDS
 
     def _copied_from(self, other: _Packed4bit) -> None:
         """Says that other's packed bytes were written over this module's."""
@@ -179,7 +185,17 @@ class _Packed4bit(nn.Module):
         What arithmetic on all parameters does (EMA, SWA, model soups) is always found; a write to a
         few bytes may not be. Where the bytes cannot be read, the next forward pass looks.
         """
+        self._forwards_left = _FORWARDS
         held = self._held()
+        for key, tensor in zip((*self._sizes(), "weight_codebook"), held):
+            if tensor.dtype != torch.uint8:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8: something "
+                    "assigned other values to the .data of a packed weight, as "
+                    "vector_to_parameters and averages of all parameters do; change only "
+                    "parameters with requires_grad, and load the packed weight again with "
+                    "load_state_dict(assign=True)"
+                )
         sample = byte_sample(held) if held else None
         if sample is None:
             self._sealed_version = -1
@@ -196,6 +212,17 @@ class _Packed4bit(nn.Module):
             )
         weight = held[0]
         self._sealed_version = None if weight.is_inference() else weight._version
+        self._sealed_address = weight.data_ptr()
+
+    def _check_written(self, weight: torch.Tensor) -> None:
+        """_check_bytes for a forward pass that found another version or address of weight."""
+        known = self._sealed_version != -1
+        moved = known and weight.data_ptr() != self._sealed_address
+        self._check_bytes()
+        # The same bytes elsewhere: FSDP2, ZeRO-3 and offloading put them somewhere else for each
+        # forward pass, and on a GPU each comparison waits for the device. The count is left.
+        if moved:
+            self._sealed_address = None
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -203,6 +230,8 @@ class _Packed4bit(nn.Module):
         were changed in place, as averaging does."""
         self._check_bytes()
         p = self._parameters
+        if "weight" not in p:
+            raise self._packed_error("weight")
         return QuantizedTensor(
             packed=p["weight"].detach(),
             absmax=p["weight_absmax"].detach(),
@@ -216,26 +245,49 @@ class _Packed4bit(nn.Module):
         )
 
     def _w4(self):
-        # Read from the dict, not through nn.Module.__getattr__: at M = 1 that would be a tenth of
-        # the call. Never cached: .to(), loading and FSDP2 swap the parameters.
-        p = self._parameters
-        weight = p["weight"]
+        # Read from the dicts, not through nn.Module.__getattr__ and __setattr__: at M = 1 that
+        # would be a tenth of the call. Never cached: .to(), loading and FSDP2 swap the parameters.
+        d = self.__dict__
+        p = d["_parameters"]
+        try:
+            weight = p["weight"]
+        except KeyError:
+            raise self._packed_error("weight") from None
         if not is_compiling():
-            sealed = self._sealed_version
-            if sealed is not None:  # None: an inference tensor
-                try:
-                    changed = weight._version != sealed
-                except RuntimeError:  # it became one just now
-                    changed = True
-                if changed:
-                    self._check_bytes()
+            d["_forwards_left"] = left = d["_forwards_left"] - 1
+            sealed = d["_sealed_version"]
+            try:  # torch counts no writes to an inference tensor, and raises
+                changed = (
+                    (sealed is not None and weight._version != sealed)
+                    or left < 0
+                    or (weight.data_ptr() != d["_sealed_address"] is not None)
+                )
+            except RuntimeError:  # it became one just now
+                changed = True
+            if changed:
+                self._check_written(weight)
         return (
             weight,
             p["weight_absmax"],
             p["weight_nested"],
             p["weight_mean"],
-            *self._format,
+            *d["_format"],
         )
+
+    def _packed_error(self, key: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: {key} is packed, so it cannot be pruned, parametrized or "
+            "normalized (torch.nn.utils); do that to the dense layer, make it permanent "
+            "(prune.remove, remove_parametrizations), and pack it then; here, undo it or load the "
+            "layer anew"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; RuntimeError for what torch.nn.utils.prune makes of a packed weight."""
+        key = name.removesuffix("_orig")
+        if key != name and key in _PACKED_KEYS:
+            raise self._packed_error(key)
+        super().register_parameter(name, param)
 
     def _replicate_for_data_parallel(self):
         # A replica's tensors are plain attributes, made anew in every forward pass.
@@ -249,14 +301,14 @@ class _Packed4bit(nn.Module):
 
     def train(self, mode: bool = True):
         """As nn.Module's; eval() looks for bytes changed past what torch counts: writes to .data,
-        and those between two calls of a compiled model."""
+        and those between two calls of a compiled model. A forward pass looks now and then."""
         if not mode:
             self._check_bytes()
         return super().train(mode)
 
     def __getstate__(self):
-        self._check_bytes()  # a copy or a pickle goes on from here
-        return self.__dict__
+        self._check_bytes()
+        return {**self.__dict__, "_sealed_version": -1}  # a copy's bytes lie elsewhere
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._check_bytes()
@@ -552,6 +604,12 @@ SLOW_ON_CPU = _slow_on_cpu()
 
 def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias, always: bool) -> torch.Tensor:
     """x W^T + b, through fp32 panels where that is faster than torch's own product, or always."""
+    if weight.dtype is torch.uint8:
+        raise RuntimeError(
+            "PanelLinear: weight is uint8, the packed table that the layer was tied to "
+            "(tie_weights): only a dense table can be tied; tie before packing, which leaves tied "
+            "tables dense, or set config.tie_word_embeddings=False and load the layer anew"
+        )
     low = weight.dtype in (SLOW_ON_CPU if not always else (torch.bfloat16, torch.float16))
     if not low or x.dtype is not weight.dtype or x.device.type != "cpu":
         return F.linear(x, weight, bias)

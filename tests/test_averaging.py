@@ -140,10 +140,35 @@ def test_a_failed_update_leaves_the_models_whole():
     assert torch.equal(net(torch.arange(16)), averaged.eval()(torch.arange(16)))
 
 
-def test_another_model_than_the_average_was_made_from():
-    averaged = AveragedModel(make_net())
-    with pytest.raises(ValueError, match="AveragedModel: the model's packed weights have other na"):
-        averaged.update_parameters(nn.Sequential(make_net(), Linear4bit(64, 64)))
+def dense_layer(net):
+    net.down = nn.Linear(128, 48)
+    return net
+
+
+def dense(net):
+    return qlora_ext.merge_and_unload(net, progress_bar=False)
+
+
+CHANGED = {
+    "other": lambda net: nn.Sequential(net, Linear4bit(64, 64)),
+    "one layer merged": dense_layer,
+    "merged": dense,
+    "another rank": lambda net: qlora_ext.add_lora(
+        Net(), qlora_ext.LoraConfig(r=2, target_modules=["up", "down"])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("way", ["model", "average"])
+def test_another_model_than_the_average_was_made_from(change, way):
+    net, other = make_net(), CHANGED[change](make_net())
+    average, model = (net, other) if way == "model" else (other, net)
+    averaged = AveragedModel(average)
+    before = copy.deepcopy(averaged.state_dict())
+    with pytest.raises(ValueError, match="AveragedModel: the model's parameters have other names"):
+        averaged.update_parameters(model)
+    assert all(torch.equal(t, before[key]) for key, t in averaged.state_dict().items())
 
 
 def test_models_without_packed_weights_are_left_to_torch():
@@ -237,6 +262,88 @@ def test_writes_that_torch_does_not_count_are_found_later(average, use):
     with pytest.raises(RuntimeError, match="LoraLinear4bit: the packed bytes of this"):
         use(mean)
     use(layer)
+
+
+def layer_and_input(kind):
+    if kind == "embedding":
+        return Embedding4bit(32, 64).eval(), torch.arange(4)
+    layer = Linear4bit(64, 32).eval()
+    if kind == "adapted":
+        layer = qlora_ext.nn.LoraLinear4bit.from_linear(layer, r=4).eval()
+    return layer, torch.randn(4, 64)
+
+
+def forwards_until_refused(layer, x, most=1000):
+    for n in range(most):
+        try:
+            layer(x)
+        except RuntimeError as error:
+            assert "the packed bytes of this" in str(error)
+            return n
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize("kind", ["linear", "adapted", "embedding"])
+@torch.no_grad()
+def test_a_model_that_stays_in_eval_refuses_writes_to_data(kind):
+    layer, x = layer_and_input(kind)
+    for done in (0, 1, 100):
+        mean = copy.deepcopy(layer)
+        for _ in range(done):
+            mean(x)
+        by_data(mean, layer)
+        assert forwards_until_refused(mean, x) <= 256
+    for _ in range(600):
+        layer(x)
+
+
+@pytest.mark.parametrize("kind", ["linear", "adapted", "embedding"])
+@torch.no_grad()
+def test_the_next_forward_pass_refuses_new_data(kind):
+    layer, x = layer_and_input(kind)
+    mean = copy.deepcopy(layer)
+    mean(x)
+    by_new_data(mean, layer)
+    with pytest.raises(RuntimeError, match="the packed bytes of this"):
+        mean(x)
+
+
+def test_writes_to_inference_tensors_are_found():
+    with torch.inference_mode():
+        layer, x = layer_and_input("linear")
+        mean = copy.deepcopy(layer)
+        mean(x)
+        by_parameters(mean, layer)
+        assert forwards_until_refused(mean, x) <= 256
+
+
+@torch.no_grad()
+def test_tools_that_move_the_bytes(monkeypatch):
+    """FSDP2, ZeRO-3, offloading: each comparison would wait for the GPU."""
+    layer, x = layer_and_input("linear")
+    want, reads = layer(x), []
+    sample = qlora_ext.nn.byte_sample
+    monkeypatch.setattr(qlora_ext.nn, "byte_sample", lambda t: reads.append(1) or sample(t))
+    elsewhere = [layer.weight.data.clone() for _ in range(6)]
+    for data in elsewhere:
+        layer.weight.data = data
+        assert torch.equal(layer(x), want)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "adapted", "embedding"])
+@torch.no_grad()
+def test_data_of_another_dtype(kind):
+    layer, x = layer_and_input(kind)
+    want, state = layer(x), copy.deepcopy(layer.state_dict())
+    vector = torch.nn.utils.parameters_to_vector(p.float() for p in layer.parameters())
+    torch.nn.utils.vector_to_parameters(vector, layer.parameters())
+    name = type(layer).__name__
+    for use in (lambda: layer(x), layer.eval, layer.state_dict, lambda: copy.deepcopy(layer)):
+        with pytest.raises(RuntimeError, match=f"{name}: weight is torch.float32, want uint8"):
+            use()
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer(x), want)
 
 
 @torch.no_grad()

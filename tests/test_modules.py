@@ -685,3 +685,46 @@ def test_a_weight_that_a_hook_computes_is_refused(norm):
     for make in (Linear4bit.from_linear, LoraLinear.from_linear):
         with pytest.raises(TypeError, match=r"linear\.weight is computed from other parameters"):
             make(layer)
+
+
+# Pruning and parametrizing -----------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("kind", [Linear4bit, LoraLinear4bit, Embedding4bit])
+def test_packed_weights_are_not_pruned(kind):
+    from torch.nn.utils import prune
+
+    layer = kind(64, 64)
+    x = torch.arange(4) if kind is Embedding4bit else torch.randn(4, 64)
+    want = layer(x)
+    for pruned in (
+        lambda: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda: prune.random_structured(layer, "weight", 0.5, dim=0),
+        lambda: prune.identity(layer, "weight_absmax"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{kind.__name__}: weight\w* is packed, so it can"):
+            pruned()
+    assert torch.equal(layer(x), want)
+    if kind is LoraLinear4bit:  # what is dense may be
+        prune.l1_unstructured(layer, "lora_A", 0.5)
+        assert (layer.lora_A == 0).sum() == layer.lora_A.numel() // 2
+
+
+@pytest.mark.parametrize("kind", [Linear4bit, LoraLinear4bit, Embedding4bit])
+def test_packed_weights_are_not_parametrized(kind):
+    from torch.nn.utils import parametrize
+
+    layer = kind(64, 64)
+    x = torch.arange(4) if kind is Embedding4bit else torch.randn(4, 64)
+    want = layer(x)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    for use in (lambda: layer(x), lambda: layer.quantized):
+        with pytest.raises(RuntimeError, match="weight is packed, so it cannot be pruned, paramet"):
+            use()
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    assert torch.equal(layer(x), want)

@@ -373,3 +373,17 @@ def test_another_table_in_its_place_is_used_and_saved(tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_own_adapters_are_for_linear_layers():
+    for targets in (["q_proj", "embed_tokens"], r".*\.embed_tokens"):
+        with pytest.raises(ValueError, match="embed_tokens, a Embedding4bit, want linear layers"):
+            qlora_ext.add_lora(packed(), qlora_ext.LoraConfig(target_modules=targets))
+
+
+def test_a_head_tied_to_a_packed_table():
+    model = packed()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with pytest.raises(RuntimeError, match="PanelLinear: weight is uint8, the packed table that"):
+        model(input_ids=torch.arange(4)[None])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator
 
@@ -38,6 +39,15 @@ def _integers(model: nn.Module) -> list[_Entry]:
         for key, tensor in owner.items()
         if tensor is not None and not _is_number(tensor)
     ]
+
+
+def _layout(model: nn.Module) -> list[tuple[str, torch.Size, bool]]:
+    """Name, shape and kind of every parameter, and of every buffer of integers, in the order in
+    which AveragedModel pairs them."""
+    parameters = [(name.rpartition(".")[2], p) for name, p in model.named_parameters()]
+    buffers = [(name.rpartition(".")[2], b) for name, b in model.named_buffers()]
+    entries = parameters + [(key, b) for key, b in buffers if not _is_number(b)]
+    return [(key, t.shape, _is_number(t)) for key, t in entries]
 
 
 @contextlib.contextmanager
@@ -80,15 +90,16 @@ def _copy(averaged: AveragedModel, model: nn.Module, pairs: list[tuple[_Entry, _
 def _keeping_integers(update_parameters):
     @functools.wraps(update_parameters)
     def update(self: AveragedModel, model: nn.Module) -> None:
-        if all(map(_is_number, model.parameters())):
+        both = itertools.chain(self.module.parameters(), model.parameters())
+        if all(map(_is_number, both)):
             return update_parameters(self, model)
-        own, theirs = _integers(self.module), _integers(model)
-        names = [[(key, tensor.shape) for _, key, tensor in entries] for entries in (own, theirs)]
-        if names[0] != names[1]:
+        if _layout(self.module) != _layout(model):
             raise ValueError(
-                "AveragedModel: the model's packed weights have other names or shapes than those "
-                "of the average, want the model that it was made from"
+                "AveragedModel: the model's parameters have other names or shapes than those of "
+                "the average, want the model that it was made from: not packed, dequantized or "
+                "merged since, and with the same adapters; make a new AveragedModel of it"
             )
+        own, theirs = _integers(self.module), _integers(model)
         with _hidden(own + theirs):
             update_parameters(self, model)
         _copy(self, model, list(zip(own, theirs, strict=True)))

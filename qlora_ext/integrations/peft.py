@@ -506,9 +506,11 @@ def _create_lora_module(original):
         if not isinstance(base, (Linear4bit, Embedding4bit)):
             return original(lora_config, adapter_name, target, **kwargs)
         if kwargs.get("parameter_name") is not None:
+            parameter = f".{kwargs['parameter_name'].rpartition('.')[2]}"
+            layer = kwargs["target_name"].removesuffix(parameter)
             raise ValueError(
-                f"PEFT's target_parameters got {kwargs['target_name']}.{kwargs['parameter_name']}, "
-                "a 4-bit weight; name its layer in target_modules"
+                f"PEFT's target_parameters got {layer}{parameter}, a 4-bit weight; name its layer "
+                "in target_modules"
             )
         if isinstance(base, Embedding4bit):
             return LoraEmbedding4bit(target, adapter_name, config=lora_config, **kwargs)
