@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import nn
@@ -144,9 +144,17 @@ def check_finite(
     )
 
 
-def check_parameters(op: str, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """OverflowError unless `dtype` (None: its own) holds each float parameter of a model."""
+def check_parameters(
+    op: str,
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    skipped: Container[str] = (),
+) -> None:
+    """OverflowError unless `dtype` (None: its own) holds each float parameter of a model, but for
+    those whose names are skipped."""
     for name, parameter in model.named_parameters():
+        if name in skipped:
+            continue
         if parameter.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             check_finite(f"{op}: {name}", parameter, dtype or parameter.dtype)
 

@@ -7,6 +7,7 @@ CheckpointError that names the file.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -46,9 +47,15 @@ DTYPE_NAMES = {
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_COPIED = ("config.json", "README.md", ".gitattributes", "quantize_config.json")
+NOT_COPIED = {
+    *("config.json", "README.md", ".gitattributes", "quantize_config.json"),
+    "adapter_config.json",  # without its weights no loader takes the folder
+    # What trainers keep next to a model (transformers, accelerate, DeepSpeed).
+    *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
+    *("latest", "zero_to_fp32.py"),
+}
 OPEN_FILES = 2  # a module may lie across two shards
 
 # Bounds of what is taken from a file; real ones are far below.
@@ -136,6 +143,15 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
         raise CheckpointError(f"{path} has {nbytes:,} bytes, want at most {limit:,}")
     with reading(path):
         return path.read_bytes().decode("utf-8")
+
+
+def read_prefix(path: Path, limit: int) -> str:
+    """The start of a file of UTF-8, at most `limit` bytes, cut between two characters."""
+    check_file(path)
+    with reading(path, "cannot be read as text"), open(path, "rb") as file:
+        raw = file.read(limit)
+        is_all = not file.read(1)
+        return codecs.getincrementaldecoder("utf-8")().decode(raw, final=is_all)
 
 
 def read_json(path: Path) -> dict:

@@ -30,7 +30,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import qlora_ext  # noqa: E402
 from qlora_ext.checks import CheckpointError  # noqa: E402
-from qlora_ext.cli import app, estimate, output, screen  # noqa: E402
+from qlora_ext.cli import app, estimate, merge, output, quantize, screen  # noqa: E402
 from qlora_ext.cli.errors import CliError  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -165,6 +165,27 @@ def test_quantize_copies_what_is_not_weights(llama, tmp_path):
     assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json"} <= names
     assert not {"pytorch_model.bin", "model.safetensors.index.json"} & names
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids
+
+
+def test_what_trainers_keep_next_to_a_model_is_not_copied(llama, tmp_path):
+    """An adapter in the base's own folder: its settings alone would keep OUT from loading."""
+    make_adapter(load(llama), tmp_path / "adapter")
+    for path in (tmp_path / "adapter").iterdir():
+        shutil.copy(path, llama)
+    others = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "latest",
+              "training_args.bin", "random_states_0.pkl", "all_results.json")  # fmt: skip
+    for name in others:
+        (llama / name).write_text("{}")
+    run("merge", llama, llama, tmp_path / "merged")
+    said = run("quantize", llama, tmp_path / "packed")
+    assert "the adapter in that folder is not part of it" in said
+    for out in (tmp_path / "merged", tmp_path / "packed"):
+        names = {path.name for path in out.iterdir()}
+        assert "tokenizer.json" in names
+        assert not names & {"adapter_config.json", "adapter_model.safetensors", *others}
+        load(out)
+    run("merge", llama, tmp_path / "adapter", tmp_path / "want")
+    assert_same(tmp_path / "merged", tmp_path / "want")
 
 
 def test_tied_weights_that_differ_stay_apart(tmp_path):
@@ -575,6 +596,45 @@ def test_four_bit_merge_of_a_packed_base_writes_16_bits_and_says_why(llama, tmp_
     assert not hasattr(load(tmp_path / "out").config, "quantization_config")
 
 
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("named pipe", "is a named pipe, want a file"),
+        ("device", "is a device, want a file"),
+        ("folder", "is a folder, want a file"),
+        ("nothing", "is missing"),
+        ("empty file", "is empty, want some pages of text"),
+        ("other encoding", "cannot be read as text"),
+    ],
+)
+def test_calibration_text_that_is_none_is_one_sentence(llama, tmp_path, kind, message):
+    adapter = make_adapter(load(llama), tmp_path / "adapter")
+    path = tmp_path / "text"
+    if kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind != "nothing":
+        path.write_bytes(b"" if kind == "empty file" else "schön ".encode("latin-1") * 400)
+    said = run("merge", llama, adapter, tmp_path / "out", "--four-bit", "--calibration", path,
+               ok=False)  # fmt: skip
+    assert f"{path} {message}" in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_of_a_long_text_only_the_start_is_read(llama, tmp_path, monkeypatch):
+    """Sparse and of 1 TiB; the start ends within a character."""
+    path = tmp_path / "text"
+    path.write_bytes("aé".encode() * 10)
+    os.truncate(path, 2**40)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    monkeypatch.setattr(merge, "CALIBRATION_BYTES", 3 * 5 + 2)
+    taken = torch.cat(merge._samples(tokenizer, path, 512), dim=1)
+    assert torch.equal(taken, tokenizer("aé" * 5 + "a", return_tensors="pt").input_ids)
+
+
 def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path, monkeypatch):
     """Route (b): the result is the base's format, and nearer to the adapted model than the base."""
     run("quantize", llama, tmp_path / "base")
@@ -837,6 +897,44 @@ def test_quantize_refuses_a_dtype_that_its_values_do_not_fit(tmp_path):
     said = run("merge", source, adapter, tmp_path / "merged", "--four-bit", "--calibration",
                tmp_path / "text.txt", ok=False)  # fmt: skip
     assert "model.norm.weight holds" in said and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "key", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_what_stays_dense_is_checked_before_it_is_written(llama, tmp_path, key, value):
+    adapter = make_adapter(load(llama), tmp_path / "adapter")
+    for path in llama.glob("*.safetensors"):
+        weights = load_file(path)
+        if key in weights:
+            weights[key].view(-1)[3] = value
+            save_file(weights, path, metadata={"format": "pt"})
+            file = path.name
+    for words in (["quantize", llama], ["merge", llama, adapter, "--four-bit"],
+                  ["merge", llama, adapter]):  # fmt: skip
+        said = run(*words, tmp_path / "out", "--restart", ok=False)
+        assert re.search(rf"{key} holds 1 value of [\d,]+ that torch.bfloat16 cannot hold", said)
+        assert file in said or ("--four-bit" not in words and words[0] == "merge")
+        assert ("1 NaN among them" in said) == (value != value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_biases_and_buffers_are_checked_and_masks_are_not(tmp_path):
+    """Of a packed layer the bias stays dense; a mask's infinities are what they should be."""
+    source = saved("opt", tmp_path / "in", shard="1GB")
+    weights = load_file(source / "model.safetensors")
+    key = next(key for key in weights if key.endswith("layers.0.fc1.bias"))
+    weights[key][1] = float("inf")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert f"{key} holds 1 value of" in run("quantize", source, tmp_path / "out", ok=False)
+    job = quantize.plan(source, qlora_ext.QuantConfig(), [], False, 10**9)
+    mask = torch.tensor([0.0, -float("inf")])
+    job._check_finite("mask", mask, is_buffer=True)
+    with pytest.raises(CliError, match=r"in: mask holds 1 value of 2"):
+        job._check_finite("mask", mask, is_buffer=False)
+    with pytest.raises(CliError, match=r"mask holds 1 value of 1 .* 1 NaN among them"):
+        job._check_finite("mask", torch.tensor([float("nan"), float("inf")]), is_buffer=True)
 
 
 # hostile folders ----------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ class World:
             if name.endswith("lora_B"):
                 parameter.data.normal_(std=0.02)
         qlora_ext.save_adapter(base, folder / "adapter")
+        for path in (folder / "in").glob("tokenizer*"):
+            shutil.copy(path, folder / "adapter")
         self.warm.imports("merge", folder / "base", folder / "adapter", folder / "merged")
         self.undisturbed = {}
 
@@ -74,10 +76,10 @@ class World:
         parent = self.folder / f"run-{self.counter}"
         parent.mkdir()
         if force:
-            (parent / "out" / "notes").mkdir(parents=True)
+            (parent / "out" / "original").mkdir(parents=True)
             (parent / "out" / "config.json").write_text("{}")
             (parent / "out" / "model.safetensors").write_bytes(b"old weights")
-            (parent / "out" / "notes" / "day one").write_text("old")
+            (parent / "out" / "original" / "params.json").write_text("old")
             (parent / "out" / "link").symlink_to(self.folder / "in")
         return parent
 
@@ -89,8 +91,9 @@ class World:
                       "--max-shard-size", "90KB"],
             "calibrate": [inputs / "base", inputs / "adapter", parent / "out",
                           "--calibration", inputs / "text.txt"],
+            "own text": [inputs / "base", inputs / "adapter", parent / "out", "--own-text"],
         }  # fmt: skip
-        name = "merge" if command == "calibrate" else command
+        name = "quantize" if command == "quantize" else "merge"
         return self.warm.run(name, *argv[command], *more, within=parent, **settings)
 
     def reference(self, command, *more, **settings):
@@ -101,7 +104,10 @@ class World:
             run = self.run(command, parent, *more, **settings)
             assert run["status"] == 0, run["said"]
             assert os.listdir(parent) == ["out"]
-            assert command == "calibrate" or len(list(parent.glob("out/model-*-of-00002*"))) == 2
+            assert (
+                command in ("calibrate", "own text")
+                or len(list(parent.glob("out/model-*-of-00002*"))) == 2
+            )
             self.undisturbed[key] = run["operations"], tree(parent / "out")
         return self.undisturbed[key]
 
@@ -229,6 +235,37 @@ def test_a_record_that_is_none_counts_for_nothing(world, text):
         world.check_goes_on("quantize", parent)
 
 
+def test_a_deep_record_counts_for_nothing(world):
+    parent = world.fresh()
+    (parent / "out.partial.lock").write_bytes(lock.RECORD + b"[" * 10**5 + b"\n")
+    world.check_goes_on("quantize", parent)
+
+
+@pytest.mark.parametrize("name", ["out.partial.lock", f"out.partial/{output.STATE}"])
+def test_what_is_too_large_to_be_a_runs_is_not_read(world, name):
+    """A sparse file of 1 TiB that begins as a record does."""
+    parent = world.fresh()
+    (parent / name).parent.mkdir(exist_ok=True)
+    with open(parent / name, "wb") as file:
+        file.write(lock.RECORD)
+        file.truncate(2**40)
+    text = said("quantize", world.folder / "in", parent / "out")
+    assert "move it away" in text or "start over with --restart" in text
+    assert (parent / name).stat().st_size == 2**40
+
+
+@pytest.mark.parametrize("name", [output.STATE, "model-00001-of-00002.safetensors"])
+def test_a_pipe_in_a_stopped_run_is_not_waited_for(world, name):
+    operations, _ = world.reference("quantize")
+    parent = world.fresh()
+    assert world.run("quantize", parent, before=half_way(operations))["status"] == -9
+    (parent / "out.partial" / name).unlink(missing_ok=True)
+    os.mkfifo(parent / "out.partial" / name)
+    if name == output.STATE:
+        assert "--restart" in said("quantize", world.folder / "in", parent / "out")
+    world.check_goes_on("quantize", parent, "--restart")
+
+
 # Two runs -----------------------------------------------------------------------------------------
 
 
@@ -339,6 +376,63 @@ def test_force_replaces_checkpoints_only(world, thing):
     assert again["status"] == 0, again["said"]
     assert tree(parent / "mine") == before
     assert sorted(os.listdir(parent)) == ["mine", "out"]
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"config.json": '{"name": "a web site"}', "index.js": "1"}, "names no model, and no"),
+        ({"config.json": "[" * 10**5}, "names no model, and no safetensors file"),
+        ({"config.json": '{"model_type": "llama"}', "src/thesis.tex": "1"}, r"1 folder that no .*"),
+        ({"config.json": "{}", "model.safetensors": "", "a/b": "1", "original/c": "1"}, r"\(a\)"),
+    ],
+)
+def test_force_leaves_a_folder_that_holds_more_than_a_checkpoint(world, files, message):
+    parent = world.fresh()
+    for name, text in files.items():
+        (parent / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (parent / "out" / name).write_text(text)
+    before = tree(parent)
+    assert re.search(message, said("quantize", world.folder / "in", parent / "out", "--force"))
+    assert tree(parent) == before
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', '{"architectures": ["M"]}'])
+def test_force_replaces_a_config_that_names_a_model(world, config):
+    parent = world.fresh()
+    (parent / "out" / "onnx").mkdir(parents=True)
+    (parent / "out" / "config.json").write_text(config)
+    assert world.run("quantize", parent, "--force")["status"] == 0
+    assert tree(parent / "out") == world.reference("quantize")[1]
+
+
+@pytest.mark.parametrize("way", ["files", "one file", "a link on the way", "text"])
+def test_links_that_lead_into_out_are_inputs_there(world, way):
+    """--force would remove what they lead to."""
+    parent = world.fresh()
+    shutil.copytree(world.folder / "base", parent / "out")
+    (parent / "base").mkdir()
+    elsewhere = shutil.copytree(world.folder / "base", parent / "elsewhere")
+    if way == "a link on the way":
+        (parent / "out" / "original").symlink_to(elsewhere / "model.safetensors")
+    (parent / "out" / "text.txt").write_text("some words " * 200)
+    for path in sorted(elsewhere.iterdir()):
+        is_linked = way == "files" or (way != "text" and path.name == "model.safetensors")
+        if is_linked and way == "a link on the way":
+            (parent / "base" / path.name).symlink_to("../out/original")
+        elif is_linked:
+            (parent / "base" / path.name).symlink_to(parent / "out" / path.name)
+        else:
+            shutil.copy(path, parent / "base")
+    (parent / "text.txt").symlink_to("out/text.txt")
+    before = tree(parent)
+    command = ["merge", parent / "base", world.folder / "adapter", parent / "out", "--force"]
+    if way == "text":
+        command += ["--calibration", parent / "text.txt"]
+    text = said(*command)
+    link = "" if way == "text" else "which is a link to .*/out/.*: "
+    assert re.search(rf"out holds the input .*, {link}want another folder", text), text
+    assert tree(parent) == before
 
 
 @pytest.mark.parametrize("renameat2", [True, False])
@@ -509,6 +603,28 @@ def test_a_disk_that_is_full_at_the_end(world, monkeypatch, name):
     world.check_goes_on("quantize", parent, "--force")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("command", ["quantize", "calibrate"])
+def test_a_disk_that_is_full_while_files_are_copied(world, monkeypatch, command, number):
+    """A copy's error names the file that is read, which is whole."""
+    parent = world.fresh()
+
+    def full(source, target):
+        Path(target).touch()
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    argv = ["quantize", world.folder / "in", parent / "out", "--max-shard-size", "60KB"]
+    if command == "calibrate":
+        argv = ["merge", world.folder / "base", world.folder / "adapter", parent / "out",
+                "--calibration", world.folder / "text.txt"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        text = said(*argv)
+    assert re.search(rf"out.partial cannot be written \(.*{os.strerror(number)}", text), text
+    assert "cannot be read" not in text
+    world.check_goes_on(command, parent)
+
+
 def test_what_was_replaced_and_cannot_be_removed(world, monkeypatch):
     """OUT is complete; the next run tries again."""
     parent = world.fresh(force=True)
@@ -606,6 +722,7 @@ CHANGES = {
     "adapter's config": ("merge", "adapter/adapter_config.json", other_setting),
     "text": ("calibrate", "text.txt", lambda path: path.write_text("other words " * 200)),
     "base, by text": ("calibrate", "base/config.json", other_setting),
+    "adapter's tokenizer": ("own text", "adapter/tokenizer_config.json", other_setting),
 }  # fmt: skip
 
 

@@ -307,6 +307,36 @@ def test_packed_embeddings_are_read_back(llama, tmp_path):
     assert type(base.embed_tokens).__name__ == "Embedding4bit"
 
 
+@pytest.mark.parametrize("way", ["half()", "dtype", "NaN"])
+def test_what_the_dtype_cannot_hold_is_not_saved(llama, tmp_path, way):
+    """An embedding that fp16 cannot hold became Inf in the file without a word."""
+    model = load(llama, dtype=torch.float32)
+    model.get_input_embeddings().weight.data[3, 5] = 1e30
+    model.save_pretrained(tmp_path / "wide")
+    if way == "dtype":
+        settings = {"quantization_config": qlora_ext.QLoraExtConfig()}
+        model = load(tmp_path / "wide", dtype=torch.float16, **settings)
+    else:
+        model = qlora_ext.quantize_model(model, progress_bar=False)
+        model.save_pretrained(tmp_path / "packed")
+        if way == "half()":
+            model = model.half()
+        else:
+            model.get_input_embeddings().weight.data[3, 5] = float("nan")
+    name = r"save_pretrained: model\.embed_tokens\.weight"
+    with pytest.raises(OverflowError, match=rf"{name} holds 1 value of .* cannot hold"):
+        model.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_diverged_adapter_does_not_stop_a_run_that_saves(packed, tmp_path):
+    model = qlora_ext.add_lora(load(packed[0]), qlora_ext.LoraConfig(r=2))
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="the adapters of add_lora"):
+        model.save_pretrained(tmp_path / "out")
+    assert_same_bytes(load(tmp_path / "out"), packed[1])
+
+
 def test_sharded_save(packed, tmp_path):
     _, model = packed
     model.save_pretrained(tmp_path, max_shard_size="30KB")

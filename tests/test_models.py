@@ -22,6 +22,18 @@ from qlora_ext.nn import Embedding4bit, Linear4bit, PanelLinear
 transformers = pytest.importorskip("transformers")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["norm.weight", "norm.bias", "up.bias", "table.weight", "kept.weight"]
+)
+def test_what_stays_dense_must_be_finite(name, value):
+    model = toy(table=nn.Embedding(9, 64), kept=nn.Linear(64, 64))
+    model.get_parameter(name).data.view(-1)[2] = value
+    with pytest.raises(RuntimeError, match=rf"quantize_model: {name} holds 1 value of"):
+        quantize(model, modules_to_not_convert=["kept"])
+    assert not packed_names(model)
+
+
 def packed_names(model):
     return [name for name, m in model.named_modules() if isinstance(m, Linear4bit)]
 

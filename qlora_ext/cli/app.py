@@ -182,6 +182,8 @@ def quantize(
         report = job.result.quantization_report
         for note in job.notes():
             say(f"note: {note}")
+        if (folder / "adapter_config.json").exists():
+            say(f"note: {model} is quantized alone: the adapter in that folder is not part of it")
         settings = {
             "command": "quantize",
             "settings": {**config.to_dict(), "keep": keep, "embeddings": embeddings},
@@ -243,7 +245,7 @@ def merge(
     import torch
 
     from ..checkpoint import read_config, stored_method
-    from ..files import find_folder
+    from ..files import extra_files, find_folder
     from . import merge as work
 
     quiet()
@@ -269,7 +271,9 @@ def merge(
                 f"{base} is in 4 bits and stays as it was packed: --keep, --quant-type, "
                 "--blocksize and --no-double-quant are for an unquantized one"
             )
-        inputs = [folder, adapter_folder, *([] if own_text else [calibration])]
+        # An adapter's own tokenizer and template are used for text that the model writes.
+        inputs = [folder, adapter_folder]
+        inputs += extra_files(adapter_folder) if own_text else [calibration]
         settings = {**config.to_dict(), "keep": keep, "max_shard_size": limit}
         with (
             output(out, force, restart, *inputs) as target,

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoint import Checkpoint, read_config, unquantized
 from ..checks import check_finite, check_parameters
 from ..experts import is_fused_experts
-from ..files import SafetensorsFiles, extra_files, fingerprint, reading
+from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
 from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
 from ..merge import check_weight, dense_layer
 from ..models import quantize_model, replace_module
@@ -308,6 +308,7 @@ def adapter_fingerprint(folder: Path) -> list:
 
 CALIBRATION_TOKENS = 8192  # some 5,000 do (docs/merging.md)
 CALIBRATION_LENGTH = 512  # of each sample
+CALIBRATION_BYTES = 2**20  # of the file's start: 128 for each token
 
 
 def calibrated(
@@ -369,10 +370,7 @@ def calibrated(
 
 def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
     """The token ids of a text file, samples of at most `length`; CliError if there is none."""
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CliError(f"{text} cannot be read as text: {error}") from None
+    words = read_prefix(text, CALIBRATION_BYTES)
     tokenizer.model_max_length = 10**9  # no warning: samples are cut below
     with reading(tokenizer.name_or_path, "has a tokenizer that fails"):
         ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]

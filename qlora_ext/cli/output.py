@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..checks import count, size
+from ..checks import CheckpointError, count, size, some
+from ..files import read_json
 from .errors import CliError
 from .inputs import Inputs, InputsChanged
 from .lock import Lock, Record, inode, sizes
@@ -34,6 +36,9 @@ from .rename import exchange, rename_new
 from .shards import Shard, sync_folder, write_text
 
 STATE = "qlora_ext_progress.json"
+MAX_LINKS = 40  # Linux's own
+# Of a checkpoint: transformers' templates, and what model hubs put next to the weights.
+SUBFOLDERS = {"additional_chat_templates", "original", "onnx", "openvino", ".cache"}
 
 
 class Output:
@@ -88,6 +93,13 @@ class Output:
                 raise CliError(f"{self.out} lies in the input {source}, want another folder")
             if written in _real(source).parents:
                 raise CliError(f"{self.out} holds the input {source}, want another folder")
+            for path in _entries(source):
+                for place in _places(path):
+                    if written == place or written in place.parents:
+                        raise CliError(
+                            f"{self.out} holds the input {path}, which is a link to {place}: want "
+                            "another folder"
+                        )
 
     def _check_out(self) -> int | None:
         """The inode number of the folder at OUT, if it may be replaced; None if there is none."""
@@ -111,15 +123,39 @@ class Output:
                 f"{self.out} is a mount point, which cannot be replaced: name a folder in it"
             )
         try:
-            is_checkpoint = (self.out / "config.json").is_file()
-            if any(self.out.iterdir()) and not is_checkpoint:
-                raise CliError(
-                    f"{self.out} holds files and no config.json, so it is no checkpoint for "
-                    "--force to replace: name another folder"
-                )
+            self._check_is_checkpoint()
         except OSError as error:
             raise CliError(f"{self.out} cannot be read ({error.strerror})") from None
         return inode(self.out)
+
+    def _check_is_checkpoint(self) -> None:
+        """CliError unless OUT is empty or holds a checkpoint, and no folder that none has."""
+        with os.scandir(self.out) as found:
+            entries = list(found)
+        if not entries:
+            return
+        path, what = self.out / "config.json", None
+        if not path.is_file():
+            what = "holds files and no config.json"
+        elif not any(entry.name.endswith(".safetensors") for entry in entries):
+            try:
+                config = read_json(path)
+            except CheckpointError:
+                config = {}
+            if not {"model_type", "architectures"} & config.keys():
+                what = "has a config.json that names no model, and no safetensors file"
+        if what is not None:
+            raise CliError(
+                f"{self.out} {what}, so it is no checkpoint for --force to replace: name another "
+                "folder"
+            )
+        folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+        if strange := folders - SUBFOLDERS:
+            raise CliError(
+                f"{self.out} holds {count(len(strange), 'folder')} that no checkpoint has "
+                f"({some(strange)}), so --force does not replace it: move what is yours out of it, "
+                "or name another folder"
+            )
 
     def _make_parents(self) -> None:
         missing = [p for p in self.out.parents if not p.exists()]
@@ -249,16 +285,15 @@ class Output:
 
     def _interrupted_run(self) -> dict | None:
         """The run that OUT.partial is of; None if it came to nothing."""
-        try:
-            then = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(self.folder / STATE):
             # It came to nothing, or STATE was removed before the last step.
             record = self.lock.record()
             finished = record is not None and self._is_finished(record)
             return record.qlora_ext_run if finished else None
-        except (OSError, ValueError, RecursionError):
+        try:
+            return read_json(self.folder / STATE)
+        except CheckpointError:  # a file may hold anything
             return {}
-        return then if isinstance(then, dict) else {}
 
     @contextlib.contextmanager
     def at_once(self, run: dict) -> Iterator[Path | None]:
@@ -299,7 +334,9 @@ class Output:
     def _is_of_inputs(self, error: BaseException) -> bool:
         if isinstance(error, SafetensorError):
             return "deserializ" in str(error)
-        return isinstance(error, OSError) and self.inputs.holds(error.filename)
+        return (
+            isinstance(error, OSError) and not is_full(error) and self.inputs.holds(error.filename)
+        )
 
     def is_recorded(self) -> bool:
         """Whether this run has come to its last step."""
@@ -455,6 +492,24 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def _entries(source: Path) -> list[Path]:
+    """An input, and what lies in it if it is a folder."""
+    with contextlib.suppress(OSError):
+        if source.is_dir():
+            return [source, *sorted(source.iterdir())]
+    return [source]
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Where a link leads to, a link at a time: each of them is needed."""
+    for _ in range(MAX_LINKS):
+        if not path.is_symlink():
+            return
+        path = path.parent / os.readlink(path)
+        path = _real(path.parent) / path.name
+        yield path
+
+
 def _empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
     for child in folder.iterdir():
         if child.name not in keep:
@@ -464,6 +519,11 @@ def _empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
 
 def _differences(then: dict, run: dict, keys: Iterable[str] | None = None) -> list[str]:
     return [key for key in (run if keys is None else keys) if then.get(key) != run[key]]
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error is of the disk that is written to, also where a copy names what it reads."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _reason(error: OSError) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import DTYPE_NAMES, INDEX
+from ..checks import CheckpointError
+from ..files import DTYPE_NAMES, INDEX, check_file
 from .errors import CliError
 
 CHUNK = 64 * 2**20  # bytes a write call takes at most; some systems refuse 2 GiB
@@ -62,11 +63,10 @@ class Shard:
 
     def is_whole(self, path: Path) -> bool:
         """Whether path holds this shard: moved into place complete, so size and header tell."""
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            return (
-                os.fstat(file.fileno()).st_size == self.nbytes
-                and file.read(len(self.header)) == self.header
-            )
+        with contextlib.suppress(OSError, CheckpointError):
+            if check_file(path) == self.nbytes:  # no pipe, which would be waited for
+                with open(path, "rb") as file:
+                    return file.read(len(self.header)) == self.header
         return False
 
 

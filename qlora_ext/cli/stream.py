@@ -18,13 +18,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..build_info import build_info
 from ..checkpoint import Checkpoint, Unit
-from ..checks import count, some
+from ..checks import check_finite, count, some
 from ..experts import Experts4bit
-from ..files import INDEX, extra_files
+from ..files import FLOATS, INDEX, extra_files
 from ..nn import Embedding4bit, Linear4bit
 from .errors import CliError
 from .inputs import InputsChanged
-from .output import STATE, Output
+from .output import STATE, Output, is_full
 from .shards import Entry, Shard, ShardWriter, plan_shards, write_index
 
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -202,7 +202,7 @@ class Job:
                 )
             return CliError(f"{error}: {output.kept(self.shards)}")
         if isinstance(error, OSError):
-            if output.inputs.holds(error.filename):
+            if not is_full(error) and output.inputs.holds(error.filename):
                 what = f"{error.filename} cannot be read"
             else:
                 what = f"{output.folder} cannot be written"
@@ -251,11 +251,31 @@ class Job:
                 tensors = (
                     new.state_dict(prefix=prefix) if name in self.wholes else _own(new, prefix)
                 )
+                parameters = {
+                    prefix + key for key, _ in new.named_parameters(remove_duplicate=False)
+                }
                 for key, tensor in tensors.items():
                     if key in piece.kept:
+                        self._check_finite(key, tensor, is_buffer=key not in parameters)
                         state[piece.kept[key]] = tensor.detach()
                 del new, tensors
             return revert_weight_conversion(self.result, state)
+
+    def _check_finite(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> None:
+        """CliError where a tensor that is to be written holds a NaN or an infinity; a buffer may be
+        a mask, whose infinities stay what they are."""
+        if tensor.dtype not in FLOATS:
+            return
+        values = tensor[~tensor.isinf()] if is_buffer else tensor
+        sources = self.checkpoint.sources.get(name, ())
+        if len(sources) == 1:
+            name = f"{self.checkpoint.files.where[sources[0]]}: {sources[0]}"
+        else:
+            name = f"{self.checkpoint.folder}: {name}"
+        try:
+            check_finite(name, values, tensor.dtype)
+        except OverflowError as error:
+            raise CliError(str(error)) from None
 
     def _write_rest(self, folder: Path) -> None:
         """What save_pretrained writes beside the weights, and the other files of the input."""

@@ -275,6 +275,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
         # With a distributed_config transformers gathers what it sharded itself.
         if getattr(model.config, "distributed_config", None) is None:
             check_whole("save_pretrained", model)
+            # Adapters are for the one who trains them; a checkpoint of a run is not refused.
+            adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
+            check_parameters("save_pretrained", model, skipped=adapters)
         if self.saves_as == "bitsandbytes":
             return _bitsandbytes_state_dict(model), {}
         if any(isinstance(module, _Lora) for module in model.modules()):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..checks import check_parameters
 from ..experts import Experts4bit, is_fused_experts
 from ..nn import Embedding4bit, Linear4bit, _Lora, _Packed4bit, is_plain_linear
 from ..offload import check_in_memory
@@ -99,8 +100,9 @@ def quantize_model(
         TypeError: model is not a module, or is a single layer; config is not a QuantConfig.
         ValueError: quantized already; has adapters; partly on the meta device; a name in
             modules_to_not_convert that matches nothing, or is none; no layer to pack.
-        RuntimeError: a NaN or Inf in a weight, naming the layer and the index. The layers before
-            it are packed.
+        RuntimeError: a NaN or Inf in a weight, naming the layer and the index; the layers before
+            it are packed. A NaN or Inf in what stays dense, naming the parameter; nothing is
+            packed then.
     """
     if config is not None and not isinstance(config, QuantConfig):
         raise TypeError(f"quantize_model: config is a {type(config).__name__}, want a QuantConfig")
@@ -121,6 +123,7 @@ def quantize_model(
             f"quantize_model: {type(model).__name__} has no layer to pack, want at least one "
             f"nn.Linear or Conv1D. {plan.report()}"
         )
+    _check_dense(model, plan)
     packed, kept = [], plan.kept
     places = places_of(model)
     for name in progress(plan.names, "quantize", progress_bar):
@@ -142,6 +145,20 @@ def quantize_model(
     _tell_transformers(model, config, kept)
     use_dense_panels(model, dense_panels)
     return model
+
+
+def _check_dense(model: nn.Module, plan: Plan) -> None:
+    """RuntimeError where what stays dense holds a NaN or Inf; packing checks the rest."""
+    packed = set()
+    for name in plan.names:
+        layer = model.get_submodule(name)
+        parts = layer._parameters if is_fused_experts(layer) else ("weight",)
+        packed.update(f"{name}.{key}" for key in parts if layer._parameters[key] is not None
+                      and layer._parameters[key].ndim > 1)  # fmt: skip
+    try:
+        check_parameters("quantize_model", model, skipped=packed)
+    except OverflowError as error:
+        raise RuntimeError(str(error)) from None
 
 
 def _file_names(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
