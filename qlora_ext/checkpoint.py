@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import os
 import re
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -54,6 +56,8 @@ from .files import (
     safetensors_files,
 )
 
+CULPRIT_SECONDS = 5.0  # for finding the key of config.json that is at fault
+
 
 def read_config(folder: Path, tensors: int | None = None):
     """transformers' config of a checkpoint.
@@ -66,14 +70,22 @@ def read_config(folder: Path, tensors: int | None = None):
     return _naming_the_key(
         folder / "config.json",
         raw,
-        lambda: transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False),
+        lambda: _usable(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)),
         _config_of,
     )
 
 
 def _config_of(raw: dict):
     """A config made of raw values, as from_pretrained makes it of a file's."""
-    return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    return _usable(transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw))
+
+
+def _usable(config):
+    """A config whose text part is one too; transformers takes for that any value of some names."""
+    for part in (config.get_text_config(), config.get_text_config(decoder=True)):
+        if not isinstance(part, transformers.PreTrainedConfig):
+            raise TypeError(f"it has {short(part)} for the config of its text model")
+    return config
 
 
 def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
@@ -94,21 +106,52 @@ def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
 
 
 def _culprit(raw: dict, make_of: Callable) -> str | None:
-    """The key without whose value make_of(raw) works."""
+    """The key without whose value make_of(raw) works, if one is found within CULPRIT_SECONDS.
+
+    Keys that the architecture's config does not know are halved until one is left, however many
+    there are. Those that it knows may need each other, so they are left out one at a time.
+    """
+    end = time.monotonic() + CULPRIT_SECONDS
 
     def works(values: dict) -> bool:
+        if time.monotonic() > end:
+            return False
         try:
             make_of(copy.deepcopy(values))
         except Exception:  # whatever it was before, or another consequence
             return False
         return True
 
+    def without(keys: Iterable[str]) -> dict:
+        left_out = set(keys)
+        return {key: value for key, value in raw.items() if key not in left_out}
+
     few = {key: min(value, 1) for key, value in raw.items() if key in LAYER_COUNTS
            and isinstance(value, int)}  # fmt: skip
     raw = {**raw, **few}  # quick to build
+    known = _known_keys(raw.get("model_type"))
+    unknown = [key for key in raw if key not in known]
+    if unknown and works(without(unknown)):
+        if works(raw):
+            return None
+        while len(unknown) > 1:
+            half = unknown[: len(unknown) // 2]
+            unknown = half if works(without(half)) else unknown[len(half) :]
+        return unknown[0] if works(without(unknown)) else None
+    raw = without(unknown)
     if works(raw):
         return None
-    return next((k for k in raw if works({n: v for n, v in raw.items() if n != k})), None)
+    return next((key for key in raw if works(without([key]))), None)
+
+
+def _known_keys(model_type: object) -> set[str]:
+    """What the config of an architecture has names for."""
+    try:
+        cls = transformers.CONFIG_MAPPING[model_type]
+    except (KeyError, TypeError):
+        return {"model_type"}
+    fields = (getattr(part, "__annotations__", {}) for part in cls.__mro__)
+    return set().union(*fields, cls.attribute_map, inspect.signature(cls).parameters)
 
 
 def model_class(config, path: Path | str = "config.json") -> type:
@@ -138,7 +181,8 @@ def stored_method(config) -> str | None:
     if stored is None:
         return None
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    return str(stored.get("quant_method", "unknown")).removeprefix("QuantizationMethod.").lower()
+    method = stored.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))  # transformers has members of an enum for some
 
 
 def unquantized(config):
@@ -179,6 +223,59 @@ def build_folder(
     return _naming_the_key(
         path, read_json(path), lambda: make(config), lambda raw: make(_config_of(raw))
     )
+
+
+@contextlib.contextmanager
+def loading(folder: Path | str, files: SafetensorsFiles | None = None):
+    """Within it transformers loads the model of a folder: what it raises is a CheckpointError.
+
+    Args:
+        files: of the folder, where they are read: the error names the one at fault.
+    """
+    with reading(folder, "cannot be loaded as a model"):
+        try:
+            yield
+        except RuntimeError as error:
+            key, why = _reported(error)
+            if key is None:
+                raise
+            where = folder if files is None else files.where.get(key, folder)
+            raise CheckpointError(f"{where}: {key} cannot be loaded ({why})") from error
+
+
+def _reported(error: RuntimeError) -> tuple[str | None, str]:
+    """A tensor that transformers' loader could not use, and why; (None, "") where it says of none.
+    Its error refers to a report in its log, which is made of a variable of its own."""
+    trace = error.__traceback__
+    while trace is not None:
+        info = trace.tb_frame.f_locals.get("loading_info")
+        for key, text in getattr(info, "conversion_errors", {}).items():
+            return key, last_words(text)
+        for key, got, want in sorted(getattr(info, "mismatched_keys", ())):
+            return key, f"shape got {list(got)}, want {list(want)} by config.json"
+        trace = trace.tb_next
+    return None, ""
+
+
+def last_words(text: str) -> str:
+    """The sentence of an error of which transformers keeps the traceback as a text."""
+    before, _, _ = text.rpartition("\nError")  # then come the operation and the tensor's name
+    words = (before or text).rpartition("\n")[2].strip(" \"'")  # a KeyError quotes its own
+    return first_line(ValueError(words or text))
+
+
+def check_nothing_anew(folder: Path | str, model: nn.Module, missing: Iterable[str]) -> None:
+    """CheckpointError if transformers made tensors anew, at random, that a folder lacks.
+
+    Args:
+        missing: `missing_keys` of from_pretrained's loading info; tied ones are not among them.
+    """
+    missing = sorted(missing)
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {count(len(missing), 'tensor')} of {type(model).__name__}: "
+            f"{some(missing)}: download it again, or save the model again"
+        )
 
 
 @contextlib.contextmanager
@@ -338,10 +435,13 @@ class Checkpoint:
         meta = {key: self.files.meta(key) for key in keys}
         with reading_in_order():
             info, _ = convert_and_load_state_dict_in_model(self.model, meta, config, None)
-        if info.conversion_errors or info.mismatched_keys:
+        problems = [
+            *map(last_words, info.conversion_errors.values()),
+            *sorted(info.mismatched_keys),
+        ]
+        if problems:
             raise CheckpointError(
-                f"transformers cannot make {name} of {some(keys)}: "
-                f"{list(info.conversion_errors.values()) or sorted(info.mismatched_keys)}"
+                f"transformers cannot make {name} of {some(keys)} ({problems[0]})"
             )
         return [other for other in self.names if other not in info.missing_keys]
 
@@ -503,9 +603,11 @@ class Checkpoint:
             ) from None
         finally:
             self.model._weight_conversions = self.used_conversions
-        problems = [*info.conversion_errors.values(), *sorted(info.mismatched_keys)]
-        if problems:
-            raise CheckpointError(f"{self.folder}: transformers cannot load {problems[0]}")
+        for key, text in info.conversion_errors.items():
+            where = self.files.where.get(key, self.folder)
+            raise CheckpointError(f"{where}: {key} cannot be loaded ({last_words(text)})")
+        for problem in sorted(info.mismatched_keys):
+            raise CheckpointError(f"{self.folder}: transformers cannot load {problem}")
         for target, source in self.copies.items():
             module, _, key = target.rpartition(".")
             if module in unit.modules:

@@ -27,8 +27,9 @@ _SIZES = (
 _MAX_SIZE = 2**32
 # What modules or entries of a list are made for, one by one. `-1` may mean the last layer.
 _LAYERS = re.compile(r"layers?$|blocks?$|depths?$")
-_MAX_EXPERTS = 2**16
-_MAX_LABELS = 2**20
+# One module, and one line of a table, are made for each. Switch has 2,048 experts.
+_MAX_EXPERTS = 2**12
+_MAX_LABELS = 2**16
 # The deepest language models have 126 layers; where the weights are at hand, they say.
 _MAX_LAYERS = 1024
 _SURELY_LAYERS = 256

@@ -189,14 +189,17 @@ def _odd_name(name: object, limit: int) -> str | None:
         return f"{len(name):,} characters long, want at most {limit:,}"
     if not name.isprintable():  # NUL, a terminal's escapes, half a character
         return "not printable"
+    if any(c.isdigit() and not c.isdecimal() for c in name):  # transformers takes it for a number
+        return "spelled with a digit that is no decimal"
     return None
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The checkpoint's files: those its index names, or its only one."""
+    """The checkpoint's files: its only one, or those its index names. Where both are there,
+    transformers reads model.safetensors and no index, so that is the checkpoint."""
     index = folder / INDEX
     single = folder / "model.safetensors"
-    if os.path.lexists(index):
+    if os.path.lexists(index) and not single.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map, want one that names the shards")

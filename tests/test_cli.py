@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import qlora_ext  # noqa: E402
+from qlora_ext import checkpoint  # noqa: E402
 from qlora_ext.checks import CheckpointError  # noqa: E402
 from qlora_ext.cli import app, estimate, merge, output, quantize, screen  # noqa: E402
 from qlora_ext.cli.errors import CliError  # noqa: E402
@@ -981,6 +982,125 @@ def test_values_in_config_json_end_in_one_sentence_with_their_key(llama, tmp_pat
         assert name in said, said
         assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists() and digest(llama) == before
+
+
+def config_with(folder, **values):
+    """Keys added at the end of a folder's config.json."""
+    path = folder / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in values}
+    path.write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize("key", ["text_config", "decoder", "generator", "text_encoder"])
+@pytest.mark.parametrize("value", [{}, {"model_type": "llama"}])
+def test_a_part_that_is_no_config_is_named(llama, tmp_path, key, value):
+    config_with(llama, **{key: value})
+    config_only = tmp_path / "config only"
+    config_only.mkdir()
+    shutil.copy(llama / "config.json", config_only)
+    said = f"config.json: {key} is {value}, which transformers cannot take"
+    chat, quantize = ["chat", llama, "--prompt", "a"], ["quantize", llama, tmp_path / "out"]
+    for words in (["estimate", config_only], ["estimate", llama, "--dense"], chat, quantize):
+        assert said in run(*words, ok=False), words
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        qlora_ext.from_pretrained(llama)
+
+
+@pytest.mark.parametrize("key, value", [("hidden_act", "zzz"), ("text_config", {})])
+def test_the_key_at_fault_is_found_among_thousands(llama, monkeypatch, key, value):
+    made = []
+
+    def counted(name):
+        original = getattr(checkpoint, name)
+        monkeypatch.setattr(checkpoint, name, lambda *a: made.append(name) or original(*a))
+
+    counted("build")
+    counted("_config_of")
+    monkeypatch.setattr(checkpoint, "CULPRIT_SECONDS", 600.0)
+    config_with(llama, **{f"junk{i}": i for i in range(3000)}, **{key: value})
+    assert f"config.json: {key} is {value!r}, which" in run("estimate", llama, ok=False)
+    assert 0 < len(made) < 200
+    # One that no key explains, or not in time, is an error all the same.
+    monkeypatch.setattr(checkpoint, "CULPRIT_SECONDS", -1.0)
+    assert "config.json cannot be read (" in run("estimate", llama, ok=False)
+
+
+@pytest.mark.parametrize("how", ["a tensor", "a shard not named", "a tensor not named"])
+def test_no_command_makes_a_missing_tensor_at_random(llama, tmp_path, how):
+    make_adapter(load(llama), tmp_path / "adapter")
+    index = llama / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    files = value["weight_map"]
+    if how == "a tensor":
+        path = llama / files["lm_head.weight"]
+        save_file({k: t for k, t in load_file(path).items() if k != "lm_head.weight"}, path,
+                  metadata={"format": "pt"})  # fmt: skip
+    else:
+        lacks = files["lm_head.weight"]
+        value["weight_map"] = {k: f for k, f in files.items() if f != lacks}
+        if how == "a tensor not named":
+            # Alone in its file: what lies in a file that is named is read.
+            tensors = load_file(llama / lacks)
+            head = {"lm_head.weight": tensors.pop("lm_head.weight")}
+            save_file(head, llama / "head.safetensors", metadata={"format": "pt"})
+            if tensors:
+                save_file(tensors, llama / lacks, metadata={"format": "pt"})
+                value["weight_map"].update(dict.fromkeys(tensors, lacks))
+        index.write_text(json.dumps(value))
+    text = tmp_path / "text"
+    text.write_text("the cat sat on the mat " * 20)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    for words in (["chat", llama, "--prompt", "a"], ["chat", llama, "--prompt", "a", "--four-bit"],
+                  ["chat", adapter, "--base", llama, "--prompt", "a"],
+                  ["merge", llama, adapter, out, "--four-bit", "--own-text"],
+                  ["merge", llama, adapter, out, "--four-bit", "--calibration", text],
+                  ["merge", llama, adapter, out], ["quantize", llama, out]):  # fmt: skip
+        said = run(*words, ok=False)
+        assert re.search(r"lacks \d+ tensors? of LlamaForCausalLM: .*lm_head.weight", said), words
+        assert not out.exists()
+
+
+def test_a_method_that_nobody_knows_is_refused(llama, tmp_path):
+    run("quantize", llama, tmp_path / "packed")
+    tiny_tokenizer(tmp_path / "packed")
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    settings["quant_method"] = "QLORA_EXT"
+    config_with(tmp_path / "packed", quantization_config=settings)
+    said = run("chat", tmp_path / "packed", "--prompt", "a", ok=False)
+    assert "config.json: quant_method is 'QLORA_EXT', want qlora_ext" in said
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (b"[" * 50_000, "RecursionError"),
+        (b'{"shape": [Infinity, 4], "blocksize": 64, "quant_type": "nf4"}', "OverflowError"),
+        (b'{"shape": [4, 4], "blocksize": 1e400, "quant_type": "nf4"}', "OverflowError"),
+        (b'{"shape": [140737488355328, 140737488355328], "blocksize": 64, "quant_type": "nf4"}',
+         r"ValueError: shape is \(140737488355328, "),
+        (b"\0" * 40, "JSONDecodeError"),
+        (b"{}", "KeyError"),
+    ],
+)  # fmt: skip
+def test_a_bad_quant_state_of_bitsandbytes_is_one_sentence(llama, tmp_path, state, message):
+    make_adapter(load(llama), tmp_path / "adapter")
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    model = qlora_ext.quantize_model(load(llama), progress_bar=False)
+    qlora_ext.save_pretrained(model, theirs, format="bitsandbytes")
+    tiny_tokenizer(theirs)
+    stored, weight = load_file(theirs / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    key = f"{weight}.quant_state.bitsandbytes__nf4"
+    stored[key] = torch.tensor(list(state), dtype=torch.uint8)
+    save_file(stored, theirs / "model.safetensors", metadata={"format": "pt"})
+    path = re.escape(str(theirs / "model.safetensors"))
+    assert re.match(rf"{path}: {key} is damaged \({message}", run("inspect", theirs, ok=False))
+    for words in (["chat", theirs, "--prompt", "a"], ["merge", theirs, tmp_path / "adapter", out]):
+        said = run(*words, ok=False)
+        assert re.match(rf"{path}: {weight} cannot be loaded \(QuantizedTensor\.", said), said
+        assert "Traceback" not in said and "report" not in said and "\n" not in said
+        assert not out.exists()
+    with pytest.raises(CheckpointError, match=rf"^{path}: {weight} cannot be loaded \(Quant"):
+        qlora_ext.from_pretrained(theirs)
 
 
 def test_pickles_are_refused_by_every_command(llama, tmp_path):

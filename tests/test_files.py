@@ -67,6 +67,7 @@ def test_tensors_without_elements_are_read(tmp_path, shape):
         ),
         (lambda t: t.replace('"b"', '"b\\u0000"'), "is not printable"),
         (lambda t: t.replace('"b"', '"\\u001b[2J"'), "is not printable"),
+        (lambda t: t.replace('"b"', '"layers.\\u00b2.b"'), "is spelled with a digit that"),
         (lambda t: t.replace('"b"', '""'), "the name of a tensor, '', is empty"),
         (lambda t: t.replace('"b"', f'"{"b" * 5000}"'), "5,000 characters long, want at"),
         (lambda t: t.replace("[2,3]", "[0,4611686018427387904]"), "damaged or not a safetensors"),
@@ -171,6 +172,29 @@ def test_an_index_names_files_of_its_folder(tmp_path, name):
         safetensors_files(tmp_path)
 
 
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    """Commands and from_pretrained are to read the same weights where both are there."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path, max_shard_size=500)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(5)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).model.norm.weight
+    ours = SafetensorsFiles(safetensors_files(tmp_path))["model.norm.weight"]
+    assert torch.equal(ours, theirs) and ours[0] == 5
+    # What is no file is passed over there, too.
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    assert safetensors_files(tmp_path)[0].name.startswith("model-00001-of-")
+
+
 @pytest.mark.parametrize(
     "raw, message",
     [
@@ -180,7 +204,9 @@ def test_an_index_names_files_of_its_folder(tmp_path, name):
         ({"vocab_size": 2**62}, "vocab_size is 4611686018427387904, want at most"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, want 1 or more"),
         ({"num_labels": 10**9}, "num_labels is 1000000000, want at most"),
+        ({"num_labels": 2**16 + 1}, "num_labels is 65537, want at most 65,536"),
         ({"num_local_experts": 10**6}, "num_local_experts is 1000000, want at most"),
+        ({"num_local_experts": 5000}, "num_local_experts is 5000, want at most 4,096"),
         ({"architectures": 5}, "architectures is 5, want a list of names"),
         ({"architectures": [5]}, r"architectures is [5], want a list of names"),
         ({"dtype": "zzz"}, "dtype is 'zzz', want the name of a float dtype"),

@@ -12,6 +12,8 @@ from integration_helpers import ids, logits, run_python, tiny_llama
 pytest.importorskip("transformers")
 
 import qlora_ext
+from qlora_ext.checkpoint import Checkpoint
+from qlora_ext.checks import CheckpointError
 from qlora_ext.nn import Linear4bit, PanelLinear
 
 
@@ -534,6 +536,34 @@ def test_missing_weight(copy_of_packed):
     edit_checkpoint(copy_of_packed, edit)
     with pytest.raises((ValueError, RuntimeError), match=r"model\.layers\.0\.mlp\.up_proj"):
         load(copy_of_packed)
+
+
+@pytest.mark.parametrize(
+    "key", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_missing_dense_tensor_is_not_made_at_random(copy_of_packed, key):
+    edit_checkpoint(copy_of_packed, lambda tensors: tensors.pop(key))
+    with pytest.raises(CheckpointError, match=rf"lacks 1 tensor of LlamaForCausalLM: {key}:"):
+        qlora_ext.from_pretrained(copy_of_packed)
+
+
+def test_a_head_of_another_class_is_made_anew(packed):
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    model, info = qlora_ext.from_pretrained(
+        packed[0], model_class=Classifier, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"score.weight"} and model.score.weight.isfinite().all()
+
+
+def test_the_quant_method_has_one_spelling(copy_of_packed):
+    config = json.loads((copy_of_packed / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "QLORA_EXT"
+    (copy_of_packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is quantized by QLORA_EXT, want qlora_ext"):
+        qlora_ext.from_pretrained(copy_of_packed)
+    with pytest.raises(CheckpointError, match="is quantized by QLORA_EXT, want an unquantized"):
+        Checkpoint(copy_of_packed)
 
 
 def test_missing_statistics(copy_of_packed):

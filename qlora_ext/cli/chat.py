@@ -7,8 +7,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from ..checkpoint import build_folder, read_config, stored_method, unquantized
+from ..checkpoint import (
+    build_folder,
+    check_nothing_anew,
+    loading,
+    read_config,
+    stored_method,
+    unquantized,
+)
 from ..checks import bad_regex, short
 from ..files import SafetensorsFiles, find_folder, read_json, reading, safetensors_files
 from ..lora import NotPlainLora
@@ -126,14 +134,24 @@ def load_model(folder: Path, packing, device: str):
     }
     if os.path.lexists(folder / "generation_config.json"):
         read_json(folder / "generation_config.json")
-    with reading(folder, "cannot be loaded as a model"):
+    with loading(folder, files):
         _check_weights(folder, config, files)
         method = stored_method(config)
+        load = transformers.AutoModelForCausalLM.from_pretrained
         if method in ("qlora_ext", "bitsandbytes"):
-            return from_pretrained(folder, **settings)
-        if method is None and packing is not None:
+            load = from_pretrained
+        elif method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            # transformers would read packed bytes as if they were weights.
+            raise CliError(
+                f"{folder / 'config.json'}: quant_method is {short(method)}, want qlora_ext, "
+                "bitsandbytes or another that transformers knows"
+            )
+        elif method is None and packing is not None:
             settings["quantization_config"] = packing
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+        model, info = load(folder, output_loading_info=True, **settings)
+        # Of whatever class was saved: a head made anew has nothing to say.
+        check_nothing_anew(folder, model, info["missing_keys"])
+        return model
 
 
 def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:

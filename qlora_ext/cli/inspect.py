@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import _C
-from ..checks import count, printable, short, size
+from ..checks import count, first_line, printable, short, size
 from ..config_file import check_config
 from ..files import MAX_NUMEL, SafetensorsFiles, read_json, reading, safetensors_files
 from ..quantized_tensor import BLOCKSIZES
@@ -163,14 +163,15 @@ def _bitsandbytes(headers: SafetensorsFiles, key: str, keys: list[str], taken: s
     try:
         meta = json.loads(bytes(headers[key].to(torch.uint8).reshape(-1).tolist()))
         shape = tuple(int(n) for n in meta["shape"])
-        if not all(0 <= n <= MAX_NUMEL for n in shape):
+        # Of a tensor without elements, too, as of safetensors' own shapes.
+        if min(shape, default=0) < 0 or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
             raise ValueError(f"shape is {short(shape)}")
         kind = _describe(
             str(meta["quant_type"]), int(meta["blocksize"]), "nested_offset" in meta, False
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CliError(
-            f"{headers.where[key]}: {key} is damaged ({type(error).__name__}: {error})"
+            f"{headers.where[key]}: {key} is damaged ({first_line(error, with_type=True)})"
         ) from None
     nbytes = sum(headers.nbytes(k) for k in keys if not k.endswith("quant_map") and k != key)
     return Layer(stem.removesuffix(".weight"), kind, shape, math.prod(shape), nbytes, True)

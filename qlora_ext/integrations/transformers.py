@@ -458,21 +458,22 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
         ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged, or
             say what no model can be made of (CheckpointError, which names the file).
     """
+    from ..checkpoint import check_nothing_anew, loading, read_config, stored_method
+
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub_kwargs = {key: kwargs[key] for key in (*hub, "trust_remote_code") if key in kwargs}
     config = kwargs.pop("config", None)
     elsewhere = {"subfolder", "variant", "gguf_file"} & kwargs.keys()
     local = os.path.isdir(path) and not elsewhere and not kwargs.get("trust_remote_code")
+    files = None
     if config is None and local:
-        from ..checkpoint import read_config
-
         files = SafetensorsFiles(safetensors_files(Path(path)), any_dtype=True)
         config = read_config(Path(path), len(files))
     elif config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub_kwargs)
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
-    method = None if stored is None else str(stored.get("quant_method"))
+    method = stored_method(config)
     source = f"{Path(path) / 'config.json'}: quantization_config"
     if method == QUANT_METHOD and local:
         with reading(source):
@@ -489,8 +490,14 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
             "transformers' from_pretrained"
         )
     model_class = model_class or transformers.AutoModelForCausalLM
-    with reading(path, "cannot be loaded") if local else contextlib.nullcontext():
-        return model_class.from_pretrained(path, config=config, **kwargs)
+    want_info = kwargs.pop("output_loading_info", False)
+    kwargs["output_loading_info"] = True
+    with loading(path, files) if local else contextlib.nullcontext():
+        model, info = model_class.from_pretrained(path, config=config, **kwargs)
+        # Another class than the saved one may have a head of its own, made anew to be trained.
+        if type(model).__name__ in (config.architectures or ()):
+            check_nothing_anew(path, model, info["missing_keys"])
+    return (model, info) if want_info else model
 
 
 def save_pretrained(
