@@ -133,6 +133,23 @@ def test_a_name_that_matches_nothing_is_named(entrance, name, tmp_path):
             entrance(make(), tmp_path / "dense", [name])
 
 
+def test_names_for_a_packed_checkpoint_change_nothing_and_that_is_said(tmp_path):
+    packed = quantize(tiny.make("llama"), modules_to_not_convert=["k_proj"])
+    packed.save_pretrained(tmp_path)
+    config = qlora_ext.QLoraExtConfig(
+        modules_to_not_convert=["layers.0.mlp", "k_proj", "none_such"]
+    )
+    with pytest.warns(UserWarning) as told:
+        model = type(packed).from_pretrained(tmp_path, quantization_config=config)
+    said = " ".join(str(w.message) for w in told)
+    assert "which decides: model.layers.0.mlp.gate_proj, " in said and "stay packed" in said
+    assert "k_proj" not in said and "modules_to_not_convert has 'none_such', which matches" in said
+    assert packed_names(model) == packed_names(packed)
+    saved = model.config.quantization_config.to_dict()
+    assert saved == packed.config.quantization_config.to_dict()
+    assert config.modules_to_not_convert == ["layers.0.mlp", "k_proj", "none_such"]
+
+
 def test_names_of_another_class_of_the_architecture(tmp_path):
     """A list that was saved for a causal model is one for its backbone, and the other way round."""
     causal = tiny.make("llama")

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
@@ -226,6 +227,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
         # A copy: the list of kept layers is filled in per model, and the caller's object may be
         # meant for several models.
+        # Names given for a packed checkpoint are no setting of the model: they are not saved.
+        self.asked = quantization_config.__dict__.pop("_asked", [])
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.quant_config = self.quantization_config.to_quant_config()
 
@@ -301,8 +304,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
             keep,
             stored=stored_layers(model, checkpoint_files, packed=self.pre_quantized),
             packed_checkpoint=self.pre_quantized,
-            other_names=checkpoint_names(model) if keep else (),
+            other_names=checkpoint_names(model) if keep or self.asked else (),
         )
+        self._tell_packed(model, plan)
         if not self.pre_quantized:
             tell_unmatched("QLoraExtConfig", model, plan.unmatched())
         config.modules_to_not_convert = plan.kept
@@ -331,6 +335,20 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
             raise ValueError(f"{sentence} {type(model).__name__} (kept as they are: {plan.kept})")
+
+    def _tell_packed(self, model, plan: Plan) -> None:
+        """Warns of layers that the caller wanted dense and a packed checkpoint has packed."""
+        packed = [name for name in plan.names if plan.spelled.matches(name, self.asked)]
+        if packed:
+            rest = f" and {len(packed) - 8} more" if len(packed) > 8 else ""
+            warnings.warn(
+                f"QLoraExtConfig: modules_to_not_convert has no effect on a checkpoint that is "
+                f"packed already, which decides: {', '.join(packed[:8])}{rest} of "
+                f"{type(model).__name__} stay packed; to keep them dense, load the unquantized "
+                "checkpoint with this list",
+                stacklevel=2,
+            )
+        tell_unmatched("QLoraExtConfig", model, plan.unmatched(self.asked))
 
     def _check_distribution(self, config) -> None:
         """ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
@@ -903,6 +921,21 @@ def _refuse_packed_resize(original):
     return get_resized
 
 
+def _keep_what_was_asked(original):
+    """Wraps `AutoHfQuantizer.merge_quantization_configs`, which drops the caller's config where
+    the checkpoint has one."""
+
+    @functools.wraps(original)
+    def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):
+        merged = original(quantization_config, quantization_config_from_args)
+        asked = quantization_config_from_args
+        if isinstance(merged, QLoraExtConfig) and isinstance(asked, QLoraExtConfig):
+            merged._asked = as_names(asked.modules_to_not_convert, "QLoraExtConfig")
+        return merged
+
+    return classmethod(merge_quantization_configs)
+
+
 def attach() -> None:
     """Registers the config and the quantizer with transformers. Idempotent.
 
@@ -917,6 +950,9 @@ def attach() -> None:
         cls for cls in transformers.PreTrainedModel.__mro__ if "num_parameters" in vars(cls)
     )
     owner.num_parameters = _count_logical_weights(owner.num_parameters)
+    AutoHfQuantizer.merge_quantization_configs = _keep_what_was_asked(
+        AutoHfQuantizer.merge_quantization_configs
+    )
     for name in ("_get_resized_embeddings", "_get_resized_lm_head"):
         resize = getattr(transformers.PreTrainedModel, name)
         setattr(transformers.PreTrainedModel, name, _refuse_packed_resize(resize))

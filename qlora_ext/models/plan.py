@@ -132,10 +132,10 @@ class Plan:
             if is_plain_linear(module) and name not in packed
         ]
 
-    def unmatched(self) -> list[str]:
-        """Of `keep`, what matches no module. Not the usual name of the output head, which stays
-        dense by whatever name it goes."""
-        unmatched = self.spelled.unmatched(self.keep)
+    def unmatched(self, names: Iterable[str] | None = None) -> list[str]:
+        """Of `names` (None: of `keep`), what matches no module. Not the usual name of the output
+        head, which stays dense by whatever name it goes."""
+        unmatched = self.spelled.unmatched(self.keep if names is None else names)
         return [name for name in unmatched if name not in ("lm_head", "lm_head.weight")]
 
     def report(self, packed: Iterable[LayerReport] = ()) -> QuantizationReport:
