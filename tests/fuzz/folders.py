@@ -63,11 +63,18 @@ BYTES = {
     "NUL": b"\0" * 64,
     "a pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94.",
 }
+# What bitsandbytes stores as JSON in a tensor of bytes.
+STATES = [
+    b"", b"{}", b"[]", b"\0" * 40, b"[" * 50_000, b'{"shape":' * 3000 + b"1" + b"}" * 3000,
+    b'{"shape": [Infinity, 4], "blocksize": 1e400, "quant_type": "nf4"}',
+    b'{"shape": [' + b"9" * 5000 + b', 4], "blocksize": 64, "quant_type": "nf4"}',
+]  # fmt: skip
+FOLDERS = ("base", "packed", "bitsandbytes", "adapter")
 KINDS = ("missing", "folder", "pipe", "loop", "dangling", "zeros", "unreadable", "long name")
 
 
 def make_folders(root: Path) -> None:
-    """base (in shards), packed, adapter: what the cases are mutations of."""
+    """base (in shards), packed, bitsandbytes, adapter: what the cases are mutations of."""
     import tiny_models
     import torch
     from integration_helpers import tiny_tokenizer
@@ -79,6 +86,8 @@ def make_folders(root: Path) -> None:
     tiny_tokenizer(root / "base")
     qlora_ext.quantize_model(model, progress_bar=False).save_pretrained(root / "packed")
     tiny_tokenizer(root / "packed")
+    qlora_ext.save_pretrained(model, root / "bitsandbytes", format="bitsandbytes")
+    tiny_tokenizer(root / "bitsandbytes")
     qlora_ext.add_lora(model, qlora_ext.LoraConfig(r=2))
     model.name_or_path = str(root / "base")
     qlora_ext.save_adapter(model, root / "adapter")
@@ -175,6 +184,35 @@ def mutate_safetensors(path: Path, rng: random.Random) -> str:
     return said
 
 
+def mutate_quant_state(path: Path, rng: random.Random) -> str:
+    """Changes what bitsandbytes says of one weight, or one of that weight's statistics."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    key = rng.choice(sorted(key for key in tensors if ".quant_state." in key))
+    how = rng.choice(["value", "value", "value", "bytes", "dtype", "gone", "statistics"])
+    state, said = json.loads(bytes(tensors[key].tolist())), how
+    if how == "value":
+        field = rng.choice(sorted(state))
+        state[field] = rng.choice([*VALUES, [2**47, 2**47], [64, 96], [-96, -64], ["96", "64"]])
+        said = f"{field}: {str(state[field])[:60]!r}"
+    text = rng.choice(STATES) if how == "bytes" else json.dumps(state).encode()
+    tensors[key] = torch.tensor(list(text), dtype=torch.uint8)
+    if how == "dtype":
+        tensors[key] = tensors[key].to(rng.choice([torch.float32, torch.int64])) + 1000
+    stem = key.partition(".quant_state.")[0]
+    other = rng.choice([name for name in sorted(tensors) if name.startswith(f"{stem}.")])
+    if how == "gone":
+        del tensors[other]
+        said = f"no {other}"
+    elif how == "statistics":
+        tensors[other] = tensors[other].reshape(-1)[: rng.randrange(4)].clone()
+        said = f"{other} is cut"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return f"{key}: {said}"
+
+
 def mutate_kind(path: Path, rng: random.Random) -> str:
     """Puts something that is no file in a file's place."""
     how = rng.choice(KINDS)
@@ -203,8 +241,8 @@ def mutate_kind(path: Path, rng: random.Random) -> str:
 def make_case(root: Path, work: Path, seed: int, number: int) -> tuple[list[str], str, Path]:
     """The words of a command, what was mutated, and the mutated folder."""
     rng = random.Random(f"{seed} {number}")
-    kind = rng.choice(["base", "base", "packed", "adapter"])
-    for name in ("base", "packed", "adapter"):
+    kind = rng.choice(["base", "base", "packed", "bitsandbytes", "adapter"])
+    for name in FOLDERS:
         shutil.copytree(root / name, work / name)
     folder, out = work / kind, str(work / "out")
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors")]
@@ -216,6 +254,8 @@ def make_case(root: Path, work: Path, seed: int, number: int) -> tuple[list[str]
         said = mutate_kind(path, rng)
     elif path.suffix == ".json":
         said = mutate_json(path, rng)
+    elif kind == "bitsandbytes" and rng.random() < 0.5:
+        said = mutate_quant_state(path, rng)
     else:
         said = mutate_safetensors(path, rng)
     base, adapter = str(work / "base"), str(work / "adapter")
@@ -297,7 +337,7 @@ def run_case(root: Path, work: Path, seed: int, number: int) -> dict:
     """One case; `problem` is None where the outcome is success or one sentence."""
     work.mkdir()
     words, said, folder = make_case(root, work, seed, number)
-    before = [state(work / name) for name in ("base", "packed", "adapter")]
+    before = [state(work / name) for name in FOLDERS]
     pid = os.fork()
     if pid == 0:
         child(words, work)
@@ -329,7 +369,7 @@ def run_case(root: Path, work: Path, seed: int, number: int) -> dict:
         problem = f"a sentence of {len(sentences[0])} characters: {sentences[0][:300]}"
     elif code == 1 and (work / "out").exists():
         problem = "OUT is there after a failure"
-    elif [state(work / name) for name in ("base", "packed", "adapter")] != before:
+    elif [state(work / name) for name in FOLDERS] != before:
         problem = "an input was changed"
     command = " ".join(words).replace(f"{work}/", "")
     outcome = {"number": number, "command": command, "mutation": said, "code": code,
