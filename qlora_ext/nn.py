@@ -42,7 +42,7 @@ from .shared_input import SharedInput
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
 _CODEBOOK_BYTES = 64
-_FORWARDS = 256  # the bytes are compared again after so many forward passes, whatever torch counts
+_FORWARDS = 512  # the bytes are compared again after so many forward passes, whatever torch counts
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
