@@ -92,7 +92,8 @@ class Lock:
 
     def record(self) -> Record | None:
         """The last record that is whole."""
-        for line in reversed(os.pread(self.file, MAX_BYTES, 0).splitlines()):
+        size = min(os.fstat(self.file).st_size, MAX_BYTES)  # pread takes memory for all it may read
+        for line in reversed(os.pread(self.file, size, 0).splitlines()):
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 return Record(**json.loads(line))
         return None
