@@ -177,12 +177,19 @@ void check_same_device(const char* op, const char* arg, const Tensor& tensor, co
        " (every tensor of a call on one device)");
 }
 
-Rows as_rows(const char* op, const char* arg, const Tensor& x) {
+int64_t check_rows(const char* op, const char* arg, const Tensor& x) {
   check_tensor(op, arg, x);
   const int64_t dim = x.dim();
   QLORA_CHECK(dim >= 1, op, arg, " is a scalar, want at least one dimension");
-  Rows r{x, nullptr, 1, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
-  for (int64_t d = 0; d + 1 < dim; ++d) r.rows *= x.size(d);
+  float_dtype(op, arg, x.scalar_type());
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < dim; ++d) rows *= x.size(d);
+  return rows;
+}
+
+Rows as_rows(const char* op, const char* arg, const Tensor& x) {
+  const int64_t num_rows = check_rows(op, arg, x), dim = x.dim();
+  Rows r{x, nullptr, num_rows, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
   const bool in_place =
       (x.is_contiguous() || folds_into_rows(x)) && is_aligned(x, dtype_size(r.dtype));
   if (!in_place) r.tensor = contiguous(op, arg, x, dtype_size(r.dtype));

@@ -87,6 +87,9 @@ struct Rows {
 };
 Rows as_rows(const char* op, const char* arg, const Tensor& x);
 
+// What as_rows checks of x, without the copy that it may make; returns the number of rows.
+int64_t check_rows(const char* op, const char* arg, const Tensor& x);
+
 // An optional, contiguous tensor of a fixed shape: data is null where absent.
 struct Dense {
   Tensor tensor;

@@ -3,10 +3,10 @@
 
 namespace qlora_ext::host {
 
-Rows input_rows(const char* op, const Tensor& x, const Weight& w) {
-  const Rows rows = as_rows(op, "x", x);
-  QLORA_CHECK(rows.cols == w.view.K, op, "x has shape ", list_string(x.sizes()), ", want [..., ",
-              w.view.K, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
+int64_t check_input(const char* op, const Tensor& x, const Weight& w) {
+  const int64_t rows = check_rows(op, "x", x);
+  QLORA_CHECK(x.size(x.dim() - 1) == w.view.K, op, "x has shape ", list_string(x.sizes()),
+              ", want [..., ", w.view.K, "] for a weight of [", w.view.N, ", ", w.view.K, "]");
   return rows;
 }
 
@@ -67,7 +67,8 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
 Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
                     const OptionalTensor& lora_S, const OptionalTensor& lora_B,
                     const DeviceScope& scope) {
-  const Rows rows = input_rows(op, x, w);
+  check_input(op, x, w);
+  const Rows rows = as_rows(op, "x", x);
   Gemm4bitParams p{};
   p.weight = w.view;
   p.x = rows.data;
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(
   check_matrix(op, shape);
   const Weight w =
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, x);
-  input_rows(op, x, w);
+  check_input(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
   as_scaling(op, scaling);
   // An op must not return its input. The caller already has S.

@@ -6,8 +6,8 @@
 
 namespace qlora_ext::host {
 
-// x as rows of the weight's K columns.
-Rows input_rows(const char* op, const Tensor& x, const Weight& w);
+// That x has rows of the weight's K columns; returns how many.
+int64_t check_input(const char* op, const Tensor& x, const Weight& w);
 
 Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
                     const OptionalTensor& lora_S, const OptionalTensor& lora_B,

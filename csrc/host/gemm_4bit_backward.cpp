@@ -105,12 +105,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_gemm_4bit_backward(
   check_matrix(op, shape);
   const Weight w =
       as_weight(op, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dY);
-  const Rows x_rows = input_rows(op, x, w);
+  const int64_t x_rows = check_input(op, x, w);
   check_same_device(op, "x", x, dY);
-  const Rows dY_rows = as_rows(op, "dY", dY);
-  QLORA_CHECK(x_rows.rows == dY_rows.rows, op, "x has shape ", list_string(x.sizes()),
-              ", want the ", dY_rows.rows, " rows of dY, which has shape ",
-              list_string(dY.sizes()));
+  const int64_t dY_rows = check_rows(op, "dY", dY);
+  QLORA_CHECK(x_rows == dY_rows, op, "x has shape ", list_string(x.sizes()), ", want the ", dY_rows,
+              " rows of dY, which has shape ", list_string(dY.sizes()));
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, dY);
   // S carries the scaling, so dB = dY^T S is final; dS comes back as the gradient of x A^T.
   const auto [dS, dB] = expand_backward(op, dY, lora_S, lora_B, scaling, scope);
