@@ -18,6 +18,7 @@ type) is the module's `config`, which the checkpoint's owner stores once for the
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import sys
 
@@ -29,7 +30,7 @@ from torch.compiler import is_compiling
 from . import _C, ops
 from .checks import FLOAT_MAX, is_number, not_plain, short
 from .offload import device_of
-from .packed_bytes import byte_sample, is_arithmetic
+from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 from .quantized_tensor import (
     FLOAT_DTYPES,
     QuantConfig,
@@ -42,7 +43,11 @@ from .shared_input import SharedInput
 __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "PanelLinear"]
 
 _CODEBOOK_BYTES = 64
-_FORWARDS = 512  # the bytes are compared again after so many forward passes, whatever torch counts
+# The bytes are compared again after so many forward passes, whatever torch counts, unless each of
+# them reads some (on a CPU).
+_FORWARDS = 512
+# Attributes of a layer whose bytes were not compared yet.
+_UNSEEN = {"_seen_version": -1, "_seen_address": None, "_probe": None, "_probed": None}
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -88,12 +93,16 @@ class _Packed4bit(nn.Module):
 
     config: QuantConfig
     dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
-    # A sample of the bytes that were packed or loaded. When they were last compared with it:
-    # weight's version (what torch counts writes by; -1 for never, None if it counts none) and
-    # address (None if tools move it), and the forward passes until they are compared again.
+    # A sample of the bytes that were packed or loaded.
     _sealed: bytes | None
-    _sealed_version: int | None
-    _sealed_address: int | None
+    # When they were last compared with it: weight's version (what torch counts writes by; -1 for
+    # never, None if it counts none) and address (None if tools move it).
+    _seen_version: int | None
+    _seen_address: int | None
+    # Bytes of weight that every forward pass reads and what they were then, or the forward passes
+    # until all are compared again if there is no probe (on a GPU).
+    _probe: ctypes.Array | None
+    _probed: bytes | None
     _forwards_left: int
 
     def _init_packed(self, N: int, K: int, config, dtype) -> None:
@@ -163,13 +172,14 @@ class _Packed4bit(nn.Module):
 
     def _unseal(self) -> None:
         """Lets the next _check_bytes take the bytes that are then there."""
-        self._sealed, self._sealed_version = None, -1
-        self._sealed_address, self._forwards_left = None, _FORWARDS
+        self._sealed, self._forwards_left = None, _FORWARDS
+        self.__dict__.update(_UNSEEN)
 
     def _copied_from(self, other: _Packed4bit) -> None:
         """Says that other's packed bytes were written over this module's."""
         other._check_bytes()
-        self._sealed, self._sealed_version = other._sealed, -1
+        self._sealed = other._sealed
+        self.__dict__.update(_UNSEEN)
 
     def _held(self) -> list[torch.Tensor]:
         """The packed tensors, weight first; none where one has another shape, as a process's share
@@ -198,7 +208,7 @@ class _Packed4bit(nn.Module):
                 )
         sample = byte_sample(held) if held else None
         if sample is None:
-            self._sealed_version = -1
+            self.__dict__.update(_UNSEEN)
             return
         if self._sealed is None:
             self._sealed = sample
@@ -211,18 +221,20 @@ class _Packed4bit(nn.Module):
                 "requires_grad, and load other packed weights with load_state_dict"
             )
         weight = held[0]
-        self._sealed_version = None if weight.is_inference() else weight._version
-        self._sealed_address = weight.data_ptr()
+        self._seen_version = None if weight.is_inference() else weight._version
+        self._seen_address = weight.data_ptr()
+        self._probe = byte_probe(weight)
+        self._probed = self._probe and self._probe.raw
 
     def _check_written(self, weight: torch.Tensor) -> None:
         """_check_bytes for a forward pass that found another version or address of weight."""
-        known = self._sealed_version != -1
-        moved = known and weight.data_ptr() != self._sealed_address
+        known = self._seen_version != -1
+        moved = known and weight.data_ptr() != self._seen_address
         self._check_bytes()
         # The same bytes elsewhere: FSDP2, ZeRO-3 and offloading put them somewhere else for each
         # forward pass, and on a GPU each comparison waits for the device. The count is left.
         if moved:
-            self._sealed_address = None
+            self._seen_address = self._probe = None
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -244,7 +256,9 @@ class _Packed4bit(nn.Module):
             codebook=self._custom,
         )
 
-    def _w4(self):
+    def _w4(self, is_traced: bool):
+        """The ops' arguments for the weight. RuntimeError if its bytes were changed, unless a graph
+        is traced."""
         # Read from the dicts, not through nn.Module.__getattr__ and __setattr__: at M = 1 that
         # would be a tenth of the call. Never cached: .to(), loading and FSDP2 swap the parameters.
         d = self.__dict__
@@ -253,17 +267,21 @@ class _Packed4bit(nn.Module):
             weight = p["weight"]
         except KeyError:
             raise self._packed_error("weight") from None
-        if not is_compiling():
-            d["_forwards_left"] = left = d["_forwards_left"] - 1
-            sealed = d["_sealed_version"]
-            try:  # torch counts no writes to an inference tensor, and raises
-                changed = (
-                    (sealed is not None and weight._version != sealed)
-                    or left < 0
-                    or (weight.data_ptr() != d["_sealed_address"] is not None)
-                )
-            except RuntimeError:  # it became one just now
-                changed = True
+        if not is_traced:
+            probe = d["_probe"]
+            if probe is None:
+                d["_forwards_left"] = left = d["_forwards_left"] - 1
+                version, address = d["_seen_version"], d["_seen_address"]
+                try:
+                    changed = (
+                        left < 0
+                        or (version is not None and weight._version != version)
+                        or (address is not None and weight.data_ptr() != address)
+                    )
+                except RuntimeError:  # it became an inference tensor, which counts no writes
+                    changed = True
+            else:
+                changed = weight.data_ptr() != d["_seen_address"] or probe.raw != d["_probed"]
             if changed:
                 self._check_written(weight)
         return (
@@ -308,7 +326,7 @@ class _Packed4bit(nn.Module):
 
     def __getstate__(self):
         self._check_bytes()
-        return {**self.__dict__, "_sealed_version": -1}  # a copy's bytes lie elsewhere
+        return {**self.__dict__, **_UNSEEN}  # a copy's bytes lie elsewhere
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._check_bytes()
@@ -323,7 +341,7 @@ class _Packed4bit(nn.Module):
             return moved
 
         super()._apply(keep_bytes, recurse)
-        self._sealed_version = -1
+        self.__dict__.update(_UNSEEN)
         if self.weight.is_meta:
             self._unseal()
         probe = fn(torch.empty(0, dtype=self.dtype))
@@ -541,7 +559,10 @@ class Linear4bit(_Packed4bit, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
-        return ops.gemm_4bit(self._input(x), self._w4(), self._parameters["bias"])
+        x, bias = self._input(x), self._parameters["bias"]
+        if is_compiling():
+            return ops.gemm_4bit(x, self._w4(True), bias)
+        return ops.gemm_4bit_eager(x, self._w4(False), bias)
 
     def extra_repr(self) -> str:
         return (
@@ -799,7 +820,8 @@ class LoraLinear4bit(_Lora, Linear4bit):
         p = self._parameters
         lora_A = p["lora_A"]
         dropout = self.lora_dropout if self.training else 0.0
-        group = None if is_compiling() else self.shared_input
+        is_traced = is_compiling()
+        group = None if is_traced else self.shared_input
         if group is not None and group.pays(x, dropout):
             x, dropped, S = group.take(self, x, self._input, lora_A, self.scaling, dropout)
         else:
@@ -807,12 +829,12 @@ class LoraLinear4bit(_Lora, Linear4bit):
             dropped = F.dropout(x, dropout) if dropout else None
         if dropped is None:
             return ops.lora_gemm_4bit(
-                x, self._w4(), lora_A, p["lora_B"], self.scaling, p["bias"], S
+                x, self._w4(is_traced), lora_A, p["lora_B"], self.scaling, p["bias"], S
             )
         # The bypass sees another x than the weight does, so its product is made apart.
         if S is None:
             S = ops.lora_shrink(dropped, lora_A, self.scaling)
-        return ops.gemm_4bit(x, self._w4(), p["bias"], S, p["lora_B"])
+        return ops.gemm_4bit(x, self._w4(is_traced), p["bias"], S, p["lora_B"])
 
     def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
         """(lora_A, scaling) if the layer now drops its input with this probability, else None."""
@@ -969,7 +991,7 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """indices: int64 or int32 [...], in [0, num_embeddings) -> [..., embedding_dim], dtype."""
-        return ops.embedding_4bit(indices, self._w4(), self.dtype)
+        return ops.embedding_4bit(indices, self._w4(is_compiling()), self.dtype)
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"

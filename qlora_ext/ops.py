@@ -219,7 +219,8 @@ def _bias_gradient(dY: Tensor, dtype: torch.dtype) -> Tensor:
     return dY.reshape(-1, dY.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
-def _gemm_4bit_eager(x, w4, bias, lora_S, lora_B):
+def gemm_4bit_eager(x, w4, bias=None, lora_S=None, lora_B=None):
+    """gemm_4bit for a caller that knows that no graph is traced: at M = 1 that question counts."""
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -233,7 +234,7 @@ def _gemm_4bit_eager(x, w4, bias, lora_S, lora_B):
 
 _gemm_4bit_apply = _direct_apply(_Gemm4bit)
 _gemm_4bit_op = _ops.gemm_4bit.default
-_register_autograd("gemm_4bit", _gemm_4bit_eager)
+_register_autograd("gemm_4bit", gemm_4bit_eager)
 
 
 def gemm_4bit(
@@ -250,7 +251,7 @@ def gemm_4bit(
     """
     if torch.compiler.is_compiling():
         return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
-    return _gemm_4bit_eager(x, w4, bias, lora_S, lora_B)
+    return gemm_4bit_eager(x, w4, bias, lora_S, lora_B)
 
 
 # lora_shrink, lora_expand_backward ----------------------------------------------------------

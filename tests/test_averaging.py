@@ -498,11 +498,14 @@ def test_moves_copies_and_empty_modules():
     assert torch.equal(empty.eval()(x), want)
 
 
-def test_bytes_are_read_after_a_write_alone(monkeypatch):
-    """Their price is not paid in every forward pass."""
+@pytest.mark.parametrize("probe", [True, False], ids=["probe", "no probe"])
+def test_all_bytes_are_compared_after_a_write_alone(monkeypatch, probe):
+    """Their price is not paid in every forward pass. With a probe, after it has changed."""
     reads = []
     sample = qlora_ext.nn.byte_sample
     monkeypatch.setattr(qlora_ext.nn, "byte_sample", lambda t: reads.append(1) or sample(t))
+    if not probe:
+        monkeypatch.setattr(qlora_ext.nn, "byte_probe", lambda t: None)
     layer, x = Linear4bit(64, 32), torch.randn(2, 64)
     del reads[:]
     for _ in range(3):
@@ -512,7 +515,21 @@ def test_bytes_are_read_after_a_write_alone(monkeypatch):
         layer.weight.copy_(layer.weight.clone())
     for _ in range(3):
         layer(x)
-    assert len(reads) == 1
+    assert len(reads) == (not probe)
+
+
+@torch.no_grad()
+def test_a_probe_needs_bytes_that_show_arithmetic():
+    """Equal bytes, as of a table of zeros, may stay what they are; the scales then show it."""
+    table = torch.zeros(64, 64)
+    table[::16] = torch.randn(4, 64)
+    layer = Embedding4bit.from_embedding(nn.Embedding.from_pretrained(table)).eval()
+    assert layer._probe is None and Linear4bit(64, 64)._probe is not None
+    rows = torch.arange(4)
+    mean = copy.deepcopy(layer)
+    mean(rows)
+    by_data(mean, layer)
+    assert forwards_until_refused(mean, rows) <= 512
 
 
 def test_inference_tensors():

@@ -351,19 +351,20 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
         dropout = self._dropout(names[0])
+        is_traced = torch.compiler.is_compiling()
         if dropout == 0.0:
             S = None
             # A scaling that is a tensor may be written to between two siblings' calls.
-            alone = torch.compiler.is_compiling() or isinstance(scaling, torch.Tensor)
+            alone = is_traced or isinstance(scaling, torch.Tensor)
             group = None if alone else self.shared_input
             if group is not None and len(names) == 1 and group.pays(x, dropout):
                 x, _, S = group.take(self, x, base._input, lora_A, scaling, dropout)
             else:
                 x = base._input(x)
-            return ops.lora_gemm_4bit(x, base._w4(), lora_A, lora_B, scaling, bias, S)
+            return ops.lora_gemm_4bit(x, base._w4(is_traced), lora_A, lora_B, scaling, bias, S)
         x = base._input(x)
         S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
-        return ops.gemm_4bit(x, base._w4(), bias, S, lora_B)
+        return ops.gemm_4bit(x, base._w4(is_traced), bias, S, lora_B)
 
     def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
         """(lora_A, scaling) of the one adapter that the fused op would run, if it drops nothing."""
