@@ -318,8 +318,8 @@ class _Packed4bit(nn.Module):
         """Does nothing: packed weights come from a dense weight or a checkpoint."""
 
     def train(self, mode: bool = True):
-        """As nn.Module's; eval() looks for bytes changed past what torch counts: writes to .data,
-        and those between two calls of a compiled model. A forward pass looks now and then."""
+        """As nn.Module's; eval() looks for changed bytes, also those that forward passes find late
+        (writes to .data on a GPU) or not at all (in a compiled function)."""
         if not mode:
             self._check_bytes()
         return super().train(mode)

@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from torch.optim.swa_utils import (
     get_ema_multi_avg_fn,
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
+    update_bn,
 )
 
 import qlora_ext
@@ -74,6 +77,10 @@ FUNCTIONS = {
     "multi_ema": lambda: {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)},
     "swa": lambda: {"avg_fn": get_swa_avg_fn()},
     "multi_swa": lambda: {"multi_avg_fn": get_swa_multi_avg_fn()},
+    "own ema": lambda: {"avg_fn": lambda mean, p, n: torch.lerp(mean, p, 1 - DECAY)},
+    "own multi_ema": lambda: {
+        "multi_avg_fn": lambda means, ps, n: torch._foreach_lerp_(means, ps, 1 - DECAY)
+    },
 }
 
 
@@ -116,6 +123,22 @@ def test_a_model_that_was_packed_anew_is_copied():
     averaged.update_parameters(net)
     assert torch.equal(averaged.module.down.weight, net.down.weight)
     averaged(rows)
+
+
+def test_statistics_of_the_average_are_measured_anew():
+    net, rows = make_net(), torch.arange(16)
+    net.up.lora_dropout = 0.0
+    averaged = AveragedModel(net)
+    for _ in range(2):
+        train_a_step(net)
+        averaged.update_parameters(net)
+    before = integers(net)
+    update_bn([rows, rows.flip(0)], averaged)
+    x = averaged.module.up(averaged.module.table(rows) * net.mask[rows, None])
+    torch.testing.assert_close(averaged.module.norm.running_mean, x.mean(0))
+    after = {n: t for n, t in integers(averaged.module).items() if "batches" not in n}
+    assert after.keys() == before.keys() - {"norm.num_batches_tracked"}
+    assert all(torch.equal(t, before[n]) for n, t in after.items())
 
 
 def test_only_what_was_written_is_copied_again():
@@ -239,6 +262,133 @@ def by_data(average, model):
 def by_new_data(average, model):
     for own, theirs in zip(average.parameters(), model.parameters(), strict=True):
         own.data = (DECAY * own.data + (1 - DECAY) * theirs.data).to(own.dtype)
+
+
+def by_numpy(average, model):
+    for own, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        array = own.detach().numpy()
+        array[...] = np.float32(DECAY) * array + np.float32(1 - DECAY) * theirs.detach().numpy()
+
+
+def by_set(average, model):
+    for own, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        own.set_((DECAY * own + (1 - DECAY) * theirs).to(own.dtype))
+
+
+def by_new_parameters(average, model):
+    for own, theirs in zip(average.modules(), model.modules(), strict=True):
+        for key, p in own._parameters.items():
+            if p is not None:
+                mean = (DECAY * p + (1 - DECAY) * theirs._parameters[key]).to(p.dtype)
+                setattr(own, key, nn.Parameter(mean, requires_grad=False))
+
+
+BY_HAND = [by_parameters, by_detached, by_state_dict, by_foreach, by_half, by_data, by_new_data]
+BY_HAND += [by_numpy, by_set, by_new_parameters]
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+CALLS = {
+    "eager": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled in place": compiled_in_place,
+}
+
+
+@pytest.mark.parametrize("average", BY_HAND)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_next_call_of_a_model_in_eval_refuses(average, call, mode):
+    """An average is made once, set to eval() once, and used after each update."""
+    net, rows = make_net(), torch.arange(16)
+    own = copy.deepcopy(net)
+    mean = CALLS[call](own)
+    with torch.no_grad():
+        want = mean(rows)
+        assert torch.equal(mean(rows), want)
+    with mode():
+        average(own, net)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="the packed bytes of this"):
+            mean(rows)
+
+
+@pytest.mark.parametrize("inner", CALLS)
+@pytest.mark.parametrize("outer", ["compiled", "compiled in place"])
+@torch.no_grad()
+def test_compiled_models_in_compiled_models(inner, outer):
+    layer, x = Linear4bit(64, 64).eval(), torch.randn(2, 64)
+    want = layer(x)
+    model = CALLS[outer](nn.Sequential(CALLS[inner](layer)))
+    for again in (model, copy.deepcopy(model)):
+        assert torch.equal(again(x), want)
+    whole = torch.compile(lambda x: model(x) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x), want + 1)
+    layer.weight.data.copy_(layer.weight.data * 0.9)
+    with pytest.raises(RuntimeError, match="the packed bytes of this"):
+        model(x)
+
+
+@torch.no_grad()
+def test_compiled_models_whose_layers_are_replaced():
+    net, rows = make_net(), torch.arange(16)
+    model = torch.compile(net, backend="eager")
+    model(rows)
+    qlora_ext.merge_and_unload(net, progress_bar=False)
+    assert torch.equal(model(rows), net(rows))
+    dense = torch.compile(nn.Linear(4, 4), backend="eager")
+    assert torch.equal(dense(torch.ones(1, 4)), dense._orig_mod(torch.ones(1, 4)))
+
+
+def by_data_arithmetic(average, model):
+    for own, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        own.data.mul_(DECAY).add_(theirs.data, alpha=1 - DECAY)
+
+
+def by_lerp(average, model):
+    for own, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        own.lerp_(theirs, 1 - DECAY)
+
+
+def by_foreach_lerp(average, model):
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - DECAY)
+
+
+@pytest.mark.parametrize("average", [by_data_arithmetic, by_lerp, by_foreach_lerp])
+@torch.no_grad()
+def test_arithmetic_that_torch_refuses_for_bytes(average):
+    net = make_net()
+    mean, before = copy.deepcopy(net), integers(net)
+    with pytest.raises((RuntimeError, NotImplementedError), match="Byte"):
+        average(mean, net)
+    assert all(torch.equal(t, before[n]) for n, t in integers(mean).items())
+
+
+@torch.no_grad()
+def test_averages_of_floats_alone():
+    """timm's ModelEmaV3, and an average of the adapters' entries."""
+    net, rows = make_net(), torch.arange(16)
+    start = copy.deepcopy(net)
+    train_a_step(net)
+    lerped, loaded = copy.deepcopy(start), copy.deepcopy(start)
+    pairs = zip(lerped.state_dict().values(), net.state_dict().values(), strict=True)
+    for own, theirs in pairs:
+        if own.is_floating_point():
+            own.lerp_(theirs, 1 - DECAY)
+        else:
+            own.copy_(theirs)
+    old, new = start.state_dict(), net.state_dict()
+    mean = {k: torch.lerp(old[k], new[k], 1 - DECAY) for k in new if "lora" in k}
+    loaded.load_state_dict(mean, strict=False)
+    for model in (lerped, loaded):
+        got = model.up.lora_A.double()
+        want = of_all_steps([start.up.lora_A, net.up.lora_A], True)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lerped(rows), loaded(rows))
 
 
 @pytest.mark.parametrize("average", [by_data, by_new_data])
@@ -551,6 +701,14 @@ def test_equal_writes_are_no_fault():
     assert torch.equal(layer.eval()(x), want)
 
 
+@pytest.mark.parametrize("words", [["--rounds", "20"], ["--rounds", "20", "--adapted"]])
+def test_the_bench_of_its_price_runs(words):
+    script = Path(__file__).resolve().parent.parent / "bench" / "forward_overhead.py"
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("with the look (noise") == 4
+
+
 # FSDP2 ------------------------------------------------------------------------------------------
 
 
@@ -568,7 +726,7 @@ def averages_of_shards():
     def full(tensor):
         return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
-    for function in FUNCTIONS.values():
+    for name_of_function, function in FUNCTIONS.items():
         torch.manual_seed(0)
         net = make_net()
         want = integers(net)
@@ -585,7 +743,7 @@ def averages_of_shards():
             averaged.update_parameters(net)
             for name, values in trained.items():
                 values.append(full(net.get_parameter(name)))
-        is_ema = function in (FUNCTIONS["ema"], FUNCTIONS["multi_ema"])
+        is_ema = "ema" in name_of_function
         for name, values in trained.items():
             got = full(averaged.module.get_parameter(name)).double()
             torch.testing.assert_close(got, of_all_steps(values, is_ema), rtol=1e-5, atol=1e-5)

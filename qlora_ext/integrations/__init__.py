@@ -1,4 +1,4 @@
-"""Plug-ins for transformers, PEFT and TRL, attached when those packages are imported.
+"""Plug-ins for torch.compile, transformers, PEFT and TRL, attached when those are imported.
 
 `import qlora_ext` imports none of them (together they cost seconds). `attach()` puts one finder on
 `sys.meta_path`; it watches for the modules in `_HOOKS` and, right after one of them has been
@@ -22,6 +22,7 @@ TESTED = {"transformers": "5.23", "peft": "0.21", "trl": "1.16", "accelerate": "
 # module whose execution triggers the hook -> (distribution, our plug-in or None).
 # transformers itself is a lazy module; every way to load a model imports modeling_utils.
 _HOOKS = {
+    "torch._dynamo": ("torch", "compiled"),
     "transformers.modeling_utils": ("transformers", "transformers"),
     "peft": ("peft", "peft"),
     "trl": ("trl", None),
@@ -53,17 +54,19 @@ def _run_hook(module: str) -> None:
         return
     _attached.add(module)
     distribution, plugin = _HOOKS[module]
-    check_version(distribution)
+    if distribution in TESTED:
+        check_version(distribution)
     if plugin is None:
         return
     try:
         importlib.import_module(f"{__name__}.{plugin}")  # which attaches itself
     except (ImportError, AttributeError) as error:
         # Another release of the package may lack what we hook. That must not break its own import.
+        tested = TESTED.get(distribution)
         warnings.warn(
             f"qlora_ext: could not attach to {distribution} "
             f"{importlib.metadata.version(distribution)} ({error}); "
-            f"its plug-in is off, the tested series is {TESTED[distribution]}.*",
+            "its plug-in is off" + (f", the tested series is {tested}.*" if tested else ""),
             stacklevel=2,
         )
 
