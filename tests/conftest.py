@@ -18,7 +18,7 @@ def pytest_configure():
     # Processes that test side by side (pytest -n) share the cores: threads beyond them make each
     # other wait, and a test takes three times as long.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        threads = max(1, torch.get_num_threads() // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
