@@ -1074,6 +1074,20 @@ def test_a_method_that_nobody_knows_is_refused(llama, tmp_path):
         assert "config.json: quant_method is 'QLORA_EXT', want qlora_ext" in said, words
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--gpu", "inf"),
+        ("--gpu", "nan"),
+        ("--gpu", "1e308"),
+        ("--seq", 10**20),
+        ("--batch", 10**20),
+    ],
+)
+def test_numbers_that_estimate_cannot_take_are_refused_by_name(llama, words):
+    assert words[0] in run("estimate", llama, *words, ok=False)
+
+
 @pytest.mark.parametrize("command", ["chat", "inspect", "estimate"])
 def test_every_command_judges_the_settings_of_a_packed_folder(llama, tmp_path, command):
     run("quantize", llama, tmp_path / "packed")
