@@ -562,9 +562,9 @@ def test_the_quant_method_has_one_spelling(copy_of_packed):
     config = json.loads((copy_of_packed / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "QLORA_EXT"
     (copy_of_packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is quantized by QLORA_EXT, want qlora_ext"):
+    with pytest.raises(ValueError, match="quant_method is 'QLORA_EXT', want qlora_ext"):
         qlora_ext.from_pretrained(copy_of_packed)
-    with pytest.raises(CheckpointError, match="is quantized by QLORA_EXT, want an unquantized"):
+    with pytest.raises(CheckpointError, match="quant_method is 'QLORA_EXT', want qlora_ext"):
         Checkpoint(copy_of_packed)
 
 
