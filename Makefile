@@ -37,19 +37,25 @@ OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
 PTXAS_OLDER ?= nvidia-cuda-nvcc-cu12==12.9.86
 PTXAS_NEWEST ?= nvidia-cuda-nvcc==13.5.37
 
+# $(call quote,TEXT): TEXT as one word of the shell, whatever characters it has
+quote = '$(subst ','\'',$(1))'
+
+# PY starts the interpreter from the checkout, PY_THERE from a folder in it, such as tests. There
+# `qlora_ext` is the installed package; here it would be the source folder, which holds no compiled
+# library. Neither needs the checkout's own path, which may have spaces and quotes.
 ifeq ($(PYTHON),)
 PY := .venv/bin/python
+PY_THERE := ../$(PY)
 STATE := .venv/qlora_ext
 else
-PY := $(shell command -v $(PYTHON))
-STATE := build/state$(subst /,_,$(PY))
-ifeq ($(PY),)
+FOUND := $(shell command -v $(call quote,$(patsubst ~/%,$(HOME)/%,$(PYTHON))))
+ifeq ($(FOUND),)
 $(error PYTHON=$(PYTHON): no such program)
 endif
+PY := $(call quote,$(FOUND))
+PY_THERE := $(if $(filter /%,$(FOUND)),$(PY),../$(PY))
+STATE := build/state$(shell printf %s $(PY) | tr -c 'A-Za-z0-9.-' _)
 endif
-# In the ways below the interpreter starts in another folder than the checkout: there `qlora_ext` would
-# be the source folder, which holds no compiled library, and not the installed package.
-PY_ABS := $(abspath $(PY))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.12' ninja wheel packaging numpy
@@ -89,28 +95,28 @@ finetune: $(STATE)/built $(STATE)/train $(STATE)/demo
 	$(PY) examples/finetune.py --timings $(STATE) $(ARGS)
 
 test: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
-	cd tests && '$(PY_ABS)' -m pytest -m 'not slow' $(ARGS)
+	cd tests && $(PY_THERE) -m pytest -m 'not slow' $(ARGS)
 
 test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo test-deepspeed
-	cd tests && '$(PY_ABS)' -m pytest $(ARGS)
+	cd tests && $(PY_THERE) -m pytest $(ARGS)
 
 # In a folder of its own: transformers and accelerate act otherwise where they find DeepSpeed.
 test-deepspeed: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/deepspeed
-	cd tests && export DS_ACCELERATOR=cpu PYTHONPATH='$(abspath $(STATE)/deepspeed-packages)':$$PYTHONPATH && \
-	  '$(PY_ABS)' -c 'import deepspeed' && '$(PY_ABS)' -m pytest test_integration_deepspeed.py
+	cd tests && export DS_ACCELERATOR=cpu PYTHONPATH="$$PWD/../$(STATE)/deepspeed-packages:$$PYTHONPATH" && \
+	  $(PY_THERE) -c 'import deepspeed' && $(PY_THERE) -m pytest test_integration_deepspeed.py
 
 test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo 2> /dev/null); do echo "== QLORA_EXT_CPU=$$path"; \
-	  (cd tests && QLORA_EXT_CPU=$$path '$(PY_ABS)' -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
+	  (cd tests && QLORA_EXT_CPU=$$path $(PY_THERE) -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
 	@for path in portable $$(grep -m1 -o -w -e avx2 -e avx512_bf16 /proc/cpuinfo 2> /dev/null | sed 's/_bf16//'); do \
 	  echo "== QLORA_EXT_CPU=$$path, and bitsandbytes on the same path"; \
-	  (cd tests && QLORA_EXT_CPU=$$path '$(PY_ABS)' -m pytest -q $(PEER_TESTS) $(ARGS)) || exit 1; done
+	  (cd tests && QLORA_EXT_CPU=$$path $(PY_THERE) -m pytest -q $(PEER_TESTS) $(ARGS)) || exit 1; done
 
 bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo
 	$(PY) bench/cpu.py $(ARGS)
 
 info: $(STATE)/built
-	cd tests && '$(PY_ABS)' -m qlora_ext
+	cd tests && $(PY_THERE) -m qlora_ext
 
 # --- the environment; each file below is there once its step is done, and `seconds-*` says how long it took
 
@@ -126,7 +132,11 @@ else ifneq ($(origin TORCH),file)
 install_torch := yes
 endif
 
-$(STATE)/torch: FORCE | $(PY)
+ifeq ($(PYTHON),)
+$(STATE)/torch: | $(PY)
+endif
+
+$(STATE)/torch: FORCE
 	@mkdir -p $(STATE)
 ifdef install_torch
 	@if [ "$$(cat $@ 2>/dev/null)" != '$(TORCH) $(TORCH_INDEX)' ]; then \
@@ -136,7 +146,7 @@ ifdef install_torch
 	  echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-torch && \
 	  echo '$(TORCH) $(TORCH_INDEX)' > $@; fi
 else
-	@$(PY) -c 'import torch' || { echo 'PYTHON=$(PYTHON) has no torch: install it there, or give TORCH= too'; exit 1; }
+	@$(PY) -c 'import torch' || { echo $(call quote,PYTHON=$(PYTHON) has no torch: install it there or give TORCH= too); exit 1; }
 	@test -f $@ || { $(PY) -m pip install -q $(BUILD_TOOLS) && touch $@; }
 endif
 
@@ -222,7 +232,7 @@ fuzz: build/fuzz/built $(STATE)/built
 	cd tests && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=print_stacktrace=1 '$(PY_ABS)' fuzz/ops.py --library ../build/fuzz/lib --cases $(CASES)
+	  UBSAN_OPTIONS=print_stacktrace=1 $(PY_THERE) fuzz/ops.py --library ../build/fuzz/lib --cases $(CASES)
 
 # The same tests on CPUs that are not here, by qemu-user: arm64 and Nehalem take the portable path,
 # Haswell the AVX2 one. Needs g++ for aarch64 too.

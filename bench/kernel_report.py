@@ -436,8 +436,16 @@ HEADER = [
 def markdown(kernels):
     order = {name: i for i, name in enumerate(KERNELS)}
     rows = [row(k) for k in sorted(kernels, key=lambda k: (order[k.base], k.name, k.arch))]
-    lines = ["| " + " | ".join(map(str, r)) + " |" for r in [HEADER, ["---"] * len(HEADER), *rows]]
-    return "\n".join(lines)
+    return table(HEADER, rows)
+
+
+def table(header, rows):
+    """A table in Markdown; a cell of None is a dash."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |"
+        for line in lines
+    )
 
 
 BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of table -->"

@@ -83,8 +83,7 @@ def compare(versions, sources=None):
 def markdown(versions, lengths):
     header = ["kernel", *(p.version for p in versions)]
     rows = [[f"`{name}`", *row] for name, row in sorted(differing(lengths).items())]
-    table = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c or "-") for c in row) + " |" for row in table)
+    return kernel_report.table(header, rows)
 
 
 def main():

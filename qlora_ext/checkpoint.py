@@ -59,14 +59,14 @@ from .files import (
 CULPRIT_SECONDS = 5.0  # for finding the key of config.json that is at fault
 
 
-def read_config(folder: Path, tensors: int | None = None):
+def read_config(folder: Path, files: SafetensorsFiles | None = None):
     """transformers' config of a checkpoint.
 
     Args:
         folder: its config.json is read; nothing in it is run.
-        tensors: how many the folder's files hold, where that is known.
+        files: the folder's, where they are known: they bound what is made.
     """
-    raw = read_raw_config(folder, tensors)
+    raw = read_raw_config(folder, files)
     return _naming_the_key(
         folder / "config.json",
         raw,
@@ -323,7 +323,7 @@ class Checkpoint:
             check_file(path)  # before the weights: a folder without it is no checkpoint
         self.files = SafetensorsFiles(safetensors_files(folder))
         if like is None:
-            self.config = read_config(folder, len(self.files))
+            self.config = read_config(folder, self.files)
         else:
             self.config = unquantized(like.config)
         dtype = "auto" if like is None else self.files.float_dtype()

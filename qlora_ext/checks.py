@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -87,6 +88,22 @@ def not_plain(value) -> str | None:
     if value.is_neg():
         return "a view with the negative bit (resolve_neg() makes a tensor of it)"
     return None
+
+
+def not_readable(value) -> str | None:
+    """As not_plain, and of what it leaves to the callers: a layout without strides, and a tensor
+    that has a shape and no values."""
+    got = not_plain(value)
+    if got is None and value.layout != torch.strided:
+        return f"a tensor of layout {value.layout}"
+    if got is None and lacks_data(value):
+        return "a tensor without data (on the meta device, or a FakeTensor)"
+    return got
+
+
+def lacks_data(tensor: torch.Tensor) -> bool:
+    """Whether it has a shape and no values."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def count(number: int, noun: str) -> str:

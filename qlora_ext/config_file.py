@@ -6,13 +6,14 @@ a file says, or download the code that one names.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import torch
 
 from .checks import CheckpointError, short
-from .files import read_json
+from .files import SafetensorsFiles, read_json, reading
 
 # Sizes of what is made, by the names that architectures have for them.
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
@@ -27,9 +28,13 @@ _SIZES = (
 _MAX_SIZE = 2**32
 # What modules or entries of a list are made for, one by one. `-1` may mean the last layer.
 _LAYERS = re.compile(r"layers?$|blocks?$|depths?$")
-# One module, and one line of a table, are made for each. Switch has 2,048 experts.
-_MAX_EXPERTS = 2**12
-_MAX_LABELS = 2**16
+# For each expert of each layer, and for each label, some kilobytes of objects are made before a
+# weight is read. So many of both are taken on the file's word; more need the weights that they
+# would have: an expert has at least as many as this, and a label a row of a head.
+_MAX_OBJECTS = 2**18
+_EXPERT_WEIGHTS = 1024
+_LABEL_WEIGHTS = 64
+_USUAL_LAYERS = 32  # where the file does not say
 # The deepest language models have 126 layers; where the weights are at hand, they say.
 _MAX_LAYERS = 1024
 _SURELY_LAYERS = 256
@@ -37,12 +42,12 @@ _MAX_NAMES = 10_000  # of layers that are not to be packed
 _NAME_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")
 
 
-def read_raw_config(folder: Path, tensors: int | None = None) -> dict:
+def read_raw_config(folder: Path, files: SafetensorsFiles | None = None) -> dict:
     """The JSON object in a folder's config.json.
 
     Args:
-        tensors: how many the folder's files hold, which bounds the number of layers; None where
-            that is not known.
+        files: the folder's, whose tensors bound the numbers of layers, experts and labels; None
+            where they are not known.
 
     Raises:
         CheckpointError: naming the file and the key, where a value is of the wrong type, out of
@@ -50,11 +55,13 @@ def read_raw_config(folder: Path, tensors: int | None = None) -> dict:
     """
     path = folder / "config.json"
     raw = read_json(path)
-    check_config(path, raw, tensors)
+    check_config(path, raw, files)
     return raw
 
 
-def check_config(path: Path, raw: dict, tensors: int | None = None, within: str = "") -> None:
+def check_config(
+    path: Path, raw: dict, files: SafetensorsFiles | None = None, within: str = ""
+) -> None:
     """CheckpointError unless `raw`, the object in `path`, may be given to transformers."""
 
     def refuse(key: str, want: str):
@@ -66,6 +73,8 @@ def check_config(path: Path, raw: dict, tensors: int | None = None, within: str 
             f"{path} brings model code of its own (auto_map), which is not run here; "
             "want an architecture of transformers"
         )
+    layers = [n for key, n in raw.items() if _counts_layers(key) and type(n) is int and n > 0]
+    layers = max(layers, default=_USUAL_LAYERS)
     for key, value in raw.items():
         if key == "model_type":
             if not isinstance(value, str):
@@ -87,9 +96,9 @@ def check_config(path: Path, raw: dict, tensors: int | None = None, within: str 
         elif key.endswith("_config") and value is not None and not isinstance(value, dict):
             refuse(key, "an object")
         elif isinstance(value, int) and not isinstance(value, bool):
-            _check_count(key, value, tensors, refuse)
+            _check_count(key, value, layers, files, refuse)
         elif isinstance(value, dict) and key.endswith("config"):
-            check_config(path, value, tensors, f"{within}{key}.")
+            check_config(path, value, files, f"{within}{key}.")
 
 
 def _is_float_dtype(name: object) -> bool:
@@ -97,20 +106,71 @@ def _is_float_dtype(name: object) -> bool:
     return name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
 
-def _check_count(key: str, value: int, tensors: int | None, refuse) -> None:
+def _check_count(key: str, value: int, layers: int, files, refuse) -> None:
     if key in _SIZES and value < 1:
         refuse(key, "1 or more")
     if key in _SIZES and value > _MAX_SIZE:
         refuse(key, f"at most {_MAX_SIZE:,}")
-    if key == "num_labels" and value > _MAX_LABELS:
-        refuse(key, f"at most {_MAX_LABELS:,}")
-    if key.endswith("experts") and value > _MAX_EXPERTS:
-        refuse(key, f"at most {_MAX_EXPERTS:,}")
-    if key == "n_layer" or _LAYERS.search(key):
-        if tensors is None and value > _MAX_LAYERS:
+    if key == "num_labels":
+        _check_objects(key, value, 1, _LABEL_WEIGHTS, files, refuse)
+    if key.endswith("experts"):
+        _check_objects(key, value, layers, _EXPERT_WEIGHTS, files, refuse)
+    if _counts_layers(key):
+        if files is None and value > _MAX_LAYERS:
             refuse(key, f"at most {_MAX_LAYERS:,}")
-        if tensors is not None and value > max(tensors, _SURELY_LAYERS):
-            refuse(key, f"no more than the {tensors:,} tensors in the folder's files")
+        if files is not None and value > max(len(files), _SURELY_LAYERS):
+            refuse(key, f"no more than the {len(files):,} tensors in the folder's files")
+
+
+def _counts_layers(key: str) -> bool:
+    return key == "n_layer" or _LAYERS.search(key) is not None
+
+
+def _check_objects(key: str, value: int, times: int, weights: int, files, refuse) -> None:
+    """Refuses a number of experts or labels, of which each is made `times` times and has at least
+    so many weights."""
+    held = 0 if files is None else files.total_numel
+    most = max(_MAX_OBJECTS, held // weights) // times
+    if value > most:
+        of = f" in {times:,} layers" if times > 1 else ""
+        with_files = "" if files is None else f" by the {held:,} weights in the folder's files"
+        refuse(key, f"at most {most:,}{of}{with_files}")
+
+
+def _check_method(path: Path, value: dict) -> None:
+    """CheckpointError for a method that nobody knows, and for settings that are none of ours."""
+    by_bits = value.get("load_in_4bit") or value.get("load_in_8bit")  # old files of bitsandbytes
+    method = value.get("quant_method", "bitsandbytes" if by_bits else None)
+    if method == "qlora_ext":
+        with reading(f"{path}: quantization_config"):
+            check_settings(value)
+    elif method != "bitsandbytes" and not _is_known(method):
+        # transformers would read packed bytes as if they were weights.
+        raise CheckpointError(
+            f"{path}: quant_method is {short(method)}, want qlora_ext, bitsandbytes or another "
+            "that transformers knows"
+        )
+
+
+def check_settings(stored: dict) -> None:
+    """ValueError for a quantization_config of ours with a setting that is unknown or out of
+    range, TypeError for one of another type."""
+    from .quantized_tensor import QuantConfig
+
+    known = {field.name for field in dataclasses.fields(QuantConfig)}
+    own = {"quant_method", "checkpoint_format", *_NAME_LISTS[:1]}
+    if unknown := sorted(stored.keys() - known - own):
+        raise ValueError(f"got unknown settings {unknown}")
+    QuantConfig(**{key: value for key, value in stored.items() if key in known})
+
+
+def _is_known(method: object) -> bool:
+    """Whether transformers has a quantizer of that name, or is not there to be asked."""
+    try:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    except ImportError:
+        return isinstance(method, str)
+    return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def _check_quantization(path: Path, value: object) -> None:
@@ -127,3 +187,4 @@ def _check_quantization(path: Path, value: object) -> None:
                 f"{path}: quantization_config.{key} has {len(names):,} names, want at most "
                 f"{_MAX_NAMES:,}"
             )
+    _check_method(path, value)

@@ -302,7 +302,7 @@ class SafetensorsFiles(Mapping):
 
     Attributes:
         where: name -> file. shapes: name -> shape. stored: name -> dtype as safetensors calls it.
-        dtypes: name -> torch dtype.
+        dtypes: name -> torch dtype. total_numel: elements of all of them.
 
     Raises:
         CheckpointError: a file that is missing, damaged, no safetensors file, or something to wait
@@ -316,6 +316,7 @@ class SafetensorsFiles(Mapping):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.stored: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.total_numel = 0
         self._nbytes: dict[str, int] = {}
         self._handles: OrderedDict[Path, object] = OrderedDict()
         for path in self.paths:
@@ -338,6 +339,7 @@ class SafetensorsFiles(Mapping):
         start, end = tensor["data_offsets"]
         self.where[key], self.shapes[key], self.stored[key] = path, shape, dtype
         self._nbytes[key] = end - start
+        self.total_numel += math.prod(shape)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self.where:

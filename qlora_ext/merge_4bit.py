@@ -27,7 +27,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import CheckpointError, check_finite, check_parameters, is_integer, is_number, short
+from .checks import (
+    CheckpointError,
+    check_finite,
+    check_parameters,
+    first_line,
+    is_integer,
+    is_number,
+    not_readable,
+    out_of_memory,
+    short,
+)
 from .experts import Experts4bit, _up_name
 from .files import SafetensorsFiles
 from .fit_4bit import fit_4bit, hessian_error
@@ -72,8 +82,8 @@ def merge_into_4bit(
             of safetensors, read layer by layer. A folder's tensors are renamed and stacked as
             transformers does when it loads them.
         calibration: batches of text like that which the model is for; 5,000 tokens do. Where there
-            is none, write_calibration makes some. A batch is an int64 tensor of token ids
-            [batch, tokens], or the keyword arguments of the model's forward (what a tokenizer
+            is none, write_calibration makes some. A batch is an int64 (or int32) tensor of token
+            ids [batch, tokens], or the keyword arguments of the model's forward (what a tokenizer
             returns); padding is left out by its attention_mask.
         dtype: of the 16-bit model, where neither is given.
         damping: see fit_4bit; 0 or more.
@@ -90,12 +100,14 @@ def merge_into_4bit(
         TypeError: model is not a module, dtype is not a float dtype, progress_bar is not a bool,
             or base, calibration or a batch is of another kind.
         ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; a
-            sharded model, whose parameters are DTensors; a calibration without tokens; a damping
+            sharded model, whose parameters are DTensors; a calibration without tokens, with ids
+            that are not integers of the model's vocabulary, or with a batch that the model's
+            forward cannot take, by its number; a damping
             below 0 or not finite; hessian_bytes that is not an int of at least 1; a base that is
             not there, is not safetensors, lacks a layer, has another shape, or is not what was
             packed.
-        OverflowError: a sum W + s B A that is not finite, or beyond the dtype of a dense layer,
-            naming the layer.
+        OverflowError: a weight of base with a NaN or an infinity, a sum W + s B A that is not
+            finite, or one beyond the dtype of a dense layer, naming the layer.
 
     KeyboardInterrupt or an error midway leaves the model as it was, except where a PeftModel is
     given neither base nor calibration: that merge is PEFT's own.
@@ -134,7 +146,7 @@ def merge_into_4bit(
             return merged.to(dtype)
         return merge_and_unload(model, dtype, progress_bar=progress_bar)
     source = None if base is None else UnquantizedWeights(base, model)
-    batches = None if calibration is None else _batches(calibration)
+    batches = None if calibration is None else _batches(calibration, model)
     if source is not None:
         for layer in layers:
             source.check(layer)
@@ -434,21 +446,25 @@ class UnquantizedWeights:
             key = f"{match[1]}.{_up_name(experts) if match[3] == 'up' else 'down_proj'}"
             pick = int(match[2])
         if key not in self.tensors:
-            near = [k for k in self.tensors if k.endswith(name.rpartition(".")[2] + ".weight")]
+            end = name.rpartition(".")[2] + ".weight"
+            near = [k for k in self.tensors if isinstance(k, str) and k.endswith(end)]
             raise ValueError(
                 f"{self.op}: {self.called} has no {key}, want the unquantized model that was "
                 f"packed; it has {near[:3] or list(self.tensors)[:3]}"
                 + (f"; as a model's folder it cannot be read: {self.reason}" if self.reason else "")
             )
         weight = self.tensors[key]
+        got = not_readable(weight)
+        if got is None and weight.dtype not in FLOAT_DTYPES:
+            got = f"a tensor of {weight.dtype}"
+        if got is not None:
+            raise ValueError(
+                f"{self.op}: {self.called} has {key} as {got}, want float values: the model as it "
+                "was before it was packed"
+            )
         flip = packed.from_conv1d
         if pick is not None:
-            weight, flip = weight[pick], experts.is_transposed
-        if weight.dtype not in FLOAT_DTYPES or weight.is_meta:
-            raise ValueError(
-                f"{self.op}: {self.called} has {key} in {weight.dtype} on {weight.device}, want "
-                "float values: the model as it was before it was packed"
-            )
+            weight, flip = self._expert(key, weight, pick), experts.is_transposed
         weight = weight.T if flip else weight
         want = (packed.out_features, packed.in_features)
         if tuple(weight.shape) != want:
@@ -456,7 +472,17 @@ class UnquantizedWeights:
                 f"{self.op}: {self.called} has {key} of shape {list(weight.shape)}, want "
                 f"{list(want)}: it must be the unquantized model that was packed"
             )
+        check_finite(f"{self.op}: {self.called}: {key}", weight, weight.dtype)
         return weight.detach().to(packed.weight.device, torch.float32)
+
+    def _expert(self, key: str, stack: Tensor, number: int) -> Tensor:
+        """One expert's weight of a stack [experts, ...]."""
+        if stack.ndim != 3 or len(stack) <= number:
+            raise ValueError(
+                f"{self.op}: {self.called} has {key} of shape {list(stack.shape)}, want a stack of "
+                f"more than {number} matrices: it must be the unquantized model that was packed"
+            )
+        return stack[number]
 
     def check(self, layer: _Adapted) -> None:
         """ValueError unless the weight packs to nearly the codes that the layer has."""
@@ -482,7 +508,7 @@ class UnquantizedWeights:
 # What the layers see ------------------------------------------------------------------------------
 
 
-def _batches(calibration: Iterable) -> list:
+def _batches(calibration: Iterable, model: nn.Module) -> list:
     """The calibration batches, as a list, since they are read more than once."""
     if isinstance(calibration, (str, bytes, Tensor, Mapping)):
         raise TypeError(
@@ -505,6 +531,7 @@ def _batches(calibration: Iterable) -> list:
                 f"merge_into_4bit: calibration[{number}] is a {type(batch).__name__}, want token "
                 "ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
             )
+        _check_batch(f"merge_into_4bit: calibration[{number}]", batch, model)
     tokens = sum(map(_tokens, batches))
     if not tokens:
         raise ValueError(
@@ -533,6 +560,71 @@ def _tokens(batch) -> float:
         return int(mask.sum())
     ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
     return ids.numel() if isinstance(ids, Tensor) else math.inf
+
+
+# Of text alone. With other arguments, an image's say, an id may stand for what is not a token.
+_TEXT_ARGUMENTS = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"),
+    *("special_tokens_mask", "length"),
+}
+
+
+def _check_batch(called: str, batch, model: nn.Module) -> None:
+    """ValueError unless a batch can be text for the model; `called` names it. What else the model's
+    forward refuses is said where it runs."""
+    if isinstance(batch, Tensor):
+        _check_ids(called, batch, _vocabulary(model))
+        return
+    if names := [name for name in batch if not isinstance(name, str)]:
+        raise ValueError(f"{called} has the key {short(names[0])}, want names of arguments")
+    if not batch:
+        raise ValueError(f"{called} is empty, want input_ids, token ids [batch, tokens]")
+    for name, value in batch.items():
+        got = not_readable(value) if isinstance(value, Tensor) else None
+        if got is not None:
+            raise ValueError(f"{called}[{name!r}] is {got}, want a dense tensor")
+    mask = batch.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"{called}['attention_mask'] is {short(mask)}, want a tensor")
+    ids = batch.get("input_ids")
+    if ids is None and batch.keys() <= _TEXT_ARGUMENTS:
+        raise ValueError(f"{called} has no input_ids, want token ids [batch, tokens]")
+    if ids is None:  # embeddings, sound
+        return
+    rows = _vocabulary(model) if batch.keys() <= _TEXT_ARGUMENTS else None
+    _check_ids(f"{called}['input_ids']", ids, rows)
+    if mask is not None and mask.ndim == 2 and mask.shape != ids.shape:
+        raise ValueError(
+            f"{called}['attention_mask'] has shape {list(mask.shape)}, want input_ids' "
+            f"{list(ids.shape)}"
+        )
+
+
+def _check_ids(called: str, ids, rows: int | None) -> None:
+    """ValueError unless these are token ids; of a vocabulary of `rows`, where that is known."""
+    got = not_readable(ids)
+    if got is None and ids.dtype not in (torch.int64, torch.int32):
+        got = f"a tensor of {ids.dtype}"
+    if got is None and ids.ndim != 2:
+        got = f"of shape {list(ids.shape)}"
+    if got is not None:
+        raise ValueError(f"{called} is {got}, want int64 token ids [batch, tokens]")
+    if rows is None or not ids.numel():
+        return
+    least, most = (int(value) for value in ids.aminmax())
+    if least < 0 or most >= rows:
+        raise ValueError(
+            f"{called} has token {least if least < 0 else most}, want ids from 0 to {rows - 1:,}, "
+            "which the model knows: is this the tokenizer of another model?"
+        )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model knows, if that can be told."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 class _Enough(Exception):
@@ -582,7 +674,7 @@ class _Inputs:
             )
             for layer in layers
         ]
-        self._forward(self.batches[0], hooks)
+        self._forward(0, hooks)
         counts = {id(layer): 0 for layer in layers}
         for layer, _ in calls:
             counts[id(layer)] += 1
@@ -628,9 +720,9 @@ class _Inputs:
 
         hooks = [group[0].module.register_forward_pre_hook(see) for group in groups]
         try:
-            for batch in self.batches:
+            for number, batch in enumerate(self.batches):
                 mask = _mask(batch)
-                self._forward(batch, [])
+                self._forward(number, [])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -647,7 +739,9 @@ class _Inputs:
                 )
         return sums
 
-    def _forward(self, batch, hooks: list) -> None:
+    def _forward(self, number: int, hooks: list) -> None:
+        """Runs the model on a batch, and removes the hooks. ValueError for whatever it raises."""
+        batch = self.batches[number]
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
         try:
             if isinstance(batch, Tensor):
@@ -658,6 +752,13 @@ class _Inputs:
                 )
         except _Enough:
             pass
+        except Exception as error:  # an architecture's forward may raise anything
+            if out_of_memory(error):
+                raise
+            raise ValueError(
+                f"merge_into_4bit: the model's forward fails on calibration[{number}]: "
+                f"{first_line(error, with_type=True)}"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()

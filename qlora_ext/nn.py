@@ -28,7 +28,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from . import _C, ops
-from .checks import FLOAT_MAX, is_number, not_plain, short
+from .checks import FLOAT_MAX, is_number, lacks_data, not_plain, short
 from .offload import device_of
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 from .quantized_tensor import (
@@ -373,8 +373,13 @@ class _Packed4bit(nn.Module):
         errors = []
         for key in self._parameters:
             value = state_dict.get(prefix + key)
-            got = not_plain(value)
-            if prefix + key in state_dict and got is not None:
+            if prefix + key not in state_dict:
+                continue
+            got, own = not_plain(value), self._parameters[key]
+            # A layer that has no data itself may be given none: a dry run.
+            if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
+                got = "a tensor without data (on the meta device, or a FakeTensor)"
+            if got is not None:
                 errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
         return errors
 
@@ -432,6 +437,11 @@ class _Packed4bit(nn.Module):
                     f"{name}: {prefix}{key} holds a NaN or an infinity, want finite fp32 "
                     "statistics; the checkpoint is damaged"
                 )
+            elif key == "weight_nested" and not _scales_fit(tensor):
+                errors.append(
+                    f"{name}: {prefix}{key} makes scales beyond float32, want finite ones; the "
+                    "checkpoint is damaged"
+                )
         # The codebook is compared above.
         sample = byte_sample([state_dict[prefix + key] for key in self._sizes()])
         sealed = (self._sealed or b"")[:-_CODEBOOK_BYTES]
@@ -451,6 +461,12 @@ class _Packed4bit(nn.Module):
         if c.companding != "none":
             text += f", companding={c.companding}({c.companding_k:g})"
         return text
+
+
+def _scales_fit(nested: torch.Tensor) -> bool:
+    """Whether fp32 holds every scale that the nested statistics [offset, absmax...] can make."""
+    values = nested.detach().clone().view(torch.float32).abs()
+    return values.numel() < 2 or bool((values[0] + values[1:].max()).isfinite())
 
 
 # Names of layers whose outputs are those of several, one after the other (Phi-3, GPT-2, Mamba,

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from . import _C, ops
-from .checks import FLOAT_MAX, check_input, check_scaling, is_number, not_plain, short
+from .checks import (
+    FLOAT_MAX,
+    check_input,
+    check_scaling,
+    is_number,
+    lacks_data,
+    not_plain,
+    short,
+)
 
 QUANT_TYPES = (*_C.codebooks(), "custom")
 NORMALIZATIONS = ("absmax", "standard", "none")
@@ -294,7 +301,7 @@ class _StateReader:
 
     def checked(self, key: str, value) -> Tensor:
         got = not_plain(value)
-        if got is None and (value.is_meta or isinstance(value, FakeTensor)):
+        if got is None and lacks_data(value):
             got = "a tensor without data"
         if got is not None:
             raise self.fail(f"{key} is {got}, want a tensor with data")
@@ -570,8 +577,12 @@ def dequantize_4bit(
     """The dense tensor: codebook[code] * scale (+ mean), computed in fp32 and rounded once.
 
     dtype: float32, float16 or bfloat16; None takes out's, else q.dtype. out: a contiguous tensor
-    of q.shape to write into. Raises RuntimeError if the statistics do not fit the shape, or `out`
-    does not; ValueError if `dtype` contradicts `out`.
+    of q.shape to write into. A value beyond dtype's range (65,504 for float16) becomes an infinity,
+    as in torch's own `.to(dtype)`: this op checks nothing per value. The functions that put dense
+    weights into a model or file (merge_and_unload, model.dequantize) refuse it.
+
+    Raises RuntimeError if the statistics do not fit the shape, or `out` does not; ValueError if
+    `dtype` contradicts `out`.
     """
     if out is not None and out.requires_grad:
         raise ValueError("dequantize_4bit: out requires grad, want a tensor that does not")

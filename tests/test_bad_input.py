@@ -146,7 +146,7 @@ def bad_call(**changes):
             "x has dtype int64, want float32, float16 or bfloat16",
         ),
         ({"x": torch.zeros(5, 64, dtype=torch.float64)}, "x has dtype float64"),
-        ({"A": torch.randn(4, 63)}, r"lora_A has shape \[4, 63\], want \[4, 64\]"),
+        ({"A": torch.randn(4, 63)}, r"lora_A has shape \[4, 63\], want \[r, 64\]"),
         ({"A": torch.randn(64)}, r"lora_A has shape \[64\], want \[r, 64\]"),
         ({"A": torch.randn(0, 64), "B": torch.randn(48, 0)}, "lora_A has rank 0"),
         ({"B": torch.randn(48, 5)}, r"lora_B has shape \[48, 5\], want \[48, 4\]"),

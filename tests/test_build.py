@@ -1,7 +1,9 @@
 """setup.py's decisions, asked without building: what it says, and which toolkit it takes."""
 
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,3 +255,28 @@ assert lora._read_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
         cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_make_works_where_paths_have_quotes_and_spaces(tmp_path, given):
+    """Nothing is built: the files that say what was done are there, and the interpreter is a
+    script that says how it was started."""
+    tree = tmp_path / "it's a $HOME tree"
+    python = (tmp_path / "an env's bin" if given else tree / ".venv" / "bin") / "python"
+    for folder in (tree / "tests", tree / "csrc", tree / "qlora_ext", python.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    python.write_text('#!/bin/sh\necho "$(basename "$PWD"): $*"\n')
+    python.chmod(0o755)
+    shutil.copy(Path(__file__).resolve().parent.parent / "Makefile", tree)
+    for name in ("setup.py", "pyproject.toml"):
+        (tree / name).touch()
+    name = re.sub(r"[^A-Za-z0-9.-]", "_", str(python))
+    state = tree / (f"build/state{name}" if given else ".venv/qlora_ext")
+    state.mkdir(parents=True)
+    (state / "torch").write_text("torch \n")
+    (state / "built").touch()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    words = ["make", "info", *([f"PYTHON={python}"] if given else [])]
+    made = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.endswith("tests: -m qlora_ext\n")

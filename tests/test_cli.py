@@ -1066,8 +1066,75 @@ def test_a_method_that_nobody_knows_is_refused(llama, tmp_path):
     settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     settings["quant_method"] = "QLORA_EXT"
     config_with(tmp_path / "packed", quantization_config=settings)
-    said = run("chat", tmp_path / "packed", "--prompt", "a", ok=False)
-    assert "config.json: quant_method is 'QLORA_EXT', want qlora_ext" in said
+    folder, out = tmp_path / "packed", tmp_path / "out"
+    adapter = make_adapter(load(llama), tmp_path / "adapter")
+    for words in (["chat", folder, "--prompt", "a"], ["inspect", folder], ["estimate", folder],
+                  ["quantize", folder, out], ["merge", folder, adapter, out]):  # fmt: skip
+        said = run(*words, ok=False)
+        assert "config.json: quant_method is 'QLORA_EXT', want qlora_ext" in said, words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--gpu", "inf"),
+        ("--gpu", "nan"),
+        ("--gpu", "1e308"),
+        ("--seq", 10**20),
+        ("--batch", 10**20),
+    ],
+)
+def test_numbers_that_estimate_cannot_take_are_refused_by_name(llama, words):
+    assert words[0] in run("estimate", llama, *words, ok=False)
+
+
+@pytest.mark.parametrize("command", ["chat", "inspect", "estimate"])
+def test_every_command_judges_the_settings_of_a_packed_folder(llama, tmp_path, command):
+    run("quantize", llama, tmp_path / "packed")
+    tiny_tokenizer(tmp_path / "packed")
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    more = ["--prompt", "a"] if command == "chat" else []
+    for change in ({"blocksize": 63}, {"quant_type": 5}, {"nonsense": 1}):
+        config_with(tmp_path / "packed", quantization_config={**settings, **change})
+        said = run(command, tmp_path / "packed", *more, ok=False)
+        assert (
+            "config.json: quantization_config cannot be read (" in said
+            and next(iter(change)) in said
+        )
+
+
+@pytest.mark.parametrize("kind", ["dense", "four bits", "packed", "adapter of PEFT"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_chat_refuses_values_that_are_not_finite(llama, tmp_path, kind, value):
+    make_adapter(load(llama), tmp_path / "adapter")
+    folder, key, more = llama, "model.norm.weight", ["--no-four-bit"] if kind == "dense" else []
+    if kind == "packed":
+        run("quantize", llama, tmp_path / "packed")
+        folder = tmp_path / "packed"
+    if kind == "adapter of PEFT":
+        more = ["--base", llama]
+        config = tmp_path / "adapter" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+        folder, key = (
+            tmp_path / "adapter",
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+        )
+        weights = load_file(folder / "adapter_model.safetensors")
+        for name, tensor in [*weights.items()]:
+            if name.endswith("lora_B.weight"):
+                vector = name.replace("lora_B.weight", "lora_magnitude_vector")
+                weights[vector] = torch.ones(len(tensor))
+        save_file(weights, folder / "adapter_model.safetensors")
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        if key in weights:
+            weights[key].view(-1)[0] = value
+            save_file(weights, path, metadata={"format": "pt"})
+            file = path.name
+    tiny_tokenizer(folder)
+    said = run("chat", folder, "--prompt", "a", *more, ok=False)
+    assert file in said and "holds 1 value of" in said
+    assert key.removeprefix("base_model.model.").removesuffix(".weight") in said
 
 
 @pytest.mark.parametrize(

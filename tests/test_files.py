@@ -204,9 +204,24 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
         ({"vocab_size": 2**62}, "vocab_size is 4611686018427387904, want at most"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, want 1 or more"),
         ({"num_labels": 10**9}, "num_labels is 1000000000, want at most"),
-        ({"num_labels": 2**16 + 1}, "num_labels is 65537, want at most 65,536"),
+        ({"num_labels": 2**18 + 1}, "num_labels is 262145, want at most 262,144 by the 84 weights"),
         ({"num_local_experts": 10**6}, "num_local_experts is 1000000, want at most"),
-        ({"num_local_experts": 5000}, "num_local_experts is 5000, want at most 4,096"),
+        ({"num_experts": 9000}, "num_experts is 9000, want at most 8,192 in 32 layers"),
+        (
+            {"num_experts": 3000, "num_layers": 100},
+            "num_experts is 3000, want at most 2,621 in 100 layers by the 84 weights",
+        ),
+        ({"quantization_config": {}}, "quant_method is None, want qlora_ext, bitsandbytes or"),
+        ({"quantization_config": {"quant_method": "QLORA_EXT"}}, "quant_method is 'QLORA_EXT', wa"),
+        ({"quantization_config": {"quant_method": ["x"]}}, "quant_method is ['x'], want qlora_ext"),
+        (
+            {"quantization_config": {"quant_method": "qlora_ext", "blocksize": 63}},
+            "quantization_config cannot be read (QuantConfig: blocksize",
+        ),
+        (
+            {"quantization_config": {"quant_method": "qlora_ext", "x": 1}},
+            "quantization_config cannot be read (got unknown settings ['x'])",
+        ),
         ({"architectures": 5}, "architectures is 5, want a list of names"),
         ({"architectures": [5]}, r"architectures is [5], want a list of names"),
         ({"dtype": "zzz"}, "dtype is 'zzz', want the name of a float dtype"),
@@ -224,14 +239,40 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
 def test_values_of_config_json_are_refused_by_key(tmp_path, raw, message):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **raw}))
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        read_raw_config(tmp_path, tensors=21)
+        read_raw_config(tmp_path, files_of(tmp_path, 21, 4))
+
+
+def files_of(folder, tensors, numel):
+    """A file of so many tensors with as many elements each; few bytes, whatever the numbers."""
+    state = {f"t{i}": torch.zeros(numel, dtype=torch.uint8) for i in range(tensors)}
+    save_file(state, folder / "model.safetensors")
+    return SafetensorsFiles([folder / "model.safetensors"])
 
 
 def test_deep_models_whose_weights_are_there_are_taken(tmp_path):
-    check_config(tmp_path, {"num_hidden_layers": 2000}, tensors=18_000)
+    check_config(tmp_path, {"num_hidden_layers": 2000}, files_of(tmp_path, 18_000, 1))
     check_config(tmp_path, {"vision_feature_layer": -2, "num_hidden_layers": 126})
     with pytest.raises(CheckpointError, match="num_hidden_layers is 2000, want at most 1,024"):
         check_config(tmp_path, {"num_hidden_layers": 2000})
+
+
+def test_more_experts_and_labels_than_usual_are_taken_where_their_weights_are(tmp_path):
+    check_config(tmp_path, {"num_experts": 8192})  # as with no file at hand
+    check_config(tmp_path, {"num_labels": 2**18})
+    check_config(tmp_path, {"num_experts": 2**18, "num_layers": 1})
+    many = {"num_experts": 9000, "num_layers": 40}
+    with pytest.raises(CheckpointError, match="num_experts is 9000, want at most 6,553 in 40 lay"):
+        check_config(tmp_path, many)
+    held = files_of(tmp_path, 1, 40 * 9000 * 1024)
+    check_config(tmp_path, many, held)
+    check_config(tmp_path, {"num_labels": 2**20}, held)
+    with pytest.raises(CheckpointError, match="num_experts is 9001, want at most 9,000 in 40 lay"):
+        check_config(tmp_path, {**many, "num_experts": 9001}, held)
+    # A shape without elements is no weight, whatever its other sides say.
+    save_file({"t": torch.zeros(2**40, 0)}, tmp_path / "model.safetensors")
+    empty = SafetensorsFiles([tmp_path / "model.safetensors"])
+    with pytest.raises(CheckpointError, match="num_experts is 9000"):
+        check_config(tmp_path, many, empty)
 
 
 def test_names_that_are_no_folder(tmp_path):

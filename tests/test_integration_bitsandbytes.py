@@ -271,6 +271,17 @@ def enabled():
     plugin.disable()
 
 
+def theirs_and_ours(run):
+    """run() on bitsandbytes' kernels, and on ours."""
+    theirs = run()
+    plugin.enable()
+    try:
+        assert plugin.is_enabled()
+        return theirs, run()
+    finally:
+        plugin.disable()
+
+
 def layer(quant_type="nf4", nested=True, storage=torch.uint8, bias=True):
     torch.manual_seed(0)
     dense = torch.nn.Linear(128, 96, bias=bias)
@@ -298,13 +309,7 @@ def test_linear4bit_gives_the_same(quant_type, nested, storage):
             evaluated = linear.eval()(x)
         return y.detach(), gradient, evaluated, weight, linear.weight.data
 
-    want = run()
-    plugin.enable()
-    try:
-        assert plugin.is_enabled()
-        got = run()
-    finally:
-        plugin.disable()
+    want, got = theirs_and_ours(run)
     assert torch.equal(got[4].view(torch.uint8), want[4].view(torch.uint8))
     torch.testing.assert_close(got[3], want[3], rtol=0, atol=0)
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
@@ -358,12 +363,7 @@ def test_packs_the_same_bytes_and_gives_them_back(shape, quant_type, dtype):
     halves.view(-1)[:4] = torch.tensor([-1e-5, 1e-5, 0.0, -0.0])[: halves.numel()]
     weights = [normal.to(dtype), halves.to(dtype), torch.zeros(shape, dtype=dtype)]
     with torch.compiler.set_stance("force_eager"):  # theirs compiles a kernel for each odd shape
-        want = run()
-        plugin.enable()
-        try:
-            got = run()
-        finally:
-            plugin.disable()
+        want, got = theirs_and_ours(run)
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape and g.dtype == w.dtype and torch.equal(g, w)
 
@@ -389,12 +389,7 @@ def test_packs_tiny_blocks_to_the_same_bytes(dtype, quant_type):
     mixed = normal.clone()
     mixed[1024:2048] *= 1e-39
     weights.append(mixed.to(dtype))
-    want = run()
-    plugin.enable()
-    try:
-        got = run()
-    finally:
-        plugin.disable()
+    want, got = theirs_and_ours(run)
     for (packed, state), (their_packed, their_state) in zip(got, want, strict=True):
         assert torch.equal(packed, their_packed)
         assert torch.equal(state.absmax, their_state.absmax)

@@ -631,7 +631,9 @@ def test_loftq_starts_nearer_to_the_unquantized_model(folders, through):
 
 def test_loftq_needs_the_unquantized_weights(folders):
     model = adapted(folders)
-    with pytest.raises(ValueError, match=r"loftq: .* in torch\.uint8 on cpu, want float values"):
+    with pytest.raises(
+        ValueError, match=r"loftq: .* as a tensor of torch\.uint8, want float values"
+    ):
         plugin.replace_lora_weights_loftq(model, folders[1])
     with pytest.raises(ValueError, match="no packed layer with LoRA named 'other'"):
         plugin.replace_lora_weights_loftq(model, folders[0], adapter_name="other")
@@ -874,9 +876,49 @@ def test_unload_while_merged_is_refused(folders):
     assert packed == sum(isinstance(m, Linear4bit) for m in base_model(folders).modules())
 
 
-def test_modules_to_save_on_a_packed_layer_is_refused(folders):
-    with pytest.raises(ValueError, match="modules_to_save names a Linear4bit, whose packed weight"):
-        peft.get_peft_model(base_model(folders), lora_config(modules_to_save=["o_proj"]))
+@pytest.mark.parametrize("how", ["first", "second"])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"modules_to_save": ["o_proj"]}, "modules_to_save names a Linear4bit, whose packed weig"),
+        (
+            {"target_parameters": ["o_proj.weight"]},
+            "target_parameters got .*o_proj.weight, a 4-bit",
+        ),
+    ],
+)
+def test_a_refused_setting_leaves_the_model_as_it_was(folders, how, settings, message):
+    """Layers that PEFT wrapped before the one that is refused are put back, and train as before."""
+    model = base_model(folders)
+    if how == "second":
+        wrapped = peft.get_peft_model(model, lora_config())
+
+    def look():
+        layers = [(name, type(module)) for name, module in model.named_modules()]
+        ranks = [dict(m.r) for m in model.modules() if hasattr(m, "lora_A")]
+        return layers, ranks, {n: p.requires_grad for n, p in model.named_parameters()}
+
+    before = look()
+    with pytest.raises(ValueError, match=message):
+        if how == "first":
+            peft.get_peft_model(model, lora_config(**settings))
+        else:
+            wrapped.add_adapter("other", lora_config(**settings))
+    assert look() == before
+    if how == "second":
+        wrapped.add_adapter("other", lora_config())
+    else:
+        peft.get_peft_model(model, lora_config())
+
+
+def test_merging_refuses_a_value_outside_the_adapted_layers_and_changes_nothing(folders):
+    model = adapted(folders)
+    with torch.no_grad():
+        model.base_model.model.model.norm.weight[0] = float("inf")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match=r"merge_and_unload: .*model.norm.weight holds 1 value of"):
+        model.merge_and_unload()
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
 
 
 def test_model_of_inference_mode_is_refused_before_it_trains(folders):

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -317,14 +318,15 @@ def test_what_the_dtype_cannot_hold_is_not_saved(llama, tmp_path, way):
     model.save_pretrained(tmp_path / "wide")
     if way == "dtype":
         settings = {"quantization_config": qlora_ext.QLoraExtConfig()}
-        model = load(tmp_path / "wide", dtype=torch.float16, **settings)
+        with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight holds 1 value of"):
+            load(tmp_path / "wide", dtype=torch.float16, **settings)
+        return
+    model = qlora_ext.quantize_model(model, progress_bar=False)
+    model.save_pretrained(tmp_path / "packed")
+    if way == "half()":
+        model = model.half()
     else:
-        model = qlora_ext.quantize_model(model, progress_bar=False)
-        model.save_pretrained(tmp_path / "packed")
-        if way == "half()":
-            model = model.half()
-        else:
-            model.get_input_embeddings().weight.data[3, 5] = float("nan")
+        model.get_input_embeddings().weight.data[3, 5] = float("nan")
     name = r"save_pretrained: model\.embed_tokens\.weight"
     with pytest.raises(OverflowError, match=rf"{name} holds 1 value of .* cannot hold"):
         model.save_pretrained(tmp_path / "out")
@@ -560,9 +562,9 @@ def test_the_quant_method_has_one_spelling(copy_of_packed):
     config = json.loads((copy_of_packed / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "QLORA_EXT"
     (copy_of_packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is quantized by QLORA_EXT, want qlora_ext"):
+    with pytest.raises(ValueError, match="quant_method is 'QLORA_EXT', want qlora_ext"):
         qlora_ext.from_pretrained(copy_of_packed)
-    with pytest.raises(CheckpointError, match="is quantized by QLORA_EXT, want an unquantized"):
+    with pytest.raises(CheckpointError, match="quant_method is 'QLORA_EXT', want qlora_ext"):
         Checkpoint(copy_of_packed)
 
 
@@ -602,3 +604,84 @@ def test_edited_config(copy_of_packed):
     (copy_of_packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="blocksize"):
         load(copy_of_packed)
+
+
+def changed(packed, folder, **tensors):
+    """A copy of the packed folder with other tensors under some keys; None leaves one out."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(packed[0], folder)
+    state = {**load_file(folder / "model.safetensors"), **tensors}
+    state = {key: tensor for key, tensor in state.items() if tensor is not None}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("through", ["AutoModel", "AutoModelForCausalLM", "ours"])
+def test_loading_refuses_values_that_are_not_finite(packed, tmp_path, key, value, through):
+    tensor = packed[1].state_dict()[key].clone()
+    tensor.view(-1)[3] = value
+    folder = changed(packed, tmp_path / "bad", **{key: tensor})
+    transformers = pytest.importorskip("transformers")
+    load = qlora_ext if through == "ours" else getattr(transformers, through)
+    with pytest.raises(CheckpointError, match=r"bad/model.safetensors: .*holds 1 value") as error:
+        load.from_pretrained(folder)
+    assert f": {key} holds" in str(error.value)
+
+
+def test_loading_refuses_values_beyond_the_dtype_that_is_asked_for(llama, packed, tmp_path):
+    norm = packed[1].model.norm.weight.detach().clone()
+    norm[0] = 1e20
+    folder = changed(packed, tmp_path / "big", **{"model.norm.weight": norm})
+    assert load(folder, dtype=torch.bfloat16).model.norm.weight[0] > 9e19
+    with pytest.raises(CheckpointError, match=r"stored in torch.float32: load it with that dtype"):
+        load(folder, dtype=torch.float16)
+    # While packing, too.
+    dense = tmp_path / "dense"
+    model = load(llama)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(dense)
+    with pytest.raises(CheckpointError, match=r"dense/model.*: model.norm.weight holds 1 value"):
+        load(dense, quantization_config=qlora_ext.QLoraExtConfig())
+
+
+@pytest.mark.parametrize("lacks", ["weight", "weight_absmax", "weight_codebook"])
+@pytest.mark.parametrize("layer", ["embed_tokens", "layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("through", ["AutoModel", "AutoModelForCausalLM"])
+def test_a_packed_layer_without_one_of_its_tensors_is_refused(
+    llama, tmp_path, lacks, layer, through
+):
+    """Of a packed embedding transformers made the weight anew, at random, with a warning."""
+    transformers = pytest.importorskip("transformers")
+    model = load(llama)
+    qlora_ext.quantize_model(model, quantize_embeddings=True, progress_bar=False)
+    model.save_pretrained(tmp_path / "packed")
+    key = f"model.{layer}.{lacks}"
+    folder = changed((tmp_path / "packed", model), tmp_path / "bad", **{key: None})
+    with pytest.raises(
+        CheckpointError, match=r"bad/model.safetensors: .* the checkpoint lacks"
+    ) as e:
+        getattr(transformers, through).from_pretrained(folder)
+    assert key in str(e.value)
+
+
+def test_dequantize_refuses_a_narrower_dtype_and_changes_nothing(packed):
+    model = load(packed[0])
+    layer = model.model.layers[1].mlp.up_proj
+    big = torch.full((layer.out_features, layer.in_features), 1e20)
+    model.model.layers[1].mlp.up_proj = Linear4bit.from_linear(dense_of(big))
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(OverflowError, match=r"dequantize: model.layers.1.mlp.up_proj.weight holds"):
+        model.dequantize(torch.float16)
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.dequantize(torch.bfloat16).model.layers[1].mlp.up_proj.weight.isfinite().all()
+
+
+def dense_of(weight):
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight
+    return linear

@@ -1,6 +1,7 @@
 """merge_into_4bit: merging into 4 bits keeps the fine-tune (issue 5, point 6)."""
 
 import copy
+import math
 import re
 import warnings
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_merge import EVERYTHING, trained
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import qlora_ext
 from qlora_ext import (
@@ -640,12 +642,92 @@ def test_few_tokens_warn():
     with pytest.warns(
         UserWarning, match=rf"calibration has {384 + real} tokens, want at least 512"
     ):
-        qlora_ext.merge_4bit._batches([*text(3), half])
+        qlora_ext.merge_4bit._batches([*text(3), half], nn.Module())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qlora_ext.merge_4bit._batches(text(4))
+        qlora_ext.merge_4bit._batches(text(4), nn.Module())
         # Inputs whose tokens cannot be counted.
-        qlora_ext.merge_4bit._batches([{"inputs_embeds": torch.ones(1, 1, 64)}])
+        qlora_ext.merge_4bit._batches([{"inputs_embeds": torch.ones(1, 1, 64)}], nn.Module())
+
+
+BATCHES = {
+    "none": ({"input_ids": None}, r"\[0\] has no input_ids, want token ids"),
+    "empty": ({}, r"\[0\] is empty, want input_ids"),
+    "key": ({1: text(1)[0]}, r"\[0\] has the key 1, want names of arguments"),
+    "float": (torch.rand(4, 32), r"\[0\] is a tensor of torch.float32, want int64 token ids"),
+    "float in a dict": (
+        {"input_ids": torch.rand(4, 32)},
+        r"\['input_ids'\] is a tensor of torch.f",
+    ),
+    "list": ({"input_ids": [[1, 2]]}, r"\['input_ids'\] is list, want int64 token ids"),
+    "one dimension": (
+        torch.arange(9),
+        r"\[0\] is of shape \[9\], want int64 token ids \[batch, to",
+    ),
+    "three": (torch.zeros(1, 2, 3).long(), r"\[0\] is of shape \[1, 2, 3\], want int64"),
+    "beyond": (torch.full((4, 32), 10**6), r"\[0\] has token 1000000, want ids from 0 to"),
+    "negative": ({"input_ids": torch.full((4, 32), -1)}, r"\['input_ids'\] has token -1, want ids"),
+    "meta": (torch.zeros(4, 32, device="meta").long(), r"\[0\] is a tensor without data"),
+    "sparse": (torch.zeros(4, 32).long().to_sparse(), r"\[0\] is a tensor of layout torch.sparse_"),
+    "mask": (
+        {"input_ids": text(1)[0], "attention_mask": "x"},
+        r"\['attention_mask'\] is 'x', want",
+    ),
+    "other mask": (
+        {"input_ids": text(1)[0], "attention_mask": torch.ones(4, 7)},
+        r"\['attention_mask'\] has shape \[4, 7\], want input_ids' \[4, 32\]",
+    ),
+    "labels": (
+        {"input_ids": text(1)[0], "labels": torch.ones(3).long()},
+        r"the model's forward fails on calibration\[0\]: ValueError: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.filterwarnings("ignore:merge_into_4bit. calibration has")
+def test_batches_that_are_no_text_are_refused_by_number_and_name(kind):
+    batch, message = BATCHES[kind]
+    model = small(trained())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="^merge_into_4bit: .*" + message):
+        qlora_ext.merge_into_4bit(model, calibration=[batch], progress_bar=False)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_later_batch_is_refused_before_anything_runs():
+    model = small(trained())
+    batches = [*text(4), torch.full((4, 32), 10**6)]
+    with pytest.raises(ValueError, match=r"calibration\[4\] has token 1000000"):
+        qlora_ext.merge_into_4bit(model, calibration=batches, progress_bar=False)
+
+
+@pytest.mark.parametrize("kind", ["none", "meta", "fake", "sparse", "nan", "complex", "key"])
+def test_weights_of_a_base_that_are_none_are_refused_by_name(kind):
+    model = small(trained())
+    name = next(n for n, m in model.named_modules() if isinstance(m, Linear4bit))
+    packed = model.get_submodule(name)
+    weight = torch.zeros(packed.out_features, packed.in_features)
+    with FakeTensorMode():
+        fake = torch.zeros(4, 4)
+    value = {
+        "none": None,
+        "meta": weight.to("meta"),
+        "fake": fake,
+        "sparse": weight.to_sparse(),
+        "nan": weight.fill_(math.nan),
+        "complex": weight.to(torch.complex64),
+        "key": None,
+    }[kind]
+    key = 5 if kind == "key" else f"{name}.weight"
+    with pytest.raises((ValueError, OverflowError)) as error:
+        qlora_ext.merge_into_4bit(model, base={key: value}, progress_bar=False)
+    said = str(error.value)
+    assert said.startswith("merge_into_4bit: base") and f"{name}.weight" in said
+    want = {"nan": "NaNs among them", "key": "want the unquantized model", "none": "as NoneType"}
+    assert want.get(kind, "want float values") in said
 
 
 def test_bases_that_are_refused(tmp_path):

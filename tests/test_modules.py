@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import qlora_ext
 from qlora_ext import QuantConfig
@@ -318,6 +319,34 @@ def test_damaged_statistics_are_refused():
     state = good_state()
     state["weight_nested"] = torch.full((2,), math.nan).view(torch.uint8)
     assert "q.weight_nested holds a NaN or an infinity" in load_error(state)
+
+
+def test_scales_beyond_float32_are_refused():
+    state = good_state()
+    state["weight_nested"] = torch.full((2,), 3e38).view(torch.uint8)
+    assert "q.weight_nested makes scales beyond float32" in load_error(state)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("key", ["weight", "weight_absmax", "weight_nested", "weight_codebook"])
+def test_a_layer_with_data_takes_no_tensor_without(key, kind, assign):
+    layer = Linear4bit(64, 16)
+    want = packed_bytes(layer)
+    state = dict(layer.state_dict())
+    with FakeTensorMode():
+        fake = torch.zeros(state[key].shape, dtype=torch.uint8)
+    state[key] = fake if kind == "fake" else state[key].to("meta")
+    with pytest.raises(RuntimeError, match=f"Linear4bit: {key} is a tensor without data"):
+        layer.load_state_dict(state, assign=assign)
+    assert packed_bytes(layer).keys() == want.keys()
+    assert all(torch.equal(packed_bytes(layer)[name], want[name]) for name in want)
+
+
+def test_a_layer_without_data_may_be_given_none():
+    layer = Linear4bit(64, 16, device="meta")
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    assert layer.weight.is_meta
 
 
 def test_failed_load_changes_nothing():

@@ -203,8 +203,13 @@ Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
   check_tensor(op, arg, tensor);
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == want.size();
-  for (size_t d = 0; same && d < want.size(); ++d) same = sizes[d] == want.begin()[d];
-  QLORA_CHECK(same, op, arg, " has shape ", list_string(sizes), ", want ", list_string(Ints(want)));
+  for (size_t d = 0; same && d < want.size(); ++d)
+    same = want.begin()[d] == kAnyRank || sizes[d] == want.begin()[d];
+  if (!same) {
+    std::string text = list_string(Ints(want));
+    if (const size_t any = text.find("-1"); any != std::string::npos) text.replace(any, 2, "r");
+    fail(op, arg, " has shape ", list_string(sizes), ", want ", text);
+  }
   check_same_device(op, arg, tensor, device_of);
   Dense dense;
   dense.dtype = float_dtype(op, arg, tensor.scalar_type());

@@ -96,6 +96,7 @@ struct Dense {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
 };
+constexpr int64_t kAnyRank = -1;  // a size of `want` that the tensor may choose, "r" in errors
 Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
                std::initializer_list<int64_t> want, const Tensor& device_of);
 

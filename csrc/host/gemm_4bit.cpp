@@ -85,11 +85,8 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const Opti
               " is missing, want both or neither");
   Rows rows_S;
   if (lora_S) {
-    check_tensor(op, "lora_B", *lora_B);
-    QLORA_CHECK(lora_B->dim() == 2, op, "lora_B has shape ", list_string(lora_B->sizes()),
-                ", want [", p.weight.N, ", r]");
+    dense_B = as_dense(op, "lora_B", *lora_B, {p.weight.N, kAnyRank}, x);
     p.R = lora_B->size(1);
-    dense_B = as_dense(op, "lora_B", *lora_B, {p.weight.N, p.R}, x);
     rows_S = as_rank_rows(op, "lora_S", *lora_S, p.M, p.R, x);
     p.lora_S = static_cast<const float*>(rows_S.data);
     p.lora_B = dense_B.data;

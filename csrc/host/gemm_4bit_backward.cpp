@@ -53,11 +53,8 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
   Dense dense_A;
   Tensor dense_dS;
   if (lora_dS) {
-    check_tensor(op, "lora_A", *lora_A);
-    QLORA_CHECK(lora_A->dim() == 2, op, "lora_A has shape ", list_string(lora_A->sizes()),
-                ", want [r, ", p.weight.K, "]");
+    dense_A = as_dense(op, "lora_A", *lora_A, {kAnyRank, p.weight.K}, dY);
     p.R = lora_A->size(0);
-    dense_A = as_dense(op, "lora_A", *lora_A, {p.R, p.weight.K}, dY);
     const Rows rows_dS = as_rank_rows(op, "lora_dS", *lora_dS, p.M, p.R, dY);
     dense_dS = contiguous(op, "lora_dS", rows_dS.tensor, 4);
     p.lora_dS = static_cast<const float*>(dense_dS.data_ptr());

@@ -5,12 +5,9 @@ namespace qlora_ext::host {
 LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
                       int64_t K, const Tensor& device_of) {
   LoraPair pair;
-  check_tensor(op, "lora_A", lora_A);
-  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
-              ", want [r, ", K, "]");
+  pair.A = as_dense(op, "lora_A", lora_A, {kAnyRank, K}, device_of);
   pair.R = lora_A.size(0);
   QLORA_CHECK(pair.R > 0, op, "lora_A has rank 0, want [r, ", K, "] with r of 1 or more");
-  pair.A = as_dense(op, "lora_A", lora_A, {pair.R, K}, device_of);
   pair.B = as_dense(op, "lora_B", lora_B, {N, pair.R}, device_of);
   QLORA_CHECK(pair.A.dtype == pair.B.dtype, op, "lora_B has dtype ",
               dtype_name(lora_B.scalar_type()), ", want lora_A's ",
@@ -21,11 +18,8 @@ LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B
 Tensor shrink(const char* op, const Tensor& x, const Tensor& lora_A, double scaling,
               const DeviceScope& scope) {
   const Rows rows = as_rows(op, "x", x);
-  check_tensor(op, "lora_A", lora_A);
-  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
-              ", want [r, ", rows.cols, "]");
+  const Dense A = as_dense(op, "lora_A", lora_A, {kAnyRank, rows.cols}, x);
   const int64_t R = lora_A.size(0);
-  const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
   const Tensor S = empty(op, "S", replace_last(x, R), ScalarType::Float, x);
   LoraShrinkParams p{};
   p.x = rows.data;
@@ -54,11 +48,8 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
                                            const Tensor& lora_A, double scaling, bool need_dx,
                                            const DeviceScope& scope) {
   const Rows rows = as_rows(op, "x", x);
-  check_tensor(op, "lora_A", lora_A);
-  QLORA_CHECK(lora_A.dim() == 2, op, "lora_A has shape ", list_string(lora_A.sizes()),
-              ", want [r, ", rows.cols, "]");
+  const Dense A = as_dense(op, "lora_A", lora_A, {kAnyRank, rows.cols}, x);
   const int64_t R = lora_A.size(0);
-  const Dense A = as_dense(op, "lora_A", lora_A, {R, rows.cols}, x);
   const Rows dS_rows = as_rank_rows(op, "dS", dS, rows.rows, R, x);
   const Tensor dense_dS = contiguous(op, "dS", dS_rows.tensor, 4);  // as kernels read it
   Tensor dA = empty(op, "dA", {R, rows.cols}, lora_A.scalar_type(), x);
@@ -100,11 +91,8 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
                                            const Tensor& lora_B, double scaling,
                                            const DeviceScope& scope) {
   const Rows rows = as_rows(op, "dY", dY);
-  check_tensor(op, "lora_B", lora_B);
-  QLORA_CHECK(lora_B.dim() == 2, op, "lora_B has shape ", list_string(lora_B.sizes()), ", want [",
-              rows.cols, ", r]");
+  const Dense B = as_dense(op, "lora_B", lora_B, {rows.cols, kAnyRank}, dY);
   const int64_t R = lora_B.size(1);
-  const Dense B = as_dense(op, "lora_B", lora_B, {rows.cols, R}, dY);
   const Rows S = as_rank_rows(op, "lora_S", lora_S, rows.rows, R, dY);
   Tensor dS = empty(op, "dS", replace_last(dY, R), ScalarType::Float, dY);
   Tensor dB = empty(op, "dB", {rows.cols, R}, lora_B.scalar_type(), dY);

@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 
 
+MOST = 2**31  # of what a user counts: tokens, samples, GiB
+
 QuantType = Enum("QuantType", {name: name for name in _C.codebooks()}, type=str)
 
 
@@ -350,8 +352,10 @@ def inspect(
 @app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="Folder, config.json or hub name.")],
-    seq: Annotated[int, typer.Option("--seq", min=1, help="Tokens per sample.")] = 512,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per forward pass.")] = 1,
+    seq: Annotated[int, typer.Option("--seq", min=1, max=MOST, help="Tokens per sample.")] = 512,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=MOST, help="Samples per forward pass.")
+    ] = 1,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 8,
     target: Annotated[
         str,
@@ -374,6 +378,8 @@ def estimate(
     An estimate: what is stored and saved is counted exactly on the meta device, what allocators and
     kernels add is not.
     """
+    if gpu is not None and not gpu <= MOST:
+        raise CliError(f"--gpu is {gpu:g}, want GiB of memory, at most {MOST:,}")
     config = None if dense else quant_config(quant_type, blocksize, double_quant)
     import torch
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..checkpoint import (
     build_folder,
@@ -17,7 +16,7 @@ from ..checkpoint import (
     stored_method,
     unquantized,
 )
-from ..checks import bad_regex, short
+from ..checks import bad_regex, check_parameters, short
 from ..files import SafetensorsFiles, find_folder, read_json, reading, safetensors_files
 from ..lora import NotPlainLora
 from .errors import CliError
@@ -120,12 +119,12 @@ def load_model(folder: Path, packing, device: str):
         CheckpointError, CliError: a folder that is no checkpoint in safetensors files, or whose
             config.json describes a much larger model than they hold.
     """
-    from ..integrations.transformers import from_pretrained
+    from ..integrations.transformers import check_loaded, from_pretrained
 
     if os.path.lexists(folder / ADAPTER):
         raise CliError(f"{folder} is an adapter ({ADAPTER}), want the model that it is for")
     files = SafetensorsFiles(safetensors_files(folder), any_dtype=True)
-    config = read_config(folder, len(files))
+    config = read_config(folder, files)
     settings = {
         "dtype": "auto",
         "device_map": None if device == "cpu" else device,
@@ -140,17 +139,13 @@ def load_model(folder: Path, packing, device: str):
         load = transformers.AutoModelForCausalLM.from_pretrained
         if method in ("qlora_ext", "bitsandbytes"):
             load = from_pretrained
-        elif method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            # transformers would read packed bytes as if they were weights.
-            raise CliError(
-                f"{folder / 'config.json'}: quant_method is {short(method)}, want qlora_ext, "
-                "bitsandbytes or another that transformers knows"
-            )
         elif method is None and packing is not None:
             settings["quantization_config"] = packing
         model, info = load(folder, output_loading_info=True, **settings)
         # Of whatever class was saved: a head made anew has nothing to say.
         check_nothing_anew(folder, model, info["missing_keys"])
+        if method != "qlora_ext" and "quantization_config" not in settings:
+            check_loaded(model, files.paths)  # no quantizer of ours did
         return model
 
 
@@ -183,9 +178,13 @@ def load_adapter(model, folder: Path) -> None:
         try:
             import peft
 
-            peft.PeftModel.from_pretrained(model, folder)  # the model is adapted in place
+            adapted = peft.PeftModel.from_pretrained(model, folder)  # in place
         except Exception:  # the first sentence is the one that helps
             raise CliError(str(error)) from None
+        try:
+            check_parameters(str(folder / ADAPTER_WEIGHTS), adapted)
+        except OverflowError as bad:
+            raise CliError(str(bad)) from None
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
 

@@ -55,6 +55,8 @@ def read(path: Path) -> Contents:
     """What is in a checkpoint's or adapter's folder, or in one safetensors file."""
     files, settings, kind = _find(path)
     names = headers = SafetensorsFiles(files, any_dtype=True)
+    if kind == "unquantized" and settings:
+        check_config(path / "config.json", settings, headers)
     if any(MARK in key for key in names):
         kind = "bitsandbytes, 4 bits"
     elif any(key.endswith(".weight_absmax") for key in names):
@@ -82,7 +84,6 @@ def _find(path: Path) -> tuple[list[Path], dict, str]:
     config = {}
     if os.path.lexists(path / "config.json"):
         config = read_json(path / "config.json")
-        check_config(path / "config.json", config)
     return safetensors_files(path), config, "unquantized"
 
 

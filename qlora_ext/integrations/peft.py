@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 import math
@@ -55,9 +56,9 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
-from ..checks import check_finite, check_scaling
+from ..checks import check_finite, check_parameters, check_scaling
 from ..lora import check_trainable
-from ..merge import IN_MEMORY
+from ..merge import IN_MEMORY, check_weight
 from ..merge_4bit import UnquantizedWeights
 from ..models import check_whole, output_embeddings
 from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, _Lora, _Packed4bit
@@ -723,8 +724,10 @@ def _merge_and_unload(original):
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:
             _check_mergeable("merge_and_unload", self.model)
-            if len(args) < 2 and any(isinstance(m, _Packed4bit) for m in self.model.modules()):
-                kwargs["safe_merge"] = True  # of the dense layers too, which PEFT merges
+            if any(isinstance(m, _Packed4bit) for m in self.model.modules()):
+                _check_unadapted(self.model, self.prefix)
+                if len(args) < 2:
+                    kwargs["safe_merge"] = True  # of the dense layers too, which PEFT merges
         else:
             _refuse_merged(self.model)
         model = original(self, merge, *args, **kwargs)
@@ -733,6 +736,63 @@ def _merge_and_unload(original):
         return model
 
     return _unload_and_optionally_merge
+
+
+def _check_unadapted(model: torch.nn.Module, prefix: str) -> None:
+    """ValueError, before PEFT changes anything, for a value without adapter that its dtype cannot
+    hold: of a norm, a bias, or a packed layer that becomes dense. Merging checks the others."""
+    adapters = {name for name, _ in model.named_parameters() if prefix in name}
+    try:
+        check_parameters("merge_and_unload", model, skipped=adapters)
+        for name, module in model.named_modules():
+            is_adapted = name.endswith("base_layer")
+            if isinstance(module, (Linear4bit, Embedding4bit)) and not is_adapted:
+                check_weight(f"merge_and_unload: {name}.weight", module, module.dtype)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+
+
+def _all_or_nothing(original):
+    """Wraps a tuner's `inject_adapter`: where one layer of a model with packed layers is refused,
+    those that were wrapped before it are put back, and what was trainable is again."""
+
+    @functools.wraps(original)
+    def inject_adapter(self, model, *args, **kwargs):
+        modules = list(model.modules())
+        if not any(isinstance(module, _Packed4bit) for module in modules):
+            return original(self, model, *args, **kwargs)
+        before = [(module, _attributes(module)) for module in modules]
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            return original(self, model, *args, **kwargs)
+        except BaseException:
+            for module, attributes in before:
+                _put_back(module, attributes)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    return inject_adapter
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Each attribute, and where it is a container a copy of it: children, adapters' settings."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
+        for name, value in module.__dict__.items()
+    }
+
+
+def _put_back(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    """Undoes changes since `_attributes`; containers stay the same objects."""
+    module.__dict__.clear()
+    for name, (value, content) in attributes.items():
+        module.__dict__[name] = value
+        if isinstance(value, list):
+            value[:] = content
+        elif isinstance(value, (dict, set)) and value != content:
+            value.clear()
+            value.update(content)
 
 
 def _refuse_packed_layer(original, what: str):
@@ -1019,6 +1079,8 @@ def attach() -> None:
     for tuner in _subclasses(BaseTuner):
         if "_create_and_replace" in vars(tuner):
             tuner._create_and_replace = _refuse_packed(tuner._create_and_replace)
+        if "inject_adapter" in vars(tuner):
+            tuner.inject_adapter = _all_or_nothing(tuner.inject_adapter)
         if "_unload_and_optionally_merge" in vars(tuner):
             tuner._unload_and_optionally_merge = _merge_and_unload(
                 tuner._unload_and_optionally_merge

@@ -40,9 +40,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import check_parameters
+from ..checks import CheckpointError, check_finite, check_parameters, lacks_data, narrower
 from ..experts import Experts4bit, is_fused_experts
-from ..files import SafetensorsFiles, reading, safetensors_files
+from ..files import FLOATS, SafetensorsFiles, reading, safetensors_files
 from ..merge import check_weight, dense_layer
 from ..models import (
     check_whole,
@@ -67,6 +67,7 @@ from ..quantized_tensor import QuantConfig, QuantizedTensor, dequantize_4bit, qu
 
 QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
+_ALWAYS = ("weight", "weight_absmax", "weight_codebook")  # of every packed layer
 
 
 class QLoraExtConfig(QuantizationConfigMixin):
@@ -297,6 +298,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self, model, dtype=None, checkpoint_files=None, **kwargs
     ):
         self._check_distribution(getattr(model.config, "distributed_config", None))
+        self.checkpoint_files = checkpoint_files
         config = self.quantization_config
         keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
         self.plan = plan = Plan(
@@ -400,8 +402,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
             if self.pre_quantized:
                 advice = "it is damaged: save the packed model again, or pack the unquantized one"
-            raise ValueError(
-                f"{type(model).__name__}: the checkpoint lacks {', '.join(missing)}; {advice}"
+            layer = missing[0].rpartition(".")[0]
+            where = source_of(model, f"{layer}.weight", self.checkpoint_files)[0]
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
+                f"{', '.join(missing)}; {advice}"
             )
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             # From here on the model is in our layout, and saving has nothing to convert back.
@@ -414,13 +419,13 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 )
             ]
         if self.pre_quantized:
-            damage = [
-                sentence
-                for name, layer in layers.items()
-                for sentence in layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
-            ]
-            if damage:
-                raise ValueError("; ".join(damage))
+            for name, layer in layers.items():
+                damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
+                if damage:
+                    where = source_of(model, f"{name}.weight", self.checkpoint_files)[0]
+                    raise CheckpointError(f"{where}: " * bool(where) + "; ".join(damage))
+        check_loaded(model, self.checkpoint_files)
+        del self.checkpoint_files
         model.quantization_report = self.plan.report(
             self.plan.packed_layer(name, model.get_submodule(name)) for name in self.plan.names
         )
@@ -433,10 +438,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         if isinstance(dtype, str):  # what a saved config holds
             dtype = getattr(torch, dtype)
-        if dtype is not None:
-            check_parameters("dequantize", model, dtype)
-            model.to(dtype)
-        leave_no_packed_layer(model)
+        leave_no_packed_layer(model, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -473,8 +475,9 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
         kwargs: for its from_pretrained: dtype, device_map, ...
 
     Raises:
-        ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged, or
-            say what no model can be made of (CheckpointError, which names the file).
+        ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged,
+            hold a NaN or an infinity, or say what no model can be made of (CheckpointError, which
+            names the file).
     """
     from ..checkpoint import check_nothing_anew, loading, read_config, stored_method
 
@@ -486,7 +489,7 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     files = None
     if config is None and local:
         files = SafetensorsFiles(safetensors_files(Path(path)), any_dtype=True)
-        config = read_config(Path(path), len(files))
+        config = read_config(Path(path), files)
     elif config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub_kwargs)
     stored = getattr(config, "quantization_config", None)
@@ -656,17 +659,24 @@ def as_it_was(linear: torch.nn.Linear) -> torch.nn.Module:
     return conv1d.train(linear.training)
 
 
-def leave_no_packed_layer(model: torch.nn.Module) -> None:
-    """Makes every packed layer of a model dense, in the dtype the layer stands for, in place.
+def leave_no_packed_layer(model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes every packed layer of a model dense, in place.
 
     The model is an ordinary one afterwards: saving it writes no quantization config.
+
+    Args:
+        dtype: of the result; None keeps that of each parameter, and of each packed layer the one
+            that it stands for.
 
     Raises:
         OverflowError: that dtype cannot hold a weight; the model is then as it was.
     """
+    check_parameters("dequantize", model, dtype)
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, Embedding4bit)):
-            check_weight(f"dequantize: {name}.weight", module, module.dtype)
+            check_weight(f"dequantize: {name}.weight", module, dtype or module.dtype)
+    if dtype is not None:
+        model.to(dtype)
     done = set()  # experts become one dense module with the layer that holds them
     for module in list(model.modules()):
         if module in done:
@@ -688,8 +698,8 @@ def leave_no_packed_layer(model: torch.nn.Module) -> None:
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def _headers(checkpoint_files) -> dict[str, tuple[str, int]]:
-    """Key -> dtype as safetensors names it, and bytes, of every tensor of a checkpoint.
+def _headers(checkpoint_files) -> dict[str, tuple[str, int, Path]]:
+    """Key -> dtype as safetensors names it, bytes and file, of every tensor of a checkpoint.
 
     Raises:
         CheckpointError: a safetensors file that is damaged. Of another file that cannot be read
@@ -698,7 +708,10 @@ def _headers(checkpoint_files) -> dict[str, tuple[str, int]]:
     paths = [Path(file) for file in checkpoint_files or []]
     others = [path for path in paths if path.suffix != ".safetensors"]
     tensors = SafetensorsFiles([path for path in paths if path not in others], any_dtype=True)
-    found = {key: (dtype, tensors.nbytes(key)) for key, dtype in tensors.stored.items()}
+    found = {
+        key: (dtype, tensors.nbytes(key), tensors.where[key])
+        for key, dtype in tensors.stored.items()
+    }
     for path in others:
         try:
             state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
@@ -706,8 +719,65 @@ def _headers(checkpoint_files) -> dict[str, tuple[str, int]]:
             return {}
         for key, tensor in state.items():
             dtype = "U8" if tensor.dtype == torch.uint8 else str(tensor.dtype)
-            found[key] = dtype, tensor.nbytes
+            found[key] = dtype, tensor.nbytes, path
     return found
+
+
+def check_loaded(model, checkpoint_files) -> None:
+    """Checks the dense weights and saved buffers of a model that was just read: norms, biases,
+    embeddings, heads. Packed statistics are checked by their layers.
+
+    Args:
+        checkpoint_files: the paths it was read from, or None; for the error.
+
+    Raises:
+        CheckpointError: one holds a NaN or an infinity, in the file or after the cast to the
+            model's dtype; names file and tensor. A buffer may be a mask with infinities.
+    """
+    buffers = {
+        f"{name}.{key}".lstrip("."): buffer
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+    for name, tensor in [*model.named_parameters(), *buffers.items()]:
+        if tensor.dtype not in FLOATS or lacks_data(tensor):
+            continue
+        values = local_part(tensor.detach())
+        if name in buffers:
+            values = values[~values.isinf()]
+        try:
+            check_finite(name, values, tensor.dtype)
+        except OverflowError as error:
+            where, key, stored = source_of(model, name, checkpoint_files)
+            if stored in FLOATS and narrower(tensor.dtype, stored):
+                error = f"{error}; it is stored in {stored}: load it with that dtype"
+            raise CheckpointError(
+                f"{where}: {str(error).replace(name, key, 1)}" if where else str(error)
+            ) from None
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def source_of(model, name: str, checkpoint_files) -> tuple[str, str, torch.dtype | None]:
+    """Where a tensor of a model comes from: file, name there and dtype; ("", name, None) where it
+    is not known."""
+    paths = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+    try:
+        files = SafetensorsFiles(paths, any_dtype=True)
+        conversions = get_model_conversion_mapping(model, None, None)
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        state, prefix = model.state_dict(), model.base_model_prefix
+        for key in files:
+            if rename_source_key(key, renamings, converters, prefix, state)[0] == name:
+                return str(files.where[key]), key, files.dtypes.get(key)
+    except Exception:  # an error is being reported, which says more than this one
+        pass
+    return "", name, None
 
 
 def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
@@ -720,6 +790,7 @@ def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
 
     Raises:
         ValueError: a tensor of a packed layer that is not bytes. transformers would cast it.
+        CheckpointError: a layer of which some packed tensors are there and others are not.
     """
     headers = _headers(checkpoint_files)
     if not headers:
@@ -734,10 +805,18 @@ def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
                     f"{key}: dtype got {headers[key][0]}, want U8, packed bytes; the checkpoint "
                     "was changed after it was saved"
                 )
+        for key, (layer, kind) in owner.items():
+            lacks = [k for k in _ALWAYS if f"{layer}.{k}" not in headers] if layer in ours else []
+            if lacks and kind in _PACKED_KEYS:
+                raise CheckpointError(
+                    f"{headers[key][2]}: {key} is there, and the checkpoint lacks "
+                    f"{', '.join(f'{layer}.{k}' for k in lacks)}; it is damaged: save the packed "
+                    "model again, or pack the unquantized one"
+                )
         theirs = {key.rpartition(".weight.")[0] for key in headers if ".weight." in key}
         alone = {
             key.removesuffix(".weight")
-            for key, (dtype, _) in headers.items()
+            for key, (dtype, _, _) in headers.items()
             if key.endswith(".weight") and dtype == "U8"
         }
         all_packed = ours | theirs | alone

@@ -44,6 +44,14 @@ extern "C" __attribute__((visibility("default"))) void simt_plan(const char* op,
   w.blocksize = 64;
   w.num_blocks = N * K / 64;
   const std::string name = op;
+  const auto shrink = [&](auto p) {
+    p.M = M;
+    p.R = R;
+    p.K = K;
+    p.x_stride = K;
+    p.dtype = type;
+    return p;
+  };
   int64_t bytes = 0, numel = 1;
   plan[1] = 0;
   if (name == "gemm_4bit") {
@@ -65,22 +73,10 @@ extern "C" __attribute__((visibility("default"))) void simt_plan(const char* op,
     plan[1] = launch::chunk_columns_gemm_4bit_backward(p);
     numel = M * K;
   } else if (name == "lora_shrink") {
-    LoraShrinkParams p{};
-    p.M = M;
-    p.R = R;
-    p.K = K;
-    p.x_stride = K;
-    p.dtype = type;
-    bytes = launch::workspace_lora_shrink(p);
+    bytes = launch::workspace_lora_shrink(shrink(LoraShrinkParams{}));
     numel = M * R;
   } else {  // lora_shrink_backward: dA
-    LoraShrinkBackwardParams p{};
-    p.M = M;
-    p.R = R;
-    p.K = K;
-    p.x_stride = K;
-    p.dtype = type;
-    bytes = launch::workspace_lora_shrink_backward(p);
+    bytes = launch::workspace_lora_shrink_backward(shrink(LoraShrinkBackwardParams{}));
     numel = R * K;
   }
   plan[0] = bytes > 0 ? bytes / 4 / numel : 1;
