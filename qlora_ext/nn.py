@@ -43,6 +43,9 @@ __all__ = ["Embedding4bit", "Linear4bit", "LoraLinear", "LoraLinear4bit", "Panel
 
 _CODEBOOK_BYTES = 64
 _FORWARDS = 512  # the bytes are compared again after so many forward passes, whatever torch counts
+_REPARAMETRIZING = frozenset(
+    f"torch.nn.utils.{name}" for name in ("parametrizations", "parametrize", "weight_norm", "prune")
+)
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -281,6 +284,13 @@ class _Packed4bit(nn.Module):
             "(prune.remove, remove_parametrizations), and pack it then; here, undo it or load the "
             "layer anew"
         )
+
+    def __getattr__(self, name: str):
+        """As nn.Module's; RuntimeError for torch.nn.utils' parametrizations, which would compute
+        with packed bytes."""
+        if name in _PACKED_KEYS and sys._getframe(1).f_globals.get("__name__") in _REPARAMETRIZING:
+            raise self._packed_error(name)
+        return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; RuntimeError for what torch.nn.utils.prune makes of a packed weight."""
