@@ -15,6 +15,12 @@ def pytest_configure():
         os.environ.pop(name, None)
     # Where QLORA_EXT_CPU shows our kernels a lesser CPU, torch and bitsandbytes see it as well.
     peers.take_the_path_of(os.environ.get("QLORA_EXT_CPU", ""))
+    # Processes that test side by side (pytest -n) share the cores: threads beyond them make each
+    # other wait, and a test takes three times as long.
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,7 @@ def bad_call(**changes):
         ({"lora_S": torch.randn(4, 4)}, r"lora_S has shape \[4, 4\], want 5 rows of 4"),
         ({"lora_S": torch.randn(5, 4).bfloat16()}, "lora_S has dtype bfloat16, want float32"),
     ],
-    ids=lambda v: str(v)[:40],
+    ids=lambda v: str(v if isinstance(v, str) else [*v])[:40],
 )
 def test_products_refuse(changes, message):
     with pytest.raises(RuntimeError, match=r"(lora_gemm_4bit|lora_shrink): " + message):
