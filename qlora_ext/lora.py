@@ -24,9 +24,10 @@ from .models import (
     num_parameters,
     output_embeddings,
     places_of,
-    read_by_parent,
     replace_module,
 )
+from .models.raw_errors import explain_errors
+from .models.reads import read_past_forward
 from .nn import (
     FLOAT_DTYPES,
     Embedding4bit,
@@ -346,6 +347,17 @@ def _explicit_targets(model, targets, linears) -> list[str]:
         head = output_embeddings(model)
         names = [name for name, module in linears.items() if module is not head]
         odd = [n for n in names if not _is_adaptable(linears[n])]
+        past_forward = read_past_forward(model, values_only=True)
+        read = [n for n in names if id(linears[n]) in past_forward and n not in odd
+                and not isinstance(linears[n], _Packed4bit)]  # fmt: skip
+        if read:
+            shown = ", ".join(f"{n} ({past_forward[id(linears[n])]})" for n in read[:5])
+            more = f" and {len(read) - 5} more" if len(read) > 5 else ""
+            warnings.warn(
+                f'add_lora: "all-linear" leaves out {shown}{more}: that method reads the layer\'s '
+                "weight past its forward, and would leave an adapter out",
+                stacklevel=4,
+            )
         if odd:
             shown = ", ".join(f"{n} ({type(linears[n]).__name__})" for n in odd[:5])
             more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
@@ -354,6 +366,7 @@ def _explicit_targets(model, targets, linears) -> list[str]:
                 "compute something else than x W^T + b",
                 stacklevel=4,
             )
+        odd += read
         if len(odd) == len(names):
             raise ValueError(
                 f'add_lora: target_modules="all-linear" finds no layer to adapt; {_found(model)}'
@@ -491,13 +504,13 @@ def _tell_trainer(model: nn.Module) -> None:
 def _install(model: nn.Module, settings: dict[str, dict]) -> None:
     """Replaces the named layers by ones with an adapter; all or none of them."""
     new = {}
-    past_forward = read_by_parent(model)
+    past_forward = read_past_forward(model, values_only=True)
     for name, keywords in settings.items():
         base = model.get_submodule(name)
-        if id(base) in past_forward:
+        if id(base) in past_forward and not isinstance(base, _Packed4bit):
             raise ValueError(
-                f"add_lora: the torch module around {name} reads its weight past its forward, and "
-                "would leave the adapter out; want target_modules without it"
+                f"add_lora: {past_forward[id(base)]} reads the weight of {name} past its forward, "
+                "and would leave the adapter out; want target_modules without it"
             )
         check_can_adapt("add_lora", base, model)
         N, K = _linear_shape(base)
@@ -508,6 +521,7 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
         replace_module(model, base, module, places)
         for parent, key in places[id(base)]:
             share_input(parent, key)
+    explain_errors(model)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from . import ops
 from .checks import check_finite
 from .experts import Experts4bit, dense_experts
 from .models import check_model, check_whole, own_config, places_of, progress, replace_module
+from .models.raw_errors import unwatch
 from .nn import (
     FLOAT_DTYPES,
     Embedding4bit,
@@ -73,6 +74,7 @@ def merge_and_unload(
         old = model.get_submodule(name)
         replace_module(model, old, dense_layer(old, dtype), places)
         del old
+    unwatch(model)
     _cast(model, dtype)
     _forget_quantization(model, dtype, untied=head)
     return model

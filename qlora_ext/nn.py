@@ -48,6 +48,9 @@ _CODEBOOK_BYTES = 64
 _FORWARDS = 512
 # Attributes of a layer whose bytes were not compared yet.
 _UNSEEN = {"_seen_version": -1, "_seen_address": None, "_probe": None, "_probed": None}
+_REPARAMETRIZING = frozenset(
+    f"torch.nn.utils.{name}" for name in ("parametrizations", "parametrize", "weight_norm", "prune")
+)
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
 
@@ -299,6 +302,13 @@ class _Packed4bit(nn.Module):
             "(prune.remove, remove_parametrizations), and pack it then; here, undo it or load the "
             "layer anew"
         )
+
+    def __getattr__(self, name: str):
+        """As nn.Module's; RuntimeError for torch.nn.utils' parametrizations, which would compute
+        with packed bytes."""
+        if name in _PACKED_KEYS and sys._getframe(1).f_globals.get("__name__") in _REPARAMETRIZING:
+            raise self._packed_error(name)
+        return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; RuntimeError for what torch.nn.utils.prune makes of a packed weight."""

@@ -744,6 +744,7 @@ def test_packed_weights_are_not_pruned(kind):
         assert (layer.lora_A == 0).sum() == layer.lora_A.numel() // 2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
 @pytest.mark.parametrize("kind", [Linear4bit, LoraLinear4bit, Embedding4bit])
 def test_packed_weights_are_not_parametrized(kind):
     from torch.nn.utils import parametrize
@@ -751,9 +752,16 @@ def test_packed_weights_are_not_parametrized(kind):
     layer = kind(64, 64)
     x = torch.arange(4) if kind is Embedding4bit else torch.randn(4, 64)
     want = layer(x)
-    parametrize.register_parametrization(layer, "weight", Doubled())
-    for use in (lambda: layer(x), lambda: layer.quantized):
+    utils, new = torch.nn.utils, torch.nn.utils.parametrizations
+    for apply in (
+        lambda: parametrize.register_parametrization(layer, "weight", Doubled()),
+        lambda: new.orthogonal(layer),
+        lambda: new.weight_norm(layer),
+        lambda: new.spectral_norm(layer),
+        lambda: utils.weight_norm(layer),
+        lambda: utils.spectral_norm(layer),
+    ):
         with pytest.raises(RuntimeError, match="weight is packed, so it cannot be pruned, paramet"):
-            use()
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            apply()
+        assert not parametrize.is_parametrized(layer) and not layer._forward_pre_hooks
     assert torch.equal(layer(x), want)

@@ -1,6 +1,7 @@
 """What is packed: the names to leave alone, and layers whose weight is read past their forward."""
 
 import functools
+import operator
 
 import every_architecture
 import layer_reads
@@ -427,10 +428,23 @@ class Penalty(Reading):
         return self.called(x) * self.penalty()
 
 
+weight_of = operator.attrgetter("weight")
+
+
+class Getter(Reading):
+    def forward(self, x):
+        return self.called(x) @ weight_of(self.read).T
+
+
+class DottedGetter(Reading):
+    def forward(self, x):
+        return self.called(x) @ operator.attrgetter("read.weight")(self).T
+
+
 READS = [Direct, Sliced, Alias, ByName, Cast, Property, Helper, OwnHelper, HandedOn]
 READS += [Inherited, Decorated, ByDict, CastToFirst, OtherFile, Static, Imports, FirstListed]
 READS += [ParameterLoop, ParameterDict, StateDict, GetParameter, Nested, Lambda, OtherFirstName]
-READS += [Returned, InDict, NamedLikeLoading, Penalty]
+READS += [Returned, InDict, NamedLikeLoading, Penalty, Getter, DottedGetter]
 
 
 @pytest.mark.parametrize("cls", READS, ids=lambda cls: cls.__name__)
@@ -445,6 +459,38 @@ def test_a_layer_that_is_read_stays_dense(cls):
     assert cls.__name__ in reasons["part.read"]
     got = model["part"](x)
     assert got.dtype == want.dtype and (got - want).norm() < 0.3 * want.norm()
+
+
+def scale(layer, args, y):
+    return y / layer.weight.norm()
+
+
+class Scales:
+    def scale(self, layer, args):
+        return args[0] / layer.weight.norm()
+
+
+def look(layer, args, y):
+    assert layer.weight.device == y.device
+
+
+@pytest.mark.parametrize("hook", ["function", "method", "lambda", "on the parent"])
+def test_a_layer_that_a_hook_reads_stays_dense(hook):
+    model = Replaced()
+    model.called.register_forward_hook(look)
+    if hook == "function":
+        model.read.register_forward_hook(scale)
+    elif hook == "method":
+        model.read.register_forward_pre_hook(Scales().scale)
+    elif hook == "lambda":
+        model.read.register_forward_hook(lambda layer, x, y: y / layer.weight.norm())
+    else:
+
+        def scale_all(module, args, y):
+            return y / module.read.weight.norm()
+
+        model.register_forward_hook(scale_all)
+    assert set(read_past_forward(model)) == {id(model.read)}
 
 
 class Unpacked(Looped):
@@ -777,3 +823,22 @@ def test_most_architectures_are_reached():
     names = every_architecture.class_names()
     assert len(names) > 300 and sum(map(len, names.values())) > 1000
     assert {"llama", "falcon_mamba", "wavlm", "deberta", "reformer"} <= names.keys()
+
+
+# Adapters on dense layers ------------------------------------------------------------------------
+
+
+def test_no_adapter_where_it_would_be_left_out():
+    model = quantize_model(Direct(), progress_bar=False)
+    with pytest.raises(ValueError, match=r"Direct\.forward reads the weight of read past its"):
+        add_lora(model, LoraConfig(target_modules=["read", "called"]))
+    with pytest.warns(UserWarning, match=r'"all-linear" leaves out read \(Direct\.forward\): that'):
+        add_lora(model, LoraConfig(target_modules="all-linear"))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"called", "many.0"}
+
+
+def test_a_layer_whose_dtype_is_read_takes_an_adapter():
+    model = add_lora(Cast(), LoraConfig(target_modules=["read"]))
+    assert hasattr(model.read, "lora_A")
+    model(torch.randn(3, 64))

@@ -100,9 +100,10 @@ class _HookFinder(importlib.abc.MetaPathFinder):
 
 def attach() -> None:
     """Attaches the plug-ins: now for packages that are loaded, later for the others. Idempotent."""
-    from . import averaging  # here: it needs nn, which imports nothing of this package
+    from . import averaging, torch_modules  # here: they need nn, which imports nothing of these
 
     averaging.attach()
+    torch_modules.attach()
     if not any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _HookFinder())
     for name in _HOOKS:

@@ -61,6 +61,7 @@ from ..lora import check_trainable
 from ..merge import IN_MEMORY, check_weight
 from ..merge_4bit import UnquantizedWeights
 from ..models import check_whole, output_embeddings
+from ..models.raw_errors import watch
 from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, _Lora, _Packed4bit
 from ..offload import check_can_adapt, check_in_memory, is_offloaded, loaded, value_of
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
@@ -634,6 +635,8 @@ def _refuse_packed(original):
         # PEFT puts an adapter where the base weight is, and starts some of them from its values.
         with loaded(base) if isinstance(base, _Packed4bit) else contextlib.nullcontext():
             original(self, config, adapter_name, target, *args, **kwargs)
+        if isinstance(base, _Packed4bit):
+            watch(self)  # PEFT calls the model's forward, past the hook on the model
         given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
         name, parent = given.get("target_name"), given.get("parent")
         if parent is not None and name in parent._modules:

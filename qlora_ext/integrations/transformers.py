@@ -54,6 +54,7 @@ from ..models import (
 )
 from ..models.names import as_names
 from ..models.plan import Plan, Stored, tell, tell_unmatched, weight_names
+from ..models.raw_errors import explain_errors, unwatch
 from ..nn import (
     _PACKED_KEYS,
     Embedding4bit,
@@ -433,6 +434,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             tell("QLoraExtConfig", model.quantization_report, least=0.0)
         del self.plan  # it holds the unpacked model's layers
         use_dense_panels(model)
+        explain_errors(model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -692,6 +694,7 @@ def leave_no_packed_layer(model: torch.nn.Module, dtype: torch.dtype | None = No
             replace_module(model, module, dense_layer(module, module.dtype).requires_grad_(False))
         elif getattr(module, "from_conv1d", False):
             replace_module(model, module, as_it_was(module))
+    unwatch(model)
     mark_quantized(model, False)
     model.__dict__.pop("quantization_report", None)
     if isinstance(getattr(model, "hf_quantizer", None), QLoraExtHfQuantizer):

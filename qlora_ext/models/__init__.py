@@ -24,7 +24,6 @@ from .walk import (
     own_config,
     places_of,
     progress,
-    read_by_parent,
     replace_module,
     use_dense_panels,
 )

@@ -14,6 +14,7 @@ from ..offload import check_in_memory
 from ..quantized_tensor import QuantConfig
 from .names import as_names
 from .plan import Plan, tell
+from .raw_errors import explain_errors
 from .walk import (
     linear_names,
     own_config,
@@ -144,6 +145,7 @@ def quantize_model(
     tell("quantize_model", model.quantization_report)
     _tell_transformers(model, config, kept)
     use_dense_panels(model, dense_panels)
+    explain_errors(model)
     return model
 
 

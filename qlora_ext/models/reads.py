@@ -18,6 +18,7 @@ import contextlib
 import functools
 import inspect
 import linecache
+import operator
 import re
 import sys
 import types
@@ -51,14 +52,20 @@ _GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
     r"transformers\.(modeling_utils|generation|integrations|utils|hub)"
 )
+_DESCRIBING = frozenset(("dtype", "shape", "size", "ndim", "dim", "numel", "element_size"))
 _HARMLESS = frozenset(("device", "requires_grad", "is_meta", "is_cuda", "grad", "layout"))
 # Settings that change while a model is in use.
 _CHANGES = frozenset(("training", "gradient_checkpointing"))
 _DEPTH = 3  # of functions that hand a layer on
 
 
-def read_past_forward(model: nn.Module) -> dict[int, str]:
-    """id of a layer -> the method that reads its weight, as "MambaMixer.slow_forward"."""
+def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, str]:
+    """id of a layer -> the method that reads its weight, as "MambaMixer.slow_forward".
+
+    Args:
+        values_only: what reads the dtype or shape alone does not count, nor what cannot be told
+            for want of the source: an adapter on a dense layer is left out by products alone.
+    """
     modules = list(model.modules())
     # A module that is given a layer and reads its weight: then all callers are looked at.
     handed = any(_reads_an_argument(type(module).forward) for module in modules)
@@ -70,11 +77,31 @@ def read_past_forward(model: nn.Module) -> dict[int, str]:
         if not _holds_modules(module):
             continue
         for name, function in _methods(module, handed, reached):
-            _Reader(module, function, found, marked, runs=name in reached).run()
+            reader = _Reader(module, function, found, marked, runs=name in reached)
+            reader.values_only = values_only
+            reader.run()
+    for module in modules:
+        _read_in_hooks(module, found, values_only)
     caches = (_functions_of_file, _source, _parents, _binding_nodes, _may_return_layers)
     for cache in caches:
         cache.cache_clear()  # syntax trees take tens of megabytes
     return found
+
+
+def _read_in_hooks(module: nn.Module, found: dict[int, str], values_only: bool) -> None:
+    """The layers that hooks on a module read, which are given it as their first argument."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        for function in _functions(hook):
+            code, index = function.__code__, int(isinstance(hook, types.MethodType))
+            given = {name: [module] for name in code.co_varnames[: code.co_argcount][index:][:1]}
+            reader = _Reader(
+                nn.Module(), function, found, (), given, function.__name__, bound=False
+            )
+            reader.values_only = values_only
+            if _source(function) is not None:
+                reader.run()
+            elif "weight" in _names(code) and not values_only:  # a lambda
+                reader._note(module, "weight")
 
 
 def _holds_modules(module: nn.Module) -> bool:
@@ -253,7 +280,9 @@ def _getattr_name(node: ast.AST) -> str | None:
 def _is_relevant(function: types.FunctionType) -> bool:
     """Whether the function may read a layer's weight, itself or through one it calls."""
     names = _names(function.__code__)
-    if not names.isdisjoint(_ALL_WEIGHTS) or "_parameters" in names:
+    if not names.isdisjoint(_ALL_WEIGHTS) or not names.isdisjoint(("_parameters", "attrgetter")):
+        return True
+    if any(type(function.__globals__.get(name)) is operator.attrgetter for name in names):
         return True
     if not names.isdisjoint(_PACKED):
         node = _source(function)
@@ -329,6 +358,8 @@ class _Weight(NamedTuple):
 class _Reader:
     """Walks one function with `self` bound to a module, and notes which layers it reads."""
 
+    values_only = False
+
     def __init__(
         self,
         module,
@@ -382,7 +413,7 @@ class _Reader:
     def _by_names(self) -> None:
         """Without source (a class made in an interactive session): a layer that is named in a
         method that also names `weight`."""
-        names = _names(self.function.__code__)
+        names = set() if self.values_only else _names(self.function.__code__)
         for key, child in self.module._modules.items():
             if key in names and child is not None and child._parameters.get("weight") is not None:
                 self._note(child, "weight")
@@ -795,6 +826,7 @@ class _Reader:
         elif isinstance(node, ast.Call):
             if (name := _getattr_name(node)) in _PACKED:
                 self._read(node, node.args[0], name)
+            self._read_by_getter(node)
             self._read_first(node)
             self._call(node)
         elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
@@ -816,6 +848,21 @@ class _Reader:
             return
         for layer in self.values(owner):
             self._note(layer, key)
+
+    def _read_by_getter(self, node: ast.Call) -> None:
+        """operator.attrgetter("proj.weight")(self), or such a function of the file."""
+        path, inner = "", node.func
+        if isinstance(inner, ast.Call) and _is_constant(inner.args):
+            called = getattr(inner.func, "attr", getattr(inner.func, "id", None))
+            path = inner.args[0].value if called == "attrgetter" else ""
+        elif type(getter := self._object(inner)) is operator.attrgetter:
+            path = getter.__reduce__()[1][0]
+        *parts, key = path.split(".")
+        if key in _PACKED and node.args and not self._is_harmless(node):
+            for owner in self.values(node.args[0]):
+                for part in parts:
+                    owner = _attribute(owner, part)
+                self._note(owner, key)
 
     def _use(self, node: ast.AST) -> None:
         """A weight of those that parameters() lists, where something is done with it."""
@@ -862,7 +909,7 @@ class _Reader:
         """Whether what is read of the weight is the same, or not used, when it is packed."""
         parent = self.parents.get(node)
         if isinstance(parent, ast.Attribute):
-            if parent.attr in _HARMLESS:
+            if parent.attr in _HARMLESS or (self.values_only and parent.attr in _DESCRIBING):
                 return True
             return parent.attr == "dtype" and isinstance(self.parents.get(parent), ast.Compare)
         if isinstance(parent, ast.Compare):
@@ -894,10 +941,12 @@ class _Reader:
                 names = names[1:]
             arguments = {k: v for k, v in zip(names, given, strict=False) if v}
             arguments |= {k: v for k, v in named.items() if v}
-            _Reader(
+            reader = _Reader(
                 module, function, self.found, self.marked, arguments, self.method,
                 self.depth - 1, self.runs, bound,
-            ).run()  # fmt: skip
+            )  # fmt: skip
+            reader.values_only = self.values_only
+            reader.run()
 
     def _called(self, node: ast.AST) -> list[tuple[nn.Module, types.FunctionType, bool]]:
         """(the module it is about, function, whether its first argument is that module)"""

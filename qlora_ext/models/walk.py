@@ -81,20 +81,6 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
             own.update(hooks)
 
 
-def read_by_parent(model: nn.Module) -> set[int]:
-    """ids of linear layers whose weight torch's own modules read past the layer's forward, as the
-    fast path of nn.TransformerEncoderLayer does."""
-    found = set()
-    for module in model.modules():
-        for kind, keys in (
-            (nn.TransformerEncoderLayer, ("linear1", "linear2")),
-            (nn.MultiheadAttention, ("out_proj",)),
-        ):
-            if isinstance(module, kind):
-                found |= {id(module._modules.get(key)) for key in keys}
-    return found - {id(None)}
-
-
 def progress(items: list, what: str, enabled: bool) -> Iterator:
     """items behind a tqdm bar, where tqdm is installed and the bar is wanted."""
     if not enabled:

@@ -1,0 +1,270 @@
+"""torch's errors where code outside of a packed layer computed with its bytes, and what to do.
+
+reads.py finds such code before a model is packed, but not all of it: a layer that is looked up by a
+computed name, say. What it misses ends in an error of torch about shapes or dtypes that names no
+layer. A forward hook adds to that error which module has which packed layers, and how to keep them
+dense; the type of the error and its text stay. Other errors pass as they are.
+"""
+
+from __future__ import annotations
+
+import dis
+import itertools
+import operator
+import re
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+from .reads import _ALL_WEIGHTS, _PACKED, _class_methods, _names
+from .walk import is_packed
+
+_TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
+_OF_BYTES = re.compile(r"\b(Byte(Tensor)?|uint8(_t)?|unsigned char)\b")
+_OF_MASKS = re.compile(r"\b(boolean )?masks?\b|masked_")  # old ones are bytes
+_OF_SHAPES = re.compile(r"shape|size|dim|type|broadcast|mat1|mat2")
+_READING = {*_PACKED, *_ALL_WEIGHTS, "_parameters"}
+_MARK = "\nqlora_ext: "
+_MOST = 8  # layers that are named
+
+
+def explain_errors(model: nn.Module) -> None:
+    """Makes raw errors of forward passes over packed weights say what to do. Idempotent.
+
+    The hook is on the model and on the models of transformers in it, which may be called alone
+    (an encoder); one costs 1 to 2 us of each call.
+    """
+    for module in model.modules():
+        called_alone = module is model or hasattr(type(module), "base_model_prefix")
+        if called_alone and any(map(is_packed, module.modules())) and not is_packed(module):
+            watch(module)
+
+
+def watch(module: nn.Module) -> None:
+    """Puts the hook on one module, if it is not there."""
+    if add_explanation not in module._forward_hooks.values():
+        module.register_forward_hook(add_explanation, always_call=True)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Takes the hooks off a model and all modules in it: nothing in it is packed any more."""
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if hook is add_explanation]:
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def add_explanation(module: nn.Module, args: Any, result: Any) -> None:
+    """The hook. torch calls it after a forward that raised, too; then there is no result."""
+    if result is not None or is_compiling():
+        return
+    error = sys.exc_info()[1]
+    trace = getattr(error, "__traceback__", None)
+    # The call may stand in an except block of somebody's: then that error is not of this forward.
+    if trace is None or trace.tb_frame is not sys._getframe(1):
+        return
+    if type(module).__module__.startswith("peft."):
+        module = module.model
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else None
+    if not isinstance(error, _TYPES) or isinstance(error, torch.OutOfMemoryError):
+        return
+    if text is None or _MARK in text:
+        return
+    frames = []
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    explanation = _Search(module, text, args).explanation(frames[::-1])
+    if explanation:
+        error.args = (f"{text}{_MARK}{explanation}", *error.args[1:])
+
+
+def _is_own(name: str) -> bool:
+    return name.partition(".")[0] == "qlora_ext"
+
+
+class _Search:
+    """For the code at fault, in the frames that an error went through."""
+
+    def __init__(self, root: nn.Module, text: str, args: tuple):
+        self.text = text
+        self.args = args
+        self.of_bytes = bool(_OF_BYTES.search(text)) and not _OF_MASKS.search(text)
+        self.numbers = {int(number) for number in re.findall(r"\d+", text) if len(number) < 16}
+        self.layers = {m: name for name, m in root.named_modules() if is_packed(m)}
+        self.names = {m: name for name, m in root.named_modules()}
+        self.tensors = {
+            id(p): layer for layer in self.layers for p in layer._parameters.values()
+            if p is not None and p.dtype is torch.uint8
+        }  # fmt: skip
+
+    def explanation(self, frames: list[types.FrameType]) -> str | None:
+        """frames: the deepest first."""
+        if not self.layers:
+            return None
+        origin = next((n for n in map(_file, frames) if not n.startswith("torch.")), "")
+        if _is_own(origin) and "x has dtype uint8" not in self.text:
+            return None  # our own errors say what is wrong
+        if any(t.dtype is torch.uint8 for t in _tensors(frames[0])):
+            self.of_bytes |= _OF_SHAPES.search(self.text) is not None
+        if self._was_given_bytes(frames):
+            self.of_bytes = False
+        likely = None
+        for frame in frames:
+            if _is_own(_file(frame)) or _file(frame) == "torch.nn.modules.module":
+                continue
+            module = _module_of(frame)
+            if tied := self._tied(module):
+                return tied
+            if layers := self._in_locals(frame):
+                reader = next(self._readers(frames, layers[0]), None)
+                return self._advice(reader, layers)
+            if module is None:
+                continue
+            below = [part for part in module.modules() if part in self.layers]
+            if layers := self._named(frame, module, below):
+                return self._advice(module, layers)
+            if below and likely is None and not isinstance(module, (nn.Sequential, nn.ModuleList)):
+                likely = module, below
+        return self._advice(*likely) if likely is not None and self.of_bytes else None
+
+    def _was_given_bytes(self, frames: list[types.FrameType]) -> bool:
+        """Whether the model's own input holds bytes, as images do."""
+        outer = next(f for f in frames[::-1] if _file(f) != "torch.nn.modules.module")
+        given = list(self.args)
+        if outer is not frames[0]:  # which may hold parts of packed weights
+            given += [t for t in _tensors(outer) if id(t) not in self.tensors]
+        return any(isinstance(t, torch.Tensor) and t.dtype is torch.uint8 for t in given)
+
+    def _in_locals(self, frame: types.FrameType) -> list[nn.Module]:
+        """Layers whose packed tensor, or which themselves, a function was given that failed."""
+        values = list(frame.f_locals.values())
+        found = [self.tensors.get(id(v)) for v in values if isinstance(v, torch.Tensor)]
+        found = [layer for layer in found if layer is not None]
+        if found and (self.of_bytes or _OF_SHAPES.search(self.text)):
+            return list(dict.fromkeys(found))
+        if _READING.isdisjoint(_names(frame.f_code)):
+            return []
+        given = [v for v in values if isinstance(v, nn.Module) and v in self.layers]
+        return [layer for layer in dict.fromkeys(given) if self._is_of(layer)]
+
+    def _named(self, frame, module: nn.Module, below: list[nn.Module]) -> list[nn.Module]:
+        """The packed layers of a module whose code reads weights, if the error is of theirs: those
+        that the code names, and where it does so by computed names the module's other ones too."""
+        codes = [frame.f_code, *(f.__code__ for _, f in _class_methods(type(module)))]
+        names = set().union(*map(_names, codes))
+        getters = (frame.f_globals.get(name) for name in names)
+        if _READING.isdisjoint(names) and operator.attrgetter not in map(type, getters):
+            return []
+        prefix = len(f"{self.names[module]}.") if self.names.get(module) else 0
+        parts = {layer: _parts(self.layers[layer][prefix:]) for layer in below}
+        keys = {layer: [p for p in parts[layer] if not p.isdigit()] for layer in below}
+        named = [layer for layer in below if keys[layer] and names.issuperset(keys[layer])]
+        read = set().union(*map(_read_directly, codes))
+        if read := [layer for layer in named if keys[layer][-1] in read]:
+            found = read
+        else:
+            own = [layer for layer in below if len(keys[layer]) == 1]
+            found = list(dict.fromkeys(named + own))
+        return found if any(map(self._is_of, found)) else []
+
+    def _is_of(self, layer: nn.Module) -> bool:
+        """Whether the error is about bytes, or tells a size that the layer's bytes have."""
+        weight = layer._parameters.get("weight")
+        if self.of_bytes or weight is None:
+            return self.of_bytes
+        numel = max(weight.numel(), 2)
+        width = weight.shape[-1] if weight.shape[-1] > 1 else numel
+        return any(n == width or (n >= numel and n % numel == 0) for n in self.numbers)
+
+    def _readers(self, frames, layer: nn.Module) -> Iterator[nn.Module]:
+        for frame in frames:
+            module = _module_of(frame)
+            if module in self.names and module is not layer and layer in set(module.modules()):
+                yield module
+
+    def _tied(self, module: nn.Module | None) -> str | None:
+        """What to say of a dense layer whose weight became that of a packed one."""
+        if module is None or module in self.layers or not _OF_SHAPES.search(self.text):
+            return None
+        for parameter in module._parameters.values():
+            if (layer := self.tensors.get(id(parameter))) is not None:
+                mine, other = self._called(module), self.layers[layer]
+                kind = "a packed embedding" if isinstance(layer, nn.Embedding) else "a packed layer"
+                return (
+                    f"{mine} was tied to {other}, {kind}, after that was packed "
+                    "(tie_weights, or an assignment): its weight is packed bytes. Tie before "
+                    "packing, which leaves tied weights dense, or keep the table dense: "
+                    f"modules_to_not_convert={[_keep(other)]!r}"
+                )
+        return None
+
+    def _called(self, module: nn.Module) -> str:
+        name = self.names.get(module)
+        return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+    def _advice(self, module: nn.Module | None, layers: list[nn.Module]) -> str:
+        first = layers[0]
+        names = [".".join(_parts(self.layers[layer])) for layer in layers]
+        more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+        keep = list(dict.fromkeys(_keep(name) for name in names))[:_MOST]
+        N, K = first._shape
+        weight = first._parameters.get("weight")
+        stored = "bytes" if weight is None else f"uint8 {list(weight.shape)}"
+        return (
+            f"{'the code' if module is None else self._called(module)} seems to read the weight of "
+            f"a packed layer, which is packed bytes ({names[0]}.weight is {stored} for "
+            f"[{N}, {K}]), so that only the layer itself can compute with it. Its packed layers: "
+            f"{', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep those "
+            f"dense whose weight the code reads: modules_to_not_convert={keep!r}"
+        )
+
+
+def _file(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__") or ""
+
+
+def _tensors(frame: types.FrameType) -> list[torch.Tensor]:
+    """The tensors in a function's variables, and in tuples, lists and dicts of them."""
+    values = list(frame.f_locals.values())
+    values += [v for given in values if isinstance(given, dict) for v in given.values()]
+    values += [v for given in values if isinstance(given, (list, tuple)) for v in given]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _module_of(frame: types.FrameType) -> nn.Module | None:
+    """The module whose method runs in a frame, or the first argument of a function."""
+    code, values = frame.f_code, frame.f_locals
+    first = values.get(code.co_varnames[0]) if code.co_argcount else None
+    for value in (first, values.get("self")):
+        if isinstance(value, nn.Module) and not _is_own(type(value).__module__):
+            return value
+    return None
+
+
+def _read_directly(code: types.CodeType) -> set[str]:
+    """The names right before .weight: proj of `self.proj.weight`."""
+    loaded = [i.argval if i.opname == "LOAD_ATTR" else None for i in dis.get_instructions(code)]
+    inner = (_read_directly(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    pairs = itertools.pairwise(loaded)
+    return {one for one, other in pairs if other in _PACKED and one is not None}.union(*inner)
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a layer's name, without what PEFT puts between."""
+    return [part for part in name.split(".") if part != "base_layer"]
+
+
+def _keep(name: str) -> str:
+    """What keeps the layer of that name dense, in all layers of a stack: mixer.out_proj for
+    layers.3.mixer.out_proj; a list of layers as a whole."""
+    parts = _parts(name)
+    while len(parts) > 1 and parts[-1].isdigit():
+        parts.pop()
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
