@@ -3,12 +3,14 @@
 #   PYTHON=path/to/python   use that environment (torch must be in it) instead of making .venv
 #   TORCH=torch==2.13.0     another torch requirement; TORCH_INDEX=URL takes it from that wheel index
 #   ARGS="..."              more arguments for finetune, test, test-all, bench or ptxas
+#   JOBS=N                  test, test-all and test-paths in N processes (1: in one)
 #   USE_CUDA=0|1, TORCH_CUDA_ARCH_LIST: as setup.py reads them
 PYTHON3 ?= python3
 PYTHON ?=
 TORCH ?= torch
 TORCH_INDEX ?=
 ARGS ?=
+JOBS ?= 2
 
 DEEPSPEED ?= deepspeed==0.19.8
 
@@ -58,6 +60,8 @@ STATE := build/state$(shell printf %s $(PY) | tr -c 'A-Za-z0-9.-' _)
 endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Each process takes its share of the cores. Tests stay in the order of their files.
+PYTEST = $(PY_THERE) -m pytest $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.12' ninja wheel packaging numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc qlora_ext -name '*.py' -o -name '*.cpp' \
              -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | grep -v __pycache__)
@@ -95,10 +99,10 @@ finetune: $(STATE)/built $(STATE)/train $(STATE)/demo
 	$(PY) examples/finetune.py --timings $(STATE) $(ARGS)
 
 test: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
-	cd tests && $(PY_THERE) -m pytest -m 'not slow' $(ARGS)
+	cd tests && $(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo test-deepspeed
-	cd tests && $(PY_THERE) -m pytest $(ARGS)
+	cd tests && $(PYTEST) $(ARGS)
 
 # In a folder of its own: transformers and accelerate act otherwise where they find DeepSpeed.
 test-deepspeed: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/deepspeed
@@ -107,10 +111,10 @@ test-deepspeed: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/deepspeed
 
 test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo 2> /dev/null); do echo "== QLORA_EXT_CPU=$$path"; \
-	  (cd tests && QLORA_EXT_CPU=$$path $(PY_THERE) -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
+	  (cd tests && QLORA_EXT_CPU=$$path $(PYTEST) -q $(PATH_TESTS) $(ARGS)) || exit 1; done
 	@for path in portable $$(grep -m1 -o -w -e avx2 -e avx512_bf16 /proc/cpuinfo 2> /dev/null | sed 's/_bf16//'); do \
 	  echo "== QLORA_EXT_CPU=$$path, and bitsandbytes on the same path"; \
-	  (cd tests && QLORA_EXT_CPU=$$path $(PY_THERE) -m pytest -q $(PEER_TESTS) $(ARGS)) || exit 1; done
+	  (cd tests && QLORA_EXT_CPU=$$path $(PYTEST) -q $(PEER_TESTS) $(ARGS)) || exit 1; done
 
 bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo
 	$(PY) bench/cpu.py $(ARGS)

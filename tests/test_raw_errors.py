@@ -314,6 +314,18 @@ def test_copies_explain_too(not_found):
         assert MARK in str(raised(same, x))
 
 
+def test_a_graph_may_ask_for_the_dtype_and_device_of_a_packed_weight():
+    class Asks(Net):
+        def forward(self, x):
+            weight = self.called.weight
+            x = x.to(weight.device) if weight.dtype is not torch.int8 else x
+            return self.called(x)
+
+    model, x = pack(Asks()), torch.randn(4, 64)
+    assert isinstance(model.called, Linear4bit)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
 def test_compiled_exported_and_checkpointed_models_are_as_before():
     model, x = pack(Net()), torch.randn(4, 64)
     want = model(x)
