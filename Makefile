@@ -3,7 +3,7 @@
 #   PYTHON=path/to/python   use that environment (torch must be in it) instead of making .venv
 #   TORCH=torch==2.13.0     another torch requirement; TORCH_INDEX=URL takes it from that wheel index
 #   ARGS="..."              more arguments for finetune, test, test-all, bench or ptxas
-#   JOBS=N                  test, test-all and test-paths in N processes (1: in one)
+#   JOBS=N                  test and test-all in N processes (1: in one)
 #   USE_CUDA=0|1, TORCH_CUDA_ARCH_LIST: as setup.py reads them
 PYTHON3 ?= python3
 PYTHON ?=
@@ -111,10 +111,10 @@ test-deepspeed: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/deepspeed
 
 test-paths: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	@for path in portable $$(grep -m1 -o -w avx2 /proc/cpuinfo 2> /dev/null); do echo "== QLORA_EXT_CPU=$$path"; \
-	  (cd tests && QLORA_EXT_CPU=$$path $(PYTEST) -q $(PATH_TESTS) $(ARGS)) || exit 1; done
+	  (cd tests && QLORA_EXT_CPU=$$path $(PY_THERE) -m pytest -q $(PATH_TESTS) $(ARGS)) || exit 1; done
 	@for path in portable $$(grep -m1 -o -w -e avx2 -e avx512_bf16 /proc/cpuinfo 2> /dev/null | sed 's/_bf16//'); do \
 	  echo "== QLORA_EXT_CPU=$$path, and bitsandbytes on the same path"; \
-	  (cd tests && QLORA_EXT_CPU=$$path $(PYTEST) -q $(PEER_TESTS) $(ARGS)) || exit 1; done
+	  (cd tests && QLORA_EXT_CPU=$$path $(PY_THERE) -m pytest -q $(PEER_TESTS) $(ARGS)) || exit 1; done
 
 bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo
 	$(PY) bench/cpu.py $(ARGS)
