@@ -307,9 +307,12 @@ class _Packed4bit(nn.Module):
         """As nn.Module's; RuntimeError for torch.nn.utils' parametrizations, which would compute
         with packed bytes."""
         # A graph that is traced may ask for a dtype; frames cannot be traced.
-        if name in _PACKED_KEYS and not is_compiling():
-            if sys._getframe(1).f_globals.get("__name__") in _REPARAMETRIZING:
-                raise self._packed_error(name)
+        if (
+            name in _PACKED_KEYS
+            and not is_compiling()
+            and sys._getframe(1).f_globals.get("__name__") in _REPARAMETRIZING
+        ):
+            raise self._packed_error(name)
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

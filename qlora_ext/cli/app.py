@@ -474,36 +474,3 @@ def chat(
                 talk.answer(text, max_tokens=max_tokens, temperature=temperature, stream=True)
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 say(" ...")
-
-
-@app.command()
-def bench(
-    rows: Annotated[int, typer.Option("--out-features", min=1, help="N of the layer.")] = 4096,
-    columns: Annotated[int, typer.Option("--in-features", min=1, help="K of the layer.")] = 4096,
-    dtype: Annotated[Dtype, typer.Option(help="Of the activations; auto is float32 on a CPU.")] = (
-        Dtype.auto
-    ),
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Medians of this many.")] = 5,
-) -> None:
-    """This machine's speed: a 4-bit layer against torch's dense one, in seconds.
-
-    The whole comparison, with bitsandbytes and a model, is bench/cpu.py in the repository.
-    """
-    import torch
-
-    from .bench import bench as measure
-
-    device = "cuda" if torch.cuda.is_available() and build_info()["cuda_live"] else "cpu"
-    auto = torch.float32 if device == "cpu" else torch.bfloat16
-    chosen = auto if dtype is Dtype.auto else getattr(torch, dtype.value)
-    found = measure(rows, columns, chosen, device, rounds)
-    name = str(chosen).removeprefix("torch.")
-    where = torch.cuda.get_device_name() if device == "cuda" else (
-        f"{build_info()['cpu_path']}, {count(torch.get_num_threads(), 'thread')}"
-    )  # fmt: skip
-    table(f"[{rows}, {columns}] in NF4, {name} activations, on {device} ({where})",
-          ["", "4 bits, ms", "torch dense, ms", "dense / 4 bits"], [
-        [row.what, f"{row.ours:.2f}", "" if row.dense is None else f"{row.dense:.2f}",
-         "" if row.dense is None else f"{row.dense / row.ours:.2f}"]
-        for row in found
-    ])  # fmt: skip
