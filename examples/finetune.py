@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -69,7 +68,7 @@ FULL = dict(
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_STEPS = 20  # fewer teach the demonstration nothing worth reporting
 # A run that goes on after an interruption may differ from its first part in these alone.
-NOT_COMPARED = ("output", "timings", "cache", "checkpoint_every", "fresh", "preset", "minutes")
+NOT_COMPARED = ("output", "cache", "checkpoint_every", "fresh", "preset", "minutes")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -105,7 +104,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=10, help="steps")
     add("--fresh", action="store_true", help="start over instead of going on from a checkpoint")
     add("--seed", type=int, default=0)
-    add("--timings", type=Path, default=None, help="folder with make's seconds-* files")
     args = parser.parse_args(argv)
 
     args.steps_given = args.steps is not None
@@ -590,13 +588,9 @@ class Report:
         losses, args = self.losses, self.args
         self.seconds["train"] = sum(h["seconds"] for h in self.history)
         self.seconds["this_process"] = time.perf_counter() - self.started
-        if args.timings:
-            for file in sorted(args.timings.glob("seconds-*")):
-                self.seconds[file.name.removeprefix("seconds-")] = float(file.read_text())
-        for total in ("install", "merge"):
-            self.seconds[total] = sum(
-                seconds for name, seconds in self.seconds.items() if re.match(f"{total}[-_]", name)
-            )
+        self.seconds["merge"] = sum(
+            seconds for name, seconds in self.seconds.items() if name.startswith("merge_")
+        )
         content = {
             "held_out_loss": losses,
             "loss_differences": {
