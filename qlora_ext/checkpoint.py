@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -226,21 +226,37 @@ def build_folder(
 
 
 @contextlib.contextmanager
-def loading(folder: Path | str, files: SafetensorsFiles | None = None):
+def loading(
+    folder: Path | str,
+    files: SafetensorsFiles | None = None,
+    config=None,
+    keywords: Container[str] = (),
+):
     """Within it transformers loads the model of a folder: what it raises is a CheckpointError.
 
     Args:
         files: of the folder, where they are read: the error names the one at fault.
+        config: of the folder; where no model can be made of it, the error names the key at fault.
+        keywords: names of those that the caller gave: an error about one is his, a TypeError.
     """
-    with reading(folder, "cannot be loaded as a model"):
-        try:
-            yield
-        except RuntimeError as error:
-            key, why = _reported(error)
-            if key is None:
-                raise
-            where = folder if files is None else files.where.get(key, folder)
-            raise CheckpointError(f"{where}: {key} cannot be loaded ({why})") from error
+    try:
+        with reading(folder, "cannot be loaded as a model"):
+            try:
+                yield
+            except RuntimeError as error:
+                key, why = _reported(error)
+                if key is None:
+                    raise
+                where = folder if files is None else files.where.get(key, folder)
+                raise CheckpointError(f"{where}: {key} cannot be loaded ({why})") from error
+    except CheckpointError as error:
+        cause = error.__cause__
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        if isinstance(cause, TypeError) and unknown and unknown[1] in keywords:
+            raise cause from None
+        if config is not None and cause is not None and not out_of_memory(cause):
+            build_folder(Path(folder), unquantized(config), torch.bfloat16)
+        raise
 
 
 def _reported(error: RuntimeError) -> tuple[str | None, str]:
@@ -634,6 +650,12 @@ class Checkpoint:
                 try:
                     check_finite(full, parameter.detach(), parameter.dtype, exact)
                 except OverflowError as error:
+                    for source in sources:
+                        if not self.files[source].isfinite().all():
+                            raise CheckpointError(
+                                f"{self.files.where[source]}: {source} holds a NaN or an infinity: "
+                                "the file is damaged, download or save it again"
+                            ) from None
                     raise CheckpointError(
                         f"{self.folder}: config.json has dtype {parameter.dtype}, and {error}"
                     ) from None

@@ -138,7 +138,7 @@ def check_finite(
         name: of the weight, with its layer's, for the error.
         values: of any float dtype; they are to become `dtype`, or have been rounded to it.
         exact: makes the values before they were rounded, for the error; called only for that.
-        advice: what to do, where a wider dtype would hold them.
+        advice: what to do, where a wider dtype would hold them; it is said of finite values alone.
 
     Raises:
         OverflowError: a value is a NaN, or beyond the range of dtype; names the layer and the dtype
@@ -160,7 +160,8 @@ def check_finite(
     kinds += f", {count(nans, 'NaN')} among them" if nans else ""
     raise OverflowError(
         f"{name} holds {kinds}; the largest magnitude is {largest:g}, want at most "
-        f"{torch.finfo(dtype).max:g}" + ("" if nans or not advice else f"; {advice}")
+        f"{torch.finfo(dtype).max:g}"
+        + (f"; {advice}" if advice and not nans and math.isfinite(largest) else "")
     )
 
 

@@ -7,6 +7,7 @@ a file says, or download the code that one names.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _SIZES = (
     *("num_heads", "ffn_dim", "word_embed_proj_dim", "embedding_size"),
 )
 _MAX_SIZE = 2**32
+_LIMITS = re.compile(r"(^|_)(limit|max|min|clip|clamp|cap)(_|$)")
 # What modules or entries of a list are made for, one by one. `-1` may mean the last layer.
 _LAYERS = re.compile(r"layers?$|blocks?$|depths?$")
 # For each expert of each layer, and for each label, some kilobytes of objects are made before a
@@ -73,6 +75,7 @@ def check_config(
             f"{path} brings model code of its own (auto_map), which is not run here; "
             "want an architecture of transformers"
         )
+    _check_numbers(path, raw, within)
     layers = [n for key, n in raw.items() if _counts_layers(key) and type(n) is int and n > 0]
     layers = max(layers, default=_USUAL_LAYERS)
     for key, value in raw.items():
@@ -103,7 +106,21 @@ def check_config(
 
 def _is_float_dtype(name: object) -> bool:
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    return name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _check_numbers(path: Path, raw: dict, within: str) -> None:
+    """CheckpointError for a NaN, or an infinity in the place of a number; of an interval's ends,
+    in a list or named as a limit, one may be infinite (Mamba's `time_step_limit`)."""
+    for key, value in raw.items():
+        number = value
+        if isinstance(value, dict) and value.get("__float__") in ("NaN", "Infinity", "-Infinity"):
+            number = float(value["__float__"])  # transformers' own spelling
+        if isinstance(number, float) and not math.isfinite(number):
+            if math.isnan(number) or not _LIMITS.search(key):
+                raise CheckpointError(f"{path}: {within}{key} is {number}, want a finite number")
+        elif isinstance(value, dict) and not key.endswith("config"):  # those are judged by name
+            _check_numbers(path, value, f"{within}{key}.")
 
 
 def _check_count(key: str, value: int, layers: int, files, refuse) -> None:

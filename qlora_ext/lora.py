@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checks import FLOAT_MAX, CheckpointError, bad_regex, is_number, is_regex, short
+from .checks import (
+    FLOAT_MAX,
+    CheckpointError,
+    bad_regex,
+    check_finite,
+    is_number,
+    is_regex,
+    short,
+)
 from .experts import Experts4bit
 from .files import SafetensorsFiles, read_json
 from .models import (
@@ -120,11 +128,12 @@ _WANTED = {
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
     **dict.fromkeys(("use_rslora", *_SWITCHES), (lambda v: isinstance(v, bool), "True or False")),
 }
+_WANTED_IN_FILES = {**_WANTED, "fan_in_fan_out": _WANTED["use_rslora"]}
 
 
 def _check_value(op: str, key: str, value, shown: str | None = None) -> None:
     """ValueError unless value will do for key; shown is how the sentence calls the key."""
-    is_good, want = _WANTED[key]
+    is_good, want = _WANTED_IN_FILES[key]
     if not is_good(value):
         raise ValueError(f"{op} {shown or key} is {short(value)}, want {want}")
 
@@ -588,7 +597,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     Raises:
         ValueError: no adapters (merged already?), or adapters that are sharded over processes
             (DTensors), or on the meta device without a hook that fetches them. TypeError: PEFT's
-            adapters; use its own save_pretrained. OSError: the directory cannot be made or written.
+            adapters; use its own save_pretrained. OverflowError: an adapter with a NaN or an
+            infinity, which no reader takes; nothing is written. OSError: the directory cannot be
+            made or written.
     """
     from safetensors.torch import save_file
 
@@ -631,6 +642,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
                     "in memory; accelerate.hooks.remove_hook_from_submodules(model) fetches what "
                     "was offloaded"
                 )
+            check_finite(f"save_adapter: {name}.{key}", tensor, tensor.dtype)
             tensors[f"{_PREFIX}{name}.{key}.weight"] = tensor.to("cpu").contiguous()
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -690,20 +702,7 @@ def load_adapter(
         )
     settings = {}
     for name, (lora_A, lora_B) in pairs.items():
-        base = model.get_submodule(name)
-        N, K = _linear_shape(base)
-        r = lora_A.shape[0] if lora_A.ndim == 2 else 0
-        if tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
-            raise ValueError(
-                f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
-                f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight"
-            )
-        rank = _per_layer(config, "rank_pattern", name, config.get("r", r))
-        if rank != r:
-            raise ValueError(
-                f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and the config "
-                f"says r = {rank}, want the same"
-            )
+        r = _rank(path, config, name, model.get_submodule(name), lora_A, lora_B)
         if name in present and present[name].r != r:
             raise ValueError(
                 f"load_adapter: {name} has an adapter of rank {present[name].r} and {path} has one "
@@ -807,9 +806,19 @@ def _check_values(file: Path, config: dict) -> None:
             raise ValueError(f"{op} {key} holds {short(bad[0])}, want {bad[1]}")
         for pattern, value in patterns.items():
             _check_value(op, kind, value, f"{key}[{short(pattern)}]")
+    if config.get("fan_in_fan_out") is not None:
+        _check_value(op, "fan_in_fan_out", config["fan_in_fan_out"])
     targets = config.get("target_modules")
-    if isinstance(targets, str) and not is_regex(targets):
-        raise ValueError(f"{op} target_modules is {short(targets)}, want a regular expression")
+    if isinstance(targets, str):
+        if not is_regex(targets):
+            raise ValueError(f"{op} target_modules is {short(targets)}, want a regular expression")
+    elif targets is not None and not (
+        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    ):
+        raise ValueError(
+            f"{op} target_modules is {short(targets)}, want names of layers, or a regular "
+            "expression"
+        )
 
 
 def _exactly(name: str) -> str:
@@ -823,6 +832,37 @@ def _per_layer(config: dict, key: str, name: str, default):
         if pattern.match(name):
             return value
     return default
+
+
+def _rank(
+    path: Path,
+    config: dict,
+    name: str,
+    base: nn.Module,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+) -> int:
+    """r of one layer's adapter; ValueError unless its shapes fit each other, the layer and config.
+
+    Args:
+        config: of `_read_config`.
+        base: the layer of that name.
+    """
+    N, K = _linear_shape(base)
+    r = lora_A.shape[0] if lora_A.ndim == 2 else 0
+    if r < 1 or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
+        raise ValueError(
+            f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
+            f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight: the "
+            "adapter is another model's"
+        )
+    rank = _per_layer(config, "rank_pattern", name, config.get("r", r))
+    if rank != r:
+        raise ValueError(
+            f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and the config "
+            f"says r = {rank}, want the same"
+        )
+    return r
 
 
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -200,7 +200,7 @@ def _weight_bound(q: QuantizedTensor) -> float:
     return values * scale + mean
 
 
-_WIDER = "merge to torch.bfloat16 or torch.float32"
+WIDER = "merge to torch.bfloat16 or torch.float32"
 
 
 def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
@@ -219,13 +219,13 @@ def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
         bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
     if not bound < torch.finfo(dtype).max / 2:
         values = _merged_weight(module, torch.float32)
-        check_finite(name, values, dtype, advice=_WIDER if dtype == torch.float16 else "")
+        check_finite(name, values, dtype, advice=WIDER if dtype == torch.float16 else "")
 
 
 def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
     """OverflowError, before anything is changed, if a value is not finite in dtype."""
     op = "merge_and_unload: "
-    advice = _WIDER if dtype == torch.float16 else ""
+    advice = WIDER if dtype == torch.float16 else ""
     for name, module in model.named_modules():
         own = dict(module._parameters)
         if isinstance(module, (_Packed4bit, _Lora)):

@@ -781,6 +781,43 @@ def test_merge_from_a_bitsandbytes_checkpoint(llama, tmp_path):
     assert re.search(r"mlp\.up_proj  x4 +nf4, block 64, nested +96 x 64", text)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"r": 8}, "has lora_A [4, 96] and the config says r = 8, want the same"),
+        ({"rank_pattern": {"q_proj": 7}}, "has lora_A [4, 64] and the config says r = 7"),
+        ({"fan_in_fan_out": "x"}, "fan_in_fan_out is 'x', want True or False"),
+        ({"target_modules": 3}, "target_modules is 3, want names of layers"),
+    ],
+)
+def test_merge_refuses_the_adapters_that_load_adapter_refuses(llama, tmp_path, changes, message):
+    model = load(llama)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
+    assert message in run("merge", llama, adapter, tmp_path / "out", ok=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        qlora_ext.load_adapter(load(llama), adapter)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_merge_advises_a_wider_dtype_only_where_it_helps(llama, tmp_path, packed):
+    base = llama
+    if packed:
+        base = tmp_path / "packed"
+        load(llama, quantization_config=qlora_ext.QLoraExtConfig()).save_pretrained(base)
+    adapter = make_adapter(load(llama), tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    command = ("merge", base, adapter, tmp_path / "out", "--dtype", "float16", "--restart")
+    for value, wider in ((300.0, True), (1e30, False)):
+        big = {key: torch.full_like(tensor, value) for key, tensor in weights.items()}
+        save_file(big, adapter / "adapter_model.safetensors")
+        said = run(*command, ok=False)
+        assert "that torch.float16 cannot hold" in said
+        assert ("; merge with --dtype bfloat16 or float32" in said) == wider, said
+
+
 def test_adapters_that_do_not_fit_are_one_sentence(llama, tmp_path):
     adapter = make_adapter(load(llama), tmp_path / "adapter")
     out = tmp_path / "out"

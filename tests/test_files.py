@@ -226,6 +226,13 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
         ({"architectures": [5]}, r"architectures is [5], want a list of names"),
         ({"dtype": "zzz"}, "dtype is 'zzz', want the name of a float dtype"),
         ({"dtype": "int8"}, "dtype is 'int8', want the name of a float dtype"),
+        ({"dtype": "auto"}, "dtype is 'auto', want the name of a float dtype"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, want a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, want a finite number"),
+        ({"rope_theta": {"__float__": "-Infinity"}}, "rope_theta is -inf, want a finite"),
+        ({"rope_scaling": {"factor": float("inf")}}, "rope_scaling.factor is inf, want a finite"),
+        ({"text_config": {"eps": float("nan")}}, "text_config.eps is nan, want a finite"),
+        ({"time_step_limit": float("nan")}, "time_step_limit is nan, want a finite"),
         ({"text_config": 10**9}, "text_config is 1000000000, want an object"),
         ({"quantization_config": 5}, "quantization_config is 5, want an object"),
         ({"attn_implementation": "someone/kernel"}, "want the name of an implementation"),
@@ -247,6 +254,12 @@ def files_of(folder, tensors, numel):
     state = {f"t{i}": torch.zeros(numel, dtype=torch.uint8) for i in range(tensors)}
     save_file(state, folder / "model.safetensors")
     return SafetensorsFiles([folder / "model.safetensors"])
+
+
+def test_limits_may_be_infinite(tmp_path):
+    inf = float("inf")
+    check_config(tmp_path, {"time_step_limit": [0.0, inf], "swiglu_limit": inf, "clip_qkv": inf})
+    check_config(tmp_path, {"time_step_limit": [0.0, {"__float__": "Infinity"}]})
 
 
 def test_deep_models_whose_weights_are_there_are_taken(tmp_path):

@@ -144,6 +144,31 @@ def test_a_fresh_head_on_a_checkpoint_of_bitsandbytes(head, tmp_path):
     assert torch.equal(logits(again), logits(classifier.eval()))
 
 
+@pytest.mark.parametrize("format", ["qlora_ext", "bitsandbytes"])
+def test_ours_takes_settings_of_the_config_as_keywords(format, tmp_path):
+    torch.manual_seed(0)
+    cls = auto("CausalLM")
+    model = cls.from_config(config_of("llama"))
+    quantize_model(model, progress_bar=False)
+    qlora_ext.save_pretrained(model, tmp_path, format=format)
+    for other in (auto("SequenceClassification"), transformers.LlamaForSequenceClassification):
+        classifier, info = qlora_ext.from_pretrained(
+            tmp_path,
+            model_class=other,
+            num_labels=7,
+            dtype=torch.bfloat16,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        assert classifier.config.num_labels == 7 and len(classifier.config.id2label) == 7
+        assert classifier.config._attn_implementation == "eager"
+        assert classifier.score.weight.shape == (7, 64) and info["missing_keys"] == {"score.weight"}
+        assert classifier.dtype == torch.bfloat16 and logits(classifier).isfinite().all()
+    assert qlora_ext.from_pretrained(tmp_path, use_cache=False).config.use_cache is False
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        qlora_ext.from_pretrained(tmp_path, nonsense=1)
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 @pytest.mark.parametrize("dense", [True, False], ids=["from dense", "from packed"])
 def test_another_number_of_labels(family, dense, tmp_path):

@@ -933,6 +933,100 @@ def test_model_of_inference_mode_is_refused_before_it_trains(folders):
     torch.testing.assert_close(logits(model), logits(base_model(folders)))
 
 
+def test_a_refusal_in_inference_mode_is_what_is_said(folders):
+    """Undoing it must not set `requires_grad` of tensors that take no setting."""
+    with torch.inference_mode():
+        model = base_model(folders)
+        model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.clone(), False)
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.weight = torch.nn.Parameter(layer.weight.clone(), False)
+    for parameter in model.parameters():
+        if not parameter.is_inference() and parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match=r"was made under torch\.inference_mode"):
+        peft.get_peft_model(model, lora_config())
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+def test_an_undo_that_fails_leaves_the_first_error_and_the_rest_goes_on(folders, monkeypatch):
+    model = base_model(folders)
+    names = [name for name, _ in model.named_modules()]
+    put_back = plugin._put_back
+
+    def fails_once(module, attributes):
+        put_back(module, attributes)
+        if module is model:
+            raise RuntimeError("undo")
+
+    monkeypatch.setattr(plugin, "_put_back", fails_once)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"])
+    with pytest.raises(ValueError, match="modules_to_save names a Linear4bit"):
+        peft.get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_attributes_are_put_back_whatever_they_hold():
+    module = torch.nn.Linear(2, 2)
+    module.notes, module.marks = {"a": torch.ones(2)}, {1}
+    weight, notes = module.weight, module.notes
+    before = plugin._attributes(module)
+    module.weight = torch.nn.Parameter(torch.zeros(2, 2))
+    module.notes["a"], module.notes["b"] = torch.zeros(2), 1
+    module.marks.add(2)
+    plugin._put_back(module, before)
+    assert module.weight is weight and module.marks == {1}
+    assert module.notes is notes and list(notes) == ["a"] and notes["a"].sum() == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adapters_that_are_not_finite_are_neither_written_nor_read(folders, tmp_path, value):
+    model = adapted(folders)
+    model.add_adapter("other", lora_config())
+    good = lora_layers(model)[0].lora_B["default"].weight
+    kept = good.detach().clone()
+    with torch.no_grad():
+        good[0, 0] = value
+    model.save_pretrained(tmp_path / "other", selected_adapters=["other"])
+    for settings in ({}, {"state_dict": model.state_dict()}):
+        with pytest.raises(OverflowError, match=r"save_pretrained: .*q_proj\.lora_B\.default\.we"):
+            model.save_pretrained(tmp_path / "bad", **settings)
+    assert not (tmp_path / "bad").exists()
+    with torch.no_grad():
+        good.copy_(kept)
+    model.save_pretrained(tmp_path / "good")
+    file = tmp_path / "good" / "adapter_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file)
+    key = next(iter(state))
+    state[key].view(-1)[0] = value
+    save_file(state, file)
+    with pytest.raises(ValueError, match=rf"{key} has a NaN or Inf, want finite values"):
+        peft.PeftModel.from_pretrained(base_model(folders), tmp_path / "good")
+
+
+def test_adapters_beyond_the_dtype_after_a_cast_are_not_written(folders, tmp_path):
+    model = adapted(folders)
+    lora_layers(model)[0].lora_B["default"].weight.data.fill_(1e5)
+    model.save_pretrained(tmp_path / "wide")
+    with pytest.raises(OverflowError, match=r"save_pretrained: .* that torch\.float16 cannot hold"):
+        model.half().save_pretrained(tmp_path / "half")
+
+
+def test_a_weighted_adapter_that_is_not_finite_is_taken_away(folders):
+    model = adapted(folders)
+    model.add_adapter("other", lora_config())
+    lora_layers(model)[0].lora_B["default"].weight.data.fill_(1e30)
+    settings = {"combination_type": "linear"}
+    with pytest.raises(ValueError, match=r"add_weighted_adapter: with weights .* holds 256 v"):
+        model.add_weighted_adapter(["default", "other"], [1e30, 1e30], "sum", **settings)
+    assert list(model.peft_config) == ["default", "other"]
+    assert "sum" not in lora_layers(model)[0].lora_A
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", **settings)
+    assert lora_layers(model)[0].lora_B["sum"].weight.isfinite().all()
+
+
 # Hot-swapping --------------------------------------------------------------------------------
 
 

@@ -648,6 +648,82 @@ def test_loading_refuses_values_beyond_the_dtype_that_is_asked_for(llama, packed
         load(dense, quantization_config=qlora_ext.QLoraExtConfig())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_file_that_is_damaged_is_not_to_be_loaded_with_another_dtype(
+    packed, tmp_path, value, dtype
+):
+    norm = packed[1].model.norm.weight.detach().clone()
+    norm[0] = value
+    folder = changed(packed, tmp_path / "bad", **{"model.norm.weight": norm})
+    with pytest.raises(CheckpointError, match=r"model.norm.weight holds .* it is damaged") as error:
+        load(folder, dtype=dtype)
+    assert "load it with that dtype" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, key",
+    [
+        ("llama", "model.layers.1.self_attn.q_proj.weight"),
+        ("gpt2", "transformer.h.1.mlp.c_fc.weight"),  # a Conv1D
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w3.weight"),  # one of a stack
+    ],
+)
+def test_a_weight_that_cannot_be_packed_is_named_with_its_file(family, key, tmp_path, capfd):
+    import tiny_models
+    from safetensors.torch import load_file, save_file
+
+    tiny_models.make(family).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    where = rf"model.safetensors: {key} holds 1 value of [\d,]+ that "
+    config = qlora_ext.QLoraExtConfig()
+    for value, dtype, said in (
+        (7e4, torch.float16, "largest magnitude is 70000, .* stored in torch.float32: load it wit"),
+        (float("inf"), torch.float16, "the file itself holds that: it is damaged"),
+        (float("nan"), torch.float32, "1 NaN among them; .* it is damaged"),
+    ):
+        state[key].view(-1)[5] = value
+        save_file(state, file, metadata={"format": "pt"})
+        capfd.readouterr()
+        with pytest.raises(CheckpointError, match=where + f".*{said}"):
+            load(tmp_path, quantization_config=config, dtype=dtype)
+        assert "CONVERSION" not in "".join(capfd.readouterr())
+        if value == 7e4:
+            load(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+
+
+def test_the_state_dict_that_is_given_is_checked_and_written(packed, tmp_path):
+    model = load(packed[0])
+    norm = torch.full_like(model.model.norm.weight, 3.0)
+    state = {**model.state_dict(), "model.norm.weight": norm}
+    model.save_pretrained(tmp_path / "good", state_dict=state)
+    assert torch.equal(load(tmp_path / "good").model.norm.weight, norm)
+    norm[1] = float("inf")
+    with pytest.raises(OverflowError, match=r"save_pretrained: model.norm.weight holds 1 value"):
+        model.save_pretrained(tmp_path / "bad", state_dict=state)
+    assert not list((tmp_path / "bad").glob("*.safetensors"))
+    model.save_pretrained(tmp_path / "own")  # what was given is forgotten
+    assert torch.equal(load(tmp_path / "own").model.norm.weight, model.model.norm.weight)
+    with pytest.raises(ValueError, match="state_dict holds our layout"):
+        qlora_ext.save_pretrained(model, tmp_path / "b", format="bitsandbytes", state_dict=state)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"hidden_act": "nothing"}, r"hidden_act is 'nothing', which transformers cannot take"),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps is nan, want a finite number"),
+        ({"dtype": "auto"}, r"dtype is 'auto', want the name of a float dtype"),
+    ],
+)
+def test_ours_names_the_key_of_config_json(copy_of_packed, values, said):
+    path = copy_of_packed / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {said}"):
+        qlora_ext.from_pretrained(copy_of_packed)
+
+
 @pytest.mark.parametrize("lacks", ["weight", "weight_absmax", "weight_codebook"])
 @pytest.mark.parametrize("layer", ["embed_tokens", "layers.0.mlp.up_proj"])
 @pytest.mark.parametrize("through", ["AutoModel", "AutoModelForCausalLM"])

@@ -553,6 +553,9 @@ def edit_config(path, **changes):
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0, want a probability"),
         ({"use_rslora": "no"}, "use_rslora is 'no', want True or False"),
         ({"target_modules": "("}, "target_modules is '(', want a regular expression"),
+        ({"target_modules": 3}, "target_modules is 3, want names of layers, or a regular"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules is ['q_proj', 3], want names"),
+        ({"fan_in_fan_out": "x"}, "fan_in_fan_out is 'x', want True or False"),
         ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa', which changes the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "has init_lora_weights='olora'"),
@@ -626,6 +629,18 @@ def test_values_beyond_the_adapters_dtype_are_refused(adapter):
         load_adapter(quantized(), adapter)
     with pytest.raises(TypeError, match=r"load_adapter: lora_dtype is torch\.int32"):
         load_adapter(quantized(), adapter, lora_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["lora_A", "lora_B"])
+def test_adapters_that_are_not_finite_are_not_written(key, value, tmp_path):
+    model = add_lora(quantized())
+    with torch.no_grad():
+        getattr(model.model.layers[1].self_attn.v_proj, key)[0, 0] = value
+    layer = "model.layers.1.self_attn.v_proj"
+    with pytest.raises(OverflowError, match=rf"save_adapter: {layer}.{key} holds 1 value of"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def edit_weights(path, change):

@@ -140,6 +140,24 @@ def test_merging_an_offloaded_model_says_what_to_do(way, offloaded_first, adapte
     assert torch.equal(tiny.logits(model), want)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dequantizing_an_offloaded_model_changes_nothing(way, dtype, tmp_path):
+    (tmp_path / "first").mkdir()
+    model = offload(packed(), "device_map", tmp_path / "first")
+    if way != "device_map":  # which gives a model its `dequantize`
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first/saved")
+        model = offload(model, way, tmp_path)
+    want = tiny.logits(model)
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(
+        ValueError, match=r"dequantize: .* is offloaded .* without 'cpu' and 'disk'"
+    ):
+        model.dequantize(dtype)
+    assert [(name, type(module)) for name, module in model.named_modules()] == kinds
+    assert torch.equal(tiny.logits(model), want)
+
+
 @pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_quantizing_an_offloaded_model_says_what_to_do(way, tmp_path):
     model = offload(tiny.make("llama", tie_word_embeddings=False), way, tmp_path)
@@ -229,3 +247,18 @@ def test_peft_loads_onto_an_offloaded_model_and_saves_what_is_offloaded(way, tmp
     stored = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("tuned", "again")]
     assert stored[0].keys() == stored[1].keys()
     assert all(torch.equal(stored[1][key], value) for key, value in stored[0].items())
+
+
+def test_a_layer_of_another_tuner_is_not_merged_while_it_is_offloaded(tmp_path):
+    """Its bias would have stayed on meta."""
+    peft = pytest.importorskip("peft")
+    model = tiny.make("qwen2", tie_word_embeddings=False)
+    model = accelerate.cpu_offload(
+        qlora_ext.quantize_model(model, progress_bar=False), execution_device="cpu"
+    )
+    config = peft.OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"])
+    model = peft.get_peft_model(model, config)
+    want = tiny.logits(model)
+    with pytest.raises(ValueError, match=r"merge: .*q_proj: base_layer\.weight is offloaded"):
+        model.base_model.model.model.layers[1].self_attn.q_proj.merge()
+    assert torch.equal(tiny.logits(model), want)

@@ -16,10 +16,10 @@ from ..checkpoint import Checkpoint, read_config, unquantized
 from ..checks import check_finite, check_parameters
 from ..experts import is_fused_experts
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
-from ..lora import LoraConfig, _per_layer, _read_config, _read_pairs, _with_adapter
-from ..merge import check_weight, dense_layer
+from ..lora import LoraConfig, _per_layer, _rank, _read_config, _read_pairs, _with_adapter
+from ..merge import WIDER, check_weight, dense_layer
 from ..models import quantize_model, replace_module
-from ..nn import Embedding4bit, Linear4bit, is_conv1d, linear_shape
+from ..nn import Embedding4bit, Linear4bit, is_conv1d
 from ..quantized_tensor import QuantConfig
 from .errors import CliError
 from .quantize import pack_like, quantized_result
@@ -71,8 +71,9 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     """Layer name -> its adapter.
 
     Raises:
-        CliError: files that are missing or damaged; more than a plain LoRA adapter; layers or
-            shapes that the model does not have.
+        CliError: what `load_adapter` refuses: files that are missing or damaged; more than a plain
+            LoRA adapter; layers or shapes that the model does not have, or that the adapter's own
+            config contradicts.
     """
     names = checkpoint.model
     if checkpoint.quantizer is None:
@@ -84,6 +85,8 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     try:
         config = _read_config(folder)
         pairs = _read_pairs(names, folder, lambda name: torch.float32)  # as they are added
+        for name, pair in pairs.items():
+            _rank(folder, config, name, names.get_submodule(name), *pair)
     except NotImplementedError:  # values of a model on meta were asked for
         raise CliError(
             f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
@@ -93,14 +96,6 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
         raise CliError(str(error).replace("load_adapter: ", "", 1)) from None
     adapter = {}
     for name, (lora_A, lora_B) in pairs.items():
-        N, K = linear_shape(names.get_submodule(name))
-        r = lora_A.shape[0] if lora_A.ndim == 2 else 0
-        if r < 1 or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
-            raise CliError(
-                f"{folder}: {name} has lora_A {list(lora_A.shape)} and lora_B "
-                f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight: the "
-                "adapter is another model's"
-            )
         alpha = _per_layer(config, "alpha_pattern", name, config["lora_alpha"])
         adapter[name] = Pair(lora_A, lora_B, alpha, bool(config.get("use_rslora", False)))
     return adapter
@@ -148,10 +143,11 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
         else:
             replace_module(module, base, new)
     for layer, part in module.named_modules():
+        full = ".".join(filter(None, (name, layer)))
         if isinstance(part, (Linear4bit, Embedding4bit)):
-            _overflow_is_one_sentence(
-                dtype, check_weight, ".".join(filter(None, (name, layer, "weight"))), part, dtype
-            )
+            _overflow_is_one_sentence(check_weight, f"{full}.weight", part, dtype)
+            if part._parameters.get("bias") is not None:
+                _check(f"{full}.bias", part.bias, dtype)
     new = dense_layer(module, dtype)
     for key, parameter in new.named_parameters():
         _check(f"{name}.{key}", parameter, dtype)
@@ -204,18 +200,16 @@ def _merge_dense(
 
 def _check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
     """CliError unless dtype holds the values."""
-    _overflow_is_one_sentence(dtype, check_finite, name, values, dtype)
+    advice = WIDER if dtype == torch.float16 else ""
+    _overflow_is_one_sentence(check_finite, name, values, dtype, None, advice)
 
 
-def _overflow_is_one_sentence(dtype: torch.dtype, check, *arguments) -> None:
+def _overflow_is_one_sentence(check, *arguments) -> None:
     try:
         check(*arguments)
     except OverflowError as error:
-        wider = dtype == torch.float16 and "NaN" not in str(error)
-        said = str(error).partition("; merge to ")[0]
-        raise CliError(
-            said + ("; merge with --dtype bfloat16 or float32" if wider else "")
-        ) from None
+        said = str(error).replace(WIDER, "merge with --dtype bfloat16 or float32")
+        raise CliError(said) from None
 
 
 # Jobs ---------------------------------------------------------------------------------------------

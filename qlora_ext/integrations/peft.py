@@ -11,9 +11,11 @@ PEFT has no registry that outlives one config, so a few of its functions are wra
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
     BaseTuner.{merge,unmerge}_adapter        a sharded or offloaded model is refused
     PeftModel.save_pretrained                the same, unless it is given a state_dict; what is
-                                             offloaded is fetched
+                                             offloaded is fetched, NaN and Inf are refused
+    LoraModel.add_weighted_adapter           one that is not finite is refused
     {ModulesToSaveWrapper,TrainableTokensLayer}.__init__   a packed layer is refused with a sentence
-    {get,set}_peft_model_state_dict          a packed embedding is stored and read as a dense table
+    {get,set}_peft_model_state_dict          a packed embedding is stored and read as a dense
+                                             table; NaN and Inf are not read
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
     replace_lora_weights_loftq               LoftQ's start, against our quantizer
@@ -66,7 +68,7 @@ from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, _Lora, _Packed4bit
 from ..offload import check_can_adapt, check_in_memory, is_offloaded, loaded, value_of
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
 from ..shared_input import SharedInput, share_input
-from .transformers import dense_linear, leave_no_packed_layer, logical_surplus
+from .transformers import dense_linear, leave_no_packed_layer, local_part, logical_surplus
 
 # Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
 _SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
@@ -550,6 +552,7 @@ class PackedBackend(quantization_utils.QuantizationBackend):
         else:
             dtype = _packed_base(peft_layer).dtype
             name = peft_layer.__dict__.get("_qlora_ext_name", type(peft_layer).__name__)
+            check_in_memory(f"merge: {name}", peft_layer, IN_MEMORY)
             _check_finite(name, weight_data, list(peft_layer.active_adapters), dtype)
             _swap_in(peft_layer, weight_data.detach().to(dtype).contiguous())
 
@@ -696,14 +699,56 @@ def _save_pretrained(original):
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
+        packed = [module for module in self.modules() if isinstance(module, _Packed4bit)]
+        prefix = getattr(self.base_model, "prefix", "")
         if kwargs.get("state_dict") is None:
-            prefix = getattr(self.base_model, "prefix", "")
             _check_whole("save_pretrained", self, only=prefix)
-            if any(isinstance(m, _Packed4bit) and is_offloaded(m) for m in self.modules()):
+            if any(is_offloaded(module) for module in packed):
                 kwargs["state_dict"] = _fetched_state(self, prefix)
+        if packed:
+            names = args[2] if len(args) > 2 else kwargs.get("selected_adapters")
+            state = kwargs.get("state_dict") or dict(self.named_parameters())
+            _check_written(state, prefix, list(self.peft_config) if names is None else names)
         return original(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def _check_written(state: dict[str, torch.Tensor], prefix: str, adapters: list[str]) -> None:
+    """OverflowError, before anything is written, for a NaN or an infinity in what is to be saved of
+    some adapters: what we would refuse to read."""
+    kinds = (prefix, "modules_to_save.", "trainable_tokens_")
+    for key, tensor in state.items():
+        saved = any(f".{name}." in f"{key}." for name in adapters)
+        if saved and any(kind and kind in key for kind in kinds) and tensor.is_floating_point():
+            check_finite(f"save_pretrained: {key}", local_part(tensor.detach()), tensor.dtype)
+
+
+def _check_combined(original):
+    """Wraps `LoraModel.add_weighted_adapter`: an adapter that is not finite is taken away again."""
+
+    @functools.wraps(original)
+    def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs):
+        is_new = adapter_name not in self.peft_config
+        result = original(self, adapters, weights, adapter_name, *args, **kwargs)
+        if is_new and any(isinstance(module, _Packed4bit) for module in self.model.modules()):
+            own = {
+                name: parameter
+                for name, parameter in self.model.named_parameters()
+                if self.prefix in name and f".{adapter_name}." in f"{name}."
+            }
+            try:
+                for name, parameter in own.items():
+                    check_finite(name, local_part(parameter.detach()), parameter.dtype)
+            except OverflowError as error:
+                self.delete_adapter(adapter_name)
+                raise ValueError(
+                    f"add_weighted_adapter: with weights {weights}, {error}: an adapter is broken, "
+                    "or a weight too large"
+                ) from None
+        return result
+
+    return add_weighted_adapter
 
 
 def _fetched_state(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
@@ -769,10 +814,11 @@ def _all_or_nothing(original):
         try:
             return original(self, model, *args, **kwargs)
         except BaseException:
-            for module, attributes in before:
-                _put_back(module, attributes)
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
+            undo = [functools.partial(_put_back, *entry) for entry in before]
+            undo += [functools.partial(_set_requires_grad, *entry) for entry in trained]
+            for step in undo:
+                with contextlib.suppress(Exception):  # the first error says more, and all else
+                    step()  # is still put back
             raise
 
     return inject_adapter
@@ -789,13 +835,20 @@ def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
 def _put_back(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
     """Undoes changes since `_attributes`; containers stay the same objects."""
     module.__dict__.clear()
-    for name, (value, content) in attributes.items():
-        module.__dict__[name] = value
+    module.__dict__.update((name, value) for name, (value, _) in attributes.items())
+    for value, content in attributes.values():
+        # Not compared with what they were: `==` of two tensors is no bool.
         if isinstance(value, list):
             value[:] = content
-        elif isinstance(value, (dict, set)) and value != content:
+        elif isinstance(value, (dict, set)):
             value.clear()
             value.update(content)
+
+
+def _set_requires_grad(parameter: torch.nn.Parameter, requires_grad: bool) -> None:
+    """Sets it where it differs; a tensor of inference mode takes no setting at all."""
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
 
 
 def _refuse_packed_layer(original, what: str):
@@ -859,6 +912,8 @@ def _set_state_dict(original):
     @functools.wraps(original)
     def set_peft_model_state_dict(model, peft_model_state_dict, *args, **kwargs):
         state = dict(peft_model_state_dict)
+        if any(isinstance(module, _Packed4bit) for module in model.modules()):
+            _check_read(state)
         tables = []
         for name, table in _packed_tables(model).items():
             # An embedding without adapter here may have had one where it was stored, or none.
@@ -867,19 +922,36 @@ def _set_state_dict(original):
                 if key in state and state[key].is_floating_point():
                     dense = state.pop(key)
                     _check_table(key, dense, table)
-                    tables.append((table, dense))
+                    with loaded(table):
+                        own = dequantize_4bit(table.quantized, table.dtype)
+                    if not torch.equal(dense.to(own), own):
+                        check_in_memory(
+                            f"set_peft_model_state_dict: {key}",
+                            table,
+                            "load the model without 'cpu' and 'disk' in device_map",
+                        )
+                        tables.append((table, dense))
         result = original(model, state, *args, **kwargs)
         for table, dense in tables:
-            own = dequantize_4bit(table.quantized, table.dtype)
-            if not torch.equal(dense.to(own), own):
-                table._quantize(dense.to(own.device))
+            table._quantize(dense.to(table.weight.device))
         return result
 
     return set_peft_model_state_dict
 
 
+def _check_read(state: dict[str, torch.Tensor]) -> None:
+    """ValueError for a tensor of an adapter with a NaN or Inf."""
+    for key, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            continue
+        if not local_part(tensor).isfinite().all():
+            raise ValueError(
+                f"set_peft_model_state_dict: {key} has a NaN or Inf, want finite values"
+            )
+
+
 def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
-    """ValueError for a table of another size than the model's, or with a NaN or Inf."""
+    """ValueError for a table of another size than the model's."""
     N, K = table._shape
     if tuple(dense.shape) != (N, K):
         raise ValueError(
@@ -887,8 +959,6 @@ def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
             "the model's packed embedding; resize the unquantized model (resize_token_embeddings) "
             "before it is packed"
         )
-    if not dense.isfinite().all():
-        raise ValueError(f"set_peft_model_state_dict: {key} has a NaN or Inf, want finite values")
 
 
 def _count_logical_weights(original):
@@ -1108,6 +1178,7 @@ def attach() -> None:
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)
     _replace_everywhere(loftq_utils.replace_lora_weights_loftq, _loftq)
     _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
+    lora.LoraModel.add_weighted_adapter = _check_combined(lora.LoraModel.add_weighted_adapter)
     lora.LoraModel._qlora_ext_attached = True
 
 

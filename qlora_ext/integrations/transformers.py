@@ -40,7 +40,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import CheckpointError, check_finite, check_parameters, lacks_data, narrower
+from ..checks import CheckpointError, check_finite, check_parameters, lacks_data
 from ..experts import Experts4bit, is_fused_experts
 from ..files import FLOATS, SafetensorsFiles, reading, safetensors_files
 from ..merge import check_weight, dense_layer
@@ -153,6 +153,9 @@ class QLoraExtConfig(QuantizationConfigMixin):
 class Quantize(ConversionOps):
     """Packs one weight that transformers has just read, on the device it was read to."""
 
+    def __init__(self, hf_quantizer: QLoraExtHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
     def convert(self, input_dict, *args, model=None, **kwargs):
         """input_dict: full parameter name -> dense weight [out, in] (or [in, out] of a Conv1D).
 
@@ -170,7 +173,15 @@ class Quantize(ConversionOps):
             want = (module.out_features, module.in_features)
             if tuple(value.shape) != want:
                 raise ValueError(f"{name}: shape got {tuple(value.shape)}, want {want}")
-            packed = module._as_parameters(quantize_with(value, module.config))
+            try:
+                q = quantize_with(value, module.config)
+            except RuntimeError:
+                if value.isfinite().all():
+                    raise
+                # What is raised here ends in a report of transformers' that names no file.
+                self.hf_quantizer.not_finite.append((name, value.dtype))
+                q = quantize_with(torch.zeros_like(value), module.config)
+            packed = module._as_parameters(q)
             prefix = name.removesuffix("weight")
             result.update({prefix + key: parameter for key, parameter in packed.items()})
         return result
@@ -225,6 +236,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     saves_as = "qlora_ext"  # what save_pretrained writes; `save_pretrained` below changes it
+    given_state = None  # the state_dict that save_pretrained was given
 
     def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
         # A copy: the list of kept layers is filled in per model, and the caller's object may be
@@ -252,7 +264,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         return not self.pre_quantized and isinstance(module, Linear4bit) and attribute == "weight"
 
     def get_quantize_ops(self):
-        return Quantize()
+        return Quantize(self)
 
     # The tensors under each `weight` of a bitsandbytes checkpoint.
     serialized_names: ClassVar = {
@@ -277,8 +289,14 @@ class QLoraExtHfQuantizer(HfQuantizer):
         return weight_conversions + self.get_weight_conversions()
 
     def get_state_dict_and_metadata(self, model):
+        given = self.given_state
+        floats = {k: t for k, t in (given or {}).items() if getattr(t, "dtype", None) in FLOATS}
+        for name, tensor in floats.items():
+            if ".lora_" not in name:
+                check_finite(f"save_pretrained: {name}", local_part(tensor.detach()), tensor.dtype)
         # With a distributed_config transformers gathers what it sharded itself.
-        if getattr(model.config, "distributed_config", None) is None:
+        is_whole = given is not None and not any(hasattr(t, "to_local") for t in given.values())
+        if not is_whole and getattr(model.config, "distributed_config", None) is None:
             check_whole("save_pretrained", model)
             # Adapters are for the one who trains them; a checkpoint of a run is not refused.
             adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
@@ -291,15 +309,16 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 "save_pretrained: the file holds the quantized base and the adapters of add_lora; "
                 "from_pretrained reads the base of it alone. qlora_ext.save_adapter(model, path) "
                 "writes what load_adapter and PEFT read",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return None, {}
+        return given, {}
 
     def _process_model_before_weight_loading(
         self, model, dtype=None, checkpoint_files=None, **kwargs
     ):
         self._check_distribution(getattr(model.config, "distributed_config", None))
         self.checkpoint_files = checkpoint_files
+        self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
         config = self.quantization_config
         keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
         self.plan = plan = Plan(
@@ -382,9 +401,15 @@ class QLoraExtHfQuantizer(HfQuantizer):
         for name in self.plan.names:
             module = model.get_submodule(name)
             if is_fused_experts(module) and not any(p.is_meta for p in module.parameters()):
+                for key, parameter in module.named_parameters():
+                    values = local_part(parameter.detach())
+                    check_read(model, f"{name}.{key}", values, self.checkpoint_files)
                 replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, dtype in self.not_finite:
+            error = f"{name} has a NaN or an infinity in {dtype}"
+            raise not_held(model, name, dtype, error, self.checkpoint_files)
         if not self.pre_quantized:
             self._pack_experts(model)
         layers = {
@@ -404,7 +429,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 advice = "it is damaged: save the packed model again, or pack the unquantized one"
             layer = missing[0].rpartition(".")[0]
-            where = source_of(model, f"{layer}.weight", self.checkpoint_files)[0]
+            where = file_of(model, f"{layer}.weight", self.checkpoint_files)
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
                 f"{', '.join(missing)}; {advice}"
@@ -423,7 +448,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             for name, layer in layers.items():
                 damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
                 if damage:
-                    where = source_of(model, f"{name}.weight", self.checkpoint_files)[0]
+                    where = file_of(model, f"{name}.weight", self.checkpoint_files)
                     raise CheckpointError(f"{where}: " * bool(where) + "; ".join(damage))
         check_loaded(model, self.checkpoint_files)
         del self.checkpoint_files
@@ -474,9 +499,11 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     Args:
         path: folder or hub name.
         model_class: an Auto class or model class; None is AutoModelForCausalLM.
-        kwargs: for its from_pretrained: dtype, device_map, ...
+        kwargs: for its from_pretrained: dtype, device_map, ...; or settings of the model's config
+            that are to be others than the checkpoint's: num_labels, use_cache, ...
 
     Raises:
+        TypeError: a keyword that neither knows.
         ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged,
             hold a NaN or an infinity, or say what no model can be made of (CheckpointError, which
             names the file).
@@ -488,12 +515,19 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     config = kwargs.pop("config", None)
     elsewhere = {"subfolder", "variant", "gguf_file"} & kwargs.keys()
     local = os.path.isdir(path) and not elsewhere and not kwargs.get("trust_remote_code")
-    files = None
+    files = stored_config = None
     if config is None and local:
         files = SafetensorsFiles(safetensors_files(Path(path)), any_dtype=True)
-        config = read_config(Path(path), files)
-    elif config is None:
-        config = transformers.AutoConfig.from_pretrained(path, **hub_kwargs)
+        # Its errors are the file's; those below, the keywords'.
+        stored_config = read_config(Path(path), files)
+    if config is None:
+        # What the model's from_pretrained sets itself, and would not find any more.
+        own = ("dtype", "torch_dtype", "quantization_config", "attn_implementation")
+        own = {key: kwargs.pop(key) for key in own if key in kwargs}
+        config, unused = transformers.AutoConfig.from_pretrained(
+            path, return_unused_kwargs=True, **{**kwargs, **hub_kwargs}
+        )
+        kwargs = {**unused, **own, **hub_kwargs}
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
     method = stored_method(config)
@@ -515,7 +549,7 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     model_class = model_class or transformers.AutoModelForCausalLM
     want_info = kwargs.pop("output_loading_info", False)
     kwargs["output_loading_info"] = True
-    with loading(path, files) if local else contextlib.nullcontext():
+    with loading(path, files, stored_config, kwargs) if local else contextlib.nullcontext():
         model, info = model_class.from_pretrained(path, config=config, **kwargs)
         # Another class than the saved one may have a head of its own, made anew to be trained.
         if type(model).__name__ in (config.architectures or ()):
@@ -554,6 +588,10 @@ def save_pretrained(
     if format == "qlora_ext":
         model.save_pretrained(path, **kwargs)
         return
+    if kwargs.get("state_dict") is not None:
+        raise ValueError(
+            "save_pretrained: state_dict holds our layout, want it with format='qlora_ext' only"
+        )
     check_in_memory("save_pretrained", model, "load it without 'cpu' and 'disk' in device_map")
     ours = model.config.quantization_config
     model.config.quantization_config = _bitsandbytes_config(model, quantizer.quantization_config)
@@ -671,8 +709,10 @@ def leave_no_packed_layer(model: torch.nn.Module, dtype: torch.dtype | None = No
             that it stands for.
 
     Raises:
-        OverflowError: that dtype cannot hold a weight; the model is then as it was.
+        OverflowError: that dtype cannot hold a weight. ValueError: weights are offloaded. The model
+            is then as it was.
     """
+    check_in_memory("dequantize", model, "load it without 'cpu' and 'disk' in device_map")
     check_parameters("dequantize", model, dtype)
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, Embedding4bit)):
@@ -749,15 +789,40 @@ def check_loaded(model, checkpoint_files) -> None:
         values = local_part(tensor.detach())
         if name in buffers:
             values = values[~values.isinf()]
+        check_read(model, name, values, checkpoint_files)
+
+
+def check_read(model, name: str, values: torch.Tensor, checkpoint_files) -> None:
+    """CheckpointError, as `not_held`, for values of a tensor of a model that are not finite."""
+    try:
+        check_finite(name, values, values.dtype)
+    except OverflowError as error:
+        raise not_held(model, name, values.dtype, error, checkpoint_files) from None
+
+
+def not_held(model, name: str, dtype: torch.dtype, error, checkpoint_files) -> CheckpointError:
+    """The error for a tensor of a model that was read in a dtype and is not finite there: it names
+    file and tensor, and says whether another dtype helps or the file itself is damaged.
+
+    Args:
+        error: what is said where the file's tensor is not known.
+    """
+    files, keys = sources_of(model, name, checkpoint_files)
+    for key in keys:
+        if files.dtypes.get(key) not in FLOATS:
+            continue
+        values = files[key]
+        is_damaged = not values.isfinite().all()
         try:
-            check_finite(name, values, tensor.dtype)
-        except OverflowError as error:
-            where, key, stored = source_of(model, name, checkpoint_files)
-            if stored in FLOATS and narrower(tensor.dtype, stored):
-                error = f"{error}; it is stored in {stored}: load it with that dtype"
-            raise CheckpointError(
-                f"{where}: {str(error).replace(name, key, 1)}" if where else str(error)
-            ) from None
+            check_finite(key, values, dtype)
+        except OverflowError as found:
+            stored = values.dtype
+            advice = f"it is stored in {stored}: load it with that dtype"
+            if is_damaged:
+                advice = "the file itself holds that: it is damaged, download or save it again"
+            return CheckpointError(f"{files.where[key]}: {found}; {advice}")
+    where, key = (f"{files.where[keys[0]]}: ", keys[0]) if keys else ("", name)
+    return CheckpointError(f"{where}{str(error).replace(name, key, 1)}")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -765,22 +830,30 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def source_of(model, name: str, checkpoint_files) -> tuple[str, str, torch.dtype | None]:
-    """Where a tensor of a model comes from: file, name there and dtype; ("", name, None) where it
-    is not known."""
+def sources_of(model, name: str, checkpoint_files) -> tuple[SafetensorsFiles, list[str]]:
+    """The files of a model, and the names there of what makes one of its tensors; no names where
+    they are not known."""
     paths = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+    files = SafetensorsFiles([])
     try:
         files = SafetensorsFiles(paths, any_dtype=True)
         conversions = get_model_conversion_mapping(model, None, None)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
         state, prefix = model.state_dict(), model.base_model_prefix
-        for key in files:
-            if rename_source_key(key, renamings, converters, prefix, state)[0] == name:
-                return str(files.where[key]), key, files.dtypes.get(key)
+        return files, [
+            key
+            for key in files
+            if rename_source_key(key, renamings, converters, prefix, state)[0] == name
+        ]
     except Exception:  # an error is being reported, which says more than this one
-        pass
-    return "", name, None
+        return files, []
+
+
+def file_of(model, name: str, checkpoint_files) -> str:
+    """The file that a tensor of a model comes from, "" where it is not known."""
+    files, keys = sources_of(model, name, checkpoint_files)
+    return str(files.where[keys[0]]) if keys else ""
 
 
 def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
@@ -966,6 +1039,24 @@ def _count_logical_weights(original):
     return num_parameters
 
 
+def _write_what_is_given(original):
+    """Wraps `PreTrainedModel.save_pretrained`, which for a quantized model drops the `state_dict`
+    that it is given, and writes the model's."""
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kw):
+        quantizer = getattr(self, "hf_quantizer", None)
+        if not isinstance(quantizer, QLoraExtHfQuantizer):
+            return original(self, save_directory, is_main_process, state_dict, *args, **kw)
+        quantizer.given_state = state_dict
+        try:
+            return original(self, save_directory, is_main_process, state_dict, *args, **kw)
+        finally:
+            quantizer.given_state = None
+
+    return save_pretrained
+
+
 def _refuse_packed_resize(original):
     """Wraps `PreTrainedModel._get_resized_embeddings` and `_get_resized_lm_head`, which would copy
     rows of bytes. The head is looked at with the embedding, before that is replaced."""
@@ -1032,6 +1123,9 @@ def attach() -> None:
         cls for cls in transformers.PreTrainedModel.__mro__ if "num_parameters" in vars(cls)
     )
     owner.num_parameters = _count_logical_weights(owner.num_parameters)
+    transformers.PreTrainedModel.save_pretrained = _write_what_is_given(
+        transformers.PreTrainedModel.save_pretrained
+    )
     AutoHfQuantizer.merge_quantization_configs = _keep_what_was_asked(
         AutoHfQuantizer.merge_quantization_configs
     )
