@@ -16,8 +16,8 @@ from ..checkpoint import (
     stored_method,
     unquantized,
 )
-from ..checks import bad_regex, check_parameters, short
-from ..files import SafetensorsFiles, find_folder, read_json, reading, safetensors_files
+from ..checks import bad_regex, check_finite, check_parameters, short
+from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
 from ..lora import NotPlainLora
 from .errors import CliError
 
@@ -191,10 +191,17 @@ def load_adapter(model, folder: Path) -> None:
 
 def _check_for_peft(folder: Path) -> None:
     """CliError unless PEFT may read an adapter: it would unpickle, import a module that the config
-    names, match any regular expression, and make matrices and layers of any size."""
+    names, match any regular expression, and make matrices and layers of any size. What is not
+    finite is refused here, by its file."""
     path = folder / ADAPTER
     config = read_json(path)
     files = SafetensorsFiles([folder / ADAPTER_WEIGHTS], any_dtype=True)
+    for key in files:
+        if files.dtypes.get(key) in FLOATS:
+            try:
+                check_finite(f"{folder / ADAPTER_WEIGHTS}: {key}", files[key], files.dtypes[key])
+            except OverflowError as error:
+                raise CliError(str(error)) from None
     largest = max((n for key in files for n in files.shapes[key]), default=0)
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     ranks = [config.get("r"), *(patterns[0].values() if isinstance(patterns[0], dict) else ())]
