@@ -8,6 +8,11 @@ namespace qlora_ext {
 
 enum class DType : int8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// Bytes of one element.
+inline int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A 4-bit codebook: 16 values, and the rule that picks one.
 // rank = number of thresholds t with v > t (strict: a tie takes the lower rank), where
 // v = sign_magnitude ? |x| : x; then code = order[rank] | (sign_magnitude && x < 0 ? 8 : 0).

@@ -132,7 +132,6 @@ __device__ __forceinline__ Reciprocal reciprocal(float scale) {
   return {inverse, scale != 0.0f && fabsf(inverse) <= 3.402823466e38f};
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {

@@ -136,8 +136,6 @@ int64_t checked_numel(const char* op, const Ints& shape);
 // 0 -> numel; else a power of two from 32 to 4096.
 int64_t checked_blocksize(const char* op, int64_t blocksize, int64_t numel);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The levels that quant_type names, or the 16 given ones.
 Codebook as_codebook(const char* op, const std::string& quant_type, const OptionalFloats& codebook,
                      const std::string& companding, double companding_k);
