@@ -2,8 +2,7 @@
 // rounding, for the layers of a model that stay unquantized.
 //
 // torch multiplies bf16 and fp16 at a fraction of its fp32 speed on a CPU without instructions for
-// them (kernels.md: the head's backward took 26 s of a 79 s training step). Here W is converted a
-// panel at a time, as gemm_4bit decodes its own.
+// them. Here W is converted to fp32 a panel at a time, as gemm_4bit decodes its own.
 #include "matmul.h"
 
 namespace qlora_ext {
