@@ -5,7 +5,6 @@
 //         output's chunks are consecutive, each comes from the row its index names.
 // Checks  an index outside [0, N) prints a sentence and traps, as torch's own embedding does: no
 //         synchronization, and nothing is read through it.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/dequantize_4bit_vector.cuh"

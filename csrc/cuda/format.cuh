@@ -82,8 +82,11 @@ inline int log2_floor(int64_t v) {
 }
 
 inline Scales make_scales(const PackedWeight& w) {
-  return {w.absmax_code, w.absmax, w.nested, w.mean,
-          w.num_blocks <= 1 ? 63 : log2_floor(w.blocksize)};
+  return {.code = w.absmax_code,
+          .absmax = w.absmax,
+          .nested = w.nested,
+          .mean = w.mean,
+          .shift = w.num_blocks <= 1 ? 63 : log2_floor(w.blocksize)};
 }
 
 // The scale of one block. `map` is the dynamic map, in global or shared memory.

@@ -18,7 +18,6 @@
 //         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the
 //         next 64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
 // Order   parts of the contraction are added by reduce_parts in order. No float atomics.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/tile.cuh"
