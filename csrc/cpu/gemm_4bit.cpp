@@ -1,7 +1,7 @@
 // y = x W^T + bias + S B^T with W in 4 bits; fp32 accumulation, one rounding.
 //
-// Few rows of x: W streams through once, decoded in registers, dot products with each row of W
-// (docs/cpu.md has what bounds them). More rows: W is decoded, transposed, into panels that stay in
+// Few rows of x: W streams through once, decoded in registers, in dot products with each row of W
+// (docs/cpu.md says what bounds them). More rows: W is decoded, transposed, into panels that stay in
 // L1, and the LoRA bypass is one more contraction block after the weight's.
 #include "matmul.h"
 #include "scales.h"

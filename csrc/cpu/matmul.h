@@ -16,9 +16,8 @@
 
 namespace qlora_ext::cpu {
 
-constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
-constexpr int64_t kRegionTiles =
-    2;  // of a task's result in the 4-bit and dense products: 32 columns
+constexpr int64_t kGrainMacs = 65536;          // multiplies that repay waking a thread
+constexpr int64_t kRegionTiles = 2;            // 32 columns of the result a task
 constexpr int64_t kUnpackedRows = 16;          // up to here the left operand is used where it lies
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
 constexpr int64_t kMaxConvertedRows = 64;  // rows a task converts to fp32 itself: 64 KB of stack
@@ -236,7 +235,7 @@ inline LeftOperand pack(const LeftOperand& left, int64_t row, int64_t rows, floa
 }
 
 // Rows of a product to take at a time, so that they fit the accumulators and, packed, the
-// workspace. Many rows repay the decoding of W: at 512 it is about 2% of the arithmetic.
+// workspace. Many rows repay the decoding of W: at 512 it costs about 2% of the arithmetic.
 inline int64_t chunk_rows(int64_t rows, int64_t depth, int64_t tiles) {
   const int64_t fitting = kMaxWorkspace / std::max<int64_t>(1, packed_bytes(1, depth));
   const int64_t limit = std::max<int64_t>(1, std::min(fitting, kMaxAccumulatorRows / tiles));

@@ -20,8 +20,8 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
 // Rows of x (backward: of dY) up to which the kernel decodes W itself; above, W is decoded to memory
 // and cuBLAS multiplies. On Ampere, Ada and consumer Blackwell mma.sync reaches the tensor cores' full
 // rate. Hopper and data-centre Blackwell reach theirs with wgmma and tcgen05, mma.sync about 60% of
-// it: at 128 rows of 14336x4096 the kernel takes 63 us on an H200 and two passes 67, at 256 rows 124
-// and 92.
+// it: at 128 rows of 14336x4096 on an H200 the model gives the kernel 63 us and two passes 67, at 256
+// rows 124 and 92.
 inline int64_t fused_max_rows(const DeviceInfo& device) {
   if (device.arch < 80) return 64;
   return device.arch >= 90 && device.arch < 120 ? 128 : 256;

@@ -36,7 +36,7 @@ Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
 }
 
 // Tensor cores take a 16-bit x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
-// fp16 too is multiplied as bf16, which 7.5 has not.
+// fp16 is multiplied as bf16 too, which 7.5 does not have.
 bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
   return dtype != DType::kFloat32 && device_info().arch >= 80 && is_aligned(big, 16) &&
          stride % 8 == 0 && cols % 8 == 0;

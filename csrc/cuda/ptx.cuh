@@ -6,7 +6,7 @@
 //
 // Rules that let one kernel source serve nvcc and the emulator (docs/kernels.md has the reasons):
 //   - include this file and launch.cuh as "cuda/ptx.cuh" and "cuda/launch.cuh" (never "ptx.cuh":
-//     a quoted include looks beside the including file first and would miss the twin), and no
+//     a quoted include looks next to the including file first and would miss the twin), and no
 //     CUDA header directly;
 //   - no `__shared__` variable: a kernel has a struct, reached by ptx::shared_memory<Smem>();
 //   - no `<<<>>>`, no `asm`, no `__CUDA_ARCH__`; launch through launch_kernel<kernel>(...);

@@ -15,7 +15,7 @@
 
 namespace qlora_ext::host {
 
-// Makes the tensor's device current while it lives, and asks its current stream. Each backend's
+// Makes the tensor's device current while it lives, and knows its current stream. Each backend's
 // register.cpp defines it.
 class DeviceScope {
  public:
@@ -37,7 +37,7 @@ class DeviceScope {
   [[maybe_unused]] void* guard_ = nullptr;
 };
 
-// out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined beside DeviceScope.
+// out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined next to DeviceScope.
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta);
 

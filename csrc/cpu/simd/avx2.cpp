@@ -1,7 +1,7 @@
 // The inner kernels with AVX2, FMA and F16C: 8 weights to a vector.
 //
 // A weight's 4-bit code becomes its value by byte shuffles of the codebook's four planes of bytes
-// where many follow each other, else by two 8-entry register permutes and a blend on the code's top
+// if many follow each other, else by two 8-entry register permutes and a blend on the code's top
 // bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
 // whose bits are the format, never do (the build passes -ffp-contract=off).
 //
