@@ -1,4 +1,4 @@
-// Error sentences: op, argument, got, want. Torch turns the exception into a RuntimeError.
+// Error messages: op, argument, got, want. Torch turns the exception into a RuntimeError.
 #pragma once
 
 #include <sstream>

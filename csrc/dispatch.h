@@ -21,6 +21,4 @@ decltype(auto) visit_dtype(DType dtype, F&& f) {
   }
 }
 
-inline int dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 }  // namespace qlora_ext

@@ -8,6 +8,11 @@ namespace qlora_ext {
 
 enum class DType : int8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// Bytes of one element.
+inline int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A 4-bit codebook: 16 values, and the rule that picks one.
 // rank = number of thresholds t with v > t (strict: a tie takes the lower rank), where
 // v = sign_magnitude ? |x| : x; then code = order[rank] | (sign_magnitude && x < 0 ? 8 : 0).
@@ -130,7 +135,7 @@ struct LoraShrinkParams {
   void* workspace;
 };
 
-// dA = scaling * dS^T * x, and dx = scaling * dS * A where asked for.
+// dA = scaling * dS^T * x, and dx = scaling * dS * A if asked for.
 struct LoraShrinkBackwardParams {
   const float* dS;     // [M, R] fp32, contiguous
   const void* x;       // [M, K], dtype, rows x_stride apart
@@ -148,7 +153,7 @@ struct LoraShrinkBackwardParams {
 };
 
 // dS = scaling * dY * B and dB = dY^T * S: two products, so dY is read twice, the second time from
-// a cache where it fits.
+// a cache if it fits.
 struct LoraExpandBackwardParams {
   const void* dY;      // [M, N], dtype, rows dY_stride apart
   const float* S;      // [M, R] fp32, rows S_stride apart
@@ -181,7 +186,7 @@ struct MergeLora4bitParams {
 // out[i] = dequantize(W)[indices[i]].
 struct Embedding4bitParams {
   PackedWeight weight;
-  const int64_t* indices;  // [M], each in [0, N): checked on the CPU, clamped never
+  const int64_t* indices;  // [M], each in [0, N); checked on the CPU, never clamped
   void* out;               // [M, K], dtype, contiguous
   int64_t* bad_index;  // CPU: as in Quantize4bitParams; CUDA: null, a bad index traps the kernel
   int64_t M;
@@ -219,7 +224,7 @@ struct LinearBackwardParams {
   void* workspace;
 };
 
-// Each backend defines these. A launcher returns null, or a sentence that says what went wrong
+// Each backend defines these. A launcher returns null, or an error that says what went wrong
 // (CUDA: the failed call and its error). `stream` is a cudaStream_t, null on the CPU.
 // A workspace_ function returns the bytes of scratch its launcher needs, 0 for none.
 namespace launch {

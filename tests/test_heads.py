@@ -94,6 +94,16 @@ def logits(model):
     return out.start_logits if hasattr(out, "start_logits") else out.logits
 
 
+def assert_same(got, want):
+    """The same bytes, and logits: those of a dense head depend in the last bit on where the BLAS
+    library finds its weight in memory."""
+    want_state = want.state_dict()
+    assert got.state_dict().keys() == want_state.keys()
+    for key, value in got.state_dict().items():
+        assert torch.equal(value, want_state[key]), key
+    torch.testing.assert_close(logits(got), logits(want), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "head"), some_quick(PAIRS))
 def test_a_fresh_head_is_dense_and_initialised(family, head, tmp_path):
     save_backbone(family, tmp_path)
@@ -114,7 +124,7 @@ def test_a_fresh_head_is_dense_and_initialised(family, head, tmp_path):
             if layer.bias is not None:
                 assert torch.equal(got.bias, layer.bias), (how, name)
         assert logits(model).isfinite().all()
-    assert torch.equal(logits(loaded["packed"]), logits(loaded["unquantized"]))
+    assert_same(loaded["packed"], loaded["unquantized"])
     # The same layers are packed as by quantize_model, and are the same after saving.
     own = quantize_model(want, progress_bar=False)
     for model in (own, *loaded.values()):
@@ -125,7 +135,7 @@ def test_a_fresh_head_is_dense_and_initialised(family, head, tmp_path):
         model.save_pretrained(tmp_path / "again")
         again = load(type(model), tmp_path / "again")
         assert packed_names(again) == packed_names(own)
-        assert torch.equal(logits(again), logits(model))
+        assert_same(again, model)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -141,7 +151,7 @@ def test_a_fresh_head_on_a_checkpoint_of_bitsandbytes(head, tmp_path):
     assert logits(classifier).isfinite().all()
     classifier.save_pretrained(tmp_path / "again")
     again = load(type(classifier), tmp_path / "again")
-    assert torch.equal(logits(again), logits(classifier.eval()))
+    assert_same(again, classifier.eval())
 
 
 @pytest.mark.parametrize("format", ["qlora_ext", "bitsandbytes"])
@@ -194,7 +204,7 @@ def test_a_head_that_was_packed(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = load(cls, tmp_path)
     assert isinstance(again.classifier, Linear4bit)
-    assert torch.equal(logits(again), logits(model))
+    assert_same(again, model)
     other = load(cls, tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert type(other.classifier) is not Linear4bit
     assert logits(other).shape[-1] == 5 and logits(other).isfinite().all()
@@ -228,7 +238,7 @@ def test_a_packed_head_of_bitsandbytes_and_another_number_of_labels(tmp_path):
     qlora_ext.save_pretrained(model.eval(), tmp_path, format="bitsandbytes")
     again = qlora_ext.from_pretrained(tmp_path, model_class=cls, dtype=torch.float32)
     assert isinstance(again.classifier, Linear4bit)
-    assert torch.equal(logits(again), logits(model))
+    assert_same(again, model)
     config = transformers.AutoConfig.from_pretrained(tmp_path, num_labels=6)
     other = qlora_ext.from_pretrained(
         tmp_path, model_class=cls, dtype=torch.float32, config=config, ignore_mismatched_sizes=True

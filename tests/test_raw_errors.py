@@ -314,7 +314,7 @@ def test_copies_explain_too(not_found):
         assert MARK in str(raised(same, x))
 
 
-def test_a_graph_may_ask_for_the_dtype_and_device_of_a_packed_weight():
+def test_a_graph_may_ask_for_the_dtype_and_device_of_a_packed_weight(not_found):
     class Asks(Net):
         def forward(self, x):
             weight = self.called.weight

@@ -32,7 +32,7 @@ const char* launch::dequantize_4bit(const Dequantize4bitParams& p, void*) {
   }
   const int64_t first = p.row_begin * p.weight.K;
   const int64_t n = p.row_end * p.weight.K - first;
-  const int64_t num_chunks = (n + cpu::kChunk - 1) / cpu::kChunk;
+  const int64_t num_chunks = ceil_div(n, cpu::kChunk);
   cpu::parallel_for(num_chunks, cpu::kGrain, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * cpu::kChunk;
     const int64_t count = std::min(n, end * cpu::kChunk) - at;

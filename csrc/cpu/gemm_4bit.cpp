@@ -1,7 +1,7 @@
 // y = x W^T + bias + S B^T with W in 4 bits; fp32 accumulation, one rounding.
 //
-// Few rows of x: W streams through once, decoded in registers, dot products with each row of W
-// (docs/cpu.md has what bounds them). More rows: W is decoded, transposed, into panels that stay in
+// Few rows of x: W streams through once, decoded in registers, in dot products with each row of W
+// (docs/cpu.md says what bounds them). More rows: W is decoded, transposed, into panels that stay in
 // L1, and the LoRA bypass is one more contraction block after the weight's.
 #include "matmul.h"
 #include "scales.h"
@@ -10,17 +10,9 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
-constexpr int64_t kRegionTiles = 2;    // 32 rows of W a task
-constexpr int64_t kUnpackedRows = 16;  // up to here x is used where it lies: no workspace
-constexpr int64_t kFewRows = 8;        // up to here dot products
-constexpr int64_t kDotRegion = 32;     // rows of W a task, for few rows of x
-constexpr int64_t kDotAlign = 128;     // x is cut where every instruction set's groups end
-
-int64_t grain_of(const Gemm4bitParams& p, int64_t rows, int64_t columns) {
-  const int64_t macs = rows * columns * std::max<int64_t>(1, p.weight.K);
-  return std::max<int64_t>(1, kGrainMacs / macs);
-}
+constexpr int64_t kFewRows = 8;     // up to here dot products
+constexpr int64_t kDotRegion = 32;  // rows of W a task, for few rows of x
+constexpr int64_t kDotAlign = 128;  // x is cut where every instruction set's groups end
 
 // The bias of columns [n, n + count), in fp32; zeros without one.
 void load_bias(const Gemm4bitParams& p, int64_t n, int64_t count, float* bias) {
@@ -87,7 +79,7 @@ void few_rows_region(const Gemm4bitParams& p, const Region& region) {
 // ---- many rows of x ----
 
 // `x` and `lora_S` hold the chunk's rows from `row` on; region rows count from the chunk's start.
-void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S,
+void many_rows_region(const Gemm4bitParams& p, const LeftOperand& x, const LeftOperand& lora_S,
                       const Region& region, int64_t row) {
   Accumulators sums;
   clear(region, sums);
@@ -99,13 +91,7 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
   } else {
     add_product(x, region, decode, sums);
   }
-  add_product(
-      lora_S, region,
-      [&](int64_t n, int64_t width, int64_t r, int64_t depth, float* panel) {
-        kernels().pack_columns(element(p.lora_B, p.lora_dtype, n * p.R + r), p.lora_dtype, p.R,
-                               width, depth, panel);
-      },
-      sums);
+  add_product(lora_S, region, ColumnPanels{p.lora_B, p.lora_dtype, p.R}, sums);
   void* y = element(p.y, p.dtype, row * p.weight.N);
   float bias[kRegionTiles * kPanelWidth];
   load_bias(p, region.column, region.columns, bias);
@@ -114,14 +100,14 @@ void many_rows_region(const Gemm4bitParams& p, const Left& x, const Left& lora_S
   });
 }
 
-Left all_rows(const Gemm4bitParams& p) { return rows_of(p.x, p.dtype, p.x_stride, p.weight.K); }
+LeftOperand all_rows(const Gemm4bitParams& p) {
+  return rows_of(p.x, p.dtype, p.x_stride, p.weight.K);
+}
 
 // Two passes of dot products beat panels, but not panels multiplied in bf16.
 bool has_few_rows(const Gemm4bitParams& p) {
   return p.M <= (multiplies_bf16(all_rows(p)) ? kMaxDotRows : kFewRows);
 }
-
-bool packs(const Gemm4bitParams& p) { return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p)); }
 
 void many_rows(const Gemm4bitParams& p) {
   const int64_t K = p.weight.K;
@@ -129,12 +115,13 @@ void many_rows(const Gemm4bitParams& p) {
   const int64_t chunk = chunk_rows(p.M, K, kRegionTiles);
   for (int64_t row = 0; row < p.M; row += chunk) {
     const int64_t rows = std::min(chunk, p.M - row);
-    const Left x = packs(p) ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
-                            : all_rows(p).from(row);
-    const Left lora_S =
+    const LeftOperand x = packs(p.M, all_rows(p))
+                              ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
+                              : all_rows(p).from(row);
+    const LeftOperand lora_S =
         rows_of(p.lora_S + (p.R > 0 ? row * p.S_stride : 0), DType::kFloat32, p.S_stride, p.R);
     const int64_t columns = kRegionTiles * kPanelWidth;
-    for_each_region(rows, N, rows, columns, grain_of(p, rows, columns),
+    for_each_region(rows, N, rows, columns, grain_of(rows * columns * K),
                     [&](const Region& region) { many_rows_region(p, x, lora_S, region, row); });
   }
 }
@@ -147,7 +134,7 @@ const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
   if (p.M == 0 || p.weight.N == 0) return nullptr;
   if (cpu::has_few_rows(p)) {
     cpu::for_each_region(p.M, p.weight.N, p.M, cpu::kDotRegion,
-                         cpu::grain_of(p, p.M, cpu::kDotRegion),
+                         cpu::grain_of(p.M * cpu::kDotRegion * p.weight.K),
                          [&](const cpu::Region& region) { cpu::few_rows_region(p, region); });
   } else {
     cpu::many_rows(p);
@@ -156,7 +143,7 @@ const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
 }
 
 int64_t launch::workspace_gemm_4bit(const Gemm4bitParams& p) {
-  if (!cpu::packs(p)) return 0;
+  if (!cpu::packs(p.M, cpu::all_rows(p))) return 0;
   return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.K, cpu::kRegionTiles), p.weight.K);
 }
 

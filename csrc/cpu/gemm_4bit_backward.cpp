@@ -8,20 +8,12 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
-constexpr int64_t kRegionTiles = 2;    // 32 columns of W a task: a quarter of a cache line of codes
-constexpr int64_t kUnpackedRows = 16;  // up to here dY is used where it lies: no workspace
-
-Left all_rows(const Gemm4bitBackwardParams& p) {
+LeftOperand all_rows(const Gemm4bitBackwardParams& p) {
   return rows_of(p.dY, p.dtype, p.dY_stride, p.weight.N);
 }
 
-bool packs(const Gemm4bitBackwardParams& p) {
-  return p.M > kUnpackedRows && !multiplies_bf16(all_rows(p));
-}
-
 // `dY` and `dS` hold the chunk's rows from `row` on; region rows count from the chunk's start.
-void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left& dS,
+void backward_region(const Gemm4bitBackwardParams& p, const LeftOperand& dY, const LeftOperand& dS,
                      const Region& region, int64_t row) {
   const int64_t K = p.weight.K;
   Accumulators sums;
@@ -34,13 +26,7 @@ void backward_region(const Gemm4bitBackwardParams& p, const Left& dY, const Left
   } else {
     add_product(dY, region, decode, sums);
   }
-  add_product(
-      dS, region,
-      [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
-        kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width,
-                            depth, panel);
-      },
-      sums);
+  add_product(dS, region, RowPanels{p.lora_A, p.lora_dtype, K}, sums);
   store(region, sums, p.dtype, K, element(p.dX, p.dtype, row * K), [](int64_t, float*) {});
 }
 
@@ -56,19 +42,19 @@ const char* launch::gemm_4bit_backward(const Gemm4bitBackwardParams& p, void*) {
   const int64_t chunk = chunk_rows(p.M, N, kRegionTiles);
   for (int64_t row = 0; row < p.M; row += chunk) {
     const int64_t rows = std::min(chunk, p.M - row);
-    const Left dY = packs(p) ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
-                             : all_rows(p).from(row);
-    const Left dS = rows_of(p.lora_dS + row * p.R, DType::kFloat32, p.R, p.R);
+    const LeftOperand dY = packs(p.M, all_rows(p))
+                               ? pack(all_rows(p), row, rows, static_cast<float*>(p.workspace))
+                               : all_rows(p).from(row);
+    const LeftOperand dS = rows_of(p.lora_dS + row * p.R, DType::kFloat32, p.R, p.R);
     const int64_t columns = kRegionTiles * kPanelWidth;
-    const int64_t macs = rows * columns * std::max<int64_t>(1, N);
-    for_each_region(rows, K, rows, columns, std::max<int64_t>(1, kGrainMacs / macs),
+    for_each_region(rows, K, rows, columns, grain_of(rows * columns * N),
                     [&](const Region& region) { backward_region(p, dY, dS, region, row); });
   }
   return nullptr;
 }
 
 int64_t launch::workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {
-  if (!cpu::packs(p)) return 0;
+  if (!cpu::packs(p.M, cpu::all_rows(p))) return 0;
   return cpu::packed_bytes(cpu::chunk_rows(p.M, p.weight.N, cpu::kRegionTiles), p.weight.N);
 }
 

@@ -60,15 +60,13 @@ inline uint16_t fp16_from_float(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // Element `index` of a buffer that holds `dtype`.
 inline const void* element(const void* data, DType dtype, int64_t index) {
-  return static_cast<const char*>(data) + index * size_of(dtype);
+  return static_cast<const char*>(data) + index * dtype_size(dtype);
 }
 
 inline void* element(void* data, DType dtype, int64_t index) {
-  return static_cast<char*>(data) + index * size_of(dtype);
+  return static_cast<char*>(data) + index * dtype_size(dtype);
 }
 
 }  // namespace qlora_ext::cpu

@@ -2,28 +2,23 @@
 // rounding, for the layers of a model that stay unquantized.
 //
 // torch multiplies bf16 and fp16 at a fraction of its fp32 speed on a CPU without instructions for
-// them (kernels.md: the head's backward took 26 s of a 79 s training step). Here W is converted a
-// panel at a time, as gemm_4bit decodes its own.
+// them. Here W is converted to fp32 a panel at a time, as gemm_4bit decodes its own.
 #include "matmul.h"
 
 namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrainMacs = 65536;  // multiplies that repay waking a thread
-constexpr int64_t kRegionTiles = 2;    // 32 columns of the result a task
-
 // out [M, columns] = left * right + bias, which may be null; fill delivers panels of `right`.
 template <class Fill>
-void multiply(const Left& left, int64_t M, int64_t columns, const Fill& fill, const void* bias,
-              DType bias_dtype, DType dtype, void* out, void* workspace) {
+void multiply(const LeftOperand& left, int64_t M, int64_t columns, const Fill& fill,
+              const void* bias, DType bias_dtype, DType dtype, void* out, void* workspace) {
   const int64_t chunk = chunk_rows(M, left.depth, kRegionTiles);
   const int64_t width = kRegionTiles * kPanelWidth;
   for (int64_t row = 0; row < M; row += chunk) {
     const int64_t rows = std::min(chunk, M - row);
-    const Left packed = pack(left, row, rows, static_cast<float*>(workspace));
-    const int64_t macs = rows * width * std::max<int64_t>(1, left.depth);
-    for_each_region(rows, columns, rows, width, std::max<int64_t>(1, kGrainMacs / macs),
+    const LeftOperand packed = pack(left, row, rows, static_cast<float*>(workspace));
+    for_each_region(rows, columns, rows, width, grain_of(rows * width * left.depth),
                     [&](const Region& region) {
                       Accumulators sums;
                       clear(region, sums);
@@ -52,13 +47,9 @@ const char* launch::linear(const LinearParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
   if (p.M == 0 || p.N == 0) return nullptr;
-  multiply(
-      rows_of(p.x, p.dtype, p.x_stride, p.K), p.M, p.N,
-      [&](int64_t n, int64_t width, int64_t k, int64_t depth, float* panel) {
-        kernels().pack_columns(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
-                               width, depth, panel);
-      },
-      p.bias, p.bias_dtype, p.dtype, p.y, p.workspace);
+  multiply(rows_of(p.x, p.dtype, p.x_stride, p.K), p.M, p.N,
+           ColumnPanels{p.weight, p.weight_dtype, p.K}, p.bias, p.bias_dtype, p.dtype, p.y,
+           p.workspace);
   return nullptr;
 }
 
@@ -66,13 +57,9 @@ const char* launch::linear_backward(const LinearBackwardParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
   if (p.M == 0 || p.K == 0) return nullptr;
-  multiply(
-      rows_of(p.dY, p.dtype, p.dY_stride, p.N), p.M, p.K,
-      [&](int64_t k, int64_t width, int64_t n, int64_t depth, float* panel) {
-        kernels().pack_rows(element(p.weight, p.weight_dtype, n * p.K + k), p.weight_dtype, p.K,
-                            width, depth, panel);
-      },
-      nullptr, DType::kFloat32, p.dtype, p.dX, p.workspace);
+  multiply(rows_of(p.dY, p.dtype, p.dY_stride, p.N), p.M, p.K,
+           RowPanels{p.weight, p.weight_dtype, p.K}, nullptr, DType::kFloat32, p.dtype, p.dX,
+           p.workspace);
   return nullptr;
 }
 

@@ -8,46 +8,18 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrainMacs = 65536;     // multiplies that repay waking a thread
 constexpr int64_t kShrinkRows = 48;       // rows a task converts and multiplies by all of A or B
 constexpr int64_t kShrinkColumns = 64;    // columns of A^T or B a task takes
 constexpr int64_t kGradientColumns = 64;  // columns of dA or dB^T a task takes
-
-int64_t grain_of(int64_t macs) {
-  return std::max<int64_t>(1, kGrainMacs / std::max<int64_t>(1, macs));
-}
 
 void scale_by(float scaling, int64_t width, float* values) {
   for (int64_t c = 0; c < width; ++c) values[c] *= scaling;
 }
 
-// right[d, c] = source[d, c]: rows as they lie.
-struct Rows {
-  const void* source;
-  DType dtype;
-  int64_t stride;
-
-  void operator()(int64_t column, int64_t width, int64_t d, int64_t depth, float* panel) const {
-    kernels().pack_rows(element(source, dtype, d * stride + column), dtype, stride, width, depth,
-                        panel);
-  }
-};
-
-// right[d, c] = source[c, d].
-struct Transposed {
-  const void* source;
-  DType dtype;
-  int64_t stride;
-
-  void operator()(int64_t column, int64_t width, int64_t d, int64_t depth, float* panel) const {
-    kernels().pack_columns(element(source, dtype, column * stride + d), dtype, stride, width, depth,
-                           panel);
-  }
-};
-
 // out [M, R] fp32 = left [M, depth] * right [depth, R] * scaling.
 template <class Right>
-void shrink(const Left& left, const Right& right, int64_t M, int64_t R, float scaling, float* out) {
+void shrink(const LeftOperand& left, const Right& right, int64_t M, int64_t R, float scaling,
+            float* out) {
   for_each_region(M, R, kShrinkRows, kShrinkColumns, grain_of(kShrinkRows * R * left.depth),
                   [&](const Region& region) {
                     Accumulators sums;
@@ -62,7 +34,7 @@ void shrink(const Left& left, const Right& right, int64_t M, int64_t R, float sc
 // The gradient of a factor: sums = left^T [R, M] * right [M, columns], a region at a time.
 // finish(region, sums) stores it.
 template <class Finish>
-void factor_gradient(const float* left, int64_t left_stride, const Rows& right, int64_t M,
+void factor_gradient(const float* left, int64_t left_stride, const RowPanels& right, int64_t M,
                      int64_t R, int64_t columns, const Finish& finish) {
   const int64_t rows = std::min(R, kMaxAccumulatorRows * kPanelWidth / kGradientColumns);
   for_each_region(R, columns, rows, kGradientColumns, grain_of(rows * kGradientColumns * M),
@@ -76,8 +48,8 @@ void factor_gradient(const float* left, int64_t left_stride, const Rows& right, 
 
 // dx [M, K] = scaling * dS * A.
 void shrink_input_gradient(const LoraShrinkBackwardParams& p) {
-  const Left dS = rows_of(p.dS, DType::kFloat32, p.R, p.R);
-  const Rows lora_A{p.lora_A, p.lora_dtype, p.K};
+  const LeftOperand dS = rows_of(p.dS, DType::kFloat32, p.R, p.R);
+  const RowPanels lora_A{p.lora_A, p.lora_dtype, p.K};
   for_each_region(p.M, p.K, kShrinkRows, kShrinkColumns,
                   grain_of(kShrinkRows * kShrinkColumns * p.R), [&](const Region& region) {
                     Accumulators sums;
@@ -109,8 +81,8 @@ void store_transposed(const LoraExpandBackwardParams& p, const Region& region, A
 const char* launch::lora_shrink(const LoraShrinkParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
-  shrink(rows_of(p.x, p.dtype, p.x_stride, p.K), Transposed{p.lora_A, p.lora_dtype, p.K}, p.M, p.R,
-         p.scaling, p.S);
+  shrink(rows_of(p.x, p.dtype, p.x_stride, p.K), ColumnPanels{p.lora_A, p.lora_dtype, p.K}, p.M,
+         p.R, p.scaling, p.S);
   return nullptr;
 }
 
@@ -118,7 +90,7 @@ const char* launch::lora_shrink_backward(const LoraShrinkBackwardParams& p, void
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
   if (p.dx != nullptr) shrink_input_gradient(p);
-  factor_gradient(p.dS, p.R, Rows{p.x, p.dtype, p.x_stride}, p.M, p.R, p.K,
+  factor_gradient(p.dS, p.R, RowPanels{p.x, p.dtype, p.x_stride}, p.M, p.R, p.K,
                   [&](const Region& region, Accumulators& sums) {
                     store(region, sums, p.lora_dtype, p.K, p.dA, [&](int64_t, float* values) {
                       scale_by(p.scaling, region.columns, values);
@@ -130,10 +102,10 @@ const char* launch::lora_shrink_backward(const LoraShrinkBackwardParams& p, void
 const char* launch::lora_expand_backward(const LoraExpandBackwardParams& p, void*) {
   using namespace cpu;
   if (const char* error = cpu_path_error()) return error;
-  shrink(rows_of(p.dY, p.dtype, p.dY_stride, p.N), Rows{p.lora_B, p.lora_dtype, p.R}, p.M, p.R,
+  shrink(rows_of(p.dY, p.dtype, p.dY_stride, p.N), RowPanels{p.lora_B, p.lora_dtype, p.R}, p.M, p.R,
          p.scaling, p.dS);
   factor_gradient(
-      p.S, p.S_stride, Rows{p.dY, p.dtype, p.dY_stride}, p.M, p.R, p.N,
+      p.S, p.S_stride, RowPanels{p.dY, p.dtype, p.dY_stride}, p.M, p.R, p.N,
       [&](const Region& region, Accumulators& sums) { store_transposed(p, region, sums); });
   return nullptr;
 }

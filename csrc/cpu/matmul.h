@@ -16,16 +16,22 @@
 
 namespace qlora_ext::cpu {
 
+constexpr int64_t kGrainMacs = 65536;          // multiplies that repay waking a thread
+constexpr int64_t kRegionTiles = 2;            // 32 columns of the result a task
+constexpr int64_t kUnpackedRows = 16;          // up to here the left operand is used where it lies
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
 constexpr int64_t kMaxConvertedRows = 64;  // rows a task converts to fp32 itself: 64 KB of stack
 constexpr int64_t kMaxRegionColumns = 256;
 constexpr int64_t kMaxWorkspace = int64_t{16} << 20;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// How many regions of `macs` multiplies each repay waking a thread.
+inline int64_t grain_of(int64_t macs) {
+  return std::max<int64_t>(1, kGrainMacs / std::max<int64_t>(1, macs));
+}
 
 // The left operand [rows, depth]. Element (m, d) lies at
 // data[m * row_stride + (d / kDepth) * block_stride + (d % kDepth) * depth_stride].
-struct Left {
+struct LeftOperand {
   const void* data;
   DType dtype;
   int64_t row_stride;
@@ -34,21 +40,55 @@ struct Left {
   int64_t depth;
 
   // The rows from `row` on.
-  Left from(int64_t row) const {
-    Left rest = *this;
+  LeftOperand from(int64_t row) const {
+    LeftOperand rest = *this;
     rest.data = element(data, dtype, row * row_stride);
     return rest;
   }
 };
 
-inline Left rows_of(const void* data, DType dtype, int64_t row_stride, int64_t depth) {
-  return {data, dtype, row_stride, 1, kDepth, depth};
+inline LeftOperand rows_of(const void* data, DType dtype, int64_t row_stride, int64_t depth) {
+  return {.data = data,
+          .dtype = dtype,
+          .row_stride = row_stride,
+          .depth_stride = 1,
+          .block_stride = kDepth,
+          .depth = depth};
 }
 
 // The transpose of `data` [depth, rows] fp32, depth_stride elements from row to row.
-inline Left columns_of(const float* data, int64_t depth_stride, int64_t depth) {
-  return {data, DType::kFloat32, 1, depth_stride, kDepth * depth_stride, depth};
+inline LeftOperand columns_of(const float* data, int64_t depth_stride, int64_t depth) {
+  return {.data = data,
+          .dtype = DType::kFloat32,
+          .row_stride = 1,
+          .depth_stride = depth_stride,
+          .block_stride = kDepth * depth_stride,
+          .depth = depth};
 }
+
+// Panels of a dense right operand: right[d, c] = source[d, c], rows `stride` elements apart.
+struct RowPanels {
+  const void* source;
+  DType dtype;
+  int64_t stride;
+
+  void operator()(int64_t column, int64_t width, int64_t d, int64_t depth, float* panel) const {
+    kernels().pack_rows(element(source, dtype, d * stride + column), dtype, stride, width, depth,
+                        panel);
+  }
+};
+
+// The same of its transpose: right[d, c] = source[c, d].
+struct ColumnPanels {
+  const void* source;
+  DType dtype;
+  int64_t stride;
+
+  void operator()(int64_t column, int64_t width, int64_t d, int64_t depth, float* panel) const {
+    kernels().pack_columns(element(source, dtype, column * stride + d), dtype, stride, width, depth,
+                           panel);
+  }
+};
 
 // A region of C: what one task computes.
 struct Region {
@@ -81,8 +121,10 @@ void for_each_region(int64_t rows, int64_t columns, int64_t region_rows, int64_t
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / across * region_rows;
       const int64_t column = i % across * region_columns;
-      f(Region{row, std::min(region_rows, rows - row), column,
-               std::min(region_columns, columns - column)});
+      f(Region{.row = row,
+               .rows = std::min(region_rows, rows - row),
+               .column = column,
+               .columns = std::min(region_columns, columns - column)});
     }
   });
 }
@@ -90,7 +132,8 @@ void for_each_region(int64_t rows, int64_t columns, int64_t region_rows, int64_t
 // sums += left[region.row :, :] * right[:, region.column :].
 // fill(column, width, d, depth, panel) delivers right[d : d + depth, column : column + width].
 template <class Fill>
-void add_product(const Left& left, const Region& region, const Fill& fill, Accumulators& sums) {
+void add_product(const LeftOperand& left, const Region& region, const Fill& fill,
+                 Accumulators& sums) {
   alignas(64) float panel[kDepth * kPanelWidth];
   alignas(64) float converted[kMaxConvertedRows * kDepth];
   const Kernels& simd = kernels();
@@ -114,14 +157,19 @@ void add_product(const Left& left, const Region& region, const Fill& fill, Accum
 
 // Whether `left` can be multiplied in bf16 here. Only for right operands that may be rounded to
 // bf16, as W is and LoRA's fp32 factors are not.
-inline bool multiplies_bf16(const Left& left) {
+inline bool multiplies_bf16(const LeftOperand& left) {
   return left.dtype == DType::kBFloat16 && kernels().multiply_bf16 != nullptr &&
          left.depth % 2 == 0;
 }
 
+// Whether a product of M rows packs `left`, which takes a workspace: few rows are not worth it.
+inline bool packs(int64_t M, const LeftOperand& left) {
+  return M > kUnpackedRows && !multiplies_bf16(left);
+}
+
 // add_product with the right operand rounded to bf16 and left, bf16, used where it lies.
 template <class Fill>
-void add_product_bf16(const Left& left, const Region& region, const Fill& fill,
+void add_product_bf16(const LeftOperand& left, const Region& region, const Fill& fill,
                       Accumulators& sums) {
   alignas(64) float panel[kDepth * kPanelWidth];
   alignas(64) uint16_t pairs[kDepth * kPanelWidth];
@@ -165,7 +213,7 @@ inline int64_t packed_bytes(int64_t rows, int64_t depth) {
   return rows * ceil_div(depth, kDepth) * kDepth * static_cast<int64_t>(sizeof(float));
 }
 
-inline Left pack(const Left& left, int64_t row, int64_t rows, float* packed) {
+inline LeftOperand pack(const LeftOperand& left, int64_t row, int64_t rows, float* packed) {
   const int64_t block_stride = rows * kDepth;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, left.depth));
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
@@ -178,11 +226,16 @@ inline Left pack(const Left& left, int64_t row, int64_t rows, float* packed) {
       }
     }
   });
-  return {packed, DType::kFloat32, kDepth, 1, block_stride, left.depth};
+  return {.data = packed,
+          .dtype = DType::kFloat32,
+          .row_stride = kDepth,
+          .depth_stride = 1,
+          .block_stride = block_stride,
+          .depth = left.depth};
 }
 
 // Rows of a product to take at a time, so that they fit the accumulators and, packed, the
-// workspace. Many rows repay the decoding of W: at 512 it is about 2% of the arithmetic.
+// workspace. Many rows repay the decoding of W: at 512 it costs about 2% of the arithmetic.
 inline int64_t chunk_rows(int64_t rows, int64_t depth, int64_t tiles) {
   const int64_t fitting = kMaxWorkspace / std::max<int64_t>(1, packed_bytes(1, depth));
   const int64_t limit = std::max<int64_t>(1, std::min(fitting, kMaxAccumulatorRows / tiles));

@@ -16,13 +16,8 @@ void merge_region(const MergeLora4bitParams& p, const Region& region) {
   const int64_t K = p.weight.K;
   Accumulators sums;
   clear(region, sums);
-  add_product(
-      rows_of(p.lora_B, p.lora_dtype, p.R, p.R), region,
-      [&](int64_t k, int64_t width, int64_t r, int64_t depth, float* panel) {
-        kernels().pack_rows(element(p.lora_A, p.lora_dtype, r * K + k), p.lora_dtype, K, width,
-                            depth, panel);
-      },
-      sums);
+  add_product(rows_of(p.lora_B, p.lora_dtype, p.R, p.R), region,
+              RowPanels{p.lora_A, p.lora_dtype, K}, sums);
   store(region, sums, p.dtype, K, p.out, [&](int64_t n, float* values) {
     float weight[kRegionColumns];
     kernels().decode(p.weight, n * K + region.column, region.columns, DType::kFloat32, weight);

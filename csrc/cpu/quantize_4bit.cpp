@@ -30,7 +30,9 @@ float inverse_or_zero(float scale) {
 
 Normalizer normalizer_of(const Quantize4bitParams& p, const Statistics& statistics) {
   const bool standard = p.normalization == Normalization::kStandard;
-  return {standard ? statistics.mean : 0.0f, inverse_or_zero(statistics.scale), standard};
+  return {.mean = standard ? statistics.mean : 0.0f,
+          .inverse_scale = inverse_or_zero(statistics.scale),
+          .clip = standard};
 }
 
 void store_statistics(const Quantize4bitParams& p, int64_t block, const Statistics& statistics) {
@@ -67,14 +69,14 @@ double square(double x) { return x * x; }
 Statistics standard_statistics(const Quantize4bitParams& p, double sum, double sum_of_squares,
                                int64_t n) {
   const double deviation = std::sqrt(sum_of_squares / static_cast<double>(n));
-  return {static_cast<float>(p.std_factor * deviation),
-          static_cast<float>(sum / static_cast<double>(n))};
+  return {.scale = static_cast<float>(p.std_factor * deviation),
+          .mean = static_cast<float>(sum / static_cast<double>(n))};
 }
 
 // Statistics of a block that is in fp32 already.
 Statistics block_statistics(const Quantize4bitParams& p, const float* w, int64_t n, float largest) {
-  if (p.normalization == Normalization::kAbsmax) return {largest, 0.0f};
-  if (p.normalization == Normalization::kNone) return {1.0f, 0.0f};
+  if (p.normalization == Normalization::kAbsmax) return {.scale = largest, .mean = 0.0f};
+  if (p.normalization == Normalization::kNone) return {.scale = 1.0f, .mean = 0.0f};
   const double sum = tree_sum_chunk(
       0, n, [&](int64_t at, int64_t count, double* out) { std::copy_n(w + at, count, out); });
   const double mean = static_cast<float>(sum / static_cast<double>(n));
@@ -106,7 +108,7 @@ void quantize_blocks(const Quantize4bitParams& p, int64_t first_block, int64_t n
 
 void quantize_small_blocks(const Quantize4bitParams& p) {
   const int64_t per_chunk = std::min(kMaxBlocks, std::max<int64_t>(1, kChunk / p.blocksize));
-  const int64_t num_chunks = (p.num_blocks + per_chunk - 1) / per_chunk;
+  const int64_t num_chunks = ceil_div(p.num_blocks, per_chunk);
   parallel_for(num_chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t block = chunk * per_chunk;
@@ -118,7 +120,7 @@ void quantize_small_blocks(const Quantize4bitParams& p) {
 // Calls f(first, w, n) in parallel for chunks of [begin, end), in fp32.
 template <class F>
 void for_each_chunk(const Quantize4bitParams& p, int64_t begin, int64_t end, const F& f) {
-  const int64_t num_chunks = (end - begin + kChunk - 1) / kChunk;
+  const int64_t num_chunks = ceil_div(end - begin, kChunk);
   parallel_for(num_chunks, kGrain / kChunk, [&](int64_t chunk_begin, int64_t chunk_end) {
     alignas(64) float buffer[kChunk];
     for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
@@ -148,8 +150,10 @@ Statistics wide_block_statistics(const Quantize4bitParams& p, int64_t begin, int
     check_finite(p, w, first, largest);
     raise(largest, &largest_bits);
   });
-  if (p.normalization == Normalization::kAbsmax) return {float_from_bits(largest_bits), 0.0f};
-  if (p.normalization == Normalization::kNone) return {1.0f, 0.0f};
+  if (p.normalization == Normalization::kAbsmax) {
+    return {.scale = float_from_bits(largest_bits), .mean = 0.0f};
+  }
+  if (p.normalization == Normalization::kNone) return {.scale = 1.0f, .mean = 0.0f};
 
   const auto load_group = [&](int64_t at, int64_t count, double* out) {
     float buffer[kTreeGroup];

@@ -54,7 +54,7 @@ const char* launch::quantize_absmax(const QuantizeAbsmaxParams& p, void*) {
   }
   const float offset = cpu::mean_of(p);
   p.nested[0] = offset;
-  const int64_t num_groups = (p.num_blocks + cpu::kGroup - 1) / cpu::kGroup;
+  const int64_t num_groups = ceil_div(p.num_blocks, cpu::kGroup);
   cpu::parallel_for(num_groups, cpu::kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) cpu::quantize_group(p, group, offset);
   });

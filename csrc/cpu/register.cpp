@@ -2,7 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../host/common.h"
-#include "host/linear.h"
+#include "../host/linear.h"
 
 namespace qlora_ext::host {
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../params.h"
 #include "parallel.h"
 
 namespace qlora_ext::cpu {
@@ -26,7 +27,7 @@ inline double sum_group(double* values) {
 inline double tree_sum(double* values, int64_t n) {
   double group[kTreeGroup];
   do {
-    const int64_t num_groups = (n + kTreeGroup - 1) / kTreeGroup;
+    const int64_t num_groups = ceil_div(n, kTreeGroup);
     for (int64_t g = 0; g < num_groups; ++g) {
       const int64_t count = std::min(kTreeGroup, n - g * kTreeGroup);
       std::copy_n(values + g * kTreeGroup, count, group);
@@ -56,13 +57,13 @@ double tree_sum_chunk(int64_t begin, int64_t end, const Load& load) {
 }
 
 inline int64_t tree_sum_workspace(int64_t n) {
-  return (n + kTreeChunk - 1) / kTreeChunk * static_cast<int64_t>(sizeof(double));
+  return ceil_div(n, kTreeChunk) * static_cast<int64_t>(sizeof(double));
 }
 
 // Sums n >= 1 values in parallel; `partial` holds tree_sum_workspace(n) bytes.
 template <class Load>
 double parallel_tree_sum(int64_t n, double* partial, const Load& load) {
-  const int64_t num_chunks = (n + kTreeChunk - 1) / kTreeChunk;
+  const int64_t num_chunks = ceil_div(n, kTreeChunk);
   parallel_for(num_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * kTreeChunk;

@@ -7,8 +7,10 @@ namespace qlora_ext::launch {
 const char* dequantize_4bit(const Dequantize4bitParams& p, void* stream) {
   const Scales scales = make_scales(p.weight);
   const int64_t columns = p.columns();
-  const ColumnRange range{p.row_begin * p.weight.K + p.col_begin,
-                          (p.row_end - p.row_begin) * columns, columns, p.weight.K - columns};
+  const ColumnRange range{.first = p.row_begin * p.weight.K + p.col_begin,
+                          .count = (p.row_end - p.row_begin) * columns,
+                          .width = columns,
+                          .gap = p.weight.K - columns};
   if (range.count <= 0) return nullptr;
   // Vector loads need every 32 weights from the first to lie in one aligned 16-byte chunk.
   const bool vectors = range.first % kChunk == 0 && range.gap % kChunk == 0 &&

@@ -3,7 +3,6 @@
 //
 // Moves   the same bytes as dequantize_4bit_vector, one weight per thread and step.
 // Bits    the same. A fallback: coalesced but narrow, several times the vector kernel's time.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/format.cuh"

@@ -9,7 +9,6 @@
 //         4x4 words, so that the quad's stores cover 64 contiguous bytes of a chunk.
 // Shared  the codebook once per bank (2 KiB: look-ups without bank conflicts) and the scale map.
 // Bits    value * scale, then + mean, each rounded to fp32, then rounded once to the output.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/format.cuh"
@@ -92,8 +91,10 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   DequantizeSmem& s = ptx::shared_memory<DequantizeSmem>();
   fill_dequantize_smem(s, w);
   const int64_t num_chunks = range.count / kChunk;
-  const ColumnRange chunks{range.first / kChunk, num_chunks, range.width / kChunk,
-                           range.gap / kChunk};
+  const ColumnRange chunks{.first = range.first / kChunk,
+                           .count = num_chunks,
+                           .width = range.width / kChunk,
+                           .gap = range.gap / kChunk};
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kDequantizeThreads;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads;
   for (int64_t base = begin; base < num_chunks; base += stride) {

@@ -3,9 +3,8 @@
 // Moves   K * 0.516 B in and K * sizeof(T) out per index. Floor: those bytes over bandwidth.
 // Layout  as dequantize_4bit_vector (K a multiple of 32, so rows start on a 16-byte chunk); the
 //         output's chunks are consecutive, each comes from the row its index names.
-// Checks  an index outside [0, N) prints a sentence and traps, as torch's own embedding does: no
+// Checks  an index outside [0, N) prints an error and traps, as torch's own embedding does: no
 //         synchronization, and nothing is read through it.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/dequantize_4bit_vector.cuh"

@@ -82,8 +82,11 @@ inline int log2_floor(int64_t v) {
 }
 
 inline Scales make_scales(const PackedWeight& w) {
-  return {w.absmax_code, w.absmax, w.nested, w.mean,
-          w.num_blocks <= 1 ? 63 : log2_floor(w.blocksize)};
+  return {.code = w.absmax_code,
+          .absmax = w.absmax,
+          .nested = w.nested,
+          .mean = w.mean,
+          .shift = w.num_blocks <= 1 ? 63 : log2_floor(w.blocksize)};
 }
 
 // The scale of one block. `map` is the dynamic map, in global or shared memory.
@@ -132,7 +135,6 @@ __device__ __forceinline__ Reciprocal reciprocal(float scale) {
   return {inverse, scale != 0.0f && fabsf(inverse) <= 3.402823466e38f};
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {

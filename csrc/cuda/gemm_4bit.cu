@@ -47,7 +47,11 @@ BlockCost fused_cost(const DeviceInfo& device) {
                                           : 0.97f;
   const bool two =
       kTilesM <= 2 && device.shared_bytes >= 2 * int{sizeof(FusedSmem<Sm80, 1>)} + 1024;
-  return {two ? 2 : 1, 4, kStage, 0.6f * kStage, 1.2f};
+  return {.resident = two ? 2 : 1,
+          .least_stages = 4,
+          .stage = kStage,
+          .share = 0.6f * kStage,
+          .start = 1.2f};
 }
 
 // Splits of K. The launch and its workspace both ask here, so it must not depend on the
@@ -88,9 +92,16 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
                     : (launch_kernel<gemm_4bit_fused<Arch, T, kTilesM, false>>(
                           grid, Traits::kThreads, kBytes, stream, fused)));
   if (splits.count == 1) return nullptr;
-  return launch_reduce_parts(
-      {fused.parts, splits.count, p.M, p.weight.N, 1.0f, p.bias, p.bias_dtype, p.y, p.dtype},
-      stream);
+  const ReduceParts reduce{.parts = fused.parts,
+                           .num_parts = splits.count,
+                           .rows = p.M,
+                           .cols = p.weight.N,
+                           .scale = 1.0f,
+                           .bias = p.bias,
+                           .bias_dtype = p.bias_dtype,
+                           .out = p.y,
+                           .out_dtype = p.dtype};
+  return launch_reduce_parts(reduce, stream);
 }
 
 template <int kTilesM>
@@ -106,9 +117,18 @@ const char* gemm_any(const Gemm4bitParams& p, void* stream) {
   AnyProduct product{};
   product.weight = p.weight;
   product.scales = make_scales(p.weight);
-  product.x = {p.x, p.x_stride, 1, p.M, p.dtype};
-  product.lora_a = {p.lora_S, p.S_stride, 1, p.M, DType::kFloat32};
-  product.lora_b = {p.lora_B, p.R, 1, p.weight.N, p.lora_dtype};
+  product.x = {
+      .data = p.x, .row_stride = p.x_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
+  product.lora_a = {.data = p.lora_S,
+                    .row_stride = p.S_stride,
+                    .depth_stride = 1,
+                    .rows = p.M,
+                    .dtype = DType::kFloat32};
+  product.lora_b = {.data = p.lora_B,
+                    .row_stride = p.R,
+                    .depth_stride = 1,
+                    .rows = p.weight.N,
+                    .dtype = p.lora_dtype};
   product.R = p.R;
   product.cols = p.weight.N;
   product.depth = p.weight.K;

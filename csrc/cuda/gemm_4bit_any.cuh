@@ -7,7 +7,6 @@
 //         products/s on H100); the decode adds ~20 instructions per weight and 64 rows.
 // Layout  tile.cuh's 64x64x16; the weight is decoded one by one on its way to shared memory.
 // Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/heuristics.cuh"
@@ -37,8 +36,12 @@ struct AnyProduct {
 template <bool kTransposed>
 __device__ __forceinline__ void any_product(const AnyProduct& p) {
   TileSmem& s = ptx::shared_memory<TileSmem>();
-  const WeightOperand w{p.weight.packed, p.weight.values, p.scales,
-                        p.weight.K,      p.cols,          kTransposed};
+  const WeightOperand w{.packed = p.weight.packed,
+                        .values = p.weight.values,
+                        .scales = p.scales,
+                        .K = p.weight.K,
+                        .rows = p.cols,
+                        .transposed = kTransposed};
   const int64_t rows = p.x.rows;
   const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kTileSize;
   const int64_t begin = blockIdx.z * p.depth_per_part;
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(kTileThreads) gemm_4bit_backward_any(AnyProduc
 }
 
 // A block's step of 64x64x16 and at least 256 of the depth in each part. Estimated, not simulated.
-constexpr BlockCost kAnyCost{2, 16, 0.5f, 0.3f, 1.0f};
+constexpr BlockCost kAnyCost{
+    .resident = 2, .least_stages = 16, .stage = 0.5f, .share = 0.3f, .start = 1.0f};
 
 inline Splits any_product_splits(int64_t rows, int64_t cols, int64_t depth) {
   return split_contraction(ceil_div(rows, kTileSize) * ceil_div(cols, kTileSize),
@@ -94,15 +98,15 @@ const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
   const int64_t rows = p.x.rows;
   const Splits splits = any_product_splits(rows, p.cols, p.depth);
   const int64_t parts = splits.count;
-  const ReduceParts reduce{static_cast<const float*>(workspace),
-                           parts,
-                           rows,
-                           p.cols,
-                           1.0f,
-                           p.bias,
-                           p.bias_dtype,
-                           p.out,
-                           p.out_dtype};
+  const ReduceParts reduce{.parts = static_cast<const float*>(workspace),
+                           .num_parts = parts,
+                           .rows = rows,
+                           .cols = p.cols,
+                           .scale = 1.0f,
+                           .bias = p.bias,
+                           .bias_dtype = p.bias_dtype,
+                           .out = p.out,
+                           .out_dtype = p.out_dtype};
   p.depth_per_part = splits.stages * kTileDepth;
   if (parts > 1) p.out = workspace;
   QLORA_EXT_TRY(launch_kernel<kernel>(tile_grid(rows, p.cols, parts), kTileThreads,

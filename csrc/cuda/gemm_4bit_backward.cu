@@ -34,7 +34,11 @@ Variant choose(const Gemm4bitBackwardParams& p) {
 // A stage of 64 rows of W and 256 columns alone on its SM, where its registers leave no room for a
 // second block: 1154 cycles with 32 rows of dY, 1653 with 64, simulated, at 1.7 GHz.
 template <int kTilesM>
-constexpr BlockCost kFusedCost{1, 4, kTilesM == 4 ? 0.68f : 0.97f, 0.0f, 1.2f};
+constexpr BlockCost kFusedCost{.resident = 1,
+                               .least_stages = 4,
+                               .stage = kTilesM == 4 ? 0.68f : 0.97f,
+                               .share = 0.0f,
+                               .start = 1.2f};
 
 // Splits of N: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
 template <int kTilesM>
@@ -71,9 +75,16 @@ const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
                     : (launch_kernel<gemm_4bit_backward_fused<Arch, T, kTilesM, false>>(
                           grid, Traits::kThreads, kBytes, stream, fused)));
   if (splits.count == 1) return nullptr;
-  return launch_reduce_parts(
-      {fused.parts, splits.count, p.M, p.weight.K, 1.0f, nullptr, DType::kFloat32, p.dX, p.dtype},
-      stream);
+  const ReduceParts reduce{.parts = fused.parts,
+                           .num_parts = splits.count,
+                           .rows = p.M,
+                           .cols = p.weight.K,
+                           .scale = 1.0f,
+                           .bias = nullptr,
+                           .bias_dtype = DType::kFloat32,
+                           .out = p.dX,
+                           .out_dtype = p.dtype};
+  return launch_reduce_parts(reduce, stream);
 }
 
 template <int kTilesM>
@@ -89,9 +100,19 @@ const char* backward_any(const Gemm4bitBackwardParams& p, void* stream) {
   AnyProduct product{};
   product.weight = p.weight;
   product.scales = make_scales(p.weight);
-  product.x = {p.dY, p.dY_stride, 1, p.M, p.dtype};
-  product.lora_a = {p.lora_dS, p.R, 1, p.M, DType::kFloat32};
-  product.lora_b = {p.lora_A, 1, p.weight.K, p.weight.K, p.lora_dtype};  // row k, depth r
+  product.x = {
+      .data = p.dY, .row_stride = p.dY_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
+  product.lora_a = {.data = p.lora_dS,
+                    .row_stride = p.R,
+                    .depth_stride = 1,
+                    .rows = p.M,
+                    .dtype = DType::kFloat32};
+  // Row k, depth r.
+  product.lora_b = {.data = p.lora_A,
+                    .row_stride = 1,
+                    .depth_stride = p.weight.K,
+                    .rows = p.weight.K,
+                    .dtype = p.lora_dtype};
   product.R = p.R;
   product.cols = p.weight.K;
   product.depth = p.weight.N;

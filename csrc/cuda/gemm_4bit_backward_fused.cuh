@@ -21,7 +21,6 @@
 //         fp16, a dS beyond 65504 becomes Inf.
 // Shared  65536 table + stages of 8192 W + 128 B a row of dY: 92416 bytes at 32 rows (2 stages),
 //         116992 at 64 (3 stages). sm_75: a 2 KiB table of single values instead.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/reduce_parts.cuh"

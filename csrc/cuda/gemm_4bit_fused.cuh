@@ -24,7 +24,6 @@
 //         is rounded to T; scale, sums and bias are fp32; y is rounded once.
 // Shared  65536 table + packed stages, 32768 x (65536 at 64 rows), 2304 scales: 100608 bytes, two
 //         blocks per SM on H100, one on A100 and on sm_86/89/120 (limit 101376).
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/reduce_parts.cuh"

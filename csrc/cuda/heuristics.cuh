@@ -1,7 +1,7 @@
 // Dispatch's arithmetic: which operands tensor cores take, up to how many rows a kernel decodes W
 // itself, into how many blocks a contraction is split, and how much of W is decoded at a time where
 // cuBLAS multiplies. The choices minimise a modelled time. The model's constants come from a simulation
-// of the compiled kernels (docs/kernels.md, "Dispatch"); none was measured on a GPU yet.
+// of the compiled kernels (docs/kernels.md, "Dispatch").
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,8 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
 // Rows of x (backward: of dY) up to which the kernel decodes W itself; above, W is decoded to memory
 // and cuBLAS multiplies. On Ampere, Ada and consumer Blackwell mma.sync reaches the tensor cores' full
 // rate. Hopper and data-centre Blackwell reach theirs with wgmma and tcgen05, mma.sync about 60% of
-// it: at 128 rows of 14336x4096 the kernel takes 63 us on an H200 and two passes 67, at 256 rows 124
-// and 92.
+// it: at 128 rows of 14336x4096 on an H200 the model gives the kernel 63 us and two passes 67, at 256
+// rows 124 and 92.
 inline int64_t fused_max_rows(const DeviceInfo& device) {
   if (device.arch < 80) return 64;
   return device.arch >= 90 && device.arch < 120 ? 128 : 256;
@@ -59,7 +59,7 @@ inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
   const int64_t most = std::clamp<int64_t>(
       std::min(stages / cost.least_stages, 8 * sms * cost.resident / std::max<int64_t>(tiles, 1)),
       1, 64);
-  Splits best{1, stages};
+  Splits best{.count = 1, .stages = stages};
   float least = 0;
   for (int64_t wanted = 1; wanted <= most; ++wanted) {
     const int64_t per_split = ceil_div(stages, wanted);
@@ -78,7 +78,7 @@ inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
     }
     if (wanted == 1 || time < least) {
       least = time;
-      best = {count, per_split};
+      best = {.count = count, .stages = per_split};
     }
   }
   return best;
@@ -96,12 +96,23 @@ struct DeviceSpeed {
 };
 
 inline DeviceSpeed device_speed(const DeviceInfo& device) {
-  if (device.arch < 80) return {1.0f, 0.20f, 0.27f, 1.0f};   // T4
-  if (device.arch == 80) return {2.5f, 0.18f, 1.7f, 3.5f};   // A100
-  if (device.arch < 90) return {1.3f, 0.43f, 0.9f, 3.0f};    // RTX 3090 to 4090
-  if (device.arch < 100) return {6.0f, 0.43f, 3.6f, 5.0f};   // H100, H200
-  if (device.arch < 120) return {11.0f, 0.45f, 7.0f, 8.0f};  // B200
-  return {1.3f, 0.55f, 1.5f, 4.0f};                          // RTX 5090
+  if (device.arch < 80) {  // T4
+    return {.sm_mflop_us = 1.0f, .sm_fp32 = 0.20f, .memory = 0.27f, .l2 = 1.0f};
+  }
+  if (device.arch == 80) {  // A100
+    return {.sm_mflop_us = 2.5f, .sm_fp32 = 0.18f, .memory = 1.7f, .l2 = 3.5f};
+  }
+  if (device.arch < 90) {  // RTX 3090 to 4090
+    return {.sm_mflop_us = 1.3f, .sm_fp32 = 0.43f, .memory = 0.9f, .l2 = 3.0f};
+  }
+  if (device.arch < 100) {  // H100, H200
+    return {.sm_mflop_us = 6.0f, .sm_fp32 = 0.43f, .memory = 3.6f, .l2 = 5.0f};
+  }
+  if (device.arch < 120) {  // B200
+    return {.sm_mflop_us = 11.0f, .sm_fp32 = 0.45f, .memory = 7.0f, .l2 = 8.0f};
+  }
+  // RTX 5090
+  return {.sm_mflop_us = 1.3f, .sm_fp32 = 0.55f, .memory = 1.5f, .l2 = 4.0f};
 }
 
 // cuBLAS's time for [M, lines] over `depth`, in microseconds: the best of its tiles, each with the
@@ -112,7 +123,10 @@ inline float product_time(int64_t M, int64_t lines, int64_t depth, float sm_mflo
     float share;
   };
   constexpr Tile kTiles[] = {
-      {128, 256, 1.0f}, {256, 128, 1.0f}, {128, 128, 0.86f}, {64, 256, 0.8f}, {64, 128, 0.66f}};
+      {.rows = 128, .columns = 256, .share = 1.0f},  {.rows = 256, .columns = 128, .share = 1.0f},
+      {.rows = 128, .columns = 128, .share = 0.86f}, {.rows = 64, .columns = 256, .share = 0.8f},
+      {.rows = 64, .columns = 128, .share = 0.66f},
+  };
   float best = 0;
   for (const Tile& tile : kTiles) {
     const int64_t waves = ceil_div(ceil_div(M, tile.rows) * ceil_div(lines, tile.columns), sms);

@@ -1,5 +1,5 @@
 // The only way kernels are launched: launch_kernel<kernel>(grid, block, shared bytes, stream,
-// params...), which checks every status and returns null or a sentence that names the kernel.
+// params...), which checks every status and returns null or an error that names the kernel.
 // Also what dispatch may ask of the current device. tests/simt/include/cuda/launch.cuh is the
 // host twin.
 #pragma once
@@ -26,17 +26,17 @@ struct DeviceInfo {
 
 namespace detail {
 
-// The returned sentence lives until this thread's next failed launch.
+// The returned text lives until this thread's next failed launch.
 inline const char* launch_error(const std::string& what, const char* call, cudaError_t status) {
-  static thread_local std::string sentence;
-  sentence = what + ": " + call + " failed: " + cudaGetErrorName(status) + " (" +
-             cudaGetErrorString(status) + ")";
+  static thread_local std::string message;
+  message = what + ": " + call + " failed: " + cudaGetErrorName(status) + " (" +
+            cudaGetErrorString(status) + ")";
   if (status == cudaErrorNoKernelImageForDevice) {
-    sentence +=
+    message +=
         ". qlora_ext was built for other GPUs: build it again on a machine with this one, or "
         "with its compute capability in TORCH_CUDA_ARCH_LIST";
   }
-  return sentence.c_str();
+  return message.c_str();
 }
 
 inline constexpr int kMaxDevices = 64;
@@ -58,7 +58,7 @@ inline DeviceInfo read_device(int device) {
   return info;
 }
 
-// QLORA_EXT_DEBUG=1: synchronize and check before and after each launch (but under capture, where
+// QLORA_EXT_DEBUG=1: synchronize and check before and after each launch (but not under capture, when
 // nothing runs).
 inline bool debug_launches() {
   static const bool debug = [] {

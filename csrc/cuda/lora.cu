@@ -12,8 +12,10 @@ namespace {
 // What a step of a block costs: 16 KiB of the long operand and one more in flight for lora_mma.cuh's
 // kernels, which wait for memory; 64x64x16 FFMA for lora_tile.cuh's. A part has at least 128 of the
 // depth. Estimated, not simulated.
-constexpr BlockCost kMmaCost{2, 2, 0.8f, 0.25f, 1.0f};
-constexpr BlockCost kTileCost{2, 8, 0.5f, 0.3f, 1.0f};
+constexpr BlockCost kMmaCost{
+    .resident = 2, .least_stages = 2, .stage = 0.8f, .share = 0.25f, .start = 1.0f};
+constexpr BlockCost kTileCost{
+    .resident = 2, .least_stages = 8, .stage = 0.5f, .share = 0.3f, .start = 1.0f};
 
 // How a product out[rows, cols] over `depth` is cut.
 struct Plan {
@@ -27,11 +29,14 @@ Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
   const int64_t step = mma ? kLoraStep : kTileDepth;
   const Splits splits = split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step), numel,
                                           mma ? kMmaCost : kTileCost);
-  return {mma, splits.count, splits.stages * step, splits.count > 1 ? splits.count * numel * 4 : 0};
+  return {.mma = mma,
+          .parts = splits.count,
+          .depth_per_part = splits.stages * step,
+          .bytes = splits.count > 1 ? splits.count * numel * 4 : 0};
 }
 
 // Tensor cores take a 16-bit x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
-// fp16 too is multiplied as bf16, which 7.5 has not.
+// fp16 is multiplied as bf16 too, which 7.5 does not have.
 bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
   return dtype != DType::kFloat32 && device_info().arch >= 80 && is_aligned(big, 16) &&
          stride % 8 == 0 && cols % 8 == 0;
@@ -87,18 +92,18 @@ const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void
 
 const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream) {
   const int64_t length = p.length(), ranks = p.small.rows;
-  const LoraMma mma{p.big.data,
-                    p.big.row_stride,
-                    p.big.rows,
-                    p.cols,
-                    p.small,
-                    plan.depth_per_part,
-                    p.scale,
-                    out,
-                    p.rank_major ? 1 : ranks,
-                    p.rank_major ? length : 1,
-                    length * ranks,
-                    p.out_dtype};
+  const LoraMma mma{.big = p.big.data,
+                    .big_stride = p.big.row_stride,
+                    .big_rows = p.big.rows,
+                    .big_cols = p.cols,
+                    .small = p.small,
+                    .depth_per_part = plan.depth_per_part,
+                    .scale = p.scale,
+                    .out = out,
+                    .out_stride = p.rank_major ? 1 : ranks,
+                    .rank_stride = p.rank_major ? length : 1,
+                    .out_numel = length * ranks,
+                    .out_dtype = p.out_dtype};
   switch (rank_tiles(ranks)) {
     case 1: return launch_mma<1>(p, mma, plan.parts, stream);
     case 2: return launch_mma<2>(p, mma, plan.parts, stream);
@@ -109,14 +114,24 @@ const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream)
 // The FFMA tile's out[rows, cols] = scale * A B^T, whatever is long in it.
 const char* run_tile(const DenseOperand& a, const DenseOperand& b, int64_t depth, float scale,
                      const Plan& plan, void* out, DType out_dtype, void* stream) {
-  const LoraProduct p{a, b, depth, plan.depth_per_part, scale, out, out_dtype};
+  const LoraProduct p{.a = a,
+                      .b = b,
+                      .depth = depth,
+                      .depth_per_part = plan.depth_per_part,
+                      .scale = scale,
+                      .out = out,
+                      .out_dtype = out_dtype};
   return launch_kernel<lora_tile>(tile_grid(a.rows, b.rows, plan.parts), kTileThreads,
                                   sizeof(TileSmem), stream, p);
 }
 
 // The long operand by (column, row), for a contraction over its rows.
 DenseOperand transposed(const Product& p) {
-  return {p.big.data, p.big.depth_stride, p.big.row_stride, p.cols, p.big.dtype};
+  return {.data = p.big.data,
+          .row_stride = p.big.depth_stride,
+          .depth_stride = p.big.row_stride,
+          .rows = p.cols,
+          .dtype = p.big.dtype};
 }
 
 const char* run(const Product& p, void* workspace, void* stream) {
@@ -130,58 +145,96 @@ const char* run(const Product& p, void* workspace, void* stream) {
       : p.rank_major ? run_tile(p.small, big, p.depth(), p.scale, plan, out, p.out_dtype, stream)
                      : run_tile(big, p.small, p.depth(), p.scale, plan, out, p.out_dtype, stream);
   if (error != nullptr || plan.parts == 1) return error;
-  return launch_reduce_parts(
-      {static_cast<const float*>(workspace), plan.parts, p.rank_major ? ranks : length,
-       p.rank_major ? length : ranks, p.scale, nullptr, DType::kFloat32, p.out, p.out_dtype},
-      stream);
+  const ReduceParts reduce{.parts = static_cast<const float*>(workspace),
+                           .num_parts = plan.parts,
+                           .rows = p.rank_major ? ranks : length,
+                           .cols = p.rank_major ? length : ranks,
+                           .scale = p.scale,
+                           .bias = nullptr,
+                           .bias_dtype = DType::kFloat32,
+                           .out = p.out,
+                           .out_dtype = p.out_dtype};
+  return launch_reduce_parts(reduce, stream);
 }
 
 // S[m, r] = scaling * sum over k of x[m, k] A[r, k]
 Product shrink(const LoraShrinkParams& p) {
-  return {{p.x, p.x_stride, 1, p.M, p.dtype},
-          p.K,
-          {p.lora_A, p.K, 1, p.R, p.lora_dtype},
-          false,
-          p.scaling,
-          p.S,
-          DType::kFloat32,
-          false};
+  return {.big = {.data = p.x,
+                  .row_stride = p.x_stride,
+                  .depth_stride = 1,
+                  .rows = p.M,
+                  .dtype = p.dtype},
+          .cols = p.K,
+          .small = {.data = p.lora_A,
+                    .row_stride = p.K,
+                    .depth_stride = 1,
+                    .rows = p.R,
+                    .dtype = p.lora_dtype},
+          .over_rows = false,
+          .scale = p.scaling,
+          .out = p.S,
+          .out_dtype = DType::kFloat32,
+          .rank_major = false};
 }
 
 // dA[r, k] = scaling * sum over m of dS[m, r] x[m, k]
 Product gradient_of_A(const LoraShrinkBackwardParams& p) {
-  return {{p.x, p.x_stride, 1, p.M, p.dtype},
-          p.K,
-          {p.dS, 1, p.R, p.R, DType::kFloat32},
-          true,
-          p.scaling,
-          p.dA,
-          p.lora_dtype,
-          true};
+  return {.big = {.data = p.x,
+                  .row_stride = p.x_stride,
+                  .depth_stride = 1,
+                  .rows = p.M,
+                  .dtype = p.dtype},
+          .cols = p.K,
+          .small = {.data = p.dS,
+                    .row_stride = 1,
+                    .depth_stride = p.R,
+                    .rows = p.R,
+                    .dtype = DType::kFloat32},
+          .over_rows = true,
+          .scale = p.scaling,
+          .out = p.dA,
+          .out_dtype = p.lora_dtype,
+          .rank_major = true};
 }
 
 // dS[m, r] = scaling * sum over n of dY[m, n] B[n, r]
 Product gradient_of_S(const LoraExpandBackwardParams& p) {
-  return {{p.dY, p.dY_stride, 1, p.M, p.dtype},
-          p.N,
-          {p.lora_B, 1, p.R, p.R, p.lora_dtype},
-          false,
-          p.scaling,
-          p.dS,
-          DType::kFloat32,
-          false};
+  return {.big = {.data = p.dY,
+                  .row_stride = p.dY_stride,
+                  .depth_stride = 1,
+                  .rows = p.M,
+                  .dtype = p.dtype},
+          .cols = p.N,
+          .small = {.data = p.lora_B,
+                    .row_stride = 1,
+                    .depth_stride = p.R,
+                    .rows = p.R,
+                    .dtype = p.lora_dtype},
+          .over_rows = false,
+          .scale = p.scaling,
+          .out = p.dS,
+          .out_dtype = DType::kFloat32,
+          .rank_major = false};
 }
 
 // dB[n, r] = sum over m of dY[m, n] S[m, r]
 Product gradient_of_B(const LoraExpandBackwardParams& p) {
-  return {{p.dY, p.dY_stride, 1, p.M, p.dtype},
-          p.N,
-          {p.S, 1, p.S_stride, p.R, DType::kFloat32},
-          true,
-          1.0f,
-          p.dB,
-          p.lora_dtype,
-          false};
+  return {.big = {.data = p.dY,
+                  .row_stride = p.dY_stride,
+                  .depth_stride = 1,
+                  .rows = p.M,
+                  .dtype = p.dtype},
+          .cols = p.N,
+          .small = {.data = p.S,
+                    .row_stride = 1,
+                    .depth_stride = p.S_stride,
+                    .rows = p.R,
+                    .dtype = DType::kFloat32},
+          .over_rows = true,
+          .scale = 1.0f,
+          .out = p.dB,
+          .out_dtype = p.lora_dtype,
+          .rank_major = false};
 }
 
 }  // namespace
@@ -200,9 +253,15 @@ const char* lora_shrink_backward(const LoraShrinkBackwardParams& p, void* stream
   QLORA_EXT_TRY(run(gradient_of_A(p), p.workspace, stream));
   if (p.dx == nullptr || p.M <= 0 || p.K <= 0) return nullptr;
   // dx[m, k] = scaling * sum over r of dS[m, r] A[r, k]: the rank is the contraction, never split.
-  const Plan whole{false, 1, align_up(std::max<int64_t>(p.R, 1), kTileDepth), 0};
-  return run_tile({p.dS, p.R, 1, p.M, DType::kFloat32}, {p.lora_A, 1, p.K, p.K, p.lora_dtype}, p.R,
-                  p.scaling, whole, p.dx, p.dtype, stream);
+  const Plan whole{.mma = false,
+                   .parts = 1,
+                   .depth_per_part = align_up(std::max<int64_t>(p.R, 1), kTileDepth),
+                   .bytes = 0};
+  const DenseOperand dS{
+      .data = p.dS, .row_stride = p.R, .depth_stride = 1, .rows = p.M, .dtype = DType::kFloat32};
+  const DenseOperand lora_A{
+      .data = p.lora_A, .row_stride = 1, .depth_stride = p.K, .rows = p.K, .dtype = p.lora_dtype};
+  return run_tile(dS, lora_A, p.R, p.scaling, whole, p.dx, p.dtype, stream);
 }
 
 int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams& p) {

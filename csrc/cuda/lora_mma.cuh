@@ -9,7 +9,7 @@
 // MMA     m16n8k16 of bf16: 16 rows (columns) of the long operand by 8 ranks. fp32 accumulators.
 // Rounding none of consequence: the small operand is split into hi + lo, both bf16 (two mma), which
 //         keeps 16 bits of it; fp32 adapters stay nearly fp32. A long operand in bf16 is exact. One
-//         in fp16 is split too, exactly (11 bits in 8 and 3), since fp16 has not the range for the
+//         in fp16 is split too, exactly (11 bits in 8 and 3), since fp16 lacks the range for the
 //         small operand's halves: a gradient's lo would vanish, an S beyond 65504 be Inf. That is a
 //         third mma; lo times lo, 2^-17 of the product, is left out. Inf in the small operand has
 //         no lo half and stays Inf; Inf in the long one times lo (zero, or of the other sign) is
@@ -18,7 +18,6 @@
 //         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the
 //         next 64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
 // Order   parts of the contraction are added by reduce_parts in order. No float atomics.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -151,8 +150,8 @@ struct SmallLoader {
     first += kLoraStep * small.depth_stride;
   }
 
-  // With T fp16 what is no finite bf16 goes into lo, which meets one half of the long operand: hi
-  // meets both, of which the second may be zero, and Inf times zero is NaN.
+  // With T fp16, a value that is not a finite bf16 goes into lo, which meets one half of the long
+  // operand. Hi meets both halves; the second may be zero, and Inf times zero is NaN.
   template <class T>
   __device__ __forceinline__ void store(SmallTile<kRankTiles>& tile) const {
 #pragma unroll

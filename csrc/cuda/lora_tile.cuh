@@ -7,7 +7,6 @@
 // Layout  tile.cuh's 64x64 tile: at rank 16 three quarters of it idle, which costs
 //         FFMA time only where M is large.
 // Order   fixed: the number of parts depends on shapes and the SM count alone. No float atomics.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/reduce_parts.cuh"

@@ -6,7 +6,7 @@
 //
 // Rules that let one kernel source serve nvcc and the emulator (docs/kernels.md has the reasons):
 //   - include this file and launch.cuh as "cuda/ptx.cuh" and "cuda/launch.cuh" (never "ptx.cuh":
-//     a quoted include looks beside the including file first and would miss the twin), and no
+//     a quoted include looks next to the including file first and would miss the twin), and no
 //     CUDA header directly;
 //   - no `__shared__` variable: a kernel has a struct, reached by ptx::shared_memory<Smem>();
 //   - no `<<<>>>`, no `asm`, no `__CUDA_ARCH__`; launch through launch_kernel<kernel>(...);
@@ -121,15 +121,6 @@ __device__ __forceinline__ uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t sele
   return d;
 }
 
-// Bitwise function of three words; `table` is the function applied to 0xF0, 0xCC, 0xAA.
-template <int table>
-__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-  static_assert(table >= 0 && table < 256, "lop3: the table has eight bits");
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(table));
-  return d;
-}
-
 // ---------------------------------------------------------------- global loads
 
 // Read-only data that is used once: does not displace what L1 holds.
@@ -163,23 +154,21 @@ __device__ __forceinline__ uint32_t load_streaming(const uint32_t* pointer) {
 #if __CUDA_ARCH__ < 800
 namespace detail {
 // Built up by words, whose indices are constants: a byte array would be kept in local memory.
-template <class Vector>
 __device__ __forceinline__ void copy_now(uint32_t shared, const void* global, int valid_bytes) {
-  constexpr int kWords = sizeof(Vector) / 4;
-  Vector vector;
-  if (valid_bytes >= static_cast<int>(sizeof(Vector))) {
-    vector = *static_cast<const Vector*>(global);
+  uint4 vector;
+  if (valid_bytes >= 16) {
+    vector = *static_cast<const uint4*>(global);
   } else {
-    uint32_t words[kWords] = {};
+    uint32_t words[4] = {};
 #pragma unroll
-    for (int i = 0; i < 4 * kWords; ++i) {
+    for (int i = 0; i < 16; ++i) {
       if (i >= valid_bytes) continue;
       words[i / 4] |= static_cast<uint32_t>(static_cast<const unsigned char*>(global)[i])
                       << (8 * (i % 4));
     }
-    memcpy(&vector, words, sizeof(Vector));
+    memcpy(&vector, words, sizeof(vector));
   }
-  *static_cast<Vector*>(__cvta_shared_to_generic(shared)) = vector;
+  *static_cast<uint4*>(__cvta_shared_to_generic(shared)) = vector;
 }
 }  // namespace detail
 #endif
@@ -189,7 +178,7 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 #else
-  detail::copy_now<uint4>(shared, global, 16);
+  detail::copy_now(shared, global, 16);
 #endif
 }
 
@@ -202,21 +191,7 @@ __device__ __forceinline__ void cp_async_16_zfill(uint32_t shared, const void* g
                "r"(valid_bytes)
                : "memory");
 #else
-  detail::copy_now<uint4>(shared, global, valid_bytes);
-#endif
-}
-
-// 4 or 8 bytes, through L1; for rows that are not 16-byte aligned.
-template <int bytes>
-__device__ __forceinline__ void cp_async_zfill(uint32_t shared, const void* global,
-                                               int valid_bytes) {
-  static_assert(bytes == 4 || bytes == 8, "cp.async.ca copies 4 or 8 bytes here");
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
-               "n"(bytes), "r"(valid_bytes)
-               : "memory");
-#else
-  detail::copy_now<std::conditional_t<bytes == 4, uint32_t, uint2> >(shared, global, valid_bytes);
+  detail::copy_now(shared, global, valid_bytes);
 #endif
 }
 
@@ -236,41 +211,10 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ---------------------------------------------------------------- ldmatrix
-// Loads 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8
-// (16 bytes, 16-byte aligned); x1 reads the addresses of lanes 0-7, x2 of lanes 0-15. Lane l
-// receives, of matrix i in d[i], row l / 4, columns 2 * (l % 4) and + 1; of the transposed
-// matrix with _trans. All 32 lanes take part.
+// Loads four 8x8 matrices of 16-bit elements, transposed. Lane l gives the address of row l % 8 of
+// matrix l / 8 (16 bytes, 16-byte aligned) and receives, in d[i], row l / 4, columns 2 * (l % 4)
+// and + 1 of the transposed matrix i. All 32 lanes take part.
 
-__device__ __forceinline__ void ldmatrix_x1(uint32_t (&d)[1], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-               : "=r"(d[0])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&d)[2], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t (&d)[1], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-               : "=r"(d[0])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&d)[2], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(shared)
-               : "memory");
-}
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])

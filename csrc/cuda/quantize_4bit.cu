@@ -29,9 +29,11 @@ const char* tensor_statistics(const Quantize4bitParams& p, void* stream) {
   }
   double* scratch = static_cast<double*>(p.workspace);
   const double* total = nullptr;
-  QLORA_EXT_TRY(launch_tree_sum<T>({weight, nullptr, p.numel}, scratch, &total, stream));
+  const TreeValues<T> values{.x = weight, .mean = nullptr, .n = p.numel};
+  QLORA_EXT_TRY(launch_tree_sum(values, scratch, &total, stream));
   QLORA_EXT_TRY(launch_kernel<quantize_4bit_finish_mean>(1, 32, 0, stream, total, p.numel, p.mean));
-  QLORA_EXT_TRY(launch_tree_sum<T>({weight, p.mean, p.numel}, scratch, &total, stream));
+  const TreeValues<T> deviations{.x = weight, .mean = p.mean, .n = p.numel};
+  QLORA_EXT_TRY(launch_tree_sum(deviations, scratch, &total, stream));
   return launch_kernel<quantize_4bit_finish_scale>(1, 32, 0, stream, total, p.numel, p.std_factor,
                                                    p.absmax);
 }

@@ -8,7 +8,6 @@
 //         memory across warps.
 // Decide  rank = number of thresholds below v, by four halvings; look-ups hit one bank a lane.
 // Bits    as format.md says, no FMA; integer maximum of |bits| is absmax and finds NaN and Inf.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/format.cuh"

@@ -2,7 +2,6 @@
 //
 // Moves   the weight once (absmax) or twice (standard: mean, then deviations). Floor: bandwidth.
 // Order   a maximum has none; sums are tree_sum.cuh's. No float atomics.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/format.cuh"

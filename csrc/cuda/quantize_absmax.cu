@@ -11,7 +11,7 @@ int64_t workspace_quantize_absmax(const QuantizeAbsmaxParams& p) {
 const char* quantize_absmax(const QuantizeAbsmaxParams& p, void* stream) {
   if (p.num_blocks <= 0) return nullptr;
   const double* total = nullptr;
-  const TreeValues<float> values{p.absmax, nullptr, p.num_blocks};
+  const TreeValues<float> values{.x = p.absmax, .mean = nullptr, .n = p.num_blocks};
   QLORA_EXT_TRY(launch_tree_sum(values, static_cast<double*>(p.workspace), &total, stream));
   const int64_t groups = ceil_div(p.num_blocks, 256);
   return launch_kernel<quantize_absmax_groups>(grid_blocks(ceil_div(groups, kAbsmaxThreads / 32)),

@@ -6,7 +6,6 @@
 // Layout  a warp quantizes one group of 256; lane l holds scales l, l + 32, ...
 // Shared  the map's 255 decision thresholds, fp32 midpoints.
 // Bits    v = (absmax - offset) * (1 / absmax2), IEEE; code = number of thresholds below v.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/format.cuh"
@@ -69,7 +68,8 @@ static __global__ void __launch_bounds__(kAbsmaxThreads)
     dequantize_absmax_codes(DequantizeAbsmaxParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kAbsmaxThreads + threadIdx.x;
   if (i >= p.num_blocks) return;
-  const Scales scales{p.code, nullptr, p.nested, nullptr, 0};
+  const Scales scales{
+      .code = p.code, .absmax = nullptr, .nested = p.nested, .mean = nullptr, .shift = 0};
   p.absmax[i] = decode_scale(scales, i, kDeviceDynamicMap);
 }
 

@@ -3,7 +3,6 @@
 // fixed, so results are the same from run to run, which float atomics would not give.
 //
 // Moves   4 B per part and element in (from L2, just written), the output once. Floor: a launch.
-// Not yet run on silicon.
 #pragma once
 
 #include "cuda/tile.cuh"

@@ -1,7 +1,7 @@
-// The CUDA backend's registration, and what host/common.h asks of a backend. This half is its own
-// shared library: a CPU-only torch lacks the symbols it links to, so it is loaded only where
+// The CUDA backend's registration, and what host/common.h asks of a backend. It is in a
+// shared library of its own: a CPU-only torch lacks the symbols it links to, so it is loaded only if
 // torch.version.cuda is set.
-#define USE_CUDA  // the shim declares its CUDA half only under it
+#define USE_CUDA  // without it the shim does not declare its CUDA functions
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 #include "../host/common.h"

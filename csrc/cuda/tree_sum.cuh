@@ -5,8 +5,7 @@
 // backends end with 0.0. A warp sums a group: lane l holds values 8l .. 8l + 7, so that halving is
 // shuffles first and registers last.
 //
-// Moves   the input once; the levels above are 1/256 of it. Floor: bandwidth. Not yet run on
-//         silicon.
+// Moves   the input once; the levels above are 1/256 of it. Floor: bandwidth.
 #pragma once
 
 #include "cuda/format.cuh"
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kTreeThreads)
   __syncthreads();
   double* level = sums;
   while (n > 1) {
-    const TreeValues<double> above{level, nullptr, n};
+    const TreeValues<double> above{.x = level, .mean = nullptr, .n = n};
     double* next = level + n;
     n = (n + kTreeGroup - 1) / kTreeGroup;
     for (int64_t g = warp; g < n; g += kWarps) {
@@ -116,7 +115,7 @@ inline int64_t tree_sum_doubles(int64_t n) {
 }
 
 // Above this many values the first levels get a grid of their own. One block sums 16384 values in
-// 8 turns of its warps; not yet tuned on silicon.
+// 8 turns of its warps; estimated, not measured.
 constexpr int64_t kTreeFinishLimit = 16384;
 
 // Enqueues the sum of n >= 1 values; *total is where it will lie, inside `scratch`.
@@ -133,7 +132,8 @@ const char* launch_tree_sum(const TreeValues<T>& values, double* scratch, const 
           grid_blocks(ceil_div(n, warps)), kTreeThreads, 0, stream, values, scratch)) {
     return error;
   }
-  return launch_tree_sum<double>({scratch, nullptr, n}, scratch + n, total, stream);
+  const TreeValues<double> sums{.x = scratch, .mean = nullptr, .n = n};
+  return launch_tree_sum(sums, scratch + n, total, stream);
 }
 
 }  // namespace qlora_ext

@@ -189,7 +189,12 @@ int64_t check_rows(const char* op, const char* arg, const Tensor& x) {
 
 Rows as_rows(const char* op, const char* arg, const Tensor& x) {
   const int64_t num_rows = check_rows(op, arg, x), dim = x.dim();
-  Rows r{x, nullptr, num_rows, x.size(dim - 1), 0, float_dtype(op, arg, x.scalar_type())};
+  Rows r{.tensor = x,
+         .data = nullptr,
+         .rows = num_rows,
+         .cols = x.size(dim - 1),
+         .stride = 0,
+         .dtype = float_dtype(op, arg, x.scalar_type())};
   const bool in_place =
       (x.is_contiguous() || folds_into_rows(x)) && is_aligned(x, dtype_size(r.dtype));
   if (!in_place) r.tensor = contiguous(op, arg, x, dtype_size(r.dtype));

@@ -1,4 +1,4 @@
-// What the host halves of the ops share: reading arguments into params, allocating, and the few
+// What the ops' host functions share: reading arguments into params, allocating, and the few
 // things about a device that a backend supplies.
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace qlora_ext::host {
 
-// Makes the tensor's device current while it lives, and asks its current stream. Each backend's
+// Makes the tensor's device current while it lives, and knows its current stream. Each backend's
 // register.cpp defines it.
 class DeviceScope {
  public:
@@ -37,11 +37,11 @@ class DeviceScope {
   [[maybe_unused]] void* guard_ = nullptr;
 };
 
-// out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined beside DeviceScope.
+// out = beta * self + a * b by torch's matmul (cuBLAS on a GPU); defined next to DeviceScope.
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta);
 
-// Turns a launcher's sentence into an exception.
+// Turns a launcher's error message into an exception.
 inline void check_launch(const char* op, const char* error) {
   QLORA_CHECK(error == nullptr, op, error);
 }
@@ -51,16 +51,26 @@ const char* dtype_name(ScalarType dtype);
 // fp32, fp16 or bf16; anything else is an error that names the argument.
 DType float_dtype(const char* op, const char* arg, ScalarType dtype);
 
-// New memory on like's device. Where torch has none, the error names the op, `what` the memory is for
+// New memory on like's device. If torch has none, the error names the op, `what` the memory is for
 // and its size, and says what torch said.
 Tensor empty(const char* op, const char* what, std::initializer_list<int64_t> sizes,
              ScalarType dtype, const Tensor& like);
 Tensor empty(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
              const Tensor& like);
 
-// Scratch memory from torch's allocator: uint8, at least one byte.
-inline Tensor workspace(const char* op, int64_t bytes, const Tensor& like) {
-  return empty(op, "its workspace", {bytes}, ScalarType::Byte, like);
+// How an op ends: runs `launcher` with the workspace that it asks for, if any, from torch's
+// allocator. The workspace's memory may be reused as soon as the call returns: the next use of it
+// comes later on the same stream.
+template <class Params>
+void launch_with_workspace(const char* op, const char* (*launcher)(const Params&, void* stream),
+                           int64_t (*workspace_bytes)(const Params&), Params& p, const Tensor& like,
+                           const DeviceScope& scope) {
+  Tensor workspace;
+  if (const int64_t bytes = workspace_bytes(p); bytes > 0) {
+    workspace = empty(op, "its workspace", {bytes}, ScalarType::Byte, like);
+    p.workspace = workspace.data_ptr();
+  }
+  check_launch(op, launcher(p, scope.stream()));
 }
 
 // `tensor`, or a copy of it if it is not contiguous or does not start at a multiple of `alignment`
@@ -78,7 +88,7 @@ void check_same_device(const char* op, const char* arg, const Tensor& tensor, co
 
 // A [rows, cols] view of x that kernels can read: unit stride along cols, rows `stride` apart.
 struct Rows {
-  Tensor tensor;  // keeps a copy alive where x could not be read in place
+  Tensor tensor;  // x, or the copy of it that kernels read
   const void* data;
   int64_t rows;
   int64_t cols;
@@ -135,8 +145,6 @@ int64_t checked_numel(const char* op, const Ints& shape);
 
 // 0 -> numel; else a power of two from 32 to 4096.
 int64_t checked_blocksize(const char* op, int64_t blocksize, int64_t numel);
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The levels that quant_type names, or the 16 given ones.
 Codebook as_codebook(const char* op, const std::string& quant_type, const OptionalFloats& codebook,

@@ -7,7 +7,8 @@ namespace {
 void dequantize_into(const char* op, const Weight& w, DType dtype, const Tensor& out,
                      const DeviceScope& scope) {
   if (out.numel() == 0) return;
-  const Dequantize4bitParams p{w.view, 0, w.view.N, out.data_ptr(), dtype};
+  const Dequantize4bitParams p{
+      .weight = w.view, .row_begin = 0, .row_end = w.view.N, .out = out.data_ptr(), .dtype = dtype};
   check_launch(op, launch::dequantize_4bit(p, scope.stream()));
 }
 

@@ -22,8 +22,9 @@ Bypass bypass_with_bias(const Tensor& S, const Tensor& B, const Tensor& bias) {
   const int64_t ranks = S.size(1), zeros = 7 - ranks % 8;
   using torch::stable::pad;
   const Tensor bias_column = torch::stable::reshape(bias, {bias.numel(), 1});
-  return {pad(pad(S, {0, 1}, "constant", 1.0), {0, zeros}),
-          torch::stable::subtract(pad(B, {0, 1 + zeros}), pad(bias_column, {ranks, zeros}), -1.0)};
+  const Tensor bias_last = pad(bias_column, {ranks, zeros});
+  return {.S = pad(pad(S, {0, 1}, "constant", 1.0), {0, zeros}),
+          .B = torch::stable::subtract(pad(B, {0, 1 + zeros}), bias_last, -1.0)};
 }
 
 // Decodes the weight a few rows at a time into one chunk and lets torch's matmul multiply it:
@@ -42,15 +43,18 @@ void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows,
   if (p.bias != nullptr) bias_row = torch::stable::to(bias.tensor, dtype);
   Bypass bypass;
   if (p.R > 0) {
-    bypass = {torch::stable::to(torch::stable::reshape(lora_S.tensor, {p.M, p.R}), dtype),
-              torch::stable::to(lora_B.tensor, dtype)};
+    bypass.S = torch::stable::to(torch::stable::reshape(lora_S.tensor, {p.M, p.R}), dtype);
+    bypass.B = torch::stable::to(lora_B.tensor, dtype);
     if (p.bias != nullptr) bypass = bypass_with_bias(bypass.S, bypass.B, bias_row);
   }
   for (int64_t begin = 0; begin < N; begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, N - begin);
-    check_launch(op,
-                 launch::dequantize_4bit({p.weight, begin, begin + rows, chunk.data_ptr(), p.dtype},
-                                         scope.stream()));
+    const Dequantize4bitParams decode{.weight = p.weight,
+                                      .row_begin = begin,
+                                      .row_end = begin + rows,
+                                      .out = chunk.data_ptr(),
+                                      .dtype = p.dtype};
+    check_launch(op, launch::dequantize_4bit(decode, scope.stream()));
     Tensor W = narrow(chunk, 0, 0, rows);
     Tensor y_columns = narrow(y2, 1, begin, rows);
     const bool bias_alone = p.bias != nullptr && p.R == 0;
@@ -100,13 +104,7 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const Opti
     gemm_in_chunks(op, p, chunk_rows, rows, y, dense_bias, rows_S, dense_B, scope);
     return y;
   }
-  const int64_t bytes = launch::workspace_gemm_4bit(p);
-  Tensor scratch;
-  if (bytes > 0) {
-    scratch = workspace(op, bytes, x);
-    p.workspace = scratch.data_ptr();
-  }
-  check_launch(op, launch::gemm_4bit(p, scope.stream()));
+  launch_with_workspace(op, launch::gemm_4bit, launch::workspace_gemm_4bit, p, x, scope);
   return y;
 }
 

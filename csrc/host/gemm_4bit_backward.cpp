@@ -23,9 +23,14 @@ void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t
   }
   for (int64_t begin = 0; begin < K; begin += chunk_columns) {
     const int64_t columns = std::min(chunk_columns, K - begin);
-    check_launch(op, launch::dequantize_4bit(
-                         {p.weight, 0, N, chunk.data_ptr(), p.dtype, begin, begin + columns},
-                         scope.stream()));
+    const Dequantize4bitParams decode{.weight = p.weight,
+                                      .row_begin = 0,
+                                      .row_end = N,
+                                      .out = chunk.data_ptr(),
+                                      .dtype = p.dtype,
+                                      .col_begin = begin,
+                                      .col_end = begin + columns};
+    check_launch(op, launch::dequantize_4bit(decode, scope.stream()));
     const Tensor W = torch::stable::view(narrow(chunk, 0, 0, N * columns), {N, columns});
     Tensor dX_columns = narrow(dX2, 1, begin, columns);
     addmm_out(dX_columns, dX_columns, dY2, W, 0.0);
@@ -68,13 +73,8 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
     backward_in_chunks(op, p, columns, rows, dX, dense_dS, dense_A.tensor, scope);
     return dX;
   }
-  const int64_t bytes = launch::workspace_gemm_4bit_backward(p);
-  Tensor scratch;
-  if (bytes > 0) {
-    scratch = workspace(op, bytes, dY);
-    p.workspace = scratch.data_ptr();
-  }
-  check_launch(op, launch::gemm_4bit_backward(p, scope.stream()));
+  launch_with_workspace(op, launch::gemm_4bit_backward, launch::workspace_gemm_4bit_backward, p, dY,
+                        scope);
   return dX;
 }
 

@@ -33,9 +33,7 @@ Tensor shrink(const char* op, const Tensor& x, const Tensor& lora_A, double scal
   p.dtype = rows.dtype;
   p.lora_dtype = A.dtype;
   if (S.numel() == 0) return S;
-  const Tensor scratch = workspace(op, launch::workspace_lora_shrink(p), x);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::lora_shrink(p, scope.stream()));
+  launch_with_workspace(op, launch::lora_shrink, launch::workspace_lora_shrink, p, x, scope);
   return S;
 }
 
@@ -74,9 +72,8 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
     torch::stable::fill_(zero_dx, 0);
     return {dx, dA};
   }
-  const Tensor scratch = workspace(op, launch::workspace_lora_shrink_backward(p), x);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::lora_shrink_backward(p, scope.stream()));
+  launch_with_workspace(op, launch::lora_shrink_backward, launch::workspace_lora_shrink_backward, p,
+                        x, scope);
   return {dx, dA};
 }
 
@@ -115,9 +112,8 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
     torch::stable::fill_(dB, 0);
     return {dS, dB};
   }
-  const Tensor scratch = workspace(op, launch::workspace_lora_expand_backward(p), dY);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::lora_expand_backward(p, scope.stream()));
+  launch_with_workspace(op, launch::lora_expand_backward, launch::workspace_lora_expand_backward, p,
+                        dY, scope);
   return {dS, dB};
 }
 

@@ -74,9 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t b
   p.mean = has_mean ? static_cast<float*>(mean.data_ptr()) : nullptr;
   const BadIndex bad(op, p.numel, weight);
   p.bad_index = bad.data();
-  const Tensor scratch = workspace(op, launch::workspace_quantize_4bit(p), weight);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::quantize_4bit(p, scope.stream()));
+  launch_with_workspace(op, launch::quantize_4bit, launch::workspace_quantize_4bit, p, weight,
+                        scope);
   const int64_t first_bad = scope.read(bad.flag);
   QLORA_CHECK(first_bad >= p.numel, op, "weight has a NaN or an infinity at index ",
               list_string(unravel(first_bad, weight)), ", want finite values");

@@ -22,9 +22,8 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
   p.absmax = reinterpret_cast<const float*>(source);
   p.code = static_cast<uint8_t*>(code.data_ptr());
   p.nested = static_cast<float*>(nested.data_ptr());
-  const Tensor scratch = workspace(op, launch::workspace_quantize_absmax(p), absmax);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::quantize_absmax(p, scope.stream()));
+  launch_with_workspace(op, launch::quantize_absmax, launch::workspace_quantize_absmax, p, absmax,
+                        scope);
   return {code, nested};
 }
 
@@ -40,8 +39,10 @@ Tensor dequantize_absmax(const Tensor& code, const Tensor& nested) {
   const DeviceScope scope(code);
   const Tensor absmax = empty(op, "absmax", {4 * num_blocks}, ScalarType::Byte, code);
   if (num_blocks == 0) return absmax;
-  const DequantizeAbsmaxParams p{codes, reinterpret_cast<const float*>(statistics),
-                                 static_cast<float*>(absmax.data_ptr()), num_blocks};
+  const DequantizeAbsmaxParams p{.code = codes,
+                                 .nested = reinterpret_cast<const float*>(statistics),
+                                 .absmax = static_cast<float*>(absmax.data_ptr()),
+                                 .num_blocks = num_blocks};
   check_launch(op, launch::dequantize_absmax(p, scope.stream()));
   return absmax;
 }

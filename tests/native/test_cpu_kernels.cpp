@@ -47,9 +47,9 @@ struct Buffer {
   DType dtype;
   std::vector<char> bytes;
 
-  Buffer(DType type, int64_t n) : dtype(type), bytes(n * cpu::size_of(type), '\x7f') {}
+  Buffer(DType type, int64_t n) : dtype(type), bytes(n * dtype_size(type), '\x7f') {}
 
-  int64_t size() const { return static_cast<int64_t>(bytes.size()) / cpu::size_of(dtype); }
+  int64_t size() const { return static_cast<int64_t>(bytes.size()) / dtype_size(dtype); }
   float get(int64_t i) const {
     const void* at = cpu::element(bytes.data(), dtype, i);
     if (dtype == DType::kFloat32) return *static_cast<const float*>(at);

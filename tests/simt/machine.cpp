@@ -771,24 +771,20 @@ void run_ballot(void* const* operands, uint32_t mask) {
   each_lane(mask, [&](int lane) { static_cast<VoteOperand*>(operands[lane])->result = result; });
 }
 
-// PTX ISA, ldmatrix: row r of matrix i is at the address of lane 8 * i + r; lane l receives
-// elements 2 * (l % 4) and + 1 of row l / 4, or of that column of the stored matrix with .trans.
-template <int count, bool trans>
-void run_ldmatrix(void* const* operands, uint32_t) {
-  const unsigned char* rows[8 * count];
-  for (int i = 0; i < 8 * count; ++i) {
+// PTX ISA, ldmatrix: row r of matrix i is at the address of lane 8 * i + r; with .trans lane l
+// receives elements 2 * (l % 4) and + 1 of column l / 4 of each stored matrix.
+void run_ldmatrix_x4_trans(void* const* operands, uint32_t) {
+  const unsigned char* rows[32];
+  for (int i = 0; i < 32; ++i) {
     rows[i] =
         shared_pointer(static_cast<LdmatrixOperand*>(operands[i])->address, 16, 16, "ldmatrix");
   }
   for (int lane = 0; lane < 32; ++lane) {
     auto& mine = *static_cast<LdmatrixOperand*>(operands[lane]);
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < 4; ++i) {
       uint16_t element[2];
       for (int e = 0; e < 2; ++e) {
-        const int row = lane / 4;
-        const int column = 2 * (lane % 4) + e;
-        const unsigned char* at =
-            trans ? rows[8 * i + column] + 2 * row : rows[8 * i + row] + 2 * column;
+        const unsigned char* at = rows[8 * i + 2 * (lane % 4) + e] + 2 * (lane / 4);
         std::memcpy(&element[e], at, 2);
         mine.read[2 * i + e] = at;
       }
@@ -880,12 +876,7 @@ const Meeting kReduceMaxUnsigned{"__reduce_max_sync", false, false, run_extreme<
 const Meeting kReduceAnd{"__reduce_and_sync", false, false, run_and};
 const Meeting kReduceOr{"__reduce_or_sync", false, false, run_or};
 const Meeting kReduceXor{"__reduce_xor_sync", false, false, run_xor};
-const Meeting kLdmatrix[3] = {{"ldmatrix_x1", true, false, run_ldmatrix<1, false>},
-                              {"ldmatrix_x2", true, false, run_ldmatrix<2, false>},
-                              {"ldmatrix_x4", true, false, run_ldmatrix<4, false>}};
-const Meeting kLdmatrixTrans[3] = {{"ldmatrix_x1_trans", true, false, run_ldmatrix<1, true>},
-                                   {"ldmatrix_x2_trans", true, false, run_ldmatrix<2, true>},
-                                   {"ldmatrix_x4_trans", true, false, run_ldmatrix<4, true>}};
+const Meeting kLdmatrixX4Trans{"ldmatrix_x4_trans", true, false, run_ldmatrix_x4_trans};
 const Meeting kMma16816F16{"mma_m16n8k16 (f16)", true, false, run_mma<__half, 16>};
 const Meeting kMma16816Bf16{"mma_m16n8k16 (bf16)", true, false, run_mma<__nv_bfloat16, 16>};
 const Meeting kMma1688F16{"mma_m16n8k8 (f16)", true, false, run_mma<__half, 8>};

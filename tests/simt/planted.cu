@@ -63,7 +63,7 @@ __global__ void ldmatrix_is_no_fence(Io io) {
   reinterpret_cast<uint4*>(smem().a)[t] = reinterpret_cast<const uint4*>(io.in)[t];
   if (!bug) __syncwarp();
   uint32_t d[4];
-  ptx::ldmatrix_x4(d, ptx::shared_address(smem().a + 4 * (t ^ 1)));
+  ptx::ldmatrix_x4_trans(d, ptx::shared_address(smem().a + 4 * (t ^ 1)));
   for (int i = 0; i < 4; ++i) io.out[4 * t + i] = d[i];
 }
 
@@ -179,8 +179,8 @@ __global__ void ldmatrix_misaligned(Io io) {
   const unsigned t = threadIdx.x;
   for (int i = 0; i < 4; ++i) smem().a[4 * t + i] = io.in[4 * t + i];
   __syncthreads();
-  uint32_t d[1];
-  ptx::ldmatrix_x1(d, ptx::shared_address(smem().a) + 16 * (t % 8) + (bug ? 8 : 0));
+  uint32_t d[4];
+  ptx::ldmatrix_x4_trans(d, ptx::shared_address(smem().a) + 16 * (t % 8) + (bug ? 8 : 0));
   io.out[t] = d[0];
 }
 

@@ -36,21 +36,14 @@ struct LdmatrixSmem {
   alignas(16) uint16_t elements[2048];
 };
 
-template <int count, bool trans>
 __global__ void probe_ldmatrix(LdmatrixIo io) {
   LdmatrixSmem& smem = ptx::shared_memory<LdmatrixSmem>();
   const unsigned lane = threadIdx.x;
   for (unsigned i = lane; i < 2048; i += 32) smem.elements[i] = io.elements[i];
   __syncwarp();
-  uint32_t d[count];
-  const uint32_t row = ptx::shared_address(smem.elements) + io.rows[lane];
-  if constexpr (count == 1 && !trans) ptx::ldmatrix_x1(d, row);
-  if constexpr (count == 2 && !trans) ptx::ldmatrix_x2(d, row);
-  if constexpr (count == 4 && !trans) ptx::ldmatrix_x4(d, row);
-  if constexpr (count == 1 && trans) ptx::ldmatrix_x1_trans(d, row);
-  if constexpr (count == 2 && trans) ptx::ldmatrix_x2_trans(d, row);
-  if constexpr (count == 4 && trans) ptx::ldmatrix_x4_trans(d, row);
-  for (int i = 0; i < count; ++i) io.d[4 * lane + i] = d[i];
+  uint32_t d[4];
+  ptx::ldmatrix_x4_trans(d, ptx::shared_address(smem.elements) + io.rows[lane]);
+  for (int i = 0; i < 4; ++i) io.d[4 * lane + i] = d[i];
 }
 
 struct ShuffleIo {
@@ -90,26 +83,23 @@ __global__ void probe_vote(VoteIo io) {
 
 struct BitsIo {
   const uint32_t* in;  // [n, 3]
-  uint32_t* out;       // [n, 12]
+  uint32_t* out;       // [n, 9]
   int n;
 };
 __global__ void probe_bits(BitsIo io) {
   for (int i = threadIdx.x; i < io.n; i += 32) {
     const uint32_t a = io.in[3 * i], b = io.in[3 * i + 1], c = io.in[3 * i + 2];
-    uint32_t* out = io.out + 12 * i;
+    uint32_t* out = io.out + 9 * i;
     out[0] = ptx::prmt(a, b, c);
     out[1] = __byte_perm(a, b, c);
-    out[2] = ptx::lop3<0xea>(a, b, c);  // (a & b) | c
-    out[3] = ptx::lop3<0x96>(a, b, c);  // a ^ b ^ c
-    out[4] = ptx::lop3<0xd8>(a, b, c);  // c ? b : a
-    out[5] = __funnelshift_l(a, b, c);
-    out[6] = __funnelshift_r(a, b, c);
-    out[7] = __brev(a);
-    out[8] = static_cast<uint32_t>(__clz(static_cast<int>(a)));
-    out[9] = static_cast<uint32_t>(__popc(a));
-    out[10] = static_cast<uint32_t>(
+    out[2] = __funnelshift_l(a, b, c);
+    out[3] = __funnelshift_r(a, b, c);
+    out[4] = __brev(a);
+    out[5] = static_cast<uint32_t>(__clz(static_cast<int>(a)));
+    out[6] = static_cast<uint32_t>(__popc(a));
+    out[7] = static_cast<uint32_t>(
         __dp4a(static_cast<int>(a), static_cast<int>(b), static_cast<int>(c)));
-    out[11] = __umulhi(a, b);
+    out[8] = __umulhi(a, b);
   }
 }
 
@@ -131,11 +121,11 @@ __global__ void probe_half_fma(HalfIo io) {
 
 struct CopiesIo {
   const unsigned char* in;  // [1024], 16-byte aligned
-  unsigned char* out;       // [9, 1024]
-  int valid;                // bytes of each 4-byte copy; twice, four times as many of 8 and 16
+  unsigned char* out;       // [7, 1024]
+  int valid;                // bytes of each copy that may be short
 };
 struct CopiesSmem {
-  unsigned char bytes[5][1024];
+  unsigned char bytes[3][1024];
   alignas(8) uint64_t mbarrier;
 };
 
@@ -145,23 +135,14 @@ __global__ void probe_copies(CopiesIo io) {
   const unsigned t = threadIdx.x;
   const uint32_t shared = ptx::shared_address(smem.bytes) + 16 * t;
   const unsigned char* in = io.in + 16 * t;
-  for (int i = 0; i < 4; ++i) ptx::cp_async_zfill<4>(shared + 4 * i, in + 4 * i, io.valid);
-  for (int i = 0; i < 2; ++i)
-    ptx::cp_async_zfill<8>(shared + 1024 + 8 * i, in + 8 * i, 2 * io.valid);
+  ptx::cp_async_16_zfill(shared, in, io.valid);
   ptx::cp_async_commit();
-  ptx::cp_async_16_zfill(shared + 2048, in, 4 * io.valid);
-  ptx::cp_async_16(shared + 3072, in);
+  ptx::cp_async_16(shared + 1024, in);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
-  for (int i = 0; i < 16; ++i) {
-    io.out[16 * t + i] = smem.bytes[0][16 * t + i];
-    io.out[1024 + 16 * t + i] = smem.bytes[1][16 * t + i];
-  }
+  for (int i = 0; i < 16; ++i) io.out[16 * t + i] = smem.bytes[0][16 * t + i];
   ptx::cp_async_wait<0>();
-  for (int i = 0; i < 16; ++i) {
-    io.out[2048 + 16 * t + i] = smem.bytes[2][16 * t + i];
-    io.out[3072 + 16 * t + i] = smem.bytes[3][16 * t + i];
-  }
+  for (int i = 0; i < 16; ++i) io.out[1024 + 16 * t + i] = smem.bytes[1][16 * t + i];
   const uint32_t full = ptx::shared_address(&smem.mbarrier);
   if (t == 0) {
     ptx::mbarrier_init(full, 2);
@@ -170,18 +151,18 @@ __global__ void probe_copies(CopiesIo io) {
   __syncthreads();
   if (t < 32 && ptx::elect_one()) {  // one thread brings the bytes, another only arrives
     ptx::mbarrier_arrive_expect(full, 1024);
-    ptx::bulk_copy(ptx::shared_address(smem.bytes[4]), io.in, 1024, full);
+    ptx::bulk_copy(ptx::shared_address(smem.bytes[2]), io.in, 1024, full);
   }
   if (t == 63) ptx::mbarrier_arrive(full);
   ptx::mbarrier_wait(full, 0);
-  for (int i = 0; i < 16; ++i) io.out[4096 + 16 * t + i] = smem.bytes[4][16 * t + i];
+  for (int i = 0; i < 16; ++i) io.out[2048 + 16 * t + i] = smem.bytes[2][16 * t + i];
 
   uint4* out = reinterpret_cast<uint4*>(io.out);
-  out[320 + t] = ptx::load_streaming(reinterpret_cast<const uint4*>(in));
-  uint2* pairs = reinterpret_cast<uint2*>(out + 384);
+  out[192 + t] = ptx::load_streaming(reinterpret_cast<const uint4*>(in));
+  uint2* pairs = reinterpret_cast<uint2*>(out + 256);
   for (int i = 0; i < 2; ++i)
     pairs[2 * t + i] = ptx::load_streaming(reinterpret_cast<const uint2*>(in) + i);
-  uint32_t* words = reinterpret_cast<uint32_t*>(out + 448);
+  uint32_t* words = reinterpret_cast<uint32_t*>(out + 320);
   for (int i = 0; i < 4; ++i)
     words[4 * t + i] = ptx::load_streaming(reinterpret_cast<const uint32_t*>(in) + i);
 
@@ -193,7 +174,7 @@ __global__ void probe_copies(CopiesIo io) {
   } else {
     ptx::barrier_sync(1, 64);
     for (int i = 0; i < 32; ++i)
-      io.out[8192 + 32 * (t - 32) + i] = smem.bytes[0][32 * (t - 32) + i];
+      io.out[6144 + 32 * (t - 32) + i] = smem.bytes[0][32 * (t - 32) + i];
   }
 }
 
@@ -213,16 +194,8 @@ PROBE probe_mma_run(int shape, MmaIo* io) {
   if (shape == 2) return launch_kernel<probe_mma<Shape::kM16N8K8F16>>(1, 32, 0, nullptr, *io);
   return launch_kernel<probe_mma<Shape::kSm75K16>>(1, 32, 0, nullptr, *io);
 }
-template <int count>
-const char* run_ldmatrix(int trans, const LdmatrixIo& io) {
-  constexpr size_t bytes = sizeof(LdmatrixSmem);
-  if (trans) return launch_kernel<probe_ldmatrix<count, true>>(1, 32, bytes, nullptr, io);
-  return launch_kernel<probe_ldmatrix<count, false>>(1, 32, bytes, nullptr, io);
-}
-PROBE probe_ldmatrix_run(int count, int trans, LdmatrixIo* io) {
-  if (count == 1) return run_ldmatrix<1>(trans, *io);
-  if (count == 2) return run_ldmatrix<2>(trans, *io);
-  return run_ldmatrix<4>(trans, *io);
+PROBE probe_ldmatrix_run(LdmatrixIo* io) {
+  return launch_kernel<probe_ldmatrix>(1, 32, sizeof(LdmatrixSmem), nullptr, *io);
 }
 PROBE probe_shuffle_run(ShuffleIo* io) {
   return launch_kernel<probe_shuffle>(1, 32, 0, nullptr, *io);

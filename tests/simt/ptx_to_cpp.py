@@ -213,10 +213,6 @@ class Function:
         values = ", ".join(self.value(o, "b32") for o in operands[1:])
         return f"{self.target(operands[0])} = ptx::prmt({values});"
 
-    def _lop3(self, parts, operands, line):
-        a, b, c = (self.value(o, "b32") for o in operands[1:4])
-        return f"{self.target(operands[0])} = ptx::lop3<{int(operands[4], 0)}>({a}, {b}, {c});"
-
     def _builtin(name):
         """An instruction on one 32-bit word that is a CUDA builtin."""
 
@@ -401,16 +397,11 @@ class Function:
         )
 
     def _ldmatrix(self, parts, operands, line):
-        form = re.fullmatch(
-            r"sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", ".".join(parts)
-        )
         to = self.vector(operands[0])
-        known(form and len(to) == int(form[1]))
+        known(".".join(parts) == "sync.aligned.m8n8.x4.trans.shared.b16" and len(to) == 4)
         address = self.address(operands[1], "shared")
-        transposed = "true" if form[2] else "false"
         return (
-            f"{{ uint32_t d[{len(to)}]; isa::ldmatrix(d, {address}, {transposed}, "
-            f"{self._site(line)}); "
+            f"{{ uint32_t d[4]; isa::ldmatrix_x4_trans(d, {address}, {self._site(line)}); "
             + " ".join(f"{self.target(r)} = d[{i}];" for i, r in enumerate(to))
             + " }"
         )
@@ -443,14 +434,13 @@ class Function:
             shared, barrier = (self.address(operands[i], "shared") for i in (0, 3))
             source, size = self.address(operands[1], "global"), self.value(operands[2], "b32")
             return f"ptx::bulk_copy({shared}, isa::pointer({source}, 16), {size}, {barrier});"
-        known(parts in (["async", "cg", "shared", "global"], ["async", "ca", "shared", "global"]))
-        size = int(operands[2])
-        if size not in ((16,) if parts[1] == "cg" else (4, 8, 16)) or len(operands) > 4:
+        known(parts == ["async", "cg", "shared", "global"])
+        if int(operands[2]) != 16 or len(operands) > 4:
             raise Unknown(f"cp.{'.'.join(parts)} of {operands[2:]}")
         shared = self.address(operands[0], "shared")
         source = self.address(operands[1], "global")
-        valid = self.value(operands[3], "b32") if len(operands) == 4 else str(size)
-        return f"isa::cp_async<{size}>({shared}, {source}, {valid});"
+        valid = self.value(operands[3], "b32") if len(operands) == 4 else "16"
+        return f"isa::cp_async_16({shared}, {source}, {valid});"
 
     def _membar(self, parts, operands, line):
         known(parts in (["gl"], ["cta"], ["sys"]))

@@ -1,7 +1,7 @@
 // The inner kernels with AVX2, FMA and F16C: 8 weights to a vector.
 //
 // A weight's 4-bit code becomes its value by byte shuffles of the codebook's four planes of bytes
-// where many follow each other, else by two 8-entry register permutes and a blend on the code's top
+// if many follow each other, else by two 8-entry register permutes and a blend on the code's top
 // bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
 // whose bits are the format, never do (the build passes -ffp-contract=off).
 //
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../half.h"
 #include "../scales.h"
@@ -31,21 +32,6 @@ namespace qlora_ext::cpu {
 namespace {
 
 constexpr int64_t kLanes = 8;
-
-// How far ahead of the codes in use to fetch: the hardware's own prefetcher stops at every page.
-constexpr int64_t kPrefetch = 1024;    // bytes along a row
-constexpr int64_t kPrefetchRows = 16;  // rows down a column
-
-constexpr int64_t kLineCodes = 128;  // codes of a cache line
-
-void prefetch(const uint8_t* packed) {
-  _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
-}
-
-// A panel reads two lines of each row, too few for the hardware's prefetcher: the next panel's.
-void prefetch_rows(const uint8_t* packed, int64_t row_bytes, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) prefetch(packed + row * row_bytes);
-}
 
 // ---- fp16 and bf16 ----
 
@@ -503,29 +489,6 @@ void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t k, int6
   }
 }
 
-// The scales (and means) of eight rows, a lane each, for each stretch of a panel's depth in which
-// no row enters its next block. All are stored before the first is loaded as a vector: a load that
-// follows its eight stores at once waits for the last of them.
-struct RowScales {
-  alignas(32) float scale[kDepth / 8][kLanes];
-  alignas(32) float mean[kDepth / 8][kLanes];
-  int64_t end[kDepth / 8];
-
-  RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth) {
-    for (int64_t d = 0, stretch = 0; d < depth; d = end[stretch++]) {
-      int64_t count = weight.blocksize;
-      int64_t index = row * weight.K + k + d;
-      for (int64_t lane = 0; lane < kLanes; ++lane, index += weight.K) {
-        const int64_t block = block_of(weight, index);
-        scale[stretch][lane] = block_scale(weight, block);
-        if (weight.mean != nullptr) mean[stretch][lane] = weight.mean[block];
-        count = std::min(count, (block + 1) * weight.blocksize - index);
-      }
-      end[stretch] = d + count;
-    }
-  }
-};
-
 // bytes[i] = bytes 4i ... 4i + 3 of each of eight rows, a row to a lane: 64 codes of each row.
 void load_rows(const uint8_t* packed, int64_t row_bytes, __m256i bytes[8]) {
   const auto halves = [&](int64_t row, int64_t at) {
@@ -589,7 +552,7 @@ void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, in
                           float* panel) {
   const BytePlanes planes(weight.values);
   const uint8_t* packed = weight.packed + (row * weight.K + k) / 2;
-  const RowScales scales(weight, row, k, depth);
+  const RowScales<kLanes> scales(weight, row, k, depth);
   int64_t stretch = 0;
   const auto decode_at = [&](int64_t d, __m256i bytes) {
     if (d >= scales.end[stretch]) ++stretch;
@@ -661,41 +624,29 @@ float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Any shape: each row's blocks in turn, each with the codebook that it scales.
-template <int kRows>
-void dot_any(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
-             float* sums) {
-  __m256 acc[kRows][2];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
-  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
-    const Table table = scaled_table(weight, block);
-    const auto add_one = [&](int64_t at) {
-      alignas(32) float values[16];
-      _mm256_store_ps(values, table.low);
-      _mm256_store_ps(values + 8, table.high);
-      const float w = values[code_at(weight.packed, first + at)];
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) sums[m] += x[m * x_stride + at] * w;
-    };
-    if (i < end && ((first + i) & 1) != 0) add_one(i++);
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      const uint8_t* packed = weight.packed + ((first + i) >> 1);
-      prefetch(packed + kPrefetch);
-      const __m256 w0 = look_up(table, codes_of(packed));
-      const __m256 w1 = look_up(table, codes_of(packed + 4));
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const float* row = x + m * x_stride + i;
-        acc[m][0] = _mm256_fmadd_ps(load_fp32(row), w0, acc[m][0]);
-        acc[m][1] = _mm256_fmadd_ps(load_fp32(row + kLanes), w1, acc[m][1]);
-      }
-    }
-    for (; i < end; ++i) add_one(i);
-  });
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) sums[m] += sum_lanes(_mm256_add_ps(acc[m][0], acc[m][1]));
-}
+// What dot_any (blocks.h) takes of this instruction set.
+struct Avx2 {
+  static constexpr int64_t kLanes = 8;
+  using Vector = __m256;
+  using Table = cpu::Table;
+
+  static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector load(const float* src) { return load_fp32(src); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(Vector a, Vector b) { return sum_lanes(_mm256_add_ps(a, b)); }
+  static Table scaled_table(const PackedWeight& weight, int64_t block) {
+    return cpu::scaled_table(weight, block);
+  }
+  static Vector decode(const Table& table, const uint8_t* packed) {
+    return look_up(table, codes_of(packed));
+  }
+  static float value_of(const Table& table, int code) {
+    alignas(32) float values[16];
+    _mm256_store_ps(values, table.low);
+    _mm256_store_ps(values + 8, table.high);
+    return values[code];
+  }
+};
 
 // x in the order in which look_up_32 delivers a group: 32 even elements, then 32 odd ones.
 void arrange_group(const float* x, float* arranged) {
@@ -756,10 +707,7 @@ template <int kRows>
 void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
               const float* x, int64_t x_stride, float (*sums)[kMaxDotRows]) {
   if (!has_groups(weight, k, depth)) {
-    for (int64_t n = 0; n < rows; ++n) {
-      dot_any<kRows>(weight, (row + n) * weight.K + k, depth, x, x_stride, sums[n]);
-    }
-    return;
+    return dot_any<Avx2, kRows>(weight, row, rows, k, depth, x, x_stride, sums);
   }
   alignas(32) float arranged[kMaxDotElements];
   for (int m = 0; m < kRows; ++m) {
@@ -779,12 +727,8 @@ void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, 
 
 void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
          const float* x, int64_t x_stride, int64_t M, float (*sums)[kMaxDotRows]) {
-  switch (M) {
-    case 1: return dot_rows<1>(weight, row, rows, k, depth, x, x_stride, sums);
-    case 2: return dot_rows<2>(weight, row, rows, k, depth, x, x_stride, sums);
-    case 3: return dot_rows<3>(weight, row, rows, k, depth, x, x_stride, sums);
-    case 4: return dot_rows<4>(weight, row, rows, k, depth, x, x_stride, sums);
-  }
+  with_count<kMaxDotRows>(
+      M, [&](auto count) { dot_rows<count>(weight, row, rows, k, depth, x, x_stride, sums); });
 }
 
 // kRows x 16 sums in registers: with 6 rows, 12 accumulators, 2 panel vectors and a broadcast.
@@ -816,29 +760,30 @@ void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, con
 
 void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
               const float* panel, int64_t depth, float* acc) {
-  constexpr int64_t kTile = 6;
-  int64_t m = 0;
-  for (; m + kTile <= rows; m += kTile) {
-    multiply_rows<kTile>(x + m * row_stride, row_stride, depth_stride, panel, depth,
-                         acc + m * kPanelWidth);
-  }
-  x += m * row_stride;
-  acc += m * kPanelWidth;
-  switch (rows - m) {
-    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
-    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
-    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
-    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
-    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
-  }
+  for_each_row_tile<6>(rows, [&](auto count, int64_t row) {
+    multiply_rows<count>(x + row * row_stride, row_stride, depth_stride, panel, depth,
+                         acc + row * kPanelWidth);
+  });
 }
 
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2",        to_float,     from_float,     max_abs,     encode,
-    encode_scales, decode,       decode_columns, decode_rows, dot,
-    pack_rows,     pack_columns, multiply,       nullptr,     nullptr,
+    .name = "avx2",
+    .to_float = to_float,
+    .from_float = from_float,
+    .max_abs = max_abs,
+    .encode = encode,
+    .encode_scales = encode_scales,
+    .decode = decode,
+    .decode_columns = decode_columns,
+    .decode_rows = decode_rows,
+    .dot = dot,
+    .pack_rows = pack_rows,
+    .pack_columns = pack_columns,
+    .multiply = multiply,
+    .pair_bf16 = nullptr,
+    .multiply_bf16 = nullptr,
 };
 
 }  // namespace qlora_ext::cpu

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../half.h"
 #include "../scales.h"
@@ -35,21 +36,6 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 static_assert(kLanes == kPanelWidth, "a panel's row is one vector");
-
-// How far ahead of the codes in use to fetch: the hardware's own prefetcher stops at every page.
-constexpr int64_t kPrefetch = 1024;    // bytes along a row
-constexpr int64_t kPrefetchRows = 16;  // rows down a column
-
-constexpr int64_t kLineCodes = 128;  // codes of a cache line
-
-void prefetch(const uint8_t* packed) {
-  _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
-}
-
-// A panel reads two lines of each row, too few for the hardware's prefetcher: the next panel's.
-void prefetch_rows(const uint8_t* packed, int64_t row_bytes, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) prefetch(packed + row * row_bytes);
-}
 
 // ---- codes and values ----
 
@@ -142,29 +128,6 @@ void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, v
 
 // ---- panels ----
 
-// The scales (and means) of sixteen rows, a lane each, for each stretch of a panel's depth in which
-// no row enters its next block. All are stored before the first is loaded as a vector: a load that
-// follows its sixteen stores at once waits for the last of them.
-struct RowScales {
-  alignas(64) float scale[kDepth / 8][kLanes];
-  alignas(64) float mean[kDepth / 8][kLanes];
-  int64_t end[kDepth / 8];
-
-  RowScales(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth) {
-    for (int64_t d = 0, stretch = 0; d < depth; d = end[stretch++]) {
-      int64_t count = weight.blocksize;
-      int64_t index = row * weight.K + k + d;
-      for (int64_t lane = 0; lane < kLanes; ++lane, index += weight.K) {
-        const int64_t block = block_of(weight, index);
-        scale[stretch][lane] = block_scale(weight, block);
-        if (weight.mean != nullptr) mean[stretch][lane] = weight.mean[block];
-        count = std::min(count, (block + 1) * weight.blocksize - index);
-      }
-      end[stretch] = d + count;
-    }
-  }
-};
-
 // bytes[i] = bytes 4i ... 4i + 3 of each of sixteen rows, a row to a lane: 32 codes of each row.
 void load_rows(const uint8_t* packed, int64_t row_bytes, __m512i bytes[4]) {
   // Row r of a quarter lies in 128-bit part r / 4 of quarter r % 4, so that lanes end in order.
@@ -211,7 +174,7 @@ void decode_sixteen_columns(const PackedWeight& weight, int64_t row, int64_t k, 
                             float* panel) {
   const __m512 table = _mm512_loadu_ps(weight.values);
   const uint8_t* packed = weight.packed + (row * weight.K + k) / 2;
-  const RowScales scales(weight, row, k, depth);
+  const RowScales<kLanes> scales(weight, row, k, depth);
   int64_t stretch = 0;
   for (int64_t d = 0; d < depth; d += 32) {
     if (d % kLineCodes == 0) prefetch_rows(packed + (d + kDepth) / 2, weight.K / 2, kLanes);
@@ -256,41 +219,26 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
 
 // ---- products ----
 
-// Any shape: each row's blocks in turn, each with the codebook that it scales.
-template <int kRows>
-void dot_any(const PackedWeight& weight, int64_t first, int64_t n, const float* x, int64_t x_stride,
-             float* sums) {
-  __m512 acc[kRows][2];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
-  for_each_block(weight, first, n, [&](int64_t i, int64_t end, int64_t block) {
-    const __m512 table = scaled_table(weight, block);
-    const auto add_one = [&](int64_t at) {
-      const __m512i code = _mm512_set1_epi32(code_at(weight.packed, first + at));
-      const float w = _mm512_cvtss_f32(look_up(table, code));
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) sums[m] += x[m * x_stride + at] * w;
-    };
-    if (i < end && ((first + i) & 1) != 0) add_one(i++);
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      const uint8_t* packed = weight.packed + ((first + i) >> 1);
-      prefetch(packed + kPrefetch);
-      const __m512 w0 = look_up(table, codes_of(packed));
-      const __m512 w1 = look_up(table, codes_of(packed + 8));
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const float* row = x + m * x_stride + i;
-        acc[m][0] = _mm512_fmadd_ps(_mm512_loadu_ps(row), w0, acc[m][0]);
-        acc[m][1] = _mm512_fmadd_ps(_mm512_loadu_ps(row + kLanes), w1, acc[m][1]);
-      }
-    }
-    for (; i < end; ++i) add_one(i);
-  });
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    sums[m] += _mm512_reduce_add_ps(_mm512_add_ps(acc[m][0], acc[m][1]));
+// What dot_any (blocks.h) takes of this instruction set.
+struct Avx512 {
+  static constexpr int64_t kLanes = 16;
+  using Vector = __m512;
+  using Table = __m512;
+
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector load(const float* src) { return _mm512_loadu_ps(src); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(Vector a, Vector b) { return _mm512_reduce_add_ps(_mm512_add_ps(a, b)); }
+  static Table scaled_table(const PackedWeight& weight, int64_t block) {
+    return cpu::scaled_table(weight, block);
   }
-}
+  static Vector decode(Table table, const uint8_t* packed) {
+    return look_up(table, codes_of(packed));
+  }
+  static float value_of(Table table, int code) {
+    return _mm512_cvtss_f32(look_up(table, _mm512_set1_epi32(code)));
+  }
+};
 
 // Two groups are decoded together: 64 bytes, of which a shift moves each 32-bit lane's next code
 // into place. Lane l of shift i has element 8 * l + (i ^ 1), since even elements are high nibbles.
@@ -372,10 +320,7 @@ template <int kRows>
 void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
               const float* x, int64_t x_stride, float (*sums)[kMaxDotRows]) {
   if (!has_groups(weight, k, depth)) {
-    for (int64_t n = 0; n < rows; ++n) {
-      dot_any<kRows>(weight, (row + n) * weight.K + k, depth, x, x_stride, sums[n]);
-    }
-    return;
+    return dot_any<Avx512, kRows>(weight, row, rows, k, depth, x, x_stride, sums);
   }
   alignas(64) float arranged[kMaxDotElements + kMaxDotRows * kGroup];
   for (int m = 0; m < kRows; ++m) {
@@ -401,12 +346,8 @@ void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, 
 
 void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
          const float* x, int64_t x_stride, int64_t M, float (*sums)[kMaxDotRows]) {
-  switch (M) {
-    case 1: return dot_rows<1>(weight, row, rows, k, depth, x, x_stride, sums);
-    case 2: return dot_rows<2>(weight, row, rows, k, depth, x, x_stride, sums);
-    case 3: return dot_rows<3>(weight, row, rows, k, depth, x, x_stride, sums);
-    case 4: return dot_rows<4>(weight, row, rows, k, depth, x, x_stride, sums);
-  }
+  with_count<kMaxDotRows>(
+      M, [&](auto count) { dot_rows<count>(weight, row, rows, k, depth, x, x_stride, sums); });
 }
 
 // kRows x 16 sums in registers; x is broadcast from memory as an operand of the FMA. Eight rows
@@ -431,23 +372,10 @@ void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, con
 
 void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
               const float* panel, int64_t depth, float* acc) {
-  constexpr int64_t kTile = 8;
-  int64_t m = 0;
-  for (; m + kTile <= rows; m += kTile) {
-    multiply_rows<kTile>(x + m * row_stride, row_stride, depth_stride, panel, depth,
-                         acc + m * kPanelWidth);
-  }
-  x += m * row_stride;
-  acc += m * kPanelWidth;
-  switch (rows - m) {
-    case 1: return multiply_rows<1>(x, row_stride, depth_stride, panel, depth, acc);
-    case 2: return multiply_rows<2>(x, row_stride, depth_stride, panel, depth, acc);
-    case 3: return multiply_rows<3>(x, row_stride, depth_stride, panel, depth, acc);
-    case 4: return multiply_rows<4>(x, row_stride, depth_stride, panel, depth, acc);
-    case 5: return multiply_rows<5>(x, row_stride, depth_stride, panel, depth, acc);
-    case 6: return multiply_rows<6>(x, row_stride, depth_stride, panel, depth, acc);
-    case 7: return multiply_rows<7>(x, row_stride, depth_stride, panel, depth, acc);
-  }
+  for_each_row_tile<8>(rows, [&](auto count, int64_t row) {
+    multiply_rows<count>(x + row * row_stride, row_stride, depth_stride, panel, depth,
+                         acc + row * kPanelWidth);
+  });
 }
 
 }  // namespace

@@ -14,8 +14,11 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
+#include "../scales.h"
 #include "simd.h"
 
 #if defined(__clang__)
@@ -25,6 +28,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
 #endif
+
+#include "blocks.h"
 
 namespace qlora_ext::cpu {
 namespace {
@@ -75,22 +80,9 @@ void multiply_rows(const uint16_t* x, int64_t row_stride, const uint16_t* pairs,
 
 void multiply_bf16(const uint16_t* x, int64_t row_stride, int64_t rows, const uint16_t* pairs,
                    int64_t depth, float* acc) {
-  constexpr int64_t kTile = 8;
-  int64_t m = 0;
-  for (; m + kTile <= rows; m += kTile) {
-    multiply_rows<kTile>(x + m * row_stride, row_stride, pairs, depth, acc + m * kPanelWidth);
-  }
-  x += m * row_stride;
-  acc += m * kPanelWidth;
-  switch (rows - m) {
-    case 1: return multiply_rows<1>(x, row_stride, pairs, depth, acc);
-    case 2: return multiply_rows<2>(x, row_stride, pairs, depth, acc);
-    case 3: return multiply_rows<3>(x, row_stride, pairs, depth, acc);
-    case 4: return multiply_rows<4>(x, row_stride, pairs, depth, acc);
-    case 5: return multiply_rows<5>(x, row_stride, pairs, depth, acc);
-    case 6: return multiply_rows<6>(x, row_stride, pairs, depth, acc);
-    case 7: return multiply_rows<7>(x, row_stride, pairs, depth, acc);
-  }
+  for_each_row_tile<8>(rows, [&](auto count, int64_t row) {
+    multiply_rows<count>(x + row * row_stride, row_stride, pairs, depth, acc + row * kPanelWidth);
+  });
 }
 
 }  // namespace

@@ -201,9 +201,21 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable",    to_float,     from_float,     max_abs,     encode,
-    encode_scales, decode,       decode_columns, decode_rows, dot,
-    pack_rows,     pack_columns, multiply,       nullptr,     nullptr,
+    .name = "portable",
+    .to_float = to_float,
+    .from_float = from_float,
+    .max_abs = max_abs,
+    .encode = encode,
+    .encode_scales = encode_scales,
+    .decode = decode,
+    .decode_columns = decode_columns,
+    .decode_rows = decode_rows,
+    .dot = dot,
+    .pack_rows = pack_rows,
+    .pack_columns = pack_columns,
+    .multiply = multiply,
+    .pair_bf16 = nullptr,
+    .multiply_bf16 = nullptr,
 };
 
 }  // namespace qlora_ext::cpu

@@ -86,7 +86,7 @@ const Kernels& kernels();
 // Name of the live table, or null after an error.
 const char* cpu_path();
 
-// Null, or the sentence that says why QLORA_EXT_CPU cannot be honoured; every launcher returns it.
+// Null, or an error that says why QLORA_EXT_CPU cannot be honoured; every launcher returns it.
 const char* cpu_path_error();
 
 }  // namespace qlora_ext::cpu

@@ -56,20 +56,6 @@ inline uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t selector) {
   }
   return d;
 }
-template <int table>
-inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-  static_assert(table >= 0 && table < 256, "lop3: the table has eight bits");
-  uint32_t d = 0;
-  if (table & 0x01) d |= ~a & ~b & ~c;
-  if (table & 0x02) d |= ~a & ~b & c;
-  if (table & 0x04) d |= ~a & b & ~c;
-  if (table & 0x08) d |= ~a & b & c;
-  if (table & 0x10) d |= a & ~b & ~c;
-  if (table & 0x20) d |= a & ~b & c;
-  if (table & 0x40) d |= a & b & ~c;
-  if (table & 0x80) d |= a & b & c;
-  return d;
-}
 
 // ---------------------------------------------------------------- global loads
 inline uint4 load_streaming(const uint4* pointer) { return *pointer; }
@@ -79,10 +65,9 @@ inline uint32_t load_streaming(const uint32_t* pointer) { return *pointer; }
 // ---------------------------------------------------------------- cp.async
 namespace detail {
 // In this file, which the sanitizers instrument, so that a bad source is reported at the issue.
-template <int bytes>
 inline void copy(uint32_t shared, const void* global, int valid_bytes, const char* what) {
-  if (valid_bytes < 0 || valid_bytes > bytes) {
-    simt::fail("%s: %d valid bytes, want 0 to %d", what, valid_bytes, bytes);
+  if (valid_bytes < 0 || valid_bytes > 16) {
+    simt::fail("%s: %d valid bytes, want 0 to 16", what, valid_bytes);
   }
   const volatile unsigned char* source = static_cast<const volatile unsigned char*>(global);
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -90,20 +75,15 @@ inline void copy(uint32_t shared, const void* global, int valid_bytes, const cha
 #else
   (void)source;
 #endif
-  simt::copy_async(shared, global, bytes, valid_bytes, what);
+  simt::copy_async(shared, global, 16, valid_bytes, what);
 }
 }  // namespace detail
 
 inline void cp_async_16(uint32_t shared, const void* global) {
-  detail::copy<16>(shared, global, 16, "cp_async_16");
+  detail::copy(shared, global, 16, "cp_async_16");
 }
 inline void cp_async_16_zfill(uint32_t shared, const void* global, int valid_bytes) {
-  detail::copy<16>(shared, global, valid_bytes, "cp_async_16_zfill");
-}
-template <int bytes>
-inline void cp_async_zfill(uint32_t shared, const void* global, int valid_bytes) {
-  static_assert(bytes == 4 || bytes == 8, "cp.async.ca copies 4 or 8 bytes here");
-  detail::copy<bytes>(shared, global, valid_bytes, "cp_async_zfill");
+  detail::copy(shared, global, valid_bytes, "cp_async_16_zfill");
 }
 inline void cp_async_commit() { simt::copy_async_commit(); }
 template <int pending>
@@ -112,39 +92,14 @@ inline void cp_async_wait() {
 }
 
 // ---------------------------------------------------------------- ldmatrix
-namespace detail {
-template <int count>
-inline void ldmatrix(uint32_t (&d)[count], uint32_t shared, bool trans, simt::Site site) {
-  constexpr int index = count == 1 ? 0 : count == 2 ? 1 : 2;
+inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t shared, SIMT_SITE) {
   simt::LdmatrixOperand operand{shared, d, {}};
-  simt::meet(trans ? simt::kLdmatrixTrans[index] : simt::kLdmatrix[index], 0xffffffffu, &operand,
-             site);
+  simt::meet(simt::kLdmatrixX4Trans, 0xffffffffu, &operand, SIMT_HERE);
 #if defined(__SANITIZE_THREAD__)
   // The lane that receives an element is the one that reads it: here, where races are seen.
-  for (int i = 0; i < 2 * count; ++i) {
-    (void)*reinterpret_cast<const volatile uint16_t*>(operand.read[i]);
-  }
+  for (const unsigned char* at : operand.read)
+    (void)*reinterpret_cast<const volatile uint16_t*>(at);
 #endif
-}
-}  // namespace detail
-
-inline void ldmatrix_x1(uint32_t (&d)[1], uint32_t shared, SIMT_SITE) {
-  detail::ldmatrix<1>(d, shared, false, SIMT_HERE);
-}
-inline void ldmatrix_x2(uint32_t (&d)[2], uint32_t shared, SIMT_SITE) {
-  detail::ldmatrix<2>(d, shared, false, SIMT_HERE);
-}
-inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared, SIMT_SITE) {
-  detail::ldmatrix<4>(d, shared, false, SIMT_HERE);
-}
-inline void ldmatrix_x1_trans(uint32_t (&d)[1], uint32_t shared, SIMT_SITE) {
-  detail::ldmatrix<1>(d, shared, true, SIMT_HERE);
-}
-inline void ldmatrix_x2_trans(uint32_t (&d)[2], uint32_t shared, SIMT_SITE) {
-  detail::ldmatrix<2>(d, shared, true, SIMT_HERE);
-}
-inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t shared, SIMT_SITE) {
-  detail::ldmatrix<4>(d, shared, true, SIMT_HERE);
 }
 
 // ---------------------------------------------------------------- mma.sync

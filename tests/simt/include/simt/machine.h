@@ -62,8 +62,7 @@ struct LdmatrixOperand {
   uint32_t* d;
   const unsigned char* read[8];  // the 16-bit elements that this lane received
 };
-extern const Meeting kLdmatrix[3];  // x1, x2, x4
-extern const Meeting kLdmatrixTrans[3];
+extern const Meeting kLdmatrixX4Trans;
 
 struct MmaOperand {
   float* d;

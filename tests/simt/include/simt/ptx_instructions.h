@@ -360,14 +360,13 @@ Bits<T> atom_exch(unsigned char* at, Bits<T> value) {
 
 // ---------------------------------------------------------------- copies, warps, blocks
 
-template <int bytes>
-void cp_async(uint64_t shared, uint64_t global, uint32_t valid_bytes) {
-  if (valid_bytes > bytes) simt::fail("cp.async: %u valid bytes, want 0 to %d", valid_bytes, bytes);
+inline void cp_async_16(uint64_t shared, uint64_t global, uint32_t valid_bytes) {
+  if (valid_bytes > 16) simt::fail("cp.async: %u valid bytes, want 0 to 16", valid_bytes);
   const auto* source = reinterpret_cast<const volatile unsigned char*>(global);
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   for (uint32_t i = 0; i < valid_bytes; ++i) (void)source[i];
 #endif
-  simt::copy_async(static_cast<uint32_t>(shared), const_cast<const unsigned char*>(source), bytes,
+  simt::copy_async(static_cast<uint32_t>(shared), const_cast<const unsigned char*>(source), 16,
                    static_cast<int>(valid_bytes), "cp.async");
 }
 
@@ -445,16 +444,12 @@ inline void mma(const simt::Meeting& meeting, uint32_t (&d)[4], const uint32_t* 
   std::memcpy(d, sums, sizeof sums);
 }
 
-template <int count>
-void ldmatrix(uint32_t (&d)[count], uint64_t shared, bool transposed, simt::Site site) {
-  constexpr int kIndex = count == 1 ? 0 : count == 2 ? 1 : 2;
+inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint64_t shared, simt::Site site) {
   simt::LdmatrixOperand operand{static_cast<uint32_t>(shared), d, {}};
-  simt::meet(transposed ? simt::kLdmatrixTrans[kIndex] : simt::kLdmatrix[kIndex], 0xffffffffu,
-             &operand, site);
+  simt::meet(simt::kLdmatrixX4Trans, 0xffffffffu, &operand, site);
 #if defined(__SANITIZE_THREAD__)
-  for (int i = 0; i < 2 * count; ++i) {
-    (void)*reinterpret_cast<const volatile uint16_t*>(operand.read[i]);
-  }
+  for (const unsigned char* at : operand.read)
+    (void)*reinterpret_cast<const volatile uint16_t*>(at);
 #endif
 }
 

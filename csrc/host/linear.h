@@ -1,15 +1,16 @@
 // y = x W^T + bias and dX = dY W with a dense, frozen W: checks, allocation, params.
-#include "linear.h"
+//
+// The CPU backend alone has these ops. They are in a header, which its register.cpp includes: every
+// backend compiles the .cpp files of this folder, and would lack the launchers.
+#pragma once
 
-#include "../../host/common.h"
+#include "common.h"
 
 namespace qlora_ext::host {
 
-namespace {
-
 // A dense [N, K] weight whose columns (or rows, for the backward) match x's last dimension.
-Dense as_matrix(const char* op, const Tensor& weight, const char* arg, const Rows& rows, int dim,
-                const Tensor& x) {
+inline Dense as_matrix(const char* op, const Tensor& weight, const char* arg, const Rows& rows,
+                       int dim, const Tensor& x) {
   check_tensor(op, "weight", weight);
   QLORA_CHECK(weight.dim() == 2, op, "weight has shape ", list_string(weight.sizes()),
               ", want [N, K]");
@@ -18,10 +19,9 @@ Dense as_matrix(const char* op, const Tensor& weight, const char* arg, const Row
   return as_dense(op, "weight", weight, {weight.size(0), weight.size(1)}, x);
 }
 
-}  // namespace
-
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+inline Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   constexpr const char* op = "linear";
+  const DeviceScope scope(x);
   const Rows rows = as_rows(op, "x", x);
   const Dense W = as_matrix(op, weight, "x", rows, 1, x);
   LinearParams p{};
@@ -42,14 +42,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   const Tensor y = empty(op, "y", replace_last(x, p.N), x.scalar_type(), x);
   p.y = y.data_ptr();
   if (y.numel() == 0) return y;
-  const Tensor scratch = workspace(op, launch::workspace_linear(p), x);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::linear(p, nullptr));
+  launch_with_workspace(op, launch::linear, launch::workspace_linear, p, x, scope);
   return y;
 }
 
-Tensor linear_backward(const Tensor& dY, const Tensor& weight) {
+inline Tensor linear_backward(const Tensor& dY, const Tensor& weight) {
   constexpr const char* op = "linear_backward";
+  const DeviceScope scope(dY);
   const Rows rows = as_rows(op, "dY", dY);
   const Dense W = as_matrix(op, weight, "dY", rows, 0, dY);
   LinearBackwardParams p{};
@@ -64,9 +63,8 @@ Tensor linear_backward(const Tensor& dY, const Tensor& weight) {
   const Tensor dX = empty(op, "dX", replace_last(dY, p.K), dY.scalar_type(), dY);
   p.dX = dX.data_ptr();
   if (dX.numel() == 0) return dX;
-  const Tensor scratch = workspace(op, launch::workspace_linear_backward(p), dY);
-  p.workspace = scratch.data_ptr();
-  check_launch(op, launch::linear_backward(p, nullptr));
+  launch_with_workspace(op, launch::linear_backward, launch::workspace_linear_backward, p, dY,
+                        scope);
   return dX;
 }
 
