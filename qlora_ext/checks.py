@@ -58,7 +58,10 @@ def check_scaling(function: str, scaling, argument: str = "scaling"):
 
 def check_input(function: str, **tensors) -> None:
     """TypeError unless each is a tensor of a layout that the ops take. Nothing is asked under
-    torch.compile, which cannot trace some of the questions."""
+    torch.compile, which cannot trace some of the questions.
+
+    Functions ask before they compute. Layers, where that would cost time, ask when that failed.
+    """
     if torch.compiler.is_compiling():
         return
     for argument, value in tensors.items():
@@ -66,7 +69,11 @@ def check_input(function: str, **tensors) -> None:
         if got is None and value.layout != torch.strided:
             got = f"a tensor of layout {value.layout}"
         if got is not None and not got.endswith("makes a tensor of it)"):  # torch resolves views
-            raise TypeError(f"{function}: {argument} is {got}, want a dense tensor")
+            advice = ""
+            if getattr(value, "layout", None) is torch.jagged:
+                advice = " (its values() is one: torch.nested.nested_tensor_from_jagged makes a "
+                advice += "jagged tensor of the result and its offsets())"
+            raise TypeError(f"{function}: {argument} is {got}, want a dense tensor{advice}")
 
 
 def not_plain(value) -> str | None:

@@ -496,6 +496,17 @@ def test_data_of_another_dtype(kind):
     assert torch.equal(layer(x), want)
 
 
+@pytest.mark.parametrize("kind", ["linear", "adapted", "embedding"])
+def test_a_dense_weight_for_one_call(kind):
+    layer, x = layer_and_input(kind)
+    N, K = layer._shape
+    sentence = rf"{type(layer).__name__}: weight is torch.float32, want uint8 \(of a packed \[{N}, "
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=sentence):
+            torch.func.functional_call(layer, {"weight": torch.randn(N, K)}, (x,))
+        layer(x)
+
+
 @torch.no_grad()
 def test_a_compiled_model_refuses_at_eval():
     layer, x = Linear4bit(64, 32), torch.randn(4, 64)
