@@ -234,6 +234,9 @@ class _Packed4bit(nn.Module):
 
     def _check_written(self, weight: torch.Tensor) -> None:
         """_check_bytes for a forward pass that found another version or address of weight."""
+        if torch._C._are_functorch_transforms_active():  # whose tensors have no address
+            self._check_bytes()
+            return
         known = self._seen_version != -1
         moved = known and weight.data_ptr() != self._seen_address
         self._check_bytes()
@@ -287,7 +290,10 @@ class _Packed4bit(nn.Module):
                 except RuntimeError:  # it became an inference tensor, which counts no writes
                     changed = True
             else:
-                changed = weight.data_ptr() != d["_seen_address"] or probe.raw != d["_probed"]
+                try:
+                    changed = weight.data_ptr() != d["_seen_address"] or probe.raw != d["_probed"]
+                except RuntimeError:  # torch.func.functional_call gave it a tensor of a transform
+                    changed = True
             if changed:
                 self._check_written(weight)
         return (
