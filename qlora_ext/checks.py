@@ -271,6 +271,12 @@ def is_regex(text: str) -> bool:
     return True
 
 
+_QUICK = (
+    "a name, or a regular expression that is quick to match: no group repeated by * + or {}, no (? "
+    "but (?: and lookarounds (so no flags, as in (?i)), and few of * + ? { |"
+)
+
+
 def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
     """The first pattern that is not to be matched with names, and what is wanted; or None.
 
@@ -280,12 +286,12 @@ def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
     """
     total = 0.0
     for pattern in patterns:
-        if not is_regex(f"({pattern})"):
+        in_group = is_regex(f"({pattern})")
+        if not in_group and not is_regex(pattern):
             return pattern, "a regular expression"
+        if not in_group:  # flags, which must come first
+            return pattern, _QUICK
         total += _steps(f"({pattern})")
         if total > _MAX_STEPS:
-            return pattern, (
-                "a name, or a regular expression that is quick to match: no group repeated by "
-                "* + or {}, no (? but (?: and lookarounds, and few of * + ? { |"
-            )
+            return pattern, _QUICK
     return None

@@ -422,6 +422,9 @@ class _Packed4bit(nn.Module):
                 )
             elif tensor.dtype != torch.uint8:
                 hint = "; quantize a dense weight with from_linear or quantize_model"
+                if tuple(tensor.shape) == size:
+                    hint = "; if it is an average of packed bytes, average the dense weights (or "
+                    hint += "the adapters) instead, and quantize the result"
                 errors.append(
                     f"{name}: {prefix}{key} is {tensor.dtype} {list(tensor.shape)}, want uint8 "
                     f"{list(size)}{hint if key == 'weight' else ''}"

@@ -648,7 +648,9 @@ def test_a_float_tensor_of_the_packed_shape_is_refused(key, dtype):
     layer = Linear4bit(64, 32)
     state = layer.state_dict()
     state[key] = torch.stack([state[key], state[key]]).to(dtype).mean(0)
-    with pytest.raises(RuntimeError, match=f"Linear4bit: {key} is {dtype} .*, want uint8"):
+    advice = "; if it is an average of packed bytes, average the dense weights" * (key == "weight")
+    sentence = rf"Linear4bit: {key} is {dtype} .*, want uint8 \[.*\]{advice}"
+    with pytest.raises(RuntimeError, match=sentence):
         layer.load_state_dict(state)
 
 

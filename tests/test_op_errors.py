@@ -278,3 +278,14 @@ def test_a_dense_head_takes_what_torchs_layer_takes(dtype):
     head = torch.nn.Linear(K, N, dtype=dtype)
     got = qlora_ext.nn.PanelLinear.from_linear(head, always=True)(jagged)
     torch.testing.assert_close(got.values(), head(jagged).values())
+
+
+def test_jit_trace_is_for_inference():
+    x = torch.randn(2, K)
+    for layer in (Linear4bit(K, N), LoraLinear4bit(K, N, r=R)):
+        match = "gemm_4bit: torch.jit.trace records no autograd.Function; trace under torch.no_grad"
+        with pytest.raises(RuntimeError, match=match):
+            torch.jit.trace(layer, (x,))
+        with torch.no_grad():
+            traced = torch.jit.trace(layer, (x,))
+        assert torch.equal(traced(x[:1]), layer(x[:1]))

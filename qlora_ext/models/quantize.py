@@ -109,10 +109,7 @@ def quantize_model(
         raise TypeError(f"quantize_model: config is a {type(config).__name__}, want a QuantConfig")
     config = config or QuantConfig()
     _check_model(model)
-    names = modules_to_not_convert
-    if isinstance(names, Iterable) and not isinstance(names, (str, set, frozenset)):
-        names = list(names)
-    keep = as_names(names, "quantize_model")
+    keep = as_names(modules_to_not_convert, "quantize_model")
     plan = Plan(model, keep, embeddings=quantize_embeddings, other_names=_file_names(model, keep))
     if unmatched := plan.unmatched():
         raise ValueError(
