@@ -58,7 +58,10 @@ def check_scaling(function: str, scaling, argument: str = "scaling"):
 
 def check_input(function: str, **tensors) -> None:
     """TypeError unless each is a tensor of a layout that the ops take. Nothing is asked under
-    torch.compile, which cannot trace some of the questions."""
+    torch.compile, which cannot trace some of the questions.
+
+    Functions ask before they compute. Layers, where that would cost time, ask when that failed.
+    """
     if torch.compiler.is_compiling():
         return
     for argument, value in tensors.items():
@@ -66,7 +69,11 @@ def check_input(function: str, **tensors) -> None:
         if got is None and value.layout != torch.strided:
             got = f"a tensor of layout {value.layout}"
         if got is not None and not got.endswith("makes a tensor of it)"):  # torch resolves views
-            raise TypeError(f"{function}: {argument} is {got}, want a dense tensor")
+            advice = ""
+            if getattr(value, "layout", None) is torch.jagged:
+                advice = " (its values() is one: torch.nested.nested_tensor_from_jagged makes a "
+                advice += "jagged tensor of the result and its offsets())"
+            raise TypeError(f"{function}: {argument} is {got}, want a dense tensor{advice}")
 
 
 def not_plain(value) -> str | None:
@@ -144,7 +151,7 @@ def check_finite(
         OverflowError: a value is a NaN, or beyond the range of dtype; names the layer and the dtype
             and says how many values those are, and what the largest magnitude is.
     """
-    if values.numel() == 0 or values.is_meta:
+    if values.numel() == 0 or lacks_data(values):
         return
     least, most = values.detach().aminmax()
     if least.to(dtype).isfinite() and most.to(dtype).isfinite():
@@ -265,6 +272,12 @@ def is_regex(text: str) -> bool:
     return True
 
 
+_QUICK = (
+    "a name, or a regular expression that is quick to match: no group repeated by * + or {}, no (? "
+    "but (?: and lookarounds (so no flags, as in (?i)), and few of * + ? { |"
+)
+
+
 def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
     """The first pattern that is not to be matched with names, and what is wanted; or None.
 
@@ -274,12 +287,12 @@ def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
     """
     total = 0.0
     for pattern in patterns:
-        if not is_regex(f"({pattern})"):
+        in_group = is_regex(f"({pattern})")
+        if not in_group and not is_regex(pattern):
             return pattern, "a regular expression"
+        if not in_group:  # flags, which must come first
+            return pattern, _QUICK
         total += _steps(f"({pattern})")
         if total > _MAX_STEPS:
-            return pattern, (
-                "a name, or a regular expression that is quick to match: no group repeated by "
-                "* + or {}, no (? but (?: and lookarounds, and few of * + ? { |"
-            )
+            return pattern, _QUICK
     return None

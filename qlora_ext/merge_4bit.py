@@ -15,8 +15,10 @@ docs/merging.md has what each keeps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import operator
 import os
 import re
 import sys
@@ -119,6 +121,9 @@ def merge_into_4bit(
         raise ValueError(
             f"merge_into_4bit: damping is {short(damping)}, want a finite number of at least 0"
         )
+    if not isinstance(hessian_bytes, bool):
+        with contextlib.suppress(TypeError):
+            hessian_bytes = operator.index(hessian_bytes)  # NumPy's integers
     if not is_integer(hessian_bytes) or hessian_bytes < 1:
         raise ValueError(
             f"merge_into_4bit: hessian_bytes is {short(hessian_bytes)}, want an int of at least 1: "

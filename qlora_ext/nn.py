@@ -28,7 +28,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from . import _C, ops
-from .checks import FLOAT_MAX, is_number, lacks_data, not_plain, short
+from .checks import FLOAT_MAX, check_input, is_number, lacks_data, not_plain, short
 from .offload import device_of
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 from .quantized_tensor import (
@@ -200,13 +200,16 @@ class _Packed4bit(nn.Module):
         """
         self._forwards_left = _FORWARDS
         held = self._held()
-        for key, tensor in zip((*self._sizes(), "weight_codebook"), held):
-            if tensor.dtype != torch.uint8:
+        for key in (*self._sizes(), "weight_codebook"):
+            tensor = self._parameters.get(key)
+            if tensor is not None and tensor.dtype != torch.uint8:
+                N, K = self._shape
                 raise RuntimeError(
-                    f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8: something "
-                    "assigned other values to the .data of a packed weight, as "
-                    "vector_to_parameters and averages of all parameters do; change only "
-                    "parameters with requires_grad, and load the packed weight again with "
+                    f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8 (of a packed "
+                    f"[{N}, {K}] weight): something assigned other values to the .data of a packed "
+                    "weight, as vector_to_parameters and averages of all parameters do, or called "
+                    "the layer with others (functional_call); change only parameters with "
+                    "requires_grad, and load the packed weight again with "
                     "load_state_dict(assign=True)"
                 )
         sample = byte_sample(held) if held else None
@@ -231,6 +234,9 @@ class _Packed4bit(nn.Module):
 
     def _check_written(self, weight: torch.Tensor) -> None:
         """_check_bytes for a forward pass that found another version or address of weight."""
+        if torch._C._are_functorch_transforms_active():  # whose tensors have no address
+            self._check_bytes()
+            return
         known = self._seen_version != -1
         moved = known and weight.data_ptr() != self._seen_address
         self._check_bytes()
@@ -284,7 +290,10 @@ class _Packed4bit(nn.Module):
                 except RuntimeError:  # it became an inference tensor, which counts no writes
                     changed = True
             else:
-                changed = weight.data_ptr() != d["_seen_address"] or probe.raw != d["_probed"]
+                try:
+                    changed = weight.data_ptr() != d["_seen_address"] or probe.raw != d["_probed"]
+                except RuntimeError:  # torch.func.functional_call gave it a tensor of a transform
+                    changed = True
             if changed:
                 self._check_written(weight)
         return (
@@ -413,6 +422,9 @@ class _Packed4bit(nn.Module):
                 )
             elif tensor.dtype != torch.uint8:
                 hint = "; quantize a dense weight with from_linear or quantize_model"
+                if tuple(tensor.shape) == size:
+                    hint = "; if it is an average of packed bytes, average the dense weights (or "
+                    hint += "the adapters) instead, and quantize the result"
                 errors.append(
                     f"{name}: {prefix}{key} is {tensor.dtype} {list(tensor.shape)}, want uint8 "
                     f"{list(size)}{hint if key == 'weight' else ''}"
@@ -590,10 +602,14 @@ class Linear4bit(_Packed4bit, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
-        x, bias = self._input(x), self._parameters["bias"]
+        bias = self._parameters["bias"]
         if is_compiling():
-            return ops.gemm_4bit(x, self._w4(True), bias)
-        return ops.gemm_4bit_eager(x, self._w4(False), bias)
+            return ops.gemm_4bit(self._input(x), self._w4(True), bias)
+        try:
+            return ops.gemm_4bit_eager(self._input(x), self._w4(False), bias)
+        except Exception:
+            check_input(type(self).__name__, x=x)
+            raise
 
     def extra_repr(self) -> str:
         return (
@@ -664,6 +680,8 @@ def _panel_product(x: torch.Tensor, weight: torch.Tensor, bias, always: bool) ->
         )
     low = weight.dtype in (SLOW_ON_CPU if not always else (torch.bfloat16, torch.float16))
     if not low or x.dtype is not weight.dtype or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if x.is_nested or x.layout is not torch.strided:  # which torch's takes
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of torch's product
         return F.linear(x, weight, bias)
@@ -848,10 +866,18 @@ class LoraLinear4bit(_Lora, Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features], float -> [..., out_features] in x's (or autocast's) dtype."""
+        if is_compiling():
+            return self._product(x, True)
+        try:
+            return self._product(x, False)
+        except Exception:
+            check_input(type(self).__name__, x=x)
+            raise
+
+    def _product(self, x: torch.Tensor, is_traced: bool) -> torch.Tensor:
         p = self._parameters
         lora_A = p["lora_A"]
         dropout = self.lora_dropout if self.training else 0.0
-        is_traced = is_compiling()
         group = None if is_traced else self.shared_input
         if group is not None and group.pays(x, dropout):
             x, dropped, S = group.take(self, x, self._input, lora_A, self.scaling, dropout)
@@ -1022,7 +1048,13 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """indices: int64 or int32 [...], in [0, num_embeddings) -> [..., embedding_dim], dtype."""
-        return ops.embedding_4bit(indices, self._w4(is_compiling()), self.dtype)
+        if is_compiling():
+            return ops.embedding_4bit(indices, self._w4(True), self.dtype)
+        try:
+            return ops.embedding_4bit(indices, self._w4(False), self.dtype)
+        except Exception:
+            check_input(type(self).__name__, indices=indices)
+            raise
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"

@@ -82,6 +82,11 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
                 return function.apply(*args)
             return direct(*args)
         except RuntimeError as error:
+            if "map::at" in str(error) and torch._C._get_tracing_state() is not None:
+                raise RuntimeError(
+                    f"{function.op}: torch.jit.trace records no autograd.Function; trace under "
+                    "torch.no_grad(), or export the model with torch.export"
+                ) from error
             # torch saves what forward gave it when that has returned, and names neither an op nor
             # what made the tensor.
             if not str(error).startswith("Inference tensors cannot be saved"):

@@ -37,9 +37,9 @@ def byte_sample(tensors: Sequence[Tensor]) -> bytes | None:
     """Up to 1,024 bytes of the first uint8 tensor and 256 of each other one.
 
     None if they cannot be read here: on meta or in part (a DTensor, another subclass), while a
-    graph is traced or captured. On a GPU this waits for the device.
+    graph is traced or captured, under transforms of torch.func. On a GPU this waits for the device.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     plain = (Tensor, torch.nn.Parameter)
     if not all(type(t) in plain and t.dtype == torch.uint8 and not t.is_meta for t in tensors):

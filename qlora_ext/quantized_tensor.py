@@ -499,6 +499,8 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(
             "quantize_4bit: weight is on the meta device and has no values, want cpu or cuda"
         )
+    if weight.is_nested:
+        raise TypeError("quantize_4bit: weight is a nested tensor, want a dense tensor")
     if weight.layout != torch.strided:
         raise TypeError(f"quantize_4bit: weight has layout {weight.layout}, want torch.strided")
 

@@ -194,6 +194,26 @@ def test_another_model_than_the_average_was_made_from(change, way):
     assert all(torch.equal(t, before[key]) for key, t in averaged.state_dict().items())
 
 
+def test_integers_of_models_without_packed_weights_are_left_to_torch():
+    class Plain(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            counts = nn.Parameter(torch.arange(3), requires_grad=False)
+            self.register_parameter(name, counts)
+
+    updated = []
+    for update in (AveragedModel.update_parameters, AveragedModel.update_parameters.__wrapped__):
+        torch.manual_seed(0)
+        averaged = AveragedModel(Plain("one"))
+        for _ in range(2):
+            model = Plain("other")  # torch pairs parameters by their order
+            model.other.data += 3
+            update(averaged, model)
+        updated.append(averaged.state_dict())
+    assert all(torch.equal(t, updated[1][name]) for name, t in updated[0].items())
+
+
 def test_models_without_packed_weights_are_left_to_torch():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     ours, theirs = (AveragedModel(net, use_buffers=True) for _ in range(2))
@@ -342,6 +362,44 @@ def test_compiled_models_whose_layers_are_replaced():
     assert torch.equal(model(rows), net(rows))
     dense = torch.compile(nn.Linear(4, 4), backend="eager")
     assert torch.equal(dense(torch.ones(1, 4)), dense._orig_mod(torch.ones(1, 4)))
+
+
+def set_item(model, layer):
+    model[0] = layer
+
+
+def set_attribute(model, layer):
+    setattr(model, "0", layer)
+
+
+def set_container(model, layer):
+    model[0] = nn.Sequential(layer)
+
+
+def pack_in_place(model, layer):
+    qlora_ext.quantize_model(model, progress_bar=False)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["not called", "called"])
+@pytest.mark.parametrize("call", ["compiled", "compiled in place"])
+@pytest.mark.parametrize("pack", [set_item, set_attribute, set_container, pack_in_place])
+@torch.no_grad()
+def test_models_that_were_compiled_before_they_were_packed(pack, call, called):
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), torch.randn(2, 64)
+    model = CALLS[call](net)
+    if called:
+        model(x)
+    pack(net, Linear4bit(64, 64).eval())
+    want = net.forward(x)
+    assert torch.equal(model(x), want)
+    layer = next(m for m in net.modules() if isinstance(m, Linear4bit))
+    before = layer.weight.detach().clone()
+    layer.weight.data.copy_(layer.weight.data * 0.9)
+    with pytest.raises(RuntimeError, match="the packed bytes of this"):
+        model(x)
+    layer.weight.data.copy_(before)
+    for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(again(x), want)
 
 
 def by_data_arithmetic(average, model):
@@ -496,6 +554,17 @@ def test_data_of_another_dtype(kind):
     assert torch.equal(layer(x), want)
 
 
+@pytest.mark.parametrize("kind", ["linear", "adapted", "embedding"])
+def test_a_dense_weight_for_one_call(kind):
+    layer, x = layer_and_input(kind)
+    N, K = layer._shape
+    sentence = rf"{type(layer).__name__}: weight is torch.float32, want uint8 \(of a packed \[{N}, "
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=sentence):
+            torch.func.functional_call(layer, {"weight": torch.randn(N, K)}, (x,))
+        layer(x)
+
+
 @torch.no_grad()
 def test_a_compiled_model_refuses_at_eval():
     layer, x = Linear4bit(64, 32), torch.randn(4, 64)
@@ -579,7 +648,9 @@ def test_a_float_tensor_of_the_packed_shape_is_refused(key, dtype):
     layer = Linear4bit(64, 32)
     state = layer.state_dict()
     state[key] = torch.stack([state[key], state[key]]).to(dtype).mean(0)
-    with pytest.raises(RuntimeError, match=f"Linear4bit: {key} is {dtype} .*, want uint8"):
+    advice = "; if it is an average of packed bytes, average the dense weights" * (key == "weight")
+    sentence = rf"Linear4bit: {key} is {dtype} .*, want uint8 \[.*\]{advice}"
+    with pytest.raises(RuntimeError, match=sentence):
         layer.load_state_dict(state)
 
 

@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import tiny_models
 import torch
 from integration_helpers import ids, logits, run_python, tiny_llama
 
@@ -149,6 +150,27 @@ def test_every_setting_survives_saving(llama, tmp_path, settings):
     assert_same_bytes(again, model)
     assert torch.equal(logits(again), logits(model))
     assert again.config.quantization_config.to_quant_config() == (qlora_ext.QuantConfig(**settings))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_dry_run_on_the_meta_device(architecture, tmp_path):
+    tiny_models.make(architecture).save_pretrained(tmp_path)
+    config = qlora_ext.QLoraExtConfig()
+    real = load(tmp_path, quantization_config=config)
+    dry = load(tmp_path, quantization_config=config, device_map="meta")
+    assert all(p.is_meta for p in dry.parameters())
+    sizes = [{n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (real, dry)]
+    assert sizes[0] == sizes[1]
+    assert dry.quantization_report == real.quantization_report
+
+
+def test_a_dtype_that_is_not_packed(llama):
+    config = qlora_ext.QLoraExtConfig()
+    sentence = "The weights of linear layers are torch.float64, want float32, float16 or bfloat16"
+    with pytest.raises(ValueError, match=f"no linear layer to pack in Llama.*. {sentence}"):
+        load(llama, quantization_config=config, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"has no layer to pack.* {sentence}"):
+        qlora_ext.quantize_model(tiny_models.make("llama").double(), progress_bar=False)
 
 
 @pytest.mark.parametrize(

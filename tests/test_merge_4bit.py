@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -444,7 +445,7 @@ def test_memory_is_one_group_of_hessians(monkeypatch):
         return hessians
 
     monkeypatch.setattr(qlora_ext.merge_4bit._Inputs, "_gather", counted)
-    run(model, calibration=text(1), hessian_bytes=4 * (64**2 + 96**2))
+    run(model, calibration=text(1), hessian_bytes=np.int64(4 * (64**2 + 96**2)))
     assert max(most) <= 4 * (64**2 + 96**2) and len(most) > 2
 
 

@@ -343,6 +343,46 @@ def test_a_layer_with_data_takes_no_tensor_without(key, kind, assign):
     assert all(torch.equal(packed_bytes(layer)[name], want[name]) for name in want)
 
 
+def test_packing_under_a_fake_mode_is_a_dry_run():
+    net = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 64))
+    real = qlora_ext.quantize_model(copy.deepcopy(net), progress_bar=False)
+    with FakeTensorMode():
+        fake = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 64))
+        qlora_ext.quantize_model(fake, progress_bar=False)
+        assert fake(torch.randn(2, 64)).shape == (2, 64)
+    sizes = [{n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (real, fake)]
+    assert sizes[0] == sizes[1]
+    assert fake.quantization_report == real.quantization_report
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "small", "lora"])
+@torch.no_grad()
+def test_transforms_of_torch_func(kind, called):
+    """Without a gradient vmap calls the op for each entry; with one torch refuses."""
+    make = {
+        "linear": lambda: Linear4bit(64, 48),
+        "small": lambda: Linear4bit(4, 48),
+        "lora": lambda: LoraLinear4bit(64, 48, r=4),
+    }[kind]
+    layer, other = make(), make()
+    x = torch.randn(3, 2, layer.in_features)
+    want = layer(x), torch.stack([layer(x[0]), other(x[0])])
+    layer = copy.deepcopy(layer)
+    if called:
+        layer(x)
+    stacked, _ = torch.func.stack_module_state([layer, other])
+    got = torch.vmap(lambda p: torch.func.functional_call(layer, p, (x[0],)))(stacked)
+    torch.testing.assert_close(got, want[1])
+    for transformed in (
+        lambda: torch.func.jvp(layer, (x,), (x,)),
+        lambda: torch.func.grad(lambda x: layer(x).sum())(x),
+    ):
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="setup_context"):
+            transformed()
+    torch.testing.assert_close(layer(x), want[0])
+
+
 def test_a_layer_without_data_may_be_given_none():
     layer = Linear4bit(64, 16, device="meta")
     layer.load_state_dict(layer.state_dict(), assign=True)

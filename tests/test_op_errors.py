@@ -2,6 +2,7 @@
 that start at odd addresses, as views into a file's bytes do."""
 
 import fractions
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from cases import assert_same_bytes
 
 import qlora_ext
+from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear4bit
 
 ops = torch.ops.qlora_ext
 N, K, M, R = 48, 64, 5, 4
@@ -213,3 +215,77 @@ def test_scaling_of_any_real_type():
     for scaling in (torch.tensor(2.5, device="meta"), torch.tensor(True), True, "2.5"):
         with pytest.raises(ValueError, match=r"^lora_linear_4bit: scaling is .*, want a finite"):
             qlora_ext.lora_linear_4bit(x, q, A, B, scaling)
+
+
+def odd_inputs():
+    x = torch.randn(2, K)
+    return {
+        "jagged": torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+        "nested": torch.nested.nested_tensor([x, x[:1]]),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+        "mkldnn": x.to_mkldnn(),
+        "sparse": x.to_sparse(),
+        "csr": x.to_sparse_csr(),
+        "None": None,
+        "list": x.tolist(),
+    }
+
+
+def layers():
+    peft = pytest.importorskip("peft")
+
+    model = torch.nn.Sequential(torch.nn.Linear(K, N), torch.nn.Linear(N, N))
+    qlora_ext.quantize_model(model, progress_bar=False)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=R, target_modules=["0"]))
+    return {
+        "Linear4bit": Linear4bit(K, N),
+        "LoraLinear4bit": LoraLinear4bit(K, N, r=R),
+        "LoraLinear4bit with dropout": LoraLinear4bit(K, N, r=R, lora_dropout=0.5),
+        "0": wrapped.base_model.model[0],
+        "Embedding4bit": Embedding4bit(K, N),
+    }
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", odd_inputs())
+def test_layers_name_what_is_no_dense_tensor(kind, grad):
+    x = odd_inputs()[kind]
+    want = "want a dense tensor" + (r" \(its values\(\) is one" if kind == "jagged" else "")
+    for name, layer in layers().items():
+        argument = "indices" if name == "Embedding4bit" else "x"
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError) as caught:
+            layer(x)
+        assert re.match(rf"{name.split()[0]}: {argument} is .*, {want}", str(caught.value))
+    if kind != "quantized" and isinstance(x, torch.Tensor):
+        match = "quantize_4bit: weight (is a nested tensor, want a dense|has layout .*, want)"
+        with pytest.raises(TypeError, match=match):
+            qlora_ext.quantize_4bit(x)
+
+
+def test_the_advice_for_jagged_tensors_works():
+    x, layer = torch.randn(5, K), Linear4bit(K, N)
+    jagged = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    y = torch.nested.nested_tensor_from_jagged(layer(jagged.values()), jagged.offsets())
+    for part, rows in zip(y.unbind(), (x[:2], x[2:]), strict=True):
+        torch.testing.assert_close(part, layer(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_head_takes_what_torchs_layer_takes(dtype):
+    """PanelLinear, which stands in for it on a CPU."""
+    x = torch.randn(5, K, dtype=dtype)
+    jagged = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    head = torch.nn.Linear(K, N, dtype=dtype)
+    got = qlora_ext.nn.PanelLinear.from_linear(head, always=True)(jagged)
+    torch.testing.assert_close(got.values(), head(jagged).values())
+
+
+def test_jit_trace_is_for_inference():
+    x = torch.randn(2, K)
+    for layer in (Linear4bit(K, N), LoraLinear4bit(K, N, r=R)):
+        match = "gemm_4bit: torch.jit.trace records no autograd.Function; trace under torch.no_grad"
+        with pytest.raises(RuntimeError, match=match):
+            torch.jit.trace(layer, (x,))
+        with torch.no_grad():
+            traced = torch.jit.trace(layer, (x,))
+        assert torch.equal(traced(x[:1]), layer(x[:1]))

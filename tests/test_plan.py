@@ -209,6 +209,22 @@ def test_what_is_no_list_of_names_is_refused():
             as_names(names, "op")
     with pytest.raises(ValueError, match="quantize_model: modules_to_not_convert has"):
         quantize(tiny.make("llama"), modules_to_not_convert=["(.+)+!"])
+    assert as_names(iter(("b", "a")), "op") == as_names({"b": 1, "a": 2}.keys(), "op") == ["b", "a"]
+    for owner, pack in (
+        ("QLoraExtConfig", lambda names: qlora_ext.QLoraExtConfig(modules_to_not_convert=names)),
+        (
+            "quantize_model",
+            lambda names: qlora_ext.quantize_model(
+                nn.Sequential(nn.Linear(4, 4)), modules_to_not_convert=names
+            ),
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{owner}: modules_to_not_convert got {{'0': 1}}, want"
+        ):
+            pack({"0": 1})
+        with pytest.raises(ValueError, match=r"no flags, as in \(\?i\)"):
+            pack(["(?i)UP_PROJ"])
     assert as_names("lm_head", "op") == ["lm_head"] and as_names({"b", "a"}, "op") == ["a", "b"]
 
 

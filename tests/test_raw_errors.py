@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import qlora_ext
-from qlora_ext.models.raw_errors import add_explanation
+from qlora_ext.models.raw_errors import _reads_weights, _tells_bytes, add_explanation
 from qlora_ext.nn import Linear4bit, LoraLinear4bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:(quantize_model|QLoraExtConfig)")
@@ -217,6 +217,11 @@ def test_several_layers_of_a_stack_are_kept_by_one_name(not_found):
     model(torch.randn(4, 64))
 
 
+TARGETS = {f"{d} target": d for d in (torch.int32, torch.int16, torch.float32)}
+OWN_MISTAKES = ["mask", "size", "packed size", "dtype with a number", "index", "raise", "norm"]
+OWN_MISTAKES += ["memory", "conv", *TARGETS]
+
+
 class Straight(Net):
     """Its own mistakes: none is about a packed weight."""
 
@@ -228,6 +233,14 @@ class Straight(Net):
             return y.masked_fill(torch.ones(4, 64, dtype=torch.uint8), 0.0)
         if how == "size":
             return y + torch.zeros(4, 31)
+        if how == "packed size":
+            return y * torch.ones(32)
+        if how == "dtype with a number":  # of the packed size
+            raise TypeError("want another dtype than torch.float32")
+        if how in TARGETS:
+            return F.cross_entropy(y, torch.zeros(4).to(TARGETS[how]))
+        if how == "index":
+            return y[torch.zeros(4, dtype=torch.int16)]
         if how == "raise":
             raise ValueError("want another shape of 7")
         if how == "norm":
@@ -237,7 +250,7 @@ class Straight(Net):
         return F.conv1d(x[None].byte() if how == "bytes" else x, torch.zeros(1, 1, 1))
 
 
-@pytest.mark.parametrize("how", ["mask", "size", "raise", "norm", "memory", "conv"])
+@pytest.mark.parametrize("how", OWN_MISTAKES)
 def test_other_errors_pass_as_they_are(how):
     model = pack(Straight())
     assert MARK not in str(raised_by_any(model, torch.randn(4, 64), how))
@@ -248,6 +261,87 @@ def raised_by_any(model, *args):
     with pytest.raises(Exception) as caught:
         model(*args)
     return caught.value
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32])
+def test_labels_of_another_dtype_are_not_blamed_on_a_layer(dtype):
+    transformers = pytest.importorskip("transformers")
+
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_labels=3, pad_token_id=0,
+        problem_type="single_label_classification",
+    )  # fmt: skip
+    ids = torch.randint(3, 96, (2, 9))
+    for name, labels in (("CausalLM", ids), ("SequenceClassification", torch.zeros(2))):
+        model = pack(getattr(transformers, f"LlamaFor{name}")(config))
+        error = raised(model, input_ids=ids, labels=labels.to(dtype))
+        assert "got" in str(error)
+        assert MARK not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "tells"),
+    [
+        ("expected target dtype to be Long or Byte, but got Int", False),
+        ("expected scalar type Long or Int or Byte but found Float", False),
+        ("Expected one of these scalar types: Byte, Char, Long; but got torch.FloatTensor", False),
+        ("only uint8 or bool masked indices", False),
+        ("expected Long, Int; but got torch.ByteTensor instead", True),
+        ("mat1 and mat2 must have the same dtype, but got Float and Byte", True),
+        ("expected scalar type Byte but found Float", True),
+        ("\"addmm_impl_cpu_\" not implemented for 'Byte'", True),
+    ],
+)
+def test_what_was_accepted_is_not_what_was_given(text, tells):
+    assert _tells_bytes(text) is tells
+
+
+class Reads:
+    """Code, and whether a packed weight harms it."""
+
+    def device(self, x):
+        return x.to(self.read.weight.device)
+
+    def compared(self, x):
+        return x if x.dtype != self.read.weight.dtype else self.read(x)
+
+    def absent(self, x):
+        return x if self.read.weight is None else self.read(x)
+
+    def variable(self, x):
+        weight = self.read.weight
+        return x.to(weight.device) if weight.requires_grad else x
+
+    def layer_of_that_name(self, x):
+        return self.down_proj(x)
+
+    def harm_dtype(self, x):
+        return x.to(self.read.weight.dtype)
+
+    def harm_product(self, x):
+        return x @ self.read.weight.T
+
+    def harm_values(self, x):
+        return self.read.weight == x
+
+    def harm_variable(self, x):
+        weight = self.read.weight
+        return x.to(weight.device) @ weight
+
+    def harm_inner(self, x):
+        return (lambda: self.read.weight)() + x
+
+    def harm_name(self, x):
+        return getattr(self.read, "weight") + x  # noqa: B009
+
+    def harm_all(self, x):
+        return [p.sum() for p in self.parameters()]
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Reads) if not name.startswith("__")])
+def test_code_that_asks_for_what_packing_leaves_is_no_reader(name):
+    assert _reads_weights(vars(Reads)[name].__code__) is name.startswith("harm")
 
 
 class Seeing(nn.Module):

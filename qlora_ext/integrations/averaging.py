@@ -3,7 +3,7 @@
 It averages every parameter and, with use_buffers, every buffer. Integers among them (packed bytes,
 position ids, counters) would be averaged as numbers and truncated. Here they are left out of the
 average and copied from the model, as AveragedModel itself does with buffers by default. Models
-without an integer parameter are averaged by torch alone.
+without a packed layer are averaged by torch alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..models.walk import is_packed
 from ..nn import _Packed4bit
 
 _Entry = tuple[dict[str, Tensor | None], str, Tensor]  # a module's dict, the key, what is there
@@ -90,8 +91,8 @@ def _copy(averaged: AveragedModel, model: nn.Module, pairs: list[tuple[_Entry, _
 def _keeping_integers(update_parameters):
     @functools.wraps(update_parameters)
     def update(self: AveragedModel, model: nn.Module) -> None:
-        both = itertools.chain(self.module.parameters(), model.parameters())
-        if all(map(_is_number, both)):
+        both = itertools.chain(self.module.modules(), model.modules())
+        if not any(map(is_packed, both)):
             return update_parameters(self, model)
         if _layout(self.module) != _layout(model):
             raise ValueError(

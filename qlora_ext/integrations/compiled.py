@@ -13,20 +13,44 @@ import weakref
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, skip_code
 from torch.compiler import disable, is_compiling
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..nn import _Packed4bit
 
-_LAYERS = "_qlora_ext_packed_layers"
+_Layers = list[weakref.ref[_Packed4bit]]
+# The packed layers of each compiled model, and how many modules had been put somewhere when they
+# were listed. Not on the models, whose copies have other layers.
+_listed: weakref.WeakKeyDictionary[nn.Module, tuple[int, _Layers]] = weakref.WeakKeyDictionary()
+_placed = 0  # modules that were put into another one since the first list, in this process
 
 
-def _packed_layers(model: nn.Module) -> list[weakref.ref[_Packed4bit]]:
-    return [weakref.ref(m) for m in model.modules() if isinstance(m, _Packed4bit)]
+def _count(parent: nn.Module, name: str, module: nn.Module) -> None:
+    global _placed
+    if not is_compiling():
+        _placed += 1
+
+
+def _layers_of(model: nn.Module) -> _Layers:
+    """The packed layers of a model, listed anew if any module was put into another one since."""
+    at, layers = _listed.get(model, (-1, []))
+    if at != _placed:
+        if not _listed:  # processes that compile nothing count nothing
+            _start_counting()
+        at = _placed
+        layers = [weakref.ref(m) for m in model.modules() if isinstance(m, _Packed4bit)]
+        _listed[model] = at, layers
+    return layers
+
+
+@functools.cache
+def _start_counting() -> None:
+    register_module_module_registration_hook(_count)
 
 
 @disable  # a module of torch's own around the model leaves the tracing to what it calls
-def _look(layers: list[weakref.ref[_Packed4bit]]) -> None:
-    """RuntimeError if the bytes of one of them were changed."""
-    for reference in layers:
+def _look(model: nn.Module) -> None:
+    """RuntimeError if the bytes of one of its packed layers were changed."""
+    for reference in _layers_of(model):
         layer = reference()
         weight = None if layer is None else layer._parameters.get("weight")
         # Not what FSDP2 has sharded or a hook will load: those bytes are not there yet.
@@ -38,10 +62,7 @@ def _looking_call(call):
     @functools.wraps(call)
     def looking(self: OptimizedModule, *args, **kwargs):
         if not is_compiling():
-            layers = self.__dict__.get(_LAYERS)
-            if layers is None:
-                layers = self.__dict__[_LAYERS] = _packed_layers(self)
-            _look(layers)
+            _look(self)
         return call(self, *args, **kwargs)
 
     skip_code(looking.__code__)  # as torch does with the method itself
@@ -53,14 +74,14 @@ def _looking_compile(compile):
     @functools.wraps(compile)
     def looking(self: nn.Module, *args, **kwargs) -> None:
         compile(self, *args, **kwargs)
-        compiled, layers = self._compiled_call_impl, _packed_layers(self)
-        if not layers or compiled is None:
+        compiled, model = self._compiled_call_impl, weakref.ref(self)
+        if compiled is None:
             return
 
         @functools.wraps(compiled)
         def call(*args, **kwargs):
             if not is_compiling():
-                _look(layers)
+                _look(model())
             return compiled(*args, **kwargs)
 
         skip_code(call.__code__)

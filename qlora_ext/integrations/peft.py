@@ -58,7 +58,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from .. import ops
-from ..checks import check_finite, check_parameters, check_scaling
+from ..checks import check_finite, check_input, check_parameters, check_scaling
 from ..lora import check_trainable
 from ..merge import IN_MEMORY, check_weight
 from ..merge_4bit import UnquantizedWeights
@@ -351,11 +351,20 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
                 return super().forward(x, *args, **kwargs)
             with loaded(base):  # PEFT's variants read the bias when the base layer has run
                 return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._fused(x, names, True)
+        try:
+            return self._fused(x, names, False)
+        except Exception:
+            check_input(self._name, x=x)
+            raise
+
+    def _fused(self, x: torch.Tensor, names: list[str], is_traced: bool) -> torch.Tensor:
+        """The layer and its active adapters in one op."""
         lora_A, lora_B, scaling = self._stacked(names)
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
         dropout = self._dropout(names[0])
-        is_traced = torch.compiler.is_compiling()
         if dropout == 0.0:
             S = None
             # A scaling that is a tensor may be written to between two siblings' calls.

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
+from ..checks import check_input
 from ..nn import Linear4bit, LoraLinear4bit
 
 __all__ = ["ColwiseParallel4bit", "ParallelLinear4bit", "RowwiseParallel4bit"]
@@ -155,6 +156,7 @@ class ParallelLinear4bit(nn.Module):
         if isinstance(x, DTensor):
             want = "this process's part, x.to_local()" if self.rowwise else "x.full_tensor()"
             raise TypeError(f"tensor parallel: x is a DTensor, want a plain tensor: {want}")
+        check_input(type(self).__name__, x=x)  # after communication it would be too late
         x = self._input(x)
         if not self.rowwise:
             x = _Copied.apply(x, self.mesh)

@@ -173,15 +173,20 @@ class Quantize(ConversionOps):
             want = (module.out_features, module.in_features)
             if tuple(value.shape) != want:
                 raise ValueError(f"{name}: shape got {tuple(value.shape)}, want {want}")
-            try:
-                q = quantize_with(value, module.config)
-            except RuntimeError:
-                if value.isfinite().all():
-                    raise
-                # What is raised here ends in a report of transformers' that names no file.
-                self.hf_quantizer.not_finite.append((name, value.dtype))
-                q = quantize_with(torch.zeros_like(value), module.config)
-            packed = module._as_parameters(q)
+            if value.is_meta:  # device_map="meta": packed in shape only
+                module._set_empty(value.device)
+                packed = {key: p for key, p in module._parameters.items() if key in _PACKED_KEYS}
+                packed = {key: p for key, p in packed.items() if p is not None}
+            else:
+                try:
+                    q = quantize_with(value, module.config)
+                except RuntimeError:
+                    if value.isfinite().all():
+                        raise
+                    # What is raised here ends in a report of transformers' that names no file.
+                    self.hf_quantizer.not_finite.append((name, value.dtype))
+                    q = quantize_with(torch.zeros_like(value), module.config)
+                packed = module._as_parameters(q)
             prefix = name.removesuffix("weight")
             result.update({prefix + key: parameter for key, parameter in packed.items()})
         return result
@@ -356,7 +361,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             sentence = "QLoraExtConfig: found no linear layer to pack in"
             if self.pre_quantized:
                 sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
-            raise ValueError(f"{sentence} {type(model).__name__} (kept as they are: {plan.kept})")
+            why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}"
+            raise ValueError(f"{sentence} {type(model).__name__}. {why}")
 
     def _tell_packed(self, model, plan: Plan) -> None:
         """Warns of layers that the caller wanted dense and a packed checkpoint has packed."""
@@ -398,12 +404,17 @@ class QLoraExtHfQuantizer(HfQuantizer):
         transformers assembles them from several tensors of a checkpoint, so they are packed when
         the model is complete: until then they are in memory as they were stored.
         """
+        dry_run = all(p.is_meta for p in model.parameters())  # device_map="meta"
         for name in self.plan.names:
             module = model.get_submodule(name)
-            if is_fused_experts(module) and not any(p.is_meta for p in module.parameters()):
+            if not is_fused_experts(module):
+                continue
+            on_meta = any(p.is_meta for p in module.parameters())
+            if not on_meta:
                 for key, parameter in module.named_parameters():
                     values = local_part(parameter.detach())
                     check_read(model, f"{name}.{key}", values, self.checkpoint_files)
+            if dry_run or not on_meta:
                 replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
 
     def _process_model_after_weight_loading(self, model, **kwargs):

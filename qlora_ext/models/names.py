@@ -23,7 +23,8 @@ _PLAIN = re.compile(r"[\w.-]+")
 
 
 def as_names(names: Any, owner: str) -> list[str]:
-    """`modules_to_not_convert` as a list of names; one string is one name, None is none.
+    """`modules_to_not_convert` as a list of names; one string is one name, None is none. Any
+    iterable of strings but a mapping.
 
     Args:
         owner: whose argument it is, for the error.
@@ -33,17 +34,16 @@ def as_names(names: Any, owner: str) -> list[str]:
     """
     if names is None:
         return []
-    listed = [names] if isinstance(names, str) else names
-    if not isinstance(listed, (list, tuple, set, frozenset)) or not all(
-        isinstance(name, str) and name for name in listed
-    ):
+    is_list = isinstance(names, Iterable) and not isinstance(names, Mapping)
+    listed = [names] if isinstance(names, str) or not is_list else list(names)
+    if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(
             f"{owner}: modules_to_not_convert got {short(names)}, want a list of names of layers"
         )
     patterns = [name for name in listed if not _PLAIN.fullmatch(name)]
     if bad := bad_regex(patterns):
         raise ValueError(f"{owner}: modules_to_not_convert has {short(bad[0])}, want {bad[1]}")
-    return sorted(listed) if isinstance(listed, (set, frozenset)) else list(listed)
+    return sorted(listed) if isinstance(names, (set, frozenset)) else listed
 
 
 @functools.lru_cache(maxsize=1024)

@@ -132,6 +132,18 @@ class Plan:
             if is_plain_linear(module) and name not in packed
         ]
 
+    def bad_dtypes(self) -> str:
+        """A sentence about weights that are not packed for their dtype; empty if there are none."""
+        start = "its weight is "
+        reasons = {part.reason for part in self.skipped if part.reason.startswith(f"{start}torch.")}
+        if not reasons:
+            return ""
+        dtypes = ", ".join(sorted(reason.removeprefix(start) for reason in reasons))
+        return (
+            f"The weights of linear layers are {dtypes}, want float32, float16 or bfloat16: cast "
+            "the model, or load it with another dtype"
+        )
+
     def unmatched(self, names: Iterable[str] | None = None) -> list[str]:
         """Of `names` (None: of `keep`), what matches no module. Not the usual name of the output
         head, which stays dense by whatever name it goes."""

@@ -85,7 +85,7 @@ def quantize_model(
 
     Args:
         model: any nn.Module with nn.Linear or transformers' Conv1D layers; one that is wholly on
-            the meta device stays there, packed in shape only.
+            the meta device stays there, packed in shape only, as under FakeTensorMode.
         config: a QuantConfig; None is NF4 with blocks of 64, double-quantized.
         modules_to_not_convert: names of layers to leave alone: full ones, dotted parts
             ("layers.0.mlp"), containers ("vision_tower"), or regular expressions for these.
@@ -109,10 +109,7 @@ def quantize_model(
         raise TypeError(f"quantize_model: config is a {type(config).__name__}, want a QuantConfig")
     config = config or QuantConfig()
     _check_model(model)
-    names = modules_to_not_convert
-    if isinstance(names, Iterable) and not isinstance(names, (str, set, frozenset)):
-        names = list(names)
-    keep = as_names(names, "quantize_model")
+    keep = as_names(modules_to_not_convert, "quantize_model")
     plan = Plan(model, keep, embeddings=quantize_embeddings, other_names=_file_names(model, keep))
     if unmatched := plan.unmatched():
         raise ValueError(
@@ -122,7 +119,7 @@ def quantize_model(
     if not plan.names:
         raise ValueError(
             f"quantize_model: {type(model).__name__} has no layer to pack, want at least one "
-            f"nn.Linear or Conv1D. {plan.report()}"
+            f"nn.Linear or Conv1D. {plan.bad_dtypes() or plan.report()}"
         )
     _check_dense(model, plan)
     packed, kept = [], plan.kept

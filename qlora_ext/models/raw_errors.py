@@ -21,11 +21,17 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .reads import _ALL_WEIGHTS, _PACKED, _class_methods, _names
+from .reads import _ALL_WEIGHTS, _HARMLESS, _PACKED, _class_methods, _names
 from .walk import is_packed
 
 _TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 _OF_BYTES = re.compile(r"\b(Byte(Tensor)?|uint8(_t)?|unsigned char)\b")
+# What is accepted, where that is more than one dtype ("Long or Byte"), says nothing of what came.
+_TYPE = r"(?:torch\.)?(?:[Bb]yte|[Cc]har|[Ss]hort|[Ii]nt|[Ll]ong|[Bb]ool|[Hh]alf|[Ff]loat|[Dd]ouble"
+_TYPE += r"|BFloat16|u?int\d+(?:_t)?|b?float\d+|unsigned char)(?:Tensor)?"
+_ACCEPTED = re.compile(rf"\b{_TYPE}(?:(?:,? or |, |/){_TYPE})+\b")
+_GOT = re.compile(r"\b([Gg]ot|found)\b")
+_DTYPES = re.compile(r"\b(u?int|b?float|complex|BFloat|bfloat)\d+")
 _OF_MASKS = re.compile(r"\b(boolean )?masks?\b|masked_")  # old ones are bytes
 _OF_SHAPES = re.compile(r"shape|size|dim|type|broadcast|mat1|mat2")
 _READING = {*_PACKED, *_ALL_WEIGHTS, "_parameters"}
@@ -94,8 +100,9 @@ class _Search:
     def __init__(self, root: nn.Module, text: str, args: tuple):
         self.text = text
         self.args = args
-        self.of_bytes = bool(_OF_BYTES.search(text)) and not _OF_MASKS.search(text)
-        self.numbers = {int(number) for number in re.findall(r"\d+", text) if len(number) < 16}
+        self.of_bytes = _tells_bytes(text)
+        sizes = re.findall(r"\d+", _DTYPES.sub("", text))
+        self.numbers = {int(size) for size in sizes if len(size) < 16}
         self.layers = {m: name for name, m in root.named_modules() if is_packed(m)}
         self.names = {m: name for name, m in root.named_modules()}
         self.tensors = {
@@ -148,7 +155,7 @@ class _Search:
         found = [layer for layer in found if layer is not None]
         if found and (self.of_bytes or _OF_SHAPES.search(self.text)):
             return list(dict.fromkeys(found))
-        if _READING.isdisjoint(_names(frame.f_code)):
+        if not _reads_weights(frame.f_code):
             return []
         given = [v for v in values if isinstance(v, nn.Module) and v in self.layers]
         return [layer for layer in dict.fromkeys(given) if self._is_of(layer)]
@@ -159,7 +166,8 @@ class _Search:
         codes = [frame.f_code, *(f.__code__ for _, f in _class_methods(type(module)))]
         names = set().union(*map(_names, codes))
         getters = (frame.f_globals.get(name) for name in names)
-        if _READING.isdisjoint(names) and operator.attrgetter not in map(type, getters):
+        reads = any(map(_reads_weights, codes))
+        if not reads and operator.attrgetter not in map(type, getters):
             return []
         prefix = len(f"{self.names[module]}.") if self.names.get(module) else 0
         parts = {layer: _parts(self.layers[layer][prefix:]) for layer in below}
@@ -225,6 +233,16 @@ class _Search:
         )
 
 
+def _tells_bytes(text: str) -> bool:
+    """Whether an error of torch says that it was given bytes."""
+    if _OF_MASKS.search(text):
+        return False
+    got = _GOT.search(text)
+    wanted = text[: got.start()] if got else text
+    rest = text[got.start() :] if got else ""
+    return _OF_BYTES.search(_ACCEPTED.sub("", wanted) + rest) is not None
+
+
 def _file(frame: types.FrameType) -> str:
     return frame.f_globals.get("__name__") or ""
 
@@ -245,6 +263,37 @@ def _module_of(frame: types.FrameType) -> nn.Module | None:
         if isinstance(value, nn.Module) and not _is_own(type(value).__module__):
             return value
     return None
+
+
+def _reads_weights(code: types.CodeType) -> bool:
+    """Whether code names weights, other than for what is the same when they are packed: a device,
+    a comparison of dtypes."""
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    for n, step in enumerate(steps):
+        if not step.opname.startswith("LOAD_") or step.argval not in _READING:
+            continue
+        called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr  # the layer up_proj, say
+        if step.argval in _ALL_WEIGHTS or not (called or _is_harmless(steps, n + 1)):
+            return True
+    texts = {c for c in code.co_consts if isinstance(c, str)}
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return not _READING.isdisjoint(texts) or any(map(_reads_weights, inner))
+
+
+def _is_harmless(steps: list[dis.Instruction], n: int) -> bool:
+    """Whether step n and those after it do no harm with the weight that was just loaded."""
+    after = steps[n]
+    if after.opname == "STORE_FAST":  # then each use of the variable counts
+        used = [k for k, s in enumerate(steps)
+                if s.opname.startswith("LOAD_FAST") and s.argval == after.argval]  # fmt: skip
+        return all(_is_harmless(steps, k + 1) for k in used)
+    if after.opname == "LOAD_ATTR" and after.argval in _HARMLESS:
+        return True
+    of_dtype = after.opname == "LOAD_ATTR" and after.argval == "dtype"
+    compared = {"IS_OP", "COMPARE_OP"} if of_dtype else {"IS_OP"}
+    while steps[n].opname.startswith("LOAD_") and steps[n].opname != "LOAD_METHOD":
+        n += 1
+    return steps[n].opname in compared or "_NONE" in steps[n].opname
 
 
 def _read_directly(code: types.CodeType) -> set[str]:
