@@ -1,7 +1,9 @@
 """What the look at the packed bytes (docs/models.md, averaging) takes of a layer's forward pass.
 
-The same layer with and without it, in turns of ten calls with one row of x. The difference between
-equal percentiles of both is what counts: on a busy machine single runs differ by more than it is.
+First in the layer: with and without it, in turns of ten calls with one row of x. The difference
+between equal percentiles of both is what counts: on a busy machine single runs differ by more than
+it is. Then by itself, called in a loop, as the cost of a line of Python is usually given: in the
+layer it takes more, since other code has passed through the caches.
 
     python bench/forward_overhead.py [--size 64] [--rounds 10000] [--device cpu] [--adapted]
 """
@@ -10,6 +12,7 @@ import argparse
 import gc
 import random
 import time
+import timeit
 
 import torch
 
@@ -50,6 +53,15 @@ def seconds_by_way(layer: torch.nn.Module, x: torch.Tensor, rounds: int) -> dict
     return {way: sorted(values) for way, values in seconds.items()}
 
 
+def seconds_alone(layer: torch.nn.Module, rounds: int) -> float:
+    """Seconds that the look takes in a loop of nothing else: the least of 20 differences."""
+
+    def least(call) -> float:
+        return min(timeit.repeat(lambda: call(layer, False), number=rounds, repeat=5)) / rounds
+
+    return min(least(_Packed4bit._w4) - least(bare) for _ in range(20))
+
+
 def main() -> None:
     """Prints microseconds a call at several percentiles."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -75,6 +87,7 @@ def main() -> None:
             f"percentile {percentile:2}: {without:.2f} without, {with_ - without:+.2f} with the "
             f"look (noise {again - without:+.2f})"
         )
+    print(f"alone in a loop: {1e6 * seconds_alone(layer, args.rounds):+.2f}")
 
 
 if __name__ == "__main__":
