@@ -30,11 +30,16 @@ def _register_fake(name: str) -> Callable[..., Any]:
     are refused: one on meta would otherwise bring the call here, and memory that nothing wrote
     would come out of it."""
     op, _, overload = name.removeprefix("qlora_ext::").partition(".")
-    names = [a.name for a in getattr(getattr(_ops, op), overload or "default")._schema.arguments]
+    arguments = getattr(getattr(_ops, op), overload or "default")._schema.arguments
+    names = [a.name for a in arguments]
+    required = {a.name for a in arguments if str(a.type) == "Tensor"}
 
     def register(fake: Callable[..., Any]) -> None:
         def checked(*args, **kwargs):
             given = [*zip(names, args), *kwargs.items()]
+            for key, value in given:
+                if value is None and key in required:
+                    raise RuntimeError(f"{op}: {key} is None, want a tensor")
             tensors = [(key, value) for key, value in given if isinstance(value, Tensor)]
             for key, tensor in tensors[1:]:
                 if tensor.device != tensors[0][1].device:

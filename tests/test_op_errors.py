@@ -165,6 +165,16 @@ def test_none_for_a_required_tensor(op):
             ops.gemm_4bit(x, *w4, None, S, None)
 
 
+def test_none_for_a_required_tensor_beside_tensors_on_meta():
+    weight, nested = torch.randn(N, K, device="meta"), torch.empty(8, device="meta")
+    with pytest.raises(RuntimeError, match="^linear_backward: dY is None, want a tensor"):
+        ops.linear_backward(None, weight)
+    with pytest.raises(RuntimeError, match="^dequantize_absmax: code is None, want a tensor"):
+        ops.dequantize_absmax(None, nested.byte())
+    with pytest.raises(RuntimeError, match="^lora_shrink: x is None, want a tensor"):
+        ops.lora_shrink(None, weight, 1.0)
+
+
 def test_a_storage_that_was_freed_or_cut():
     """FSDP1 and offloaders free a storage under its tensors; a read would end the process."""
     w4, x, dY, A, B, _ = operands()

@@ -367,15 +367,18 @@ UNIT = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATS}
 
 
-def check_sum(name, got, want, terms, dtype):
+def check_sum(name, got, want, terms, dtype, sums=0.0):
     """got within the rounding of `dtype` of want, whose terms have the absolute sum `terms`. Where
-    terms are not finite, or leave the range of the dtype, the result may be anything."""
+    terms are not finite, or leave the range of the dtype, the result may be anything; so it may
+    where `sums`, the fp32 sums that the op computes on the way, leave theirs: zero times infinity
+    is NaN."""
     want, terms = np.asarray(want), np.asarray(terms)
     if tuple(got.shape) != want.shape:
         raise AssertionError(f"{name} has shape {list(got.shape)}, want {list(want.shape)}")
     got = got.detach().double().numpy()
     limit = UNIT[dtype] * terms + 1e-6
     clear = np.isfinite(terms) & (terms < LARGEST[dtype] / 4)
+    clear &= np.asarray(sums) < LARGEST[torch.float32] / 4
     wrong = clear & ~(np.abs(got - want) <= limit)  # NaN is never within
     if wrong.any():
         at = np.unravel_index(np.argmax(wrong), wrong.shape)
@@ -403,6 +406,11 @@ def check_values(name, got, want):
 def folded(a):
     """Its leading dimensions as one."""
     return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
+
+
+def rows_of(tensor, like):
+    """A factor of the bypass in the leading dimensions of x: the ops ask for as many rows."""
+    return None if tensor is None else array(tensor).reshape(*like.shape[:-1], tensor.shape[-1])
 
 
 def product(a, b):
@@ -460,18 +468,19 @@ def check(reference, op, args, result):
     scaling = args.get("scaling", 1.0)
     if op == "lora_shrink":
         S, terms = product(x, A.T)
-        dtype = narrowest(args["x"])
-        check_sum("S", result, scaling * S, abs(scaling) * terms, torch.float32)
+        check_sum("S", result, scaling * S, abs(scaling) * terms, torch.float32, terms)
         return
     if op == "lora_shrink_backward":
         dS = array(args["dS"])
         dx, dA = result
         flat, rows = folded(x), folded(dS)
         want, terms = product(rows.T, flat)
-        check_sum("dA", dA, scaling * want, abs(scaling) * terms, narrowest(args["lora_A"]))
+        dtype = narrowest(args["lora_A"])
+        check_sum("dA", dA, scaling * want, abs(scaling) * terms, dtype, terms)
         if args["need_dx"]:
             want, terms = (part.reshape(x.shape) for part in product(folded(dS), A))
-            check_sum("dx", dx, scaling * want, abs(scaling) * terms, args["x"].dtype)
+            dtype = args["x"].dtype
+            check_sum("dx", dx, scaling * want, abs(scaling) * terms, dtype, terms)
         return
     if op == "lora_expand_backward":
         S = array(args["lora_S"])
@@ -497,32 +506,32 @@ def check(reference, op, args, result):
     W = W.astype(np.float64)
     if op == "merge_lora_4bit":
         delta, terms = product(B, A)
-        want, terms = W + scaling * delta, np.abs(W) + abs(scaling) * terms
-        check_sum("the result", result, want, terms, args["dtype"])
+        want, all_terms = W + scaling * delta, np.abs(W) + abs(scaling) * terms
+        check_sum("the result", result, want, all_terms, args["dtype"], terms)
         return
 
     if op in ("gemm_4bit", "lora_gemm_4bit"):
         y, terms = product(x, W.T)
         if args["bias"] is not None:
             y, terms = y + array(args["bias"]), terms + np.abs(array(args["bias"]))
+        sums = 0.0
         if B is not None:
-            if op == "gemm_4bit":
-                S = S_terms = array(args["lora_S"])
-            else:
-                S, S_terms = product(x, A.T)
-                S, S_terms = scaling * S, abs(scaling) * S_terms
-                if args["lora_S"] is not None:
-                    S = array(args["lora_S"])
+            S = S_terms = rows_of(args["lora_S"], x)
+            if op == "lora_gemm_4bit":
+                unscaled, sums = product(x, A.T)
+                S = scaling * unscaled if S is None else S
+                S_terms = abs(scaling) * sums
+                sums = sums.max(-1, keepdims=True, initial=0)
             part, part_terms = product(S, B.T)
             y, terms = y + part, terms + np.abs(S_terms) @ np.abs(B.T)
             terms = np.maximum(terms, part_terms)
         got = result[0] if op == "lora_gemm_4bit" else result
-        check_sum("y", got, y, terms, got.dtype)
+        check_sum("y", got, y, terms, got.dtype, sums)
         return
     dX, terms = product(dY, W)
     if op == "gemm_4bit_backward":
         if A is not None:
-            part, part_terms = product(array(args["lora_dS"]), A)
+            part, part_terms = product(rows_of(args["lora_dS"], dY), A)
             dX, terms = dX + part, terms + part_terms
         check_sum("dX", result, dX, terms, result.dtype)
         return
@@ -531,12 +540,14 @@ def check(reference, op, args, result):
     dS, dS_terms = product(dY, B)
     check_sum("dB", result[2], *product(folded(dY).T, S), narrowest(args["lora_B"]))
     want, _ = product(scaling * folded(dS).T, flat)
-    dA_terms = abs(scaling) * folded(dS_terms).T @ np.abs(flat)
-    check_sum("dA", result[1], want, dA_terms, narrowest(args["lora_A"]))
+    largest = folded(dS_terms).max(0, initial=0)
+    sums = np.maximum(folded(dS_terms).T @ np.abs(flat), largest[:, None])
+    check_sum("dA", result[1], want, abs(scaling) * sums, narrowest(args["lora_A"]), sums)
     if args["need_dx"]:
         part, _ = product(scaling * dS, A)
-        part_terms = abs(scaling) * dS_terms @ np.abs(A)
-        check_sum("dX", result[0], dX + part, terms + part_terms, result[0].dtype)
+        sums = np.maximum(dS_terms @ np.abs(A), dS_terms.max(-1, keepdims=True, initial=0))
+        terms = terms + abs(scaling) * sums
+        check_sum("dX", result[0], dX + part, terms, result[0].dtype, sums)
 
 
 # ---------------------------------------------------------------- a case
@@ -592,6 +603,9 @@ def run_case(qlora_ext, reference, number):
             except AssertionError:
                 raise
             except Exception as error:
+                # NumPy makes no array of [0, 2^62]; the op's result has no element either.
+                if "array is too big" in str(error) and not result.numel():
+                    return "right"
                 raise AssertionError(
                     f"accepted what the reference does not: {type(error).__name__}: {error}"
                 ) from error
