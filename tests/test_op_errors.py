@@ -167,11 +167,11 @@ def test_none_for_a_required_tensor(op):
 
 def test_none_for_a_required_tensor_beside_tensors_on_meta():
     weight, nested = torch.randn(N, K, device="meta"), torch.empty(8, device="meta")
-    with pytest.raises(RuntimeError, match="^linear_backward: dY is None, want a tensor"):
+    with pytest.raises(RuntimeError, match=r"^linear_backward: dY is None, want a tensor"):
         ops.linear_backward(None, weight)
-    with pytest.raises(RuntimeError, match="^dequantize_absmax: code is None, want a tensor"):
+    with pytest.raises(RuntimeError, match=r"^dequantize_absmax: code is None, want a tensor"):
         ops.dequantize_absmax(None, nested.byte())
-    with pytest.raises(RuntimeError, match="^lora_shrink: x is None, want a tensor"):
+    with pytest.raises(RuntimeError, match=r"^lora_shrink: x is None, want a tensor"):
         ops.lora_shrink(None, weight, 1.0)
 
 
