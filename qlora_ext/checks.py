@@ -97,6 +97,9 @@ def not_plain(value) -> str | None:
     return None
 
 
+NO_DATA = "a tensor without data (on the meta device, or a FakeTensor)"
+
+
 def not_readable(value) -> str | None:
     """As not_plain, and of what it leaves to the callers: a layout without strides, and a tensor
     that has a shape and no values."""
@@ -104,7 +107,7 @@ def not_readable(value) -> str | None:
     if got is None and value.layout != torch.strided:
         return f"a tensor of layout {value.layout}"
     if got is None and lacks_data(value):
-        return "a tensor without data (on the meta device, or a FakeTensor)"
+        return NO_DATA
     return got
 
 
@@ -170,6 +173,11 @@ def check_finite(
         f"{torch.finfo(dtype).max:g}"
         + (f"; {advice}" if advice and not nans and math.isfinite(largest) else "")
     )
+
+
+def without_mask(buffer: torch.Tensor) -> torch.Tensor:
+    """The values of a buffer that are to be finite: it may be a mask, whose infinities stay."""
+    return buffer[~buffer.isinf()]
 
 
 def check_parameters(

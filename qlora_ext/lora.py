@@ -351,6 +351,15 @@ def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, _Packed4bit) or type(module) is PanelLinear or is_plain_linear(module)
 
 
+def _warn_left_out(layers: list[str], why: str) -> None:
+    """Says which layers "all-linear" leaves out, if there are any."""
+    if layers:
+        more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+        warnings.warn(
+            f'add_lora: "all-linear" leaves out {", ".join(layers[:5])}{more}: {why}', stacklevel=5
+        )
+
+
 def _explicit_targets(model, targets, linears) -> list[str]:
     if targets == "all-linear":
         head = output_embeddings(model)
@@ -359,22 +368,14 @@ def _explicit_targets(model, targets, linears) -> list[str]:
         past_forward = read_past_forward(model, values_only=True)
         read = [n for n in names if id(linears[n]) in past_forward and n not in odd
                 and not isinstance(linears[n], _Packed4bit)]  # fmt: skip
-        if read:
-            shown = ", ".join(f"{n} ({past_forward[id(linears[n])]})" for n in read[:5])
-            more = f" and {len(read) - 5} more" if len(read) > 5 else ""
-            warnings.warn(
-                f'add_lora: "all-linear" leaves out {shown}{more}: that method reads the layer\'s '
-                "weight past its forward, and would leave an adapter out",
-                stacklevel=4,
-            )
-        if odd:
-            shown = ", ".join(f"{n} ({type(linears[n]).__name__})" for n in odd[:5])
-            more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-            warnings.warn(
-                f'add_lora: "all-linear" leaves out {shown}{more}: a subclass of nn.Linear may '
-                "compute something else than x W^T + b",
-                stacklevel=4,
-            )
+        _warn_left_out(
+            [f"{n} ({past_forward[id(linears[n])]})" for n in read],
+            "that method reads the layer's weight past its forward, and would leave an adapter out",
+        )
+        _warn_left_out(
+            [f"{n} ({type(linears[n]).__name__})" for n in odd],
+            "a subclass of nn.Linear may compute something else than x W^T + b",
+        )
         odd += read
         if len(odd) == len(names):
             raise ValueError(

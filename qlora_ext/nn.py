@@ -28,7 +28,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from . import _C, ops
-from .checks import FLOAT_MAX, check_input, is_number, lacks_data, not_plain, short
+from .checks import FLOAT_MAX, NO_DATA, check_input, is_number, lacks_data, not_plain, short
 from .offload import device_of
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 from .quantized_tensor import (
@@ -402,7 +402,7 @@ class _Packed4bit(nn.Module):
             got, own = not_plain(value), self._parameters[key]
             # A layer that has no data itself may be given none: a dry run.
             if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
-                got = "a tensor without data (on the meta device, or a FakeTensor)"
+                got = NO_DATA
             if got is not None:
                 errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
         return errors

@@ -18,7 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..build_info import build_info
 from ..checkpoint import Checkpoint, Unit
-from ..checks import check_finite, count, some
+from ..checks import check_finite, count, some, without_mask
 from ..experts import Experts4bit
 from ..files import FLOATS, INDEX, extra_files
 from ..nn import Embedding4bit, Linear4bit
@@ -262,11 +262,11 @@ class Job:
             return revert_weight_conversion(self.result, state)
 
     def _check_finite(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> None:
-        """CliError where a tensor that is to be written holds a NaN or an infinity; a buffer may be
-        a mask, whose infinities stay what they are."""
+        """CliError where a tensor that is to be written holds a NaN or an infinity, but for
+        those of a buffer's mask."""
         if tensor.dtype not in FLOATS:
             return
-        values = tensor[~tensor.isinf()] if is_buffer else tensor
+        values = without_mask(tensor) if is_buffer else tensor
         sources = self.checkpoint.sources.get(name, ())
         if len(sources) == 1:
             name = f"{self.checkpoint.files.where[sources[0]]}: {sources[0]}"

@@ -40,7 +40,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checks import CheckpointError, check_finite, check_parameters, lacks_data
+from ..checks import CheckpointError, check_finite, check_parameters, lacks_data, without_mask
 from ..experts import Experts4bit, is_fused_experts
 from ..files import FLOATS, SafetensorsFiles, reading, safetensors_files
 from ..merge import check_weight, dense_layer
@@ -175,8 +175,8 @@ class Quantize(ConversionOps):
                 raise ValueError(f"{name}: shape got {tuple(value.shape)}, want {want}")
             if value.is_meta:  # device_map="meta": packed in shape only
                 module._set_empty(value.device)
-                packed = {key: p for key, p in module._parameters.items() if key in _PACKED_KEYS}
-                packed = {key: p for key, p in packed.items() if p is not None}
+                packed = {key: module._parameters[key] for key in module._sizes()}
+                packed["weight_codebook"] = module._parameters["weight_codebook"]
             else:
                 try:
                     q = quantize_with(value, module.config)
@@ -418,7 +418,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for name, dtype in self.not_finite:
+        if self.not_finite:
+            name, dtype = self.not_finite[0]
             error = f"{name} has a NaN or an infinity in {dtype}"
             raise not_held(model, name, dtype, error, self.checkpoint_files)
         if not self.pre_quantized:
@@ -786,7 +787,7 @@ def check_loaded(model, checkpoint_files) -> None:
 
     Raises:
         CheckpointError: one holds a NaN or an infinity, in the file or after the cast to the
-            model's dtype; names file and tensor. A buffer may be a mask with infinities.
+            model's dtype; names file and tensor. Infinities of a buffer's mask are none.
     """
     buffers = {
         f"{name}.{key}".lstrip("."): buffer
@@ -799,7 +800,7 @@ def check_loaded(model, checkpoint_files) -> None:
             continue
         values = local_part(tensor.detach())
         if name in buffers:
-            values = values[~values.isinf()]
+            values = without_mask(values)
         check_read(model, name, values, checkpoint_files)
 
 

@@ -111,6 +111,7 @@ class Plan:
         self.kinds: dict[str, str] = {}  # of those modules, the classes' names
         self.skipped: list[LayerReport] = []
         self.lacking: list[str] = []
+        self.other_dtypes: set[torch.dtype] = set()  # of weights that no format packs
         for name, module in model.named_modules():
             self._consider(name, module)
         if self.lacking:
@@ -134,11 +135,9 @@ class Plan:
 
     def bad_dtypes(self) -> str:
         """A sentence about weights that are not packed for their dtype; empty if there are none."""
-        start = "its weight is "
-        reasons = {part.reason for part in self.skipped if part.reason.startswith(f"{start}torch.")}
-        if not reasons:
+        if not self.other_dtypes:
             return ""
-        dtypes = ", ".join(sorted(reason.removeprefix(start) for reason in reasons))
+        dtypes = ", ".join(sorted(map(str, self.other_dtypes)))
         return (
             f"The weights of linear layers are {dtypes}, want float32, float16 or bfloat16: cast "
             "the model, or load it with another dtype"
@@ -204,8 +203,9 @@ class Plan:
         if reason := self._reason_read(module):
             return reason
         for key in weight_names(module):
-            if module._parameters[key].dtype not in FLOAT_DTYPES:
-                return f"its weight is {module._parameters[key].dtype}"
+            if (dtype := module._parameters[key].dtype) not in FLOAT_DTYPES:
+                self.other_dtypes.add(dtype)
+                return f"its weight is {dtype}"
         if self.stored is not None and is_plain_linear(module) and not self.stored.has(name):
             return self._reason_absent(name)
         return None

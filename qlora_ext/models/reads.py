@@ -77,9 +77,8 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
         if not _holds_modules(module):
             continue
         for name, function in _methods(module, handed, reached):
-            reader = _Reader(module, function, found, marked, runs=name in reached)
-            reader.values_only = values_only
-            reader.run()
+            runs = name in reached
+            _Reader(module, function, found, marked, runs=runs, values_only=values_only).run()
     for module in modules:
         _read_in_hooks(module, found, values_only)
     caches = (_functions_of_file, _source, _parents, _binding_nodes, _may_return_layers)
@@ -95,9 +94,9 @@ def _read_in_hooks(module: nn.Module, found: dict[int, str], values_only: bool) 
             code, index = function.__code__, int(isinstance(hook, types.MethodType))
             given = {name: [module] for name in code.co_varnames[: code.co_argcount][index:][:1]}
             reader = _Reader(
-                nn.Module(), function, found, (), given, function.__name__, bound=False
-            )
-            reader.values_only = values_only
+                nn.Module(), function, found, (), given, function.__name__,
+                bound=False, values_only=values_only,
+            )  # fmt: skip
             if _source(function) is not None:
                 reader.run()
             elif "weight" in _names(code) and not values_only:  # a lambda
@@ -358,8 +357,6 @@ class _Weight(NamedTuple):
 class _Reader:
     """Walks one function with `self` bound to a module, and notes which layers it reads."""
 
-    values_only = False
-
     def __init__(
         self,
         module,
@@ -371,6 +368,7 @@ class _Reader:
         depth=_DEPTH,
         runs=True,
         bound=True,
+        values_only=False,
     ):
         self.module = module
         self.function = function
@@ -378,6 +376,7 @@ class _Reader:
         self.marked = marked  # the configs that will say that the model is packed
         self.depth = depth
         self.method = method or f"{type(module).__name__}.{function.__name__}"
+        self.values_only = values_only  # as read_past_forward's
         self.runs = runs  # whether a forward calls the function, as far as names tell
         self.nested: dict[str, ast.FunctionDef | ast.Lambda] = {}
         # local name -> the objects it may stand for
@@ -941,12 +940,10 @@ class _Reader:
                 names = names[1:]
             arguments = {k: v for k, v in zip(names, given, strict=False) if v}
             arguments |= {k: v for k, v in named.items() if v}
-            reader = _Reader(
+            _Reader(
                 module, function, self.found, self.marked, arguments, self.method,
-                self.depth - 1, self.runs, bound,
-            )  # fmt: skip
-            reader.values_only = self.values_only
-            reader.run()
+                self.depth - 1, self.runs, bound, self.values_only,
+            ).run()  # fmt: skip
 
     def _called(self, node: ast.AST) -> list[tuple[nn.Module, types.FunctionType, bool]]:
         """(the module it is about, function, whether its first argument is that module)"""
