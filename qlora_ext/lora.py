@@ -351,6 +351,14 @@ def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, _Packed4bit) or type(module) is PanelLinear or is_plain_linear(module)
 
 
+def _read_past_forward(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Name -> the method that reads the layer's weight past its forward, and would leave an adapter
+    out. Only dense layers are looked at: quantizing has left such layers dense."""
+    dense = {name: layer for name, layer in layers.items() if not isinstance(layer, _Packed4bit)}
+    found = read_past_forward(model, values_only=True) if dense else {}
+    return {name: found[id(layer)] for name, layer in dense.items() if id(layer) in found}
+
+
 def _warn_left_out(layers: list[str], why: str) -> None:
     """Says which layers "all-linear" leaves out, if there are any."""
     if layers:
@@ -365,11 +373,9 @@ def _explicit_targets(model, targets, linears) -> list[str]:
         head = output_embeddings(model)
         names = [name for name, module in linears.items() if module is not head]
         odd = [n for n in names if not _is_adaptable(linears[n])]
-        past_forward = read_past_forward(model, values_only=True)
-        read = [n for n in names if id(linears[n]) in past_forward and n not in odd
-                and not isinstance(linears[n], _Packed4bit)]  # fmt: skip
+        read = _read_past_forward(model, {n: linears[n] for n in names if n not in odd})
         _warn_left_out(
-            [f"{n} ({past_forward[id(linears[n])]})" for n in read],
+            [f"{n} ({method})" for n, method in read.items()],
             "that method reads the layer's weight past its forward, and would leave an adapter out",
         )
         _warn_left_out(
@@ -514,12 +520,13 @@ def _tell_trainer(model: nn.Module) -> None:
 def _install(model: nn.Module, settings: dict[str, dict]) -> None:
     """Replaces the named layers by ones with an adapter; all or none of them."""
     new = {}
-    past_forward = read_past_forward(model, values_only=True)
+    bases = {name: model.get_submodule(name) for name in settings}
+    read = _read_past_forward(model, bases)
     for name, keywords in settings.items():
-        base = model.get_submodule(name)
-        if id(base) in past_forward and not isinstance(base, _Packed4bit):
+        base = bases[name]
+        if name in read:
             raise ValueError(
-                f"add_lora: {past_forward[id(base)]} reads the weight of {name} past its forward, "
+                f"add_lora: {read[name]} reads the weight of {name} past its forward, "
                 "and would leave the adapter out; want target_modules without it"
             )
         check_can_adapt("add_lora", base, model)
