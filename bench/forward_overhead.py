@@ -16,7 +16,8 @@ import timeit
 
 import torch
 
-from qlora_ext.nn import Linear4bit, LoraLinear4bit, _Packed4bit
+from qlora_ext.nn import Linear4bit, LoraLinear4bit
+from qlora_ext.nn.packed import _Packed4bit
 
 CALLS = 10
 PERCENTILES = (1, 5, 10, 25)

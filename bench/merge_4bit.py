@@ -28,9 +28,9 @@ import torch
 import transformers
 
 import qlora_ext
-from qlora_ext.merge import dense_layer
 from qlora_ext.models import replace_module
 from qlora_ext.nn import Linear4bit, LoraLinear4bit
+from qlora_ext.nn.dense import dense_layer
 
 ROWS = {
     "base": "unquantized base",

@@ -27,7 +27,7 @@ def main() -> None:
     import torch
 
     import qlora_ext
-    from qlora_ext.shared_input import SharedInput
+    from qlora_ext.nn.shared_input import SharedInput
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from .ops import _C
 
 _CUDA_LIBRARIES = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
 _cuda_error: str | None = None

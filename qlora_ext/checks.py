@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .text import plural, shorten
+
 FLOAT_MAX = torch.finfo(torch.float32).max
-
-
-def short(value) -> str:
-    """repr, cut where it is long; an integer of too many digits for repr by its size."""
-    try:
-        text = repr(value)
-    except ValueError:
-        if not isinstance(value, int):
-            return f"a {type(value).__name__} with integers of thousands of digits"
-        text = f"an integer of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def is_number(value) -> bool:
@@ -51,7 +41,7 @@ def check_scaling(function: str, scaling, argument: str = "scaling"):
         is_good = is_good and abs(scaling) <= FLOAT_MAX
     if not is_good:
         raise ValueError(
-            f"{function}: {argument} is {short(scaling)}, want a finite number that fits float32"
+            f"{function}: {argument} is {shorten(scaling)}, want a finite number that fits float32"
         )
     return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
 
@@ -116,20 +106,6 @@ def lacks_data(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 shard", "2 shards"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the largest binary unit that leaves a number of 1 or more."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:,.2f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
-
-
 def narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Whether a float dtype has a smaller range than another."""
     return torch.finfo(dtype).max < torch.finfo(other).max
@@ -166,8 +142,8 @@ def check_finite(
     finite = source.double()
     nans = int(finite.isnan().sum())
     largest = finite.abs().nan_to_num(nan=0.0, posinf=math.inf).max().item()
-    kinds = f"{count(bad, 'value')} of {values.numel():,} that {dtype} cannot hold"
-    kinds += f", {count(nans, 'NaN')} among them" if nans else ""
+    kinds = f"{plural(bad, 'value')} of {values.numel():,} that {dtype} cannot hold"
+    kinds += f", {plural(nans, 'NaN')} among them" if nans else ""
     raise OverflowError(
         f"{name} holds {kinds}; the largest magnitude is {largest:g}, want at most "
         f"{torch.finfo(dtype).max:g}"
@@ -195,112 +171,8 @@ def check_parameters(
             check_finite(f"{op}: {name}", parameter, dtype or parameter.dtype)
 
 
-def some(names, limit: int = 4) -> str:
-    """The first names of a list and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(printable(name) for name in names[:limit]) + more
-
-
-def printable(text: str) -> str:
-    """Text for a message: line breaks, a terminal's escapes and halves of characters as escapes,
-    and cut where it is long."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
-    return text if len(text) <= 300 else f"{text[:280]}... ({len(text)} characters or more)"
-
-
-def first_line(error: BaseException, with_type: bool = False) -> str:
-    """What an error says, in one line that is not too long; with its type, where its text alone
-    does not say what went wrong."""
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    if len(lines) > 1 and lines[0].endswith(":"):  # a heading
-        lines[0] += f" {lines[1].strip()}"
-    text = printable(lines[0]) if lines else ""
-    with_type |= not isinstance(error, (ValueError, RuntimeError, OSError, ImportError))
-    return ": ".join([type(error).__name__] * (with_type or not text) + [text] * bool(text))
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that no memory could be had, on the CPU or a GPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator" in str(error)
     )
-
-
-class SentenceError(ValueError):
-    """An error whose text is one sentence for the user; the commands print it and end."""
-
-
-class CheckpointError(SentenceError):
-    """Files of a checkpoint or adapter that cannot be read as what they should be."""
-
-
-# Regular expressions ------------------------------------------------------------------------------
-
-_NAME_LENGTH = 64
-_MAX_STEPS = 10**6  # tens of milliseconds
-_LOOK = ("(?=", "(?!", "(?<=", "(?<!")
-# An escape, a set, the head of a group, or one character.
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:<?[=!]|:)|.", re.DOTALL)
-
-
-def _steps(pattern: str) -> float:
-    """A bound of the steps in which `re` fails to match a name of 64 characters; infinite where
-    there is none to tell: a group that repeats, which can take 2^64, or syntax beyond groups."""
-    alternatives, choices, repeats, looks = [1], 1, 0, False
-    last = ""
-    for token in _TOKEN.findall(pattern):
-        if token in ("(", "(?:", *_LOOK):
-            alternatives.append(1)
-            looks |= token in _LOOK
-        elif token == ")":
-            choices *= alternatives.pop()
-        elif token == "|":
-            alternatives[-1] += 1
-        elif token == "?":
-            if last == "(":  # flags, names, comments
-                return math.inf
-            choices *= 2
-        elif token in ("*", "+", "{"):
-            if last == ")":
-                return math.inf
-            repeats += 1
-        last = token
-    # Repeats share the name's characters, but for those that look ahead.
-    ways = _NAME_LENGTH**repeats if looks else math.comb(_NAME_LENGTH + repeats, repeats)
-    return ways * choices * alternatives[0]
-
-
-def is_regex(text: str) -> bool:
-    """Whether `re` compiles it."""
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-_QUICK = (
-    "a name, or a regular expression that is quick to match: no group repeated by * + or {}, no (? "
-    "but (?: and lookarounds (so no flags, as in (?i)), and few of * + ? { |"
-)
-
-
-def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
-    """The first pattern that is not to be matched with names, and what is wanted; or None.
-
-    `re` goes back and tries again, so a pattern from a file could keep a program busy for years:
-    all of them together get a budget of steps, which names and what one writes for them (`.*`,
-    `[0-9]+`, `(q|k|v)_proj`) are far below.
-    """
-    total = 0.0
-    for pattern in patterns:
-        in_group = is_regex(f"({pattern})")
-        if not in_group and not is_regex(pattern):
-            return pattern, "a regular expression"
-        if not in_group:  # flags, which must come first
-            return pattern, _QUICK
-        total += _steps(f"({pattern})")
-        if total > _MAX_STEPS:
-            return pattern, _QUICK
-    return None

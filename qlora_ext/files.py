@@ -19,16 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .checks import (
-    CheckpointError,
-    SentenceError,
-    count,
-    first_line,
-    out_of_memory,
-    printable,
-    short,
-    some,
-)
+from .checks import out_of_memory
+from .text import CheckpointError, SentenceError, first_few, first_line, plural, printable, shorten
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -211,21 +203,22 @@ def safetensors_files(folder: Path) -> list[Path]:
                 odd = "not a .safetensors file"
             if odd is not None:
                 raise CheckpointError(
-                    f"{index}: weight_map[{short(key)}] is {short(name)}, which is {odd}: want "
+                    f"{index}: weight_map[{shorten(key)}] is {shorten(name)}, which is {odd}: want "
                     "names of safetensors files in its own folder"
                 )
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {count(len(missing), 'shard')} of {len(names)}: {some(missing)}"
+                f"{folder} lacks {plural(len(missing), 'shard')} of {len(names)}: "
+                f"{first_few(missing)}"
             )
         return [folder / name for name in names]
     if os.path.lexists(single):
         return [single]
     with reading(folder):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS[1:])
-    hint = f" (it holds {some(others)}; transformers' save_pretrained writes safetensors)"
+    hint = f" (it holds {first_few(others)}; transformers' save_pretrained writes safetensors)"
     raise CheckpointError(
         f"{folder} has no model.safetensors nor {INDEX}, want a safetensors checkpoint"
         f"{hint if others else ''}"
@@ -279,7 +272,7 @@ def _read_header(path: Path) -> dict[str, dict]:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path} has {short(twice)} twice in its header, want it once")
+            raise CheckpointError(f"{path} has {shorten(twice)} twice in its header, want it once")
         return found
 
     _open(path)
@@ -326,12 +319,12 @@ class SafetensorsFiles(Mapping):
     def _add(self, path: Path, key: str, tensor: dict, any_dtype: bool) -> None:
         shape, dtype = tuple(tensor["shape"]), tensor["dtype"]
         if odd := _odd_name(key, MAX_NAME):
-            raise CheckpointError(f"{path}: the name of a tensor, {short(key)}, is {odd}")
+            raise CheckpointError(f"{path}: the name of a tensor, {shorten(key)}, is {odd}")
         if key in self.where:
             raise CheckpointError(f"{key} is in {self.where[key]} and in {path}, want it once")
         # Of a tensor without elements, too, whose other sides nothing else bounds.
         if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
-            raise CheckpointError(f"{path}: {short(key)} has shape {short(list(shape))}")
+            raise CheckpointError(f"{path}: {shorten(key)} has shape {shorten(list(shape))}")
         if dtype in TORCH_DTYPES:
             self.dtypes[key] = TORCH_DTYPES[dtype]
         elif not any_dtype:

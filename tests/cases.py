@@ -101,10 +101,9 @@ def make_weight(
 
 def quantize(backend, weight: torch.Tensor, config: QuantConfig):
     """A backend's quantizers in turn: (packed, absmax, nested | None, mean | None)."""
-    per_tensor = config.blocksize is None or config.normalization == "none"
     packed, absmax, mean = backend.ops.quantize_4bit(
         weight.to(backend.device),
-        0 if per_tensor else config.blocksize,
+        config.stored_blocksize,
         config.quant_type,
         config.codebook,
         config.normalization,
@@ -113,9 +112,9 @@ def quantize(backend, weight: torch.Tensor, config: QuantConfig):
         config.companding_k,
     )
     nested = None
-    if config.double_quant and config.normalization != "none":
+    if config.stores_nested:
         absmax, nested = backend.ops.quantize_absmax(absmax)
-    return packed, absmax, nested, mean if config.normalization == "standard" else None
+    return packed, absmax, nested, mean if config.stores_mean else None
 
 
 def assert_same_bytes(got: torch.Tensor, want, what: str):

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import (
 
 import qlora_ext
 from qlora_ext import QuantConfig
-from qlora_ext.nn import Embedding4bit, Linear4bit
+from qlora_ext.nn import Embedding4bit, Linear4bit, packed
 
 DECAY = 0.9  # its truncation changes most of the values that a byte can have
 
@@ -530,8 +530,8 @@ def test_tools_that_move_the_bytes(monkeypatch):
     """FSDP2, ZeRO-3, offloading: each comparison would wait for the GPU."""
     layer, x = layer_and_input("linear")
     want, reads = layer(x), []
-    sample = qlora_ext.nn.byte_sample
-    monkeypatch.setattr(qlora_ext.nn, "byte_sample", lambda t: reads.append(1) or sample(t))
+    sample = packed.byte_sample
+    monkeypatch.setattr(packed, "byte_sample", lambda t: reads.append(1) or sample(t))
     elsewhere = [layer.weight.data.clone() for _ in range(6)]
     for data in elsewhere:
         layer.weight.data = data
@@ -723,10 +723,10 @@ def test_moves_copies_and_empty_modules():
 def test_all_bytes_are_compared_after_a_write_alone(monkeypatch, probe):
     """Their price is not paid in every forward pass. With a probe, after it has changed."""
     reads = []
-    sample = qlora_ext.nn.byte_sample
-    monkeypatch.setattr(qlora_ext.nn, "byte_sample", lambda t: reads.append(1) or sample(t))
+    sample = packed.byte_sample
+    monkeypatch.setattr(packed, "byte_sample", lambda t: reads.append(1) or sample(t))
     if not probe:
-        monkeypatch.setattr(qlora_ext.nn, "byte_probe", lambda t: None)
+        monkeypatch.setattr(packed, "byte_probe", lambda t: None)
     layer, x = Linear4bit(64, 32), torch.randn(2, 64)
     del reads[:]
     for _ in range(3):

@@ -9,8 +9,10 @@ import torch
 from cases import CONFIGS, make_weight, random_weight
 
 import qlora_ext
-from qlora_ext import QuantConfig, QuantizedTensor, checks, ops
+from qlora_ext import QuantConfig, QuantizedTensor, ops
+from qlora_ext.models import patterns
 from qlora_ext.nn import Linear4bit, LoraLinear4bit
+from qlora_ext.tensor.functions import quantize_tensor
 
 # quantize_4bit ------------------------------------------------------------------------------
 
@@ -602,27 +604,27 @@ SLOW = [
 
 @pytest.mark.parametrize("pattern", QUICK)
 def test_regular_expressions_that_are_quick_to_match(pattern):
-    assert checks.bad_regex([pattern] * 3) is None
+    assert patterns.bad_regex([pattern] * 3) is None
 
 
 @pytest.mark.parametrize("pattern", SLOW, ids=lambda p: p[:20])
 def test_regular_expressions_that_could_take_years(pattern):
-    got, want = checks.bad_regex(["q_proj", pattern])
+    got, want = patterns.bad_regex(["q_proj", pattern])
     assert got == pattern and want.startswith("a name, or a regular expression that is quick to m")
 
 
 def test_regular_expressions_share_one_budget():
-    assert checks.bad_regex(["model.layers.7.mlp.up_proj"] * 10000) is None
-    assert checks.bad_regex([".*a.*b.*c"] * 10000)[0] == ".*a.*b.*c"
+    assert patterns.bad_regex(["model.layers.7.mlp.up_proj"] * 10000) is None
+    assert patterns.bad_regex([".*a.*b.*c"] * 10000)[0] == ".*a.*b.*c"
     for pattern in ["(", "a)", "[a", "*", "(" * 100000]:
-        assert checks.bad_regex([pattern]) == (pattern, "a regular expression")
+        assert patterns.bad_regex([pattern]) == (pattern, "a regular expression")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_state_dict_round_trip(name):
     config = CONFIGS[name]
     for shape in [(48, 64), (5, 13), (3, 4, 32)]:
-        q = qlora_ext.quantized_tensor.quantize_with(random_weight(shape, torch.bfloat16), config)
+        q = quantize_tensor(random_weight(shape, torch.bfloat16), config)
         again = QuantizedTensor.from_state_dict(q.state_dict("a.b"), "a.b")
         assert again.op_args()[4:] == q.op_args()[4:] and again.dtype == q.dtype
         assert torch.equal(qlora_ext.dequantize_4bit(again), qlora_ext.dequantize_4bit(q))

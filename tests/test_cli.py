@@ -22,17 +22,17 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 transformers = pytest.importorskip("transformers")
 
-import tiny_models  # noqa: E402
-from integration_helpers import run_python, tiny_llama, tiny_tokenizer  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+import tiny_models
+from integration_helpers import run_python, tiny_llama, tiny_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-import qlora_ext  # noqa: E402
-from qlora_ext import checkpoint  # noqa: E402
-from qlora_ext.checks import CheckpointError  # noqa: E402
-from qlora_ext.cli import app, estimate, merge, output, quantize, screen  # noqa: E402
-from qlora_ext.cli.errors import CliError  # noqa: E402
+import qlora_ext
+from qlora_ext.cli import app, estimate, merge, output, quantize, screen
+from qlora_ext.cli.errors import CliError
+from qlora_ext.integrations.transformers import building
+from qlora_ext.text import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -429,7 +429,7 @@ def test_a_disk_that_is_really_full(llama, tiny_disk, monkeypatch):
 LIMITED = """
 import resource, sys, torch
 # The interpreter and the libraries, which are not what is limited.
-from qlora_ext import checkpoint
+from qlora_ext.integrations.transformers import building
 from qlora_ext.cli import app, merge, quantize
 from transformers import LlamaForCausalLM
 
@@ -1048,17 +1048,17 @@ def test_the_key_at_fault_is_found_among_thousands(llama, monkeypatch, key, valu
     made = []
 
     def counted(name):
-        original = getattr(checkpoint, name)
-        monkeypatch.setattr(checkpoint, name, lambda *a: made.append(name) or original(*a))
+        original = getattr(building, name)
+        monkeypatch.setattr(building, name, lambda *a: made.append(name) or original(*a))
 
     counted("build")
     counted("_config_of")
-    monkeypatch.setattr(checkpoint, "CULPRIT_SECONDS", 600.0)
+    monkeypatch.setattr(building, "CULPRIT_SECONDS", 600.0)
     config_with(llama, **{f"junk{i}": i for i in range(3000)}, **{key: value})
     assert f"config.json: {key} is {value!r}, which" in run("estimate", llama, ok=False)
     assert 0 < len(made) < 200
     # One that no key explains, or not in time, is an error all the same.
-    monkeypatch.setattr(checkpoint, "CULPRIT_SECONDS", -1.0)
+    monkeypatch.setattr(building, "CULPRIT_SECONDS", -1.0)
     assert "config.json cannot be read (" in run("estimate", llama, ok=False)
 
 

@@ -20,15 +20,15 @@ import torch
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
-import tiny_models  # noqa: E402
-from integration_helpers import tiny_tokenizer  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-from warm_commands import Warm  # noqa: E402
+import tiny_models
+from integration_helpers import tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+from warm_commands import Warm
 
-import qlora_ext  # noqa: E402
-from qlora_ext.cli import app, lock, output, rename  # noqa: E402
-from qlora_ext.cli.errors import CliError  # noqa: E402
+import qlora_ext
+from qlora_ext.cli import app, lock, output, rename
+from qlora_ext.cli.errors import CliError
 
 slow = pytest.mark.slow
 LAST_RENAME = "rename out.partial"

@@ -17,9 +17,9 @@ from qlora_ext import (
     quantize_model,
     save_adapter,
 )
-from qlora_ext.experts import Experts4bit, is_fused_experts
-from qlora_ext.merge import dense_layer
-from qlora_ext.nn import Linear4bit, LoraLinear4bit
+from qlora_ext.nn import Experts4bit, Linear4bit, LoraLinear4bit
+from qlora_ext.nn.dense import dense_layer
+from qlora_ext.nn.experts import is_fused_experts
 
 transformers = pytest.importorskip("transformers")
 

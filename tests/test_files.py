@@ -10,17 +10,18 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import save, save_file  # noqa: E402
+from safetensors.torch import save, save_file
 
-from qlora_ext.checks import CheckpointError, check_finite, first_line, printable  # noqa: E402
-from qlora_ext.config_file import check_config, read_raw_config  # noqa: E402
-from qlora_ext.files import (  # noqa: E402
+from qlora_ext.checks import check_finite
+from qlora_ext.files import (
     SafetensorsFiles,
     find_folder,
     read_json,
     reading,
     safetensors_files,
 )
+from qlora_ext.models.config_file import check_config, read_raw_config
+from qlora_ext.text import CheckpointError, first_line, printable
 
 
 def with_header(path, change):

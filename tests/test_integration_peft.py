@@ -15,9 +15,10 @@ pytest.importorskip("transformers")
 import peft
 
 import qlora_ext
-from qlora_ext import ops, shared_input
+from qlora_ext import ops
 from qlora_ext.integrations import peft as plugin
-from qlora_ext.nn import Linear4bit
+from qlora_ext.integrations.peft import tuners
+from qlora_ext.nn import Linear4bit, shared_input
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -62,7 +63,7 @@ def adapted(folders, seed: int = 0, **kwargs):
 
 
 def lora_layers(model):
-    return [module for module in model.modules() if isinstance(module, plugin.LoraLinear4bit)]
+    return [module for module in model.modules() if isinstance(module, plugin.PeftLoraLinear4bit)]
 
 
 def packed_state(model):
@@ -94,7 +95,7 @@ def test_fused_and_general_path_agree(folders, dtype):
     )
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     fused = logits(model)
-    with mock.patch.object(plugin.LoraLinear4bit, "_fused_adapters", lambda self: None):
+    with mock.patch.object(plugin.PeftLoraLinear4bit, "_fused_adapters", lambda self: None):
         general = logits(model)
     assert fused.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
@@ -110,7 +111,7 @@ def test_gradients_of_the_fused_path(folders):
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     fused = gradients()
-    with mock.patch.object(plugin.LoraLinear4bit, "_fused_adapters", lambda self: None):
+    with mock.patch.object(plugin.PeftLoraLinear4bit, "_fused_adapters", lambda self: None):
         general = gradients()
     assert len(fused) == 8
     for name, want in general.items():
@@ -197,7 +198,7 @@ def test_two_active_adapters(folders):
     randomize(model, seed=2)
     assert count_calls("lora_gemm_4bit", model.eval()) == 4
     fused = logits(model)
-    with mock.patch.object(plugin.LoraLinear4bit, "_fused_adapters", lambda self: None):
+    with mock.patch.object(plugin.PeftLoraLinear4bit, "_fused_adapters", lambda self: None):
         torch.testing.assert_close(fused, logits(model), rtol=1e-5, atol=1e-5)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), fused, rtol=1e-4, atol=1e-5)
@@ -652,7 +653,7 @@ def test_loftq_reads_what_transformers_renames(family, tmp_path):
     def errors():
         found = {}
         for name, layer in model.named_modules():
-            if not isinstance(layer, plugin.LoraLinear4bit):
+            if not isinstance(layer, plugin.PeftLoraLinear4bit):
                 continue
             name = name.removeprefix("base_model.model.")
             holder, _, expert = name.partition(".packed.")
@@ -952,14 +953,14 @@ def test_a_refusal_in_inference_mode_is_what_is_said(folders):
 def test_an_undo_that_fails_leaves_the_first_error_and_the_rest_goes_on(folders, monkeypatch):
     model = base_model(folders)
     names = [name for name, _ in model.named_modules()]
-    put_back = plugin._put_back
+    put_back = tuners._put_back
 
     def fails_once(module, attributes):
         put_back(module, attributes)
         if module is model:
             raise RuntimeError("undo")
 
-    monkeypatch.setattr(plugin, "_put_back", fails_once)
+    monkeypatch.setattr(tuners, "_put_back", fails_once)
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"])
     with pytest.raises(ValueError, match="modules_to_save names a Linear4bit"):
         peft.get_peft_model(model, config)
@@ -974,7 +975,7 @@ def test_attributes_are_put_back_whatever_they_hold():
     module.weight = torch.nn.Parameter(torch.zeros(2, 2))
     module.notes["a"], module.notes["b"] = torch.zeros(2), 1
     module.marks.add(2)
-    plugin._put_back(module, before)
+    tuners._put_back(module, before)
     assert module.weight is weight and module.marks == {1}
     assert module.notes is notes and list(notes) == ["a"] and notes["a"].sum() == 2
 

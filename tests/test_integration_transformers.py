@@ -13,9 +13,9 @@ from integration_helpers import ids, logits, run_python, tiny_llama
 pytest.importorskip("transformers")
 
 import qlora_ext
-from qlora_ext.checkpoint import Checkpoint
-from qlora_ext.checks import CheckpointError
+from qlora_ext.integrations.transformers.checkpoint import Checkpoint
 from qlora_ext.nn import Linear4bit, PanelLinear
+from qlora_ext.text import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_hooks_attach_to_what_is_loaded():
 
 
 def test_untested_version_is_named(monkeypatch):
-    from qlora_ext import integrations
+    from qlora_ext.integrations import import_hook as integrations
 
     monkeypatch.setattr(integrations.importlib.metadata, "version", lambda name: "9.9.1")
     with pytest.warns(UserWarning, match=r"found transformers 9\.9\.1, tested with 5\.23"):
@@ -98,7 +98,7 @@ def test_untested_version_is_named(monkeypatch):
 
 
 def test_tested_version_is_silent():
-    from qlora_ext import integrations
+    from qlora_ext.integrations import import_hook as integrations
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

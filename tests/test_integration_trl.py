@@ -10,7 +10,8 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import qlora_ext
-from qlora_ext import ops, shared_input
+from qlora_ext import ops
+from qlora_ext.nn import shared_input
 
 TEXTS = [f"{a} plus {b} is {a + b}. That is a sum." for a in range(4) for b in range(6)]
 

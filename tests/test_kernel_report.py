@@ -16,9 +16,9 @@ CUDA = ROOT / "csrc" / "cuda"
 
 sys.path.insert(0, str(ROOT / "bench"))
 
-import kernel_report as report  # noqa: E402
-import ptxas_report  # noqa: E402
-import sass_flow  # noqa: E402
+import kernel_report as report
+import ptxas_report
+import sass_flow
 
 
 @pytest.fixture(scope="module")

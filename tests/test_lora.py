@@ -300,7 +300,7 @@ def test_print_trainable_parameters_counts_logical_weights(capsys):
 def dequantized(model):
     """A dense twin of a quantized model without adapters, for stock PEFT."""
     from qlora_ext import dequantize_4bit
-    from qlora_ext.nn import is_conv1d
+    from qlora_ext.nn.linear import is_conv1d
 
     family = {m: f for f, (c, _) in tiny.FAMILIES.items() for m in [c]}[type(model.config).__name__]
     twin = tiny.make(family, tie_word_embeddings=model.config.tie_word_embeddings)
@@ -483,7 +483,8 @@ def test_to_peft_without_a_model_adapts_what_add_lora_does(family):
 
 
 def test_no_family_gives_a_name_another_switch():
-    from qlora_ext.lora import FAMILIES, _ends_with
+    from qlora_ext.adapters.targets import _ends_with
+    from qlora_ext.models.architectures import FAMILIES
 
     switches = ("query", "key", "value", "projection", "mlp")
     names = {(s, name) for f in FAMILIES.values() for s in switches for name in getattr(f, s)}
@@ -585,7 +586,7 @@ def test_foreign_configs_are_refused(adapter, changes, message):
 
 def test_every_field_of_pefts_config_is_judged():
     # A PEFT with a new field fails here: it is harmless, or a value of it must be refused.
-    from qlora_ext import lora
+    from qlora_ext.adapters import files as lora
 
     plain = peft.LoraConfig().to_dict()
     lora._check_plain("file", plain)

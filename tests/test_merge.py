@@ -145,19 +145,19 @@ def test_adapters_on_a_dense_model_merge_too():
 
 
 def test_packed_weights_are_released_one_by_one(monkeypatch):
-    import qlora_ext.merge
+    from qlora_ext.merging import dense
 
     model = trained()
     alive = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, Linear4bit)]
     counts = []
-    original = qlora_ext.merge.dense_layer
+    original = dense.dense_layer
 
     def dense_layer(module, dtype):
         if isinstance(module, Linear4bit):  # the head is a dense PanelLinear
             counts.append(sum(ref() is not None for ref in alive))
         return original(module, dtype)
 
-    monkeypatch.setattr(qlora_ext.merge, "dense_layer", dense_layer)
+    monkeypatch.setattr(dense, "dense_layer", dense_layer)
     merge(model)
     assert counts == list(range(14, 0, -1))
     assert not any(ref() is not None for ref in alive)

@@ -25,10 +25,13 @@ from qlora_ext import (
     merge_into_4bit,
     quantize_model,
 )
-from qlora_ext import fit_4bit as fitting
-from qlora_ext.fit_4bit import damped, fit_4bit, hessian_error
+from qlora_ext.merging import adapted, into_4bit
+from qlora_ext.merging import descent as fitting
+from qlora_ext.merging.adapted import adapted_model
+from qlora_ext.merging.descent import damped, fit_4bit, hessian_error
+from qlora_ext.merging.layer_inputs import LayerInputs, as_batches
 from qlora_ext.nn import Linear4bit, LoraLinear, LoraLinear4bit
-from qlora_ext.quantized_tensor import quantize_with
+from qlora_ext.tensor.functions import quantize_tensor
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,9 +70,9 @@ def problem(N=40, K=96, seed=0):
 def test_fit_is_far_nearer_than_requantizing(name, K):
     config = FORMATS[name]
     weight, change, H = problem(K=K)
-    q = quantize_with(weight, config)
+    q = quantize_tensor(weight, config)
     target = dequantize_4bit(q) + change
-    requantized = hessian_error(dequantize_4bit(quantize_with(target, config)), target, H)
+    requantized = hessian_error(dequantize_4bit(quantize_tensor(target, config)), target, H)
     unmerged = hessian_error(dequantize_4bit(q), target, H)
     (fitted,) = fit_4bit([q], [target], H, fit_scales=config.normalization != "none")
     error = hessian_error(dequantize_4bit(fitted), target, H)
@@ -93,7 +96,7 @@ def test_fit_is_far_nearer_than_requantizing(name, K):
 def test_every_sweep_lowers_the_error_and_knows_the_stored_weight(name):
     config = FORMATS[name]
     weight, change, H = problem()
-    q = quantize_with(weight, config)
+    q = quantize_tensor(weight, config)
     target = dequantize_4bit(q) + change
     H = damped(H, 0.01)
     fit = fitting._Fit([q], [target], H)
@@ -112,7 +115,7 @@ def test_every_sweep_lowers_the_error_and_knows_the_stored_weight(name):
 def small_problem(seed=0):
     """A change that is small beside the distance of two levels, so that not all of it arrives."""
     weight, change, H = problem(N=96, K=128, seed=seed)
-    q = quantize_with(weight, QuantConfig())
+    q = quantize_tensor(weight, QuantConfig())
     return q, change / 6, H
 
 
@@ -171,7 +174,7 @@ def test_a_push_knows_what_is_missing_after_another():
 def test_weights_that_share_an_input_come_out_as_alone():
     problems = [problem(N=24, seed=1), problem(N=8, seed=2)]
     H = problems[0][2]
-    packed = [quantize_with(weight, QuantConfig()) for weight, _, _ in problems]
+    packed = [quantize_tensor(weight, QuantConfig()) for weight, _, _ in problems]
     targets = [
         dequantize_4bit(q) + change for q, (_, change, _) in zip(packed, problems, strict=True)
     ]
@@ -185,7 +188,7 @@ def test_weights_that_share_an_input_come_out_as_alone():
 def test_zero_blocks_and_unseen_inputs():
     weight, change, H = problem()
     weight[:8] = 0  # scale 0
-    q = quantize_with(weight, QuantConfig(double_quant=False, blocksize=32))
+    q = quantize_tensor(weight, QuantConfig(double_quant=False, blocksize=32))
     target = dequantize_4bit(q) + change
     for hessian in (H, torch.zeros_like(H)):
         (fitted,) = fit_4bit([q], [target], hessian)
@@ -199,14 +202,14 @@ def test_zero_blocks_and_unseen_inputs():
 
 def test_fit_4bit_says_what_does_not_fit():
     weight, _, H = problem()
-    q = quantize_with(weight, QuantConfig())
+    q = quantize_tensor(weight, QuantConfig())
     with pytest.raises(ValueError, match="weights has 1 entries and targets 0"):
         fit_4bit([q], [], H)
     with pytest.raises(ValueError, match=r"targets \[40, 95\], want \[N, 96\]"):
         fit_4bit([q], [weight[:, 1:]], H)
     with pytest.raises(ValueError, match="weights has 1 entries and changes 2"):
         fit_4bit([q], [weight], H, changes=[weight, weight])
-    other = quantize_with(weight, QuantConfig(quant_type="fp4"))
+    other = quantize_tensor(weight, QuantConfig(quant_type="fp4"))
     with pytest.raises(ValueError, match="differ in codebook"):
         fit_4bit([q, other], [weight, weight], H)
 
@@ -303,7 +306,7 @@ def test_base_gives_the_quantized_sum(family, how, tmp_path):
         layer, dense = model.get_submodule(name), base.get_submodule(name)
         weight = dense.weight.T if layer.from_conv1d else dense.weight
         total = (weight.detach() + layer.scaling * layer.lora_B @ layer.lora_A).detach()
-        sums[name] = quantize_with(total, layer.config)
+        sums[name] = quantize_tensor(total, layer.config)
     if how == "state dict":
         base = base.state_dict()
     elif how == "folder":
@@ -377,7 +380,7 @@ def test_neither_warns_with_the_loss_and_merges_into_16_bits():
 
 def test_layers_with_one_input_share_a_hessian_without_padding():
     model = small(trained())
-    layers, _ = qlora_ext.merge_4bit._adapted_layers(model)
+    layers = adapted_model(model).layers
     ids = text(1)[0]
     batches = [ids[:2], {"input_ids": ids[2:], "attention_mask": torch.ones_like(ids[2:])}]
     padded = torch.full((2, 48), 7)
@@ -385,10 +388,10 @@ def test_layers_with_one_input_share_a_hessian_without_padding():
     mask = torch.zeros_like(padded)
     mask[:, :32] = 1
     with torch.no_grad():
-        plain = qlora_ext.merge_4bit._Inputs(model, layers, batches, 2**30)
+        plain = LayerInputs(model, layers, batches, 2**30)
         wanted = list(plain)
         batches[1] = {"input_ids": padded, "attention_mask": mask}
-        got = list(qlora_ext.merge_4bit._Inputs(model, layers, batches, 2**30))
+        got = list(LayerInputs(model, layers, batches, 2**30))
     assert plain.can_stop
     names = [[layer.name.rpartition(".")[2] for layer in group] for group, _ in got]
     block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -408,7 +411,7 @@ def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return fit_4bit(*args, **kwargs)
 
-    monkeypatch.setattr(qlora_ext.merge_4bit, "fit_4bit", failing)
+    monkeypatch.setattr(into_4bit, "fit_4bit", failing)
     model.train()
     with pytest.raises(KeyboardInterrupt):
         run(model, calibration=text())
@@ -424,7 +427,7 @@ def test_modes_of_submodules_stay(failing, monkeypatch):
     modes = {name: module.training for name, module in model.named_modules()}
     assert not all(modes.values()) and modes["model.layers.1.mlp.up_proj"] and modes["lm_head"]
     if failing:
-        monkeypatch.setattr(qlora_ext.merge_4bit, "_unload", lambda *args: 1 / 0)
+        monkeypatch.setattr(adapted, "dense_layer", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, calibration=text(1))
     else:
@@ -437,14 +440,14 @@ def test_modes_of_submodules_stay(failing, monkeypatch):
 def test_memory_is_one_group_of_hessians(monkeypatch):
     model = small(trained())
     most = []
-    gather = qlora_ext.merge_4bit._Inputs._gather
+    gather = LayerInputs._gather
 
     def counted(self, groups):
         hessians = gather(self, groups)
         most.append(sum(h.nbytes for h in hessians.values()))
         return hessians
 
-    monkeypatch.setattr(qlora_ext.merge_4bit._Inputs, "_gather", counted)
+    monkeypatch.setattr(LayerInputs, "_gather", counted)
     run(model, calibration=text(1), hessian_bytes=np.int64(4 * (64**2 + 96**2)))
     assert max(most) <= 4 * (64**2 + 96**2) and len(most) > 2
 
@@ -476,11 +479,11 @@ def test_a_large_change_is_no_worse_than_requantizing():
         if isinstance(module, nn.Linear) and name in adapted_names(model):
             inputs[name] = module.weight.detach().clone()
     requantized = quantize_model(dense, progress_bar=False)
-    layers, _ = qlora_ext.merge_4bit._adapted_layers(model)
+    layers = adapted_model(model).layers
     with torch.no_grad():
         hessians = {
             layer.name: hessian
-            for group, hessian in qlora_ext.merge_4bit._Inputs(model, layers, text(), 2**30)
+            for group, hessian in LayerInputs(model, layers, text(), 2**30)
             for layer in group
         }
     merged = run(model, calibration=text())
@@ -643,12 +646,12 @@ def test_few_tokens_warn():
     with pytest.warns(
         UserWarning, match=rf"calibration has {384 + real} tokens, want at least 512"
     ):
-        qlora_ext.merge_4bit._batches([*text(3), half], nn.Module())
+        as_batches([*text(3), half], nn.Module())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qlora_ext.merge_4bit._batches(text(4), nn.Module())
+        as_batches(text(4), nn.Module())
         # Inputs whose tokens cannot be counted.
-        qlora_ext.merge_4bit._batches([{"inputs_embeds": torch.ones(1, 1, 64)}], nn.Module())
+        as_batches([{"inputs_embeds": torch.ones(1, 1, 64)}], nn.Module())
 
 
 BATCHES = {

@@ -39,7 +39,7 @@ def packed_names(model):
 
 
 def dense_names(model):
-    from qlora_ext.nn import is_conv1d
+    from qlora_ext.nn.linear import is_conv1d
 
     return [
         name

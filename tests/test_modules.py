@@ -694,11 +694,11 @@ def test_panel_linear_under_autocast_and_with_an_adapter():
 @pytest.mark.parametrize("slow", [False, True])
 def test_panel_linear_decides_at_each_call(slow, monkeypatch):
     slow_dtypes = frozenset([torch.float16] if slow else [])
-    monkeypatch.setattr("qlora_ext.nn.SLOW_ON_CPU", slow_dtypes)
+    monkeypatch.setattr("qlora_ext.nn.panel.SLOW_ON_CPU", slow_dtypes)
     layer = PanelLinear.from_linear(dense_layer(16, 64))
     adapted = LoraLinear.from_linear(layer, r=2)
     calls = []
-    monkeypatch.setattr("qlora_ext.nn.ops.linear", lambda *args: calls.append(1) or args[0])
+    monkeypatch.setattr("qlora_ext.nn.panel.ops.linear", lambda *args: calls.append(1) or args[0])
     for module in (layer, adapted):
         assert module(seeded(5, 64)).shape == (5, 16)
     assert not calls

@@ -13,10 +13,10 @@ from torch import nn
 
 import qlora_ext
 from qlora_ext import LoraConfig, add_lora, merge_and_unload, quantize_model
-from qlora_ext.experts import is_fused_experts
 from qlora_ext.models.names import Names, as_names, matches
 from qlora_ext.models.reads import read_past_forward
 from qlora_ext.nn import Embedding4bit, Linear4bit
+from qlora_ext.nn.experts import is_fused_experts
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import qlora_ext
 from qlora_ext import QuantConfig
 from qlora_ext import reference as R
+from qlora_ext.tensor.functions import quantize_tensor
 
 configs = st.builds(
     QuantConfig,
@@ -43,7 +44,7 @@ def weights(draw):
 @given(weights(), configs)
 def test_quantize_is_the_reference(weight, config):
     want = reference_quantize(weight, config)
-    q = qlora_ext.quantized_tensor.quantize_with(weight, config)
+    q = quantize_tensor(weight, config)
     assert_same_bytes(q.packed, want.packed, "packed")
     assert_same_bytes(q.absmax, want.absmax, "absmax")
     if want.nested is not None:

@@ -9,6 +9,7 @@ from cases import CONFIGS, assert_same_bytes, reference_quantize
 
 import qlora_ext
 from qlora_ext import reference as R
+from qlora_ext.tensor.functions import quantize_tensor
 
 gguf = pytest.importorskip("gguf")
 NAMES = (
@@ -38,7 +39,7 @@ def weights() -> dict[str, torch.Tensor]:
 def test_bytes_are_the_references(weights, name):
     for key, weight in weights.items():
         want = reference_quantize(weight, CONFIGS[name])
-        q = qlora_ext.quantized_tensor.quantize_with(weight, CONFIGS[name])
+        q = quantize_tensor(weight, CONFIGS[name])
         assert_same_bytes(q.packed, want.packed, f"{key} packed")
         assert_same_bytes(q.absmax, want.absmax, f"{key} absmax")
         if want.nested is not None:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-import sass_flow  # noqa: E402
+import sass_flow
 
 RECORDED = Path(__file__).parent / "sass" / "cp_async_with_an_l2_policy.sass"
 

@@ -22,7 +22,8 @@ def build(family="llama", seed=0):
     import tiny_models as tiny
     import torch
 
-    from qlora_ext import LoraConfig, add_lora, quantize_model, shared_input
+    from qlora_ext import LoraConfig, add_lora, quantize_model
+    from qlora_ext.nn import shared_input
 
     shared_input.MIN_ELEMENTS = 1  # q, k and v share x A^T, as in a model of real size
     model = quantize_model(tiny.make(family), progress_bar=False)

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora_ext import LoraConfig, add_lora, lora, quantize_model, shared_input
-from qlora_ext.nn import Linear4bit, LoraLinear4bit
-from qlora_ext.shared_input import SharedInput, share_input
+from qlora_ext import LoraConfig, add_lora, lora, quantize_model
+from qlora_ext.nn import Linear4bit, LoraLinear4bit, shared_input
+from qlora_ext.nn.shared_input import SharedInput, share_input
 
 QKV = ("q_proj", "k_proj", "v_proj")
 

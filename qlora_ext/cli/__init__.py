@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-INSTALL = "pip install 'qlora_ext[cli]'"
+from .errors import INSTALL
 
 
 def main() -> None:

@@ -14,11 +14,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from .. import _C
 from ..build_info import build_info, in_words
-from ..checks import SentenceError, count, size
-from . import INSTALL
-from .errors import CliError
+from ..ops import _C
+from ..text import SentenceError, format_bytes, plural
+from .errors import INSTALL, CliError
 from .screen import bar, console, say, table
 
 app = typer.Typer(
@@ -106,7 +105,7 @@ def parse_size(text: str) -> int:
 
 def quant_config(quant_type: QuantType, blocksize: int, double_quant: bool):
     """The settings, or the sentence that says which is out of range."""
-    from ..quantized_tensor import QuantConfig
+    from ..tensor.config import QuantConfig
 
     try:
         return QuantConfig(quant_type.value, blocksize, double_quant)
@@ -199,8 +198,8 @@ def quantize(
 def written(out: Path, job) -> None:
     """The last line of a command that writes a checkpoint."""
     say(
-        f"{out}: {size(job.nbytes_out)} in {count(len(job.shards), 'shard')}, "
-        f"{size(job.nbytes_in)} before"
+        f"{out}: {format_bytes(job.nbytes_out)} in {plural(len(job.shards), 'shard')}, "
+        f"{format_bytes(job.nbytes_in)} before"
     )
 
 
@@ -246,8 +245,8 @@ def merge(
     limit = parse_size(max_shard_size)
     import torch
 
-    from ..checkpoint import read_config, stored_method
     from ..files import extra_files, find_folder
+    from ..integrations.transformers.building import read_config, stored_method
     from . import merge as work
 
     quiet()
@@ -320,7 +319,7 @@ def merge(
     ranks = sorted({pair.r for pair in pairs.values()})
     what = "4 bits" if four_bit else str(job.result.dtype).removeprefix("torch.")
     say(
-        f"{count(len(pairs), 'layer')} merged (rank {', '.join(map(str, ranks))}), "
+        f"{plural(len(pairs), 'layer')} merged (rank {', '.join(map(str, ranks))}), "
         f"weights in {what}"
     )
     written(out, job)
@@ -383,8 +382,8 @@ def estimate(
     config = None if dense else quant_config(quant_type, blocksize, double_quant)
     import torch
 
+    from ..adapters.config import LoraConfig
     from ..files import reading
-    from ..lora import LoraConfig
     from . import estimate as work
 
     quiet()
@@ -398,10 +397,10 @@ def estimate(
         found = work.estimate(
             settings, seq=seq, batch=batch, quant=config, lora=lora, checkpointing=checkpointing
         )
-    rows = [[name, size(nbytes)] for name, nbytes in found.parts.items()]
+    rows = [[name, format_bytes(nbytes)] for name, nbytes in found.parts.items()]
     rows.append([f"CUDA context, and {work.SLACK:.0%} for the allocator",
-                 size(found.total - sum(found.parts.values()))])  # fmt: skip
-    rows.append(["total", size(found.total)])
+                 format_bytes(found.total - sum(found.parts.values()))])  # fmt: skip
+    rows.append(["total", format_bytes(found.total)])
     how = ", gradient checkpointing" if checkpointing else ""
     table(f"Estimate: batch {batch} x {seq} tokens, rank {rank} on {target}{how}", ["", ""], rows)
     say(
@@ -410,7 +409,8 @@ def estimate(
         "attention saved as flash\nkernels save it"
         + (" (checkpointing: one input per layer, and one whole layer)" if checkpointing else "")
         + " + logits and two fp32 gradients)\n"
-        f"x {1 + work.SLACK:.2f} + {size(work.CONTEXT)}. An estimate: kernels' workspaces and "
+        f"x {1 + work.SLACK:.2f} + {format_bytes(work.CONTEXT)}. An estimate: kernels' "
+        "workspaces and "
         "fragmentation differ from run to run.\n"
     )
     sizes = [gpu] if gpu is not None else list(work.GPUS)

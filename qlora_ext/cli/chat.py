@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..checkpoint import (
+from ..adapters.files import NotPlainLora
+from ..checks import check_finite, check_parameters
+from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
+from ..integrations.transformers.building import (
     build_folder,
     check_nothing_anew,
     loading,
@@ -16,9 +19,8 @@ from ..checkpoint import (
     stored_method,
     unquantized,
 )
-from ..checks import bad_regex, check_finite, check_parameters, short
-from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
-from ..lora import NotPlainLora
+from ..models.patterns import bad_regex
+from ..text import shorten
 from .errors import CliError
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +37,7 @@ class Chat:
     """
 
     def __init__(self, name: str, *, base: str | None, four_bit: bool, device: str):
-        from ..integrations.transformers import QLoraExtConfig
+        from ..integrations.transformers.config import QLoraExtConfig
 
         folder = find_folder(name)
         adapter = folder if os.path.lexists(folder / ADAPTER) else None
@@ -45,7 +47,8 @@ class Chat:
                 raise CliError(f"{folder} does not name its base: give it with --base")
             if not isinstance(base, str):
                 raise CliError(
-                    f"{folder / ADAPTER}: base_model_name_or_path is {short(base)}, want the name "
+                    f"{folder / ADAPTER}: base_model_name_or_path is {shorten(base)}, want "
+                    "the name "
                     "of a folder or model: give it with --base"
                 )
             folder = find_folder(base)
@@ -119,7 +122,8 @@ def load_model(folder: Path, packing, device: str):
         CheckpointError, CliError: a folder that is no checkpoint in safetensors files, or whose
             config.json describes a much larger model than they hold.
     """
-    from ..integrations.transformers import check_loaded, from_pretrained
+    from ..integrations.transformers.files import check_loaded
+    from ..integrations.transformers.pretrained import from_pretrained
 
     if os.path.lexists(folder / ADAPTER):
         raise CliError(f"{folder} is an adapter ({ADAPTER}), want the model that it is for")
@@ -169,7 +173,7 @@ def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:
 
 def load_adapter(model, folder: Path) -> None:
     """Puts an adapter on a model: ours where it is plain LoRA, else PEFT's loader."""
-    from ..lora import load_adapter as ours
+    from ..adapters.files import load_adapter as ours
 
     try:
         ours(model, folder)
@@ -206,16 +210,16 @@ def _check_for_peft(folder: Path) -> None:
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     ranks = [config.get("r"), *(patterns[0].values() if isinstance(patterns[0], dict) else ())]
     if any(isinstance(rank, int) and rank > largest for rank in ranks):
-        raise CliError(f"{path}: r is {short(config.get('r'))}, want the rank of its tensors")
+        raise CliError(f"{path}: r is {shorten(config.get('r'))}, want the rank of its tensors")
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
-            raise CliError(f"{path}: {key} is {short(config[key])}, want an adapter without")
+            raise CliError(f"{path}: {key} is {shorten(config[key])}, want an adapter without")
     names = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern",
                                          "modules_to_save", "target_parameters")]  # fmt: skip
     texts = [text for value in [*names, *patterns] if isinstance(value, (str, list, dict))
              for text in ([value] if isinstance(value, str) else value)]  # fmt: skip
     if bad := bad_regex(text for text in texts if isinstance(text, str)):
-        raise CliError(f"{path} has {short(bad[0])} among its names of layers, want {bad[1]}")
+        raise CliError(f"{path} has {shorten(bad[0])} among its names of layers, want {bad[1]}")
 
 
 def load_tokenizer(folders: list[Path]):

@@ -1,6 +1,8 @@
 """What a command says when it cannot go on: one sentence, no traceback."""
 
-from ..checks import SentenceError
+from ..text import SentenceError
+
+INSTALL = "pip install 'qlora_ext[cli]'"
 
 
 class CliError(SentenceError):

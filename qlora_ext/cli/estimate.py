@@ -18,13 +18,14 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoint import build, build_folder, read_config, unquantized
-from ..checks import first_line, printable
-from ..experts import Experts4bit
-from ..lora import LoraConfig, add_lora
+from ..adapters.add import add_lora
+from ..adapters.config import LoraConfig
+from ..integrations.transformers.building import build, build_folder, read_config, unquantized
 from ..models import memory_report, num_parameters, quantize_model
-from ..quantized_tensor import QuantConfig
-from ..shared_input import hook_that_only_counts
+from ..nn.experts import Experts4bit
+from ..nn.shared_input import hook_that_only_counts
+from ..tensor.config import QuantConfig
+from ..text import first_line, printable
 from .errors import CliError
 
 # Sizes that GPUs are sold in, GiB.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checks import some
 from ..files import INDEX, extra_files
+from ..text import first_few
 from .errors import CliError
 
 SETTINGS = ("config.json", "adapter_config.json", INDEX)
@@ -56,7 +56,7 @@ class Inputs:
             return
         left = [path for path in changed if now.get(path) is not None]
         stale = any(_makes_weights(path, self.paths) for path in left)
-        names = some(map(str, changed))
+        names = first_few(map(str, changed))
         if left:
             raise InputsChanged(f"{names} changed during the run", stale)
         raise InputsChanged(f"{names} disappeared during the run", stale)

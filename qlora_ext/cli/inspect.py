@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .. import _C
-from ..checks import count, first_line, printable, short, size
-from ..config_file import check_config
 from ..files import MAX_NUMEL, SafetensorsFiles, read_json, reading, safetensors_files
-from ..quantized_tensor import BLOCKSIZES
+from ..models.config_file import check_config
+from ..ops import _C
+from ..tensor.config import BLOCKSIZES
+from ..text import first_line, format_bytes, plural, printable, shorten
 from .errors import CliError
 
 MARK = ".quant_state.bitsandbytes__"
@@ -166,7 +166,7 @@ def _bitsandbytes(headers: SafetensorsFiles, key: str, keys: list[str], taken: s
         shape = tuple(int(n) for n in meta["shape"])
         # Of a tensor without elements, too, as of safetensors' own shapes.
         if min(shape, default=0) < 0 or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
-            raise ValueError(f"shape is {short(shape)}")
+            raise ValueError(f"shape is {shorten(shape)}")
         kind = _describe(
             str(meta["quant_type"]), int(meta["blocksize"]), "nested_offset" in meta, False
         )
@@ -211,7 +211,7 @@ def rows(contents: Contents, every: bool) -> list[list[str]]:
             "?" if shape is None else " x ".join(map(str, shape)) or "1",
             f"{sum(x.numel for x in layers):,}",
             f"{layers[0].bits:.3f}",
-            size(sum(x.nbytes for x in layers)),
+            format_bytes(sum(x.nbytes for x in layers)),
         ]
         for (name, kind, shape), layers in groups.items()
     ]
@@ -223,19 +223,20 @@ def summary(contents: Contents) -> list[str]:
     packed = [layer for layer in contents.layers if layer.packed]
     weights = sum(layer.numel for layer in packed)
     lines = [
-        f"{contents.format}: {count(numel, 'weight')} in {size(contents.nbytes)}, "
-        f"{count(len(contents.files), 'file')}"
+        f"{contents.format}: {plural(numel, 'weight')} in {format_bytes(contents.nbytes)}, "
+        f"{plural(len(contents.files), 'file')}"
     ]
     if packed:
         bits = 8 * sum(layer.nbytes for layer in packed) / max(weights, 1)
         lines.append(
-            f"packed: {count(len(packed), 'layer')}, {weights / max(numel, 1):.1%} of the weights, "
+            f"packed: {plural(len(packed), 'layer')}, {weights / max(numel, 1):.1%} of the "
+            "weights, "
             f"{bits:.3f} bits per packed weight, {8 * contents.nbytes / max(numel, 1):.3f} over all"
         )
     settings = contents.settings
     if "peft_type" in settings:
         said = {
-            key: value if isinstance(value, str) and len(value) < 80 else short(value)
+            key: value if isinstance(value, str) and len(value) < 80 else shorten(value)
             for key, value in settings.items()
         }
         lines.append(

@@ -12,15 +12,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, read_config, unquantized
+from ..adapters.add import with_adapter
+from ..adapters.config import LoraConfig
+from ..adapters.files import _per_layer, _rank, _read_config, _read_pairs
 from ..checks import check_finite, check_parameters
-from ..experts import is_fused_experts
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
-from ..lora import LoraConfig, _per_layer, _rank, _read_config, _read_pairs, _with_adapter
-from ..merge import WIDER, check_weight, dense_layer
+from ..integrations.transformers.building import read_config, unquantized
+from ..integrations.transformers.checkpoint import Checkpoint
 from ..models import quantize_model, replace_module
-from ..nn import Embedding4bit, Linear4bit, is_conv1d
-from ..quantized_tensor import QuantConfig
+from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import is_fused_experts, up_name
+from ..nn.linear import Linear4bit, is_conv1d
+from ..tensor.config import QuantConfig
 from .errors import CliError
 from .quantize import pack_like, quantized_result
 from .stream import PACKED, Job
@@ -32,7 +36,6 @@ REQUANTIZING = (
     "(--calibration) keeps nearly all in 4 bits, and text that the model writes (--own-text) "
     "nearly as much"
 )
-PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -55,16 +58,7 @@ class Pair:
 
     def added_to(self, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
         """weight + scaling B A in fp32; weight is [N, K], or [K, N] if transposed."""
-        total = self.lora_B.float() @ self.lora_A.float()
-        if transposed:
-            total = total.T.contiguous()
-        # Into the product's own memory, a part at a time: no second fp32 matrix.
-        flat, weight = total.view(-1), weight.reshape(-1)
-        for start in range(0, flat.numel(), PART):
-            part = flat[start : start + PART]
-            dense = weight[start : start + PART].float()
-            torch.add(dense, part, alpha=self.scaling, out=part)
-        return total
+        return adapted_weight(weight, self.lora_A, self.lora_B, self.scaling, transposed)
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
@@ -127,7 +121,7 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
         layers[name] = adapter[name]
     for layer, pair in layers.items():
         base = module if layer == name else module.get_submodule(layer[len(name) + 1 :])
-        new = _with_adapter(
+        new = with_adapter(
             layer,
             base,
             r=pair.r,
@@ -163,8 +157,7 @@ def _merge_dense(
     if name in adapter:
         merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
     elif is_fused_experts(module) and (inside := _pairs_inside(adapter, name)):
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        for key, side in ((up, "up"), ("down_proj", "down")):
+        for key, side in ((up_name(module), "up"), ("down_proj", "down")):
             stack = module._parameters[key].to(dtype or torch.float32, copy=True)
             for e in range(len(stack)):
                 pair = inside.pop(f"{name}.packed.{e}.{side}", None)
@@ -323,10 +316,10 @@ def calibrated(
         folder: an empty one, to write to.
         settings, keep: to pack an unquantized base with, as in quantize_model.
     """
-    from ..integrations.transformers import QLoraExtConfig
-    from ..lora import load_adapter
-    from ..merge_4bit import merge_into_4bit
-    from ..own_text import context_length, write_calibration
+    from ..adapters.files import load_adapter
+    from ..integrations.transformers.config import QLoraExtConfig
+    from ..merging.calibration_text import context_length, write_calibration
+    from ..merging.into_4bit import merge_into_4bit
     from .chat import load_model, load_tokenizer
 
     tokenizer = load_tokenizer([base] if text else [adapter_folder, base])

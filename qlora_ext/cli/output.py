@@ -27,8 +27,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..checks import CheckpointError, count, size, some
 from ..files import read_json
+from ..text import CheckpointError, first_few, format_bytes, plural
 from .errors import CliError
 from .inputs import Inputs, InputsChanged
 from .lock import Lock, Record, inode, sizes
@@ -152,8 +152,9 @@ class Output:
         folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
         if strange := folders - SUBFOLDERS:
             raise CliError(
-                f"{self.out} holds {count(len(strange), 'folder')} that no checkpoint has "
-                f"({some(strange)}), so --force does not replace it: move what is yours out of it, "
+                f"{self.out} holds {plural(len(strange), 'folder')} that no checkpoint has "
+                f"({first_few(strange)}), so --force does not replace it: move what is yours "
+                "out of it, "
                 "or name another folder"
             )
 
@@ -224,7 +225,8 @@ class Output:
             if not kept:
                 self.discard()
             raise CliError(
-                f"{self.out} needs {size(need)} more and its disk has {size(free)} free{kept}"
+                f"{self.out} needs {format_bytes(need)} more and its disk has "
+                f"{format_bytes(free)} free{kept}"
             )
         return todo
 
@@ -473,7 +475,7 @@ class Output:
             return "this run had not written anything yet"
         done = sum(shard.is_whole(self.folder / shard.filename) for shard in shards)
         return (
-            f"{done} of {count(len(shards), 'shard')} are finished and kept in {self.folder}; the "
+            f"{done} of {plural(len(shards), 'shard')} are finished and kept in {self.folder}; the "
             "same command goes on from there"
         )
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ..checkpoint import Checkpoint, stored_method
-from ..experts import Experts4bit
+from ..integrations.transformers.building import stored_method
+from ..integrations.transformers.checkpoint import Checkpoint
 from ..models import quantize_model
-from ..nn import Embedding4bit, Linear4bit
-from ..quantized_tensor import QuantConfig
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit
+from ..nn.linear import Linear4bit
+from ..tensor.config import QuantConfig
 from .errors import CliError
 from .stream import Job
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..checks import CheckpointError
 from ..files import DTYPE_NAMES, INDEX, check_file
+from ..text import CheckpointError
 from .errors import CliError
 
 CHUNK = 64 * 2**20  # bytes a write call takes at most; some systems refuse 2 GiB

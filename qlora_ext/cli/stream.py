@@ -17,11 +17,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..build_info import build_info
-from ..checkpoint import Checkpoint, Unit
-from ..checks import check_finite, count, some, without_mask
-from ..experts import Experts4bit
+from ..checks import check_finite, without_mask
 from ..files import FLOATS, INDEX, extra_files
-from ..nn import Embedding4bit, Linear4bit
+from ..integrations.transformers.checkpoint import Checkpoint, Unit
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit
+from ..nn.linear import Linear4bit
+from ..text import first_few, plural
 from .errors import CliError
 from .inputs import InputsChanged
 from .output import STATE, Output, is_full
@@ -137,7 +139,8 @@ class Job:
         if got != want:
             odd = {name for name in {*got, *want} if got.get(name) != want.get(name)}
             raise CliError(
-                f"transformers stores {some(odd)} of {type(self.result).__name__} in a way that "
+                f"transformers stores {first_few(odd)} of {type(self.result).__name__} in a "
+                "way that "
                 "takes several modules at once: load it whole, with qlora_ext.quantize_model or "
                 "merge_and_unload, and save that"
             )
@@ -295,8 +298,8 @@ class Job:
         if not unexpected:
             return []
         return [
-            f"{count(len(unexpected), 'tensor')} of the input left out, which "
-            f"{type(self.result).__name__} does not have: {some(unexpected)}"
+            f"{plural(len(unexpected), 'tensor')} of the input left out, which "
+            f"{type(self.result).__name__} does not have: {first_few(unexpected)}"
         ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..models.walk import is_packed
-from ..nn import _Packed4bit
+from ..nn.packed import _Packed4bit
 
 _Entry = tuple[dict[str, Tensor | None], str, Tensor]  # a module's dict, the key, what is there
 

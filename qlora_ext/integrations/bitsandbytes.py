@@ -14,7 +14,8 @@ from importlib import metadata
 import torch
 import torch.nn.functional as F
 
-from .. import _C, ops
+from .. import ops
+from ..ops import _C
 
 TESTED = "0.50"
 _SMALLEST = 1e-38  # bitsandbytes divides no block by less

@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule, skip_code
 from torch.compiler import disable, is_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..nn import _Packed4bit
+from ..nn.packed import _Packed4bit
 
 _Layers = list[weakref.ref[_Packed4bit]]
 # The packed layers of each compiled model, and how many modules had been put somewhere when they

@@ -27,7 +27,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..checks import check_input
-from ..nn import Linear4bit, LoraLinear4bit
+from ..nn.linear import Linear4bit
+from ..nn.lora import LoraLinear4bit
 
 __all__ = ["ColwiseParallel4bit", "ParallelLinear4bit", "RowwiseParallel4bit"]
 

@@ -13,7 +13,7 @@ import warnings
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..nn import _PACKED_KEYS, _Packed4bit
+from ..nn.packed import _PACKED_KEYS, _Packed4bit
 
 
 def _leaving_packed_frozen(original):

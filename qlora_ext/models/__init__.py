@@ -21,7 +21,6 @@ from .walk import (
     linear_names,
     move_hooks,
     output_embeddings,
-    own_config,
     places_of,
     progress,
     replace_module,

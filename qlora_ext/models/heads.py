@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..nn import is_plain_linear
+from ..nn.linear import is_plain_linear
 from .walk import output_embeddings
 
 OUTPUT, TASK = "output head", "task head"

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import bad_regex, short
+from ..text import shorten
+from .patterns import bad_regex
 
 _PLAIN = re.compile(r"[\w.-]+")
 
@@ -38,11 +39,11 @@ def as_names(names: Any, owner: str) -> list[str]:
     listed = [names] if isinstance(names, str) or not is_list else list(names)
     if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(
-            f"{owner}: modules_to_not_convert got {short(names)}, want a list of names of layers"
+            f"{owner}: modules_to_not_convert got {shorten(names)}, want a list of names of layers"
         )
     patterns = [name for name in listed if not _PLAIN.fullmatch(name)]
     if bad := bad_regex(patterns):
-        raise ValueError(f"{owner}: modules_to_not_convert has {short(bad[0])}, want {bad[1]}")
+        raise ValueError(f"{owner}: modules_to_not_convert has {shorten(bad[0])}, want {bad[1]}")
     return sorted(listed) if isinstance(names, (set, frozenset)) else listed
 
 

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..experts import is_fused_experts
-from ..nn import FLOAT_DTYPES, _Packed4bit, is_plain_linear
+from ..nn.experts import is_fused_experts
+from ..nn.linear import is_plain_linear
+from ..nn.packed import _Packed4bit
+from ..tensor.config import FLOAT_DTYPES
 from .heads import heads_of
 from .names import Names, literal, matches
 from .reads import read_past_forward
@@ -286,7 +288,9 @@ _EXPECTED = (
 )
 
 
-def tell(op: str, report: QuantizationReport, least: float = 0.01, stacklevel: int = 3) -> None:
+def log_report(
+    op: str, report: QuantizationReport, least: float = 0.01, stacklevel: int = 3
+) -> None:
     """Logs a report, and warns of what stays dense beyond the usual.
 
     Args:
@@ -308,7 +312,7 @@ def tell(op: str, report: QuantizationReport, least: float = 0.01, stacklevel: i
     )
 
 
-def tell_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
+def warn_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
     """Warns of names to leave alone that match no module."""
     if names:
         warnings.warn(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from torch import nn
 
+from .. import hosts
 from ..checks import check_parameters
-from ..experts import Experts4bit, is_fused_experts
-from ..nn import Embedding4bit, Linear4bit, _Lora, _Packed4bit, is_plain_linear
-from ..offload import check_in_memory
-from ..quantized_tensor import QuantConfig
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit, is_fused_experts
+from ..nn.linear import Linear4bit, is_plain_linear
+from ..nn.lora import _Lora
+from ..nn.offload import check_in_memory
+from ..nn.packed import _Packed4bit
+from ..tensor.config import QuantConfig
 from .names import as_names
-from .plan import Plan, tell
+from .plan import Plan, log_report
 from .raw_errors import explain_errors
 from .walk import (
     linear_names,
-    own_config,
     places_of,
     progress,
     replace_module,
@@ -110,7 +112,9 @@ def quantize_model(
     config = config or QuantConfig()
     _check_model(model)
     keep = as_names(modules_to_not_convert, "quantize_model")
-    plan = Plan(model, keep, embeddings=quantize_embeddings, other_names=_file_names(model, keep))
+    plan = Plan(
+        model, keep, embeddings=quantize_embeddings, other_names=_names_in_files(model, keep)
+    )
     if unmatched := plan.unmatched():
         raise ValueError(
             f"quantize_model: modules_to_not_convert has {unmatched[0]!r}, which matches no "
@@ -139,8 +143,9 @@ def quantize_model(
         replace_module(model, old, new, places)
         del old, new
     model.quantization_report = plan.report(packed)
-    tell("quantize_model", model.quantization_report)
-    _tell_transformers(model, config, kept)
+    log_report("quantize_model", model.quantization_report)
+    for hook in hosts.on_packed:
+        hook(model, config, kept)
     use_dense_panels(model, dense_panels)
     explain_errors(model)
     return model
@@ -160,32 +165,6 @@ def _check_dense(model: nn.Module, plan: Plan) -> None:
         raise RuntimeError(str(error)) from None
 
 
-def _file_names(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
-    """What the layers of a transformers model are called in its files, if that is asked."""
-    transformers = sys.modules.get("transformers")
-    if not keep or transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return []
-    from ..integrations.transformers import checkpoint_names
-
-    return checkpoint_names(model)
-
-
-def _tell_transformers(model: nn.Module, config: QuantConfig, kept: list[str]) -> None:
-    """Marks a transformers model as from_pretrained marks one that it packs: it saves, and so
-    reloads, as a quantized one, and its own code knows that its weights are packed."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return
-    from ..integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer, mark_quantized
-
-    inside: set[int] = set()
-    for part in list(model.modules()):
-        if isinstance(part, transformers.PreTrainedModel) and id(part) not in inside:
-            inside.update(map(id, part.modules()))
-            own_config(part)
-            mark_quantized(part)
-    if not isinstance(model, transformers.PreTrainedModel):
-        return
-    settings = QLoraExtConfig(modules_to_not_convert=kept, **config.to_dict())
-    model.hf_quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
-    model.config.quantization_config = model.hf_quantizer.quantization_config
+def _names_in_files(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
+    """What the layers of model are called in its files, if that matters."""
+    return [names for hook in hosts.names_in_files for names in hook(model)] if keep else []

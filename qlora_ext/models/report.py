@@ -6,9 +6,27 @@ import dataclasses
 import re
 from collections import defaultdict
 
+import torch
 from torch import nn
 
 from .walk import _numel, is_packed
+
+
+def logical_surplus(module: torch.nn.Module) -> int:
+    """How many weights `module` stands for beyond the elements of its parameters.
+
+    A packed weight has two weights a byte, and its scale statistics are not weights.
+    """
+    surplus = 0
+    for child in module.modules():
+        if is_packed(child):
+            stored = sum(
+                parameter.numel()
+                for name, parameter in child.named_parameters(recurse=False)
+                if name.startswith("weight")
+            )
+            surplus += child._shape.numel() - stored
+    return surplus
 
 
 @dataclasses.dataclass(frozen=True)

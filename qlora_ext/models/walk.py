@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections import defaultdict
@@ -10,8 +9,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..nn import FUSED, Linear4bit, PanelLinear, _Packed4bit, is_conv1d
-from ..offload import move_hook
+from ..nn.linear import Linear4bit, is_conv1d
+from ..nn.offload import move_hook
+from ..nn.packed import _Packed4bit
+from ..nn.panel import PanelLinear
+from .architectures import FUSED
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -172,13 +174,3 @@ def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
     for layer in [m for m in model.modules() if type(m) is nn.Linear]:
         if panels or (layer.weight.device.type == "cpu" and layer.weight.is_floating_point()):
             replace_module(model, layer, PanelLinear.from_linear(layer, always=bool(panels)))
-
-
-def own_config(model: nn.Module) -> None:
-    """Gives a transformers model a config of its own, where other models were made from it too."""
-    copies: dict[int, object] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is not None and id(config) in copies:
-            module.config = copies[id(config)]

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import nn
 
-from . import ops
-from .checks import check_finite
-from .experts import Experts4bit, dense_experts
-from .models import check_model, check_whole, own_config, places_of, progress, replace_module
-from .models.raw_errors import unwatch
-from .nn import (
-    FLOAT_DTYPES,
-    Embedding4bit,
-    Linear4bit,
-    LoraLinear,
-    PanelLinear,
-    _Lora,
-    _Packed4bit,
-)
-from .offload import check_in_memory
-from .quantized_tensor import QuantizedTensor, dequantize_4bit
-
-__all__ = ["merge_and_unload"]
+from .. import hosts
+from ..checks import check_finite, check_parameters
+from ..models import check_model, check_whole, places_of, progress, replace_module
+from ..models.raw_errors import unwatch
+from ..nn.dense import WIDER, check_weight, dense_layer, restore_conv1d
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit
+from ..nn.linear import Linear4bit
+from ..nn.lora import LoraLinear, _Lora
+from ..nn.offload import check_in_memory
+from ..nn.packed import _Packed4bit
+from ..nn.panel import PanelLinear
+from ..tensor.config import FLOAT_DTYPES
 
 # What to do where a model is offloaded.
 IN_MEMORY = (
@@ -67,7 +60,7 @@ def merge_and_unload(
         )
     _check_adapters(model)
     _check_range(model, dtype)
-    head = _tied_head(model)
+    head = tied_head(model)
     names = _layers_to_replace(model)
     places = places_of(model)
     for name in progress(names, "merge", progress_bar):
@@ -76,7 +69,10 @@ def merge_and_unload(
         del old
     unwatch(model)
     _cast(model, dtype)
-    _forget_quantization(model, dtype, untied=head)
+    _tell_dense(model, dtype)
+    if head:
+        for hook in hosts.on_untied:
+            hook(model)
     return model
 
 
@@ -112,55 +108,6 @@ def _layers_to_replace(model: nn.Module) -> list[str]:
     return names
 
 
-# Layers -------------------------------------------------------------------------------------------
-
-
-def _merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The dense [N, K] weight of a packed or adapted layer in dtype."""
-    if isinstance(module, LoraLinear):
-        delta = module.lora_B.detach().float() @ module.lora_A.detach().float()
-        return module.weight.detach().float().add(delta, alpha=module.scaling).to(dtype)
-    if isinstance(module, _Lora):
-        # The op wants A and B of one dtype; fp32 holds either exactly.
-        A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
-        return ops.merge_lora_4bit(module.quantized.op_args(), A, B, module.scaling, dtype)
-    if not isinstance(module, _Packed4bit):
-        return module.weight.detach().to(dtype)
-    return dequantize_4bit(module.quantized, dtype)
-
-
-def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The plain layer that computes what module did."""
-    if isinstance(module, Experts4bit):
-        return dense_experts(module, lambda layer: _merged_weight(layer, dtype))
-    if type(module) is PanelLinear:
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        # The very parameters: they may be tied, and are cast with the rest of the model.
-        linear.weight, linear.bias = module.weight, module.bias
-        return linear.train(module.training)
-    weight = _merged_weight(module, dtype)
-    if isinstance(module, Embedding4bit):
-        N, K = weight.shape
-        embedding = nn.Embedding(N, K, module.padding_idx, device="meta")
-        embedding.weight = nn.Parameter(weight)
-        return embedding.train(module.training)
-    bias = module.bias
-    if isinstance(module, Linear4bit) and module.from_conv1d:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            linear = Conv1D(module.out_features, module.in_features)
-        weight = weight.T.contiguous()
-    else:
-        linear = nn.Linear(
-            module.in_features, module.out_features, bias=bias is not None, device="meta"
-        )
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype))
-    return linear.train(module.training)
-
-
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts what is left one tensor at a time, so that tied parameters and buffers stay tied."""
     cast = {}
@@ -185,43 +132,6 @@ def _is_saved(module: nn.Module, key: str) -> bool:
     return key not in module._non_persistent_buffers_set
 
 
-# Range --------------------------------------------------------------------------------------------
-
-
-def _weight_bound(q: QuantizedTensor) -> float:
-    """A bound on |dequantized weight| from the statistics alone."""
-    values = max(abs(v) for v in q.values)
-    if q.nested is None:
-        scale = q.absmax.clone().view(torch.float32).abs().max().item()
-    else:
-        nested = q.nested.clone().view(torch.float32).abs()
-        scale = (nested[0] + nested[1:].max()).item()
-    mean = 0.0 if q.mean is None else q.mean.clone().view(torch.float32).abs().max().item()
-    return values * scale + mean
-
-
-WIDER = "merge to torch.bfloat16 or torch.float32"
-
-
-def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """OverflowError, by that name, unless dtype holds the weight of a packed or adapted layer.
-
-    The weight itself is made only where bounds from its statistics do not settle it.
-    """
-    weight = module._parameters["weight"]
-    if weight.is_meta:
-        return
-    packed = isinstance(module, _Packed4bit)
-    bound = _weight_bound(module.quantized) if packed else weight.abs().max().item()
-    if isinstance(module, _Lora):
-        A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
-        # |B A| <= (row norms of B) * (column norms of A), by Cauchy-Schwarz.
-        bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
-    if not bound < torch.finfo(dtype).max / 2:
-        values = _merged_weight(module, torch.float32)
-        check_finite(name, values, dtype, advice=WIDER if dtype == torch.float16 else "")
-
-
 def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
     """OverflowError, before anything is changed, if a value is not finite in dtype."""
     op = "merge_and_unload: "
@@ -242,32 +152,53 @@ def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
                 check_finite(f"{op}{f'{name}.{key}'.lstrip('.')}", values, dtype, advice=advice)
 
 
-# transformers' bookkeeping ------------------------------------------------------------------------
-
-
-def _tied_head(model: nn.Module) -> bool:
+def tied_head(model: nn.Module) -> bool:
     """Whether an adapted dense layer shares its weight with another module."""
     adapted = {id(m.weight) for m in model.modules() if isinstance(m, LoraLinear)}
     owners = [id(m._parameters["weight"]) for m in model.modules() if "weight" in m._parameters]
     return any(owners.count(i) > 1 for i in adapted)
 
 
-def _forget_quantization(model: nn.Module, dtype: torch.dtype, untied: bool) -> None:
-    for attribute in ("quantization_report", "hf_quantizer", "quantization_method"):
-        if attribute in model.__dict__:
-            delattr(model, attribute)
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return
-    model.is_quantized = False
-    own_config(model)
-    for part in model.modules():
-        if isinstance(part, transformers.PreTrainedModel):
-            part.config.__dict__.pop("_is_quantized", None)
-    for config in (model.config, model.config.get_text_config()):
-        config.__dict__.pop("quantization_config", None)
-        config.dtype = dtype
-        if untied:
-            config.tie_word_embeddings = False
-    if untied and hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
+def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes every packed layer of a model dense, in place.
+
+    The model is an ordinary one afterwards: saving it writes no quantization config.
+
+    Args:
+        dtype: of the result; None keeps that of each parameter, and of each packed layer the one
+            that it stands for.
+
+    Raises:
+        OverflowError: that dtype cannot hold a weight. ValueError: weights are offloaded. The model
+            is then as it was.
+    """
+    check_in_memory("dequantize", model, "load it without 'cpu' and 'disk' in device_map")
+    check_parameters("dequantize", model, dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear4bit, Embedding4bit)):
+            check_weight(f"dequantize: {name}.weight", module, dtype or module.dtype)
+    if dtype is not None:
+        model.to(dtype)
+    done = set()  # experts become one dense module with the layer that holds them
+    for module in list(model.modules()):
+        if module in done:
+            continue
+        if isinstance(module, Experts4bit):
+            done.update(module.modules())
+            first = module.packed[0].up
+            own = getattr(first, "dtype", first.weight.dtype)
+            replace_module(model, module, dense_layer(module, own).requires_grad_(False))
+        elif type(module) is PanelLinear:
+            replace_module(model, module, dense_layer(module, module.weight.dtype))
+        elif isinstance(module, (Linear4bit, Embedding4bit)):
+            replace_module(model, module, dense_layer(module, module.dtype))
+        elif getattr(module, "from_conv1d", False):
+            replace_module(model, module, restore_conv1d(module))
+    unwatch(model)
+    _tell_dense(model, dtype)
+
+
+def _tell_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
+    model.__dict__.pop("quantization_report", None)
+    for hook in hosts.on_dense:
+        hook(model, dtype)

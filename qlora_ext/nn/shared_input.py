@@ -33,7 +33,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from .. import ops
 
 # Names of sibling layers that read the same input.
 SAME_INPUT = (

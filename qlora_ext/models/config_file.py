@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .checks import CheckpointError, short
-from .files import SafetensorsFiles, read_json, reading
+from .. import hosts
+from ..files import SafetensorsFiles, read_json, reading
+from ..text import CheckpointError, shorten
 
 # Sizes of what is made, by the names that architectures have for them.
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
@@ -68,7 +69,7 @@ def check_config(
 
     def refuse(key: str, want: str):
         name = f"{within}{key}"
-        raise CheckpointError(f"{path}: {name} is {short(raw[key])}, want {want}")
+        raise CheckpointError(f"{path}: {name} is {shorten(raw[key])}, want {want}")
 
     if raw.get("auto_map"):
         raise CheckpointError(
@@ -161,10 +162,12 @@ def _check_method(path: Path, value: dict) -> None:
     if method == "qlora_ext":
         with reading(f"{path}: quantization_config"):
             check_settings(value)
-    elif method != "bitsandbytes" and not _is_known(method):
+    elif method != "bitsandbytes" and not (
+        isinstance(method, str) and hosts.knows_quant_method(method)
+    ):
         # transformers would read packed bytes as if they were weights.
         raise CheckpointError(
-            f"{path}: quant_method is {short(method)}, want qlora_ext, bitsandbytes or another "
+            f"{path}: quant_method is {shorten(method)}, want qlora_ext, bitsandbytes or another "
             "that transformers knows"
         )
 
@@ -172,7 +175,7 @@ def _check_method(path: Path, value: dict) -> None:
 def check_settings(stored: dict) -> None:
     """ValueError for a quantization_config of ours with a setting that is unknown or out of
     range, TypeError for one of another type."""
-    from .quantized_tensor import QuantConfig
+    from ..tensor.config import QuantConfig
 
     known = {field.name for field in dataclasses.fields(QuantConfig)}
     own = {"quant_method", "checkpoint_format", *_NAME_LISTS[:1]}
@@ -181,21 +184,12 @@ def check_settings(stored: dict) -> None:
     QuantConfig(**{key: value for key, value in stored.items() if key in known})
 
 
-def _is_known(method: object) -> bool:
-    """Whether transformers has a quantizer of that name, or is not there to be asked."""
-    try:
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-    except ImportError:
-        return isinstance(method, str)
-    return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
-
-
 def _check_quantization(path: Path, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path}: quantization_config is {short(value)}, want an object with quant_method"
+            f"{path}: quantization_config is {shorten(value)}, want an object with quant_method"
         )
     for key in _NAME_LISTS:
         names = value.get(key)

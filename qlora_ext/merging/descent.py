@@ -24,10 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C
-from .quantized_tensor import QuantizedTensor, _view_matrix
-
-__all__ = ["fit_4bit", "hessian_error"]
+from ..ops import _C
+from ..tensor.quantized import QuantizedTensor, view_matrix
 
 _COLUMNS = 64  # columns between two updates of the whole gradient
 _PUSH = 2.0  # of what is missing: about half of a push arrives
@@ -251,7 +249,7 @@ class _Fit:
         codes = self.code_of_rank[self.rank[:, part.rows].T.reshape(-1).long()].to(torch.uint8)
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_zeros(1)])  # the spare nibble
-        return _view_matrix((codes[0::2] << 4) | codes[1::2], part.q.shape)
+        return view_matrix((codes[0::2] << 4) | codes[1::2], part.q.shape)
 
 
 def _unpack(q: QuantizedTensor) -> Tensor:

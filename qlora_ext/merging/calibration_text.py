@@ -13,9 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .checks import is_integer, short
-
-__all__ = ["write_calibration"]
+from ..checks import is_integer
+from ..text import shorten
 
 _ROWS = 40  # texts at a time
 _LENGTH = 192  # tokens of a question and its answer at most, a third of which are the question's
@@ -59,14 +58,16 @@ def write_calibration(
     parts = ("chat_template", "bos_token_id", "eos_token_id")
     if not callable(tokenizer) or not all(hasattr(tokenizer, part) for part in parts):
         raise TypeError(
-            f"write_calibration: tokenizer is {short(tokenizer)}, want the model's tokenizer, as "
+            f"write_calibration: tokenizer is {shorten(tokenizer)}, want the model's tokenizer, as "
             "transformers.AutoTokenizer.from_pretrained gives it"
         )
     if not is_integer(tokens) or tokens < 1:
-        raise ValueError(f"write_calibration: tokens is {short(tokens)}, want an int of at least 1")
+        raise ValueError(
+            f"write_calibration: tokens is {shorten(tokens)}, want an int of at least 1"
+        )
     if not is_integer(seed) or not -(2**63) <= seed < 2**64:
         raise ValueError(
-            f"write_calibration: seed is {short(seed)}, want an int from -2**63 to 2**64 - 1"
+            f"write_calibration: seed is {shorten(seed)}, want an int from -2**63 to 2**64 - 1"
         )
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     if device is None:
@@ -168,14 +169,12 @@ def _ids(token: int | list[int] | None) -> list[int]:
 
 def _drawn(model, rows: list[list[int]], most: int, ends: set[int], device) -> list[list[int]]:
     """The rows, each with up to `most` tokens more: those before the first of `ends`."""
-    from transformers import GenerationConfig
-
     batch = _padded(rows, "left")
     if hasattr(model, "get_base_model"):  # a PeftModel, which has settings of its own
         model = model.get_base_model()
     # As the model's settings, not as an argument, which leaves to the model's what it does not set.
     before = model.generation_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = type(before)(
         max_new_tokens=most,
         do_sample=True,
         temperature=1.0,

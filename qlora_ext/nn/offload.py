@@ -16,6 +16,8 @@ import functools
 import torch
 from torch import nn
 
+from .. import hosts
+
 _ADAPTER = ("lora_A", "lora_B")
 
 
@@ -84,12 +86,11 @@ def loaded(module: nn.Module):
     if not hooks:
         yield
         return
-    from accelerate.hooks import ModelHook
-
     hook = module._hf_hook
     for each in hooks:
         each.pre_forward(module)
-    module._hf_hook = ModelHook()  # which does nothing: a forward would drop the parameters
+    # A hook that does nothing: with the real one, a forward would drop the parameters.
+    module._hf_hook = hosts.accelerate_hooks().ModelHook()
     try:
         yield
     finally:
@@ -155,16 +156,15 @@ def move_hook(old: nn.Module, new: nn.Module) -> None:
     hook = old.__dict__.get("_hf_hook")
     if hook is None:
         return
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
+    hooks = hosts.accelerate_hooks()
     if not is_offloaded(old):
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
+        hooks.remove_hook_from_module(old)
+        hooks.add_hook_to_module(new, hook)
         return
     # An empty hook takes its place meanwhile: detaching the real one would fetch the weights, and
     # attaching it would note meta as the device that they came from.
-    old._hf_hook = ModelHook()
-    remove_hook_from_module(old)
-    add_hook_to_module(new, ModelHook())
+    old._hf_hook = hooks.ModelHook()
+    hooks.remove_hook_from_module(old)
+    hooks.add_hook_to_module(new, hooks.ModelHook())
     new._hf_hook = hook
     keep_adapter(new)

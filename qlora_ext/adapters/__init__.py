@@ -1,0 +1,1 @@
+"""LoRA adapters on a model: added, saved and loaded."""

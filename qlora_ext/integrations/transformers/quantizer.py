@@ -1,0 +1,405 @@
+"""Quantizing while loading: transformers' `from_pretrained(quantization_config=QLoraExtConfig())`.
+
+transformers reads a checkpoint tensor by tensor into a model on the meta device. The quantizer here
+swaps the linear layers of that model for `Linear4bit` and turns each of their weights into packed
+bytes as it arrives, so the peak stays near one layer above the result. A saved model carries
+`quant_method: qlora_ext` in its config and is read back without being told.
+
+Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import ClassVar
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ...checks import check_finite, check_parameters
+from ...files import FLOATS
+from ...merging.dense import leave_no_packed_layer
+from ...models import check_whole, places_of, replace_module, use_dense_panels
+from ...models.names import as_names
+from ...models.plan import Plan, log_report, warn_unmatched
+from ...models.raw_errors import explain_errors
+from ...nn.embedding import Embedding4bit
+from ...nn.experts import Experts4bit, is_fused_experts
+from ...nn.linear import Linear4bit, is_plain_linear
+from ...nn.lora import _Lora
+from ...tensor.functions import quantize_tensor
+from ...tensor.quantized import QuantizedTensor
+from ...text import CheckpointError
+from .config import QLoraExtConfig
+from .files import (
+    check_loaded,
+    check_read,
+    checkpoint_names,
+    file_of,
+    local_part,
+    not_held,
+    stored_layers,
+)
+
+
+class Quantize(ConversionOps):
+    """Packs one weight that transformers has just read, on the device it was read to."""
+
+    def __init__(self, hf_quantizer: QLoraExtHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, *args, model=None, **kwargs):
+        """input_dict: full parameter name -> dense weight [out, in] (or [in, out] of a Conv1D).
+
+        Returns the packed weight and its statistics under the names they have in the model.
+        """
+        result = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            module, attribute = get_module_from_name(model, name)
+            if not isinstance(module, Linear4bit) or attribute != "weight":
+                result[name] = value
+                continue
+            if module.from_conv1d:
+                value = value.T.contiguous()
+            want = (module.out_features, module.in_features)
+            if tuple(value.shape) != want:
+                raise ValueError(f"{name}: shape got {tuple(value.shape)}, want {want}")
+            if value.is_meta:  # device_map="meta": packed in shape only
+                module._set_empty(value.device)
+                packed = {key: module._parameters[key] for key in module._sizes()}
+                packed["weight_codebook"] = module._parameters["weight_codebook"]
+            else:
+                try:
+                    q = quantize_tensor(value, module.config)
+                except RuntimeError:
+                    if value.isfinite().all():
+                        raise
+                    # What is raised here ends in a report of transformers' that names no file.
+                    self.hf_quantizer.not_finite.append((name, value.dtype))
+                    q = quantize_tensor(torch.zeros_like(value), module.config)
+                packed = module._as_parameters(q)
+            prefix = name.removesuffix("weight")
+            result.update({prefix + key: parameter for key, parameter in packed.items()})
+        return result
+
+
+class ReadBitsandbytes(ConversionOps):
+    """Reads one weight of a checkpoint that bitsandbytes packed, with its statistics."""
+
+    def __init__(self, hf_quantizer: QLoraExtHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
+        """input_dict: `weight`, `weight.absmax`, ... -> tensors of the layer of `full_layer_name`.
+
+        Raises:
+            ValueError, KeyError: statistics that are missing, damaged, or of other settings than
+                config.json says.
+        """
+        tensors = {key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()}
+        layer, _ = get_module_from_name(model, full_layer_name)
+        if not isinstance(layer, Linear4bit):
+            # An unpacked weight, of a norm say. transformers does not cast what goes through an op.
+            dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+            return {full_layer_name: tensors["weight"].to(dtype)}
+        q = QuantizedTensor.from_state_dict(tensors, "weight")
+        config = layer.config
+        got = (tuple(q.shape), q.quant_type, q.blocksize, q.nested is not None)
+        want = (
+            (layer.out_features, layer.in_features),
+            config.quant_type,
+            config.blocksize,
+            config.double_quant,
+        )
+        if got != want:
+            raise ValueError(
+                f"{full_layer_name}: (shape, quant_type, blocksize, double_quant) got {got}, want "
+                f"{want}"
+            )
+        packed = Linear4bit(
+            layer.in_features, layer.out_features, bias=False, config=config, device="meta"
+        )
+        packed._set_quantized(q)
+        prefix = full_layer_name.removesuffix("weight")
+        return {
+            prefix + key: tensor
+            for key, tensor in [*packed.named_parameters(), *packed.named_buffers()]
+        }
+
+
+class QLoraExtHfQuantizer(HfQuantizer):
+    """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
+
+    requires_calibration = False
+    saves_as = "qlora_ext"  # what save_pretrained writes; `save_pretrained` below changes it
+    given_state = None  # the state_dict that save_pretrained was given
+
+    def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
+        # A copy: the list of kept layers is filled in per model, and the caller's object may be
+        # meant for several models.
+        # Names given for a packed checkpoint are no setting of the model: they are not saved.
+        self.asked = quantization_config.__dict__.pop("_asked", [])
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.quant_config = self.quantization_config.to_quant_config()
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if (
+            not self.pre_quantized
+            and isinstance(device_map, dict)
+            and "disk" in [str(device) for device in device_map.values()]
+        ):
+            raise ValueError(
+                "QLoraExtConfig: device_map sends layers to disk, but a weight packed while "
+                "loading exists only in memory. Load and save the 4-bit model once without "
+                "'disk', then load that with this device_map."
+            )
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        # False for a packed checkpoint: transformers then checks the tensors against the shapes.
+        module, attribute = get_module_from_name(model, param_name)
+        return not self.pre_quantized and isinstance(module, Linear4bit) and attribute == "weight"
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    # The tensors under each `weight` of a bitsandbytes checkpoint.
+    serialized_names: ClassVar = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+        ]
+    }
+
+    def get_load_operations(self):
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            return {"deserialize": ReadBitsandbytes}
+        return {}
+
+    def update_weight_conversions(self, weight_conversions, model):
+        # The base class would also copy the model's own conversions for the names above.
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_state_dict_and_metadata(self, model):
+        given = self.given_state
+        floats = {k: t for k, t in (given or {}).items() if getattr(t, "dtype", None) in FLOATS}
+        for name, tensor in floats.items():
+            if ".lora_" not in name:
+                check_finite(f"save_pretrained: {name}", local_part(tensor.detach()), tensor.dtype)
+        # With a distributed_config transformers gathers what it sharded itself.
+        is_whole = given is not None and not any(hasattr(t, "to_local") for t in given.values())
+        if not is_whole and getattr(model.config, "distributed_config", None) is None:
+            check_whole("save_pretrained", model)
+            # Adapters are for the one who trains them; a checkpoint of a run is not refused.
+            adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
+            check_parameters("save_pretrained", model, skipped=adapters)
+        if self.saves_as == "bitsandbytes":
+            return _bitsandbytes_state_dict(model), {}
+        if any(isinstance(module, _Lora) for module in model.modules()):
+            # They are kept: a checkpoint of Trainer's is resumed from this file.
+            warnings.warn(
+                "save_pretrained: the file holds the quantized base and the adapters of add_lora; "
+                "from_pretrained reads the base of it alone. qlora_ext.save_adapter(model, path) "
+                "writes what load_adapter and PEFT read",
+                stacklevel=4,
+            )
+        return given, {}
+
+    def _process_model_before_weight_loading(
+        self, model, dtype=None, checkpoint_files=None, **kwargs
+    ):
+        self._check_distribution(getattr(model.config, "distributed_config", None))
+        self.checkpoint_files = checkpoint_files
+        self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
+        config = self.quantization_config
+        keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
+        self.plan = plan = Plan(
+            model,
+            keep,
+            stored=stored_layers(model, checkpoint_files, packed=self.pre_quantized),
+            packed_checkpoint=self.pre_quantized,
+            other_names=checkpoint_names(model) if keep or self.asked else (),
+        )
+        self._tell_packed(model, plan)
+        if not self.pre_quantized:
+            warn_unmatched("QLoraExtConfig", model, plan.unmatched())
+        config.modules_to_not_convert = plan.kept
+        packed = 0
+        places = places_of(model)
+        for name in plan.names:
+            module = model.get_submodule(name)
+            if is_plain_linear(module):
+                layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
+            elif isinstance(module, torch.nn.Embedding):
+                layer = Embedding4bit.from_embedding(module, self.quant_config)
+            elif self.pre_quantized:
+                layer = Experts4bit.from_experts(module, self.quant_config)
+            else:
+                packed += 1  # when their values are there
+                continue
+            layer.requires_grad_(False)
+            # transformers initialises what it finds missing with normal_, which bytes do not have;
+            # what is missing here is refused below.
+            for part in layer.modules():
+                part._is_hf_initialized = True
+            replace_module(model, module, layer, places)
+            packed += 1
+        if packed == 0:
+            sentence = "QLoraExtConfig: found no linear layer to pack in"
+            if self.pre_quantized:
+                sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
+            why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}"
+            raise ValueError(f"{sentence} {type(model).__name__}. {why}")
+
+    def _tell_packed(self, model, plan: Plan) -> None:
+        """Warns of layers that the caller wanted dense and a packed checkpoint has packed."""
+        packed = [name for name in plan.names if plan.spelled.matches(name, self.asked)]
+        if packed:
+            rest = f" and {len(packed) - 8} more" if len(packed) > 8 else ""
+            warnings.warn(
+                f"QLoraExtConfig: modules_to_not_convert has no effect on a checkpoint that is "
+                f"packed already, which decides: {', '.join(packed[:8])}{rest} of "
+                f"{type(model).__name__} stay packed; to keep them dense, load the unquantized "
+                "checkpoint with this list",
+                stacklevel=2,
+            )
+        warn_unmatched("QLoraExtConfig", model, plan.unmatched(self.asked))
+
+    def _check_distribution(self, config) -> None:
+        """ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
+        if config is None:
+            return
+        sizes = {
+            name: getattr(config, name, None) or 1 for name in ("tp_size", "ep_size", "pp_size")
+        }
+        cut = [name for name, size in sizes.items() if size > 1]
+        if cut:
+            raise ValueError(
+                f"QLoraExtConfig: distributed_config with {', '.join(cut)} > 1 is not supported on "
+                "4-bit layers; shard the loaded model with FSDP2, or cut its layers with "
+                "qlora_ext.integrations.tensor_parallel"
+            )
+        if not self.pre_quantized:
+            raise ValueError(
+                "QLoraExtConfig: distributed_config reads pieces of a weight, and packing needs "
+                "the whole; pack and save the model once without it"
+            )
+
+    def _pack_experts(self, model) -> None:
+        """Packs the fused experts of a checkpoint that was not packed, one layer after another.
+
+        transformers assembles them from several tensors of a checkpoint, so they are packed when
+        the model is complete: until then they are in memory as they were stored.
+        """
+        dry_run = all(p.is_meta for p in model.parameters())  # device_map="meta"
+        for name in self.plan.names:
+            module = model.get_submodule(name)
+            if not is_fused_experts(module):
+                continue
+            on_meta = any(p.is_meta for p in module.parameters())
+            if not on_meta:
+                for key, parameter in module.named_parameters():
+                    values = local_part(parameter.detach())
+                    check_read(model, f"{name}.{key}", values, self.checkpoint_files)
+            if dry_run or not on_meta:
+                replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.not_finite:
+            name, dtype = self.not_finite[0]
+            error = f"{name} has a NaN or an infinity in {dtype}"
+            raise not_held(model, name, dtype, error, self.checkpoint_files)
+        if not self.pre_quantized:
+            self._pack_experts(model)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (Linear4bit, Embedding4bit))
+        }
+        # transformers assigns what it reads, past load_state_dict and its checks.
+        missing = [
+            f"{name}.{key}"
+            for name, layer in layers.items()
+            for key, parameter in layer.named_parameters()
+            if key.startswith("weight") and not getattr(parameter, "_is_hf_initialized", False)
+        ]
+        if missing:
+            advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
+            if self.pre_quantized:
+                advice = "it is damaged: save the packed model again, or pack the unquantized one"
+            layer = missing[0].rpartition(".")[0]
+            where = file_of(model, f"{layer}.weight", self.checkpoint_files)
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
+                f"{', '.join(missing)}; {advice}"
+            )
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            # From here on the model is in our layout, and saving has nothing to convert back.
+            self.quantization_config.checkpoint_format = "qlora_ext"
+            model._weight_conversions = [
+                conversion
+                for conversion in model._weight_conversions
+                if not any(
+                    isinstance(op, ReadBitsandbytes) for op in getattr(conversion, "operations", [])
+                )
+            ]
+        if self.pre_quantized:
+            for name, layer in layers.items():
+                damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
+                if damage:
+                    where = file_of(model, f"{name}.weight", self.checkpoint_files)
+                    raise CheckpointError(f"{where}: " * bool(where) + "; ".join(damage))
+        check_loaded(model, self.checkpoint_files)
+        del self.checkpoint_files
+        model.quantization_report = self.plan.report(
+            self.plan.packed_layer(name, model.get_submodule(name)) for name in self.plan.names
+        )
+        if not self.pre_quantized:
+            log_report("QLoraExtConfig", model.quantization_report, least=0.0)
+        del self.plan  # it holds the unpacked model's layers
+        use_dense_panels(model)
+        explain_errors(model)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        if isinstance(dtype, str):  # what a saved config holds
+            dtype = getattr(torch, dtype)
+        leave_no_packed_layer(model, dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    has_adapters = False  # add_lora's; Trainer knows PEFT's by itself
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # Trainer's question whether a quantized model that is no PeftModel has weights to train.
+        return self.has_adapters
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _bitsandbytes_state_dict(model) -> dict[str, torch.Tensor]:
+    """The model's state dict with packed weights under bitsandbytes' keys."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            for key in [*module._sizes(), "weight_codebook"]:
+                del state[f"{name}.{key}"]
+            state.update(module.quantized.state_dict(f"{name}.weight"))
+    return state

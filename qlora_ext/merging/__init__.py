@@ -1,0 +1,1 @@
+"""Merging adapters into the weights: dense, or packed again."""
