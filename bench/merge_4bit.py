@@ -28,7 +28,7 @@ import torch
 import transformers
 
 import qlora_ext
-from qlora_ext.models import replace_module
+from qlora_ext.models.walk import replace_module
 from qlora_ext.nn import Linear4bit, LoraLinear4bit
 from qlora_ext.nn.dense import dense_layer
 

@@ -12,7 +12,8 @@ from .build_info import build_info
 from .merging.calibration_text import write_calibration
 from .merging.dense import merge_and_unload
 from .merging.into_4bit import merge_into_4bit
-from .models import memory_report, num_parameters, quantize_model
+from .models.quantize import quantize_model
+from .models.report import memory_report, num_parameters
 from .tensor.config import QuantConfig
 from .tensor.functions import (
     dequantize_4bit,

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .. import hosts
-from ..models import check_model, num_parameters, places_of, replace_module
 from ..models.raw_errors import explain_errors
+from ..models.report import num_parameters
+from ..models.walk import check_model, places_of, replace_module
 from ..nn.linear import Linear4bit, is_conv1d
 from ..nn.linear import linear_shape as _linear_shape
 from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora, check_lora_rank

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..checks import check_finite
 from ..files import SafetensorsFiles, read_json
-from ..models import check_whole
 from ..models.patterns import bad_regex, is_regex
+from ..models.walk import check_whole
 from ..nn.embedding import Embedding4bit
 from ..nn.linear import Linear4bit
 from ..nn.linear import linear_shape as _linear_shape

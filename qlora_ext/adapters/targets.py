@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..models import linear_names, output_embeddings
 from ..models.architectures import FAMILIES, Family
 from ..models.reads import read_past_forward
+from ..models.walk import linear_names, output_embeddings
 from ..nn.experts import Experts4bit
 from ..nn.linear import is_conv1d, is_plain_linear
 from ..nn.packed import _Packed4bit

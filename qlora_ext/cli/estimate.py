@@ -21,7 +21,8 @@ from torch import nn
 from ..adapters.add import add_lora
 from ..adapters.config import LoraConfig
 from ..integrations.transformers.building import build, build_folder, read_config, unquantized
-from ..models import memory_report, num_parameters, quantize_model
+from ..models.quantize import quantize_model
+from ..models.report import memory_report, num_parameters
 from ..nn.experts import Experts4bit
 from ..nn.shared_input import hook_that_only_counts
 from ..tensor.config import QuantConfig

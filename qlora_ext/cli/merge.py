@@ -19,7 +19,8 @@ from ..checks import check_finite, check_parameters
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
 from ..integrations.transformers.building import read_config, unquantized
 from ..integrations.transformers.checkpoint import Checkpoint
-from ..models import quantize_model, replace_module
+from ..models.quantize import quantize_model
+from ..models.walk import replace_module
 from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import is_fused_experts, up_name

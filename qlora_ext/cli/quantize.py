@@ -9,7 +9,7 @@ from torch import nn
 
 from ..integrations.transformers.building import stored_method
 from ..integrations.transformers.checkpoint import Checkpoint
-from ..models import quantize_model
+from ..models.quantize import quantize_model
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit

@@ -71,6 +71,7 @@ class ParallelLinear4bit(nn.Module):
     x [..., K / world] -> [..., N], the sum.
     """
 
+    holds_packed_weight = True
     _input = Linear4bit._input
 
     @staticmethod

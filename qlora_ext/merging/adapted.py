@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hosts
-from ..models import check_whole, replace_module
+from ..models.walk import check_whole, replace_module
 from ..nn.dense import check_weight, dense_layer
 from ..nn.linear import Linear4bit
 from ..nn.lora import LoraLinear, LoraLinear4bit

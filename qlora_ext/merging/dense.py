@@ -7,8 +7,8 @@ from torch import nn
 
 from .. import hosts
 from ..checks import check_finite, check_parameters
-from ..models import check_model, check_whole, places_of, progress, replace_module
 from ..models.raw_errors import unwatch
+from ..models.walk import check_model, check_whole, places_of, progress, replace_module
 from ..nn.dense import WIDER, check_weight, dense_layer, restore_conv1d
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_finite, is_integer, is_number
-from ..models import progress, replace_module
+from ..models.walk import progress, replace_module
 from ..nn.linear import Linear4bit
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import dequantize_4bit, quantize_tensor

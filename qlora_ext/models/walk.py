@@ -11,7 +11,6 @@ from torch import nn
 
 from ..nn.linear import Linear4bit, is_conv1d
 from ..nn.offload import move_hook
-from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
 from .architectures import FUSED
 
@@ -145,10 +144,7 @@ def check_whole(op: str, model: nn.Module, only: str = "") -> None:
 def is_packed(module: nn.Module) -> bool:
     """Whether the parameters weight... of module are a packed weight of shape `_shape`: a layer of
     ours, or what tensor parallelism made of one."""
-    parallel = sys.modules.get("qlora_ext.integrations.tensor_parallel")
-    return isinstance(module, _Packed4bit) or (
-        parallel is not None and isinstance(module, parallel.ParallelLinear4bit)
-    )
+    return getattr(type(module), "holds_packed_weight", False)
 
 
 def _numel(module: nn.Module) -> int:

@@ -62,6 +62,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 class _Packed4bit(nn.Module):
     """What Linear4bit and Embedding4bit share: the packed weight, its checks and its moves."""
 
+    holds_packed_weight = True  # in the parameters weight..., of the logical shape _shape
     config: QuantConfig
     dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
     # A sample of the bytes that were packed or loaded.

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from ...checks import check_finite
-from ...models import output_embeddings
+from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.offload import check_in_memory, is_offloaded, loaded, value_of
 from ...nn.packed import _PACKED_KEYS, _Packed4bit

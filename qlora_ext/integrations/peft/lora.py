@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from ... import ops
 from ...checks import check_input, check_scaling
 from ...merging.dense import IN_MEMORY
-from ...models import check_whole
+from ...models.walk import check_whole
 from ...nn.dense import dense_linear
 from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit

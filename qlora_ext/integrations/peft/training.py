@@ -11,8 +11,8 @@ import torch
 from peft.utils import loftq_utils
 
 from ...merging.original_weights import OriginalWeights
-from ...models import check_whole
 from ...models.report import logical_surplus
+from ...models.walk import check_whole
 from ...nn.packed import _Packed4bit
 from .lora import PeftLoraLinear4bit
 from .stand_in import _packed_base, dequantize

@@ -14,9 +14,9 @@ from transformers.quantizers.auto import (
 )
 
 from ... import hosts
-from ...models import output_embeddings
 from ...models.names import as_names
 from ...models.report import logical_surplus
+from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit
 from .checkpoint import original_parameters
