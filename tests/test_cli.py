@@ -958,6 +958,18 @@ def test_what_stays_dense_is_checked_before_it_is_written(llama, tmp_path, key, 
         assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_that_cannot_be_packed_is_named_with_its_file(llama, tmp_path):
+    key = "model.layers.0.mlp.down_proj.weight"
+    for path in llama.glob("*.safetensors"):
+        weights = load_file(path)
+        if key in weights:
+            weights[key][0, 5] = float("nan")
+            save_file(weights, path, metadata={"format": "pt"})
+            file = path
+    said = run("quantize", llama, tmp_path / "out", ok=False)
+    assert f"{file}: {key}: quantize_4bit: weight has a NaN" in said
+
+
 def test_biases_and_buffers_are_checked_and_masks_are_not(tmp_path):
     """Of a packed layer the bias stays dense; a mask's infinities are what they should be."""
     source = saved("opt", tmp_path / "in", shard="1GB")

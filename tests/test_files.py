@@ -233,6 +233,8 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
         ({"rope_theta": {"__float__": "-Infinity"}}, "rope_theta is -inf, want a finite"),
         ({"rope_scaling": {"factor": float("inf")}}, "rope_scaling.factor is inf, want a finite"),
         ({"text_config": {"eps": float("nan")}}, "text_config.eps is nan, want a finite"),
+        ({"x" * 5000: float("inf")}, "x... (1000 characters or more) is inf, want a finite"),
+        ({"x" * 5000 + "layers": 10**9}, "... (1000 characters or more) is 1000000000, want no"),
         ({"time_step_limit": float("nan")}, "time_step_limit is nan, want a finite"),
         ({"text_config": 10**9}, "text_config is 1000000000, want an object"),
         ({"quantization_config": 5}, "quantization_config is 5, want an object"),

@@ -250,7 +250,8 @@ class Job:
                             raise CliError(f"{self.checkpoint.folder}: {damage[0]}")
                     new = self.transform(name, module)
                 except (RuntimeError, MemoryError, OverflowError) as error:
-                    raise CliError(f"{name}: {str(error).splitlines()[0]}") from None
+                    where = self._where(f"{prefix}weight")
+                    raise CliError(f"{where}: {str(error).splitlines()[0]}") from None
                 tensors = (
                     new.state_dict(prefix=prefix) if name in self.wholes else _own(new, prefix)
                 )
@@ -270,15 +271,17 @@ class Job:
         if tensor.dtype not in FLOATS:
             return
         values = without_mask(tensor) if is_buffer else tensor
-        sources = self.checkpoint.sources.get(name, ())
-        if len(sources) == 1:
-            name = f"{self.checkpoint.files.where[sources[0]]}: {sources[0]}"
-        else:
-            name = f"{self.checkpoint.folder}: {name}"
         try:
-            check_finite(name, values, tensor.dtype)
+            check_finite(self._where(name), values, tensor.dtype)
         except OverflowError as error:
             raise CliError(str(error)) from None
+
+    def _where(self, name: str) -> str:
+        """File and tensor that the tensor `name` of the model comes from; else folder and name."""
+        sources = self.checkpoint.sources.get(name, ())
+        if len(sources) == 1:
+            return f"{self.checkpoint.files.where[sources[0]]}: {sources[0]}"
+        return f"{self.checkpoint.folder}: {name}"
 
     def _write_rest(self, folder: Path) -> None:
         """What save_pretrained writes beside the weights, and the other files of the input."""

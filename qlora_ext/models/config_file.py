@@ -15,7 +15,7 @@ import torch
 
 from .. import hosts
 from ..files import SafetensorsFiles, read_json, reading
-from ..text import CheckpointError, shorten
+from ..text import CheckpointError, printable, shorten
 
 # Sizes of what is made, by the names that architectures have for them.
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
@@ -68,7 +68,7 @@ def check_config(
     """CheckpointError unless `raw`, the object in `path`, may be given to transformers."""
 
     def refuse(key: str, want: str):
-        name = f"{within}{key}"
+        name = printable(f"{within}{key}")
         raise CheckpointError(f"{path}: {name} is {shorten(raw[key])}, want {want}")
 
     if raw.get("auto_map"):
@@ -119,7 +119,8 @@ def _check_numbers(path: Path, raw: dict, within: str) -> None:
             number = float(value["__float__"])  # transformers' own spelling
         if isinstance(number, float) and not math.isfinite(number):
             if math.isnan(number) or not _LIMITS.search(key):
-                raise CheckpointError(f"{path}: {within}{key} is {number}, want a finite number")
+                name = printable(f"{within}{key}")
+                raise CheckpointError(f"{path}: {name} is {number}, want a finite number")
         elif isinstance(value, dict) and not key.endswith("config"):  # those are judged by name
             _check_numbers(path, value, f"{within}{key}.")
 
