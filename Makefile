@@ -30,7 +30,7 @@ PATH_TESTS ?= test_ops.py test_autograd.py test_properties.py test_bad_input.py 
               test_shared_input.py \
               -m 'not slow' -k 'not simt and not cuda and not compile and not t5'
 # What test-paths runs on each path that bitsandbytes' CPU library can take and this CPU would not
-# choose. There, torch and bitsandbytes see the lesser CPU as well (tests/peers.py).
+# choose. There, torch and bitsandbytes see the lesser CPU as well (tests/support/peers.py).
 PEER_TESTS ?= test_bitsandbytes.py test_integration_bitsandbytes.py -m 'not slow'
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0

@@ -37,7 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # peers.py knows how to limit bitsandbytes
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # peers.py knows how to limit bitsandbytes
 AVX2 = {
     "QLORA_EXT_CPU": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",

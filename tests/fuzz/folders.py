@@ -75,11 +75,11 @@ KINDS = ("missing", "folder", "pipe", "loop", "dangling", "zeros", "unreadable",
 
 def make_folders(root: Path) -> None:
     """base (in shards), packed, bitsandbytes, adapter: what the cases are mutations of."""
-    import tiny_models
     import torch
-    from integration_helpers import tiny_tokenizer
 
     import qlora_ext
+    import tiny_models
+    from integration_helpers import tiny_tokenizer
 
     model = tiny_models.make("llama", torch.bfloat16, vocab_size=256)
     model.save_pretrained(root / "base", max_shard_size="60KB")

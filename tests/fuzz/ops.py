@@ -650,7 +650,8 @@ def main():
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     qlora_ext = load(arguments.library)
-    from qlora_ext import reference
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+    import reference
 
     outcomes, findings, begin = Counter(), [], time.monotonic()
     for number in range(arguments.first, arguments.first + arguments.cases):

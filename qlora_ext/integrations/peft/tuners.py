@@ -25,7 +25,7 @@ from ...nn.shared_input import share_input
 from .lora import PeftLoraLinear4bit
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
 
-# Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
+# Tuners whose layers train and merge on a packed weight; test_integration_peft.py has each.
 _SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
 
 _KEEP_TABLE = (
