@@ -22,7 +22,7 @@
 # with a log of each step, and while a step runs its log (four while the sanitizers run). The build
 # goes where builds go.
 #
-# NOT YET RUN on a GPU; tests/build/test_bench_gpu.py runs it with stand-ins for the tools.
+# NOT YET RUN on a GPU; tests/tools/test_bench_gpu.py runs it with stand-ins for the tools.
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -ne 1 ]; then

@@ -27,11 +27,7 @@ def outcomes(folder: Path, first: int, count: int) -> list[dict]:
         [*words, str(SEED), str(first), str(count)],
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            **offline,
-            "PYTHONPATH": os.pathsep.join([str(tests), str(tests / "support"), *sys.path]),
-        },
+        env={**os.environ, **offline, "PYTHONPATH": os.pathsep.join(path)},
     )
     lines = [line[5:] for line in result.stdout.splitlines() if line.startswith("CASE ")]
     assert result.returncode == 0, result.stderr[-4000:]
