@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_path", &cpu_path,
       "The instruction set that the CPU kernels run on: 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
+  m.attr("cpu_paths") = qlora_ext::cpu::cpu_paths();  // all of this build, the best first
   m.attr("torch_target_version") = "2.11";
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_archs") = QLORA_EXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA library, or ""

@@ -27,7 +27,7 @@ def build_info() -> dict[str, object]:
     """What was built, for which architectures, and which CPU path is live.
 
     Keys: version, torch (the running one), torch_target (oldest torch whose stable ABI the build
-    uses), python, machine, compiler, cpu_path ("portable", "avx2", "avx512" or "avx512_bf16"),
+    uses), python, machine, compiler, cpu_path (docs/cpu.md lists them),
     cpu_threads, cuda_built, cuda_archs, cuda_live (the CUDA library is loaded, whether or not there
     is a GPU), cuda_gpus (how many torch sees), cuda_why_not (why it is not live, or None).
     Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.

@@ -275,8 +275,12 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
                 "', want quant_type 'custom'");
     return make_codebook(named->levels, named->sign_magnitude, kind, companding_k);
   }
-  QLORA_CHECK(quant_type == "custom", op, "quant_type is '", quant_type,
-              "', want 'nf4', 'fp4', 'linear' or 'custom'");
+  if (quant_type != "custom") {
+    std::string names;
+    for (const NamedCodebook& known : kNamedCodebooks)
+      names += std::string("'") + known.name + "', ";
+    QLORA_CHECK(false, op, "quant_type is '", quant_type, "', want one of ", names, "'custom'");
+  }
   QLORA_CHECK(codebook && codebook->size() == 16, op, "codebook has ",
               codebook ? codebook->size() : 0, " values, want 16 for quant_type 'custom'");
   const double* levels = codebook->data();

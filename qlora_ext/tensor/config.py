@@ -25,7 +25,8 @@ _NESTED_BLOCKSIZE = 256
 class QuantConfig:
     """How a weight becomes 4 bits. The default is QLoRA's: NF4, block 64, double quantization.
 
-    quant_type: "nf4", "fp4", "linear", or "custom" with `codebook`, any 16 finite values.
+    quant_type: a codebook of docs/format.md ("nf4", "fp4", ...), or "custom" with `codebook`, any
+        16 finite values.
     blocksize: elements per scale, a power of two from 32 to 4096, or None for one per tensor.
     double_quant: scales in 8 bits (4.127 bits per weight at block 64) instead of fp32 (4.5).
     normalization: "absmax" (w / max|w|), "standard" ((w - mean) / (std_factor * std), clipped to

@@ -217,7 +217,7 @@ def test_weights_that_do_not_fit_their_description():
         ),
         (
             (packed, absmax, nested, mean, shape, blocksize, "nf5", codebook),
-            "quant_type is 'nf5', want 'nf4'",
+            "quant_type is 'nf5', want one of 'nf4', 'fp4', 'linear', 'custom'",
         ),
         (
             (packed, absmax, nested, mean, shape, blocksize, "custom", None),

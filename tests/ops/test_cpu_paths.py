@@ -8,11 +8,14 @@ import sys
 
 import pytest
 
-PATHS = ["portable", "avx2", "avx512", "avx512_bf16"]
+from qlora_ext.ops import _C
+
+PATHS = _C.cpu_paths[::-1]
 
 # Bytes and decoded values must agree to the bit; of products, the bits for 1, 2 and 8 threads.
 PROBE = """
 import hashlib, json, torch
+from qlora_ext.ops import _C
 from qlora_ext import QuantConfig, build_info, dequantize_4bit, quantize_4bit
 
 def digest(*tensors):
@@ -25,7 +28,7 @@ ops = torch.ops.qlora_ext
 torch.manual_seed(0)
 bits, errors = {}, {}
 for shape in ((64, 192), (33, 130), (7, 77)):
-    for quant_type in ("nf4", "fp4", "linear"):
+    for quant_type in _C.codebooks():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             weight = torch.randn(shape).to(dtype)
             q = quantize_4bit(weight, quant_type=quant_type)

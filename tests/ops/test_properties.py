@@ -9,11 +9,12 @@ import qlora_ext
 import reference as R
 from cases import assert_same_bytes, reference_quantize
 from qlora_ext import QuantConfig
+from qlora_ext.ops import _C
 from qlora_ext.tensor.functions import quantize_tensor
 
 configs = st.builds(
     QuantConfig,
-    quant_type=st.sampled_from(["nf4", "fp4", "linear"]),
+    quant_type=st.sampled_from([*_C.codebooks()]),
     blocksize=st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096, None]),
     double_quant=st.booleans(),
     normalization=st.sampled_from(["absmax", "absmax", "standard", "none"]),

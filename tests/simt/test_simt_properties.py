@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import qlora_ext  # noqa: F401  (the CPU's ops)
 from cases import assert_same_bytes
+from qlora_ext.ops import _C
 from simt.build import load_simt
 
 CPU = torch.ops.qlora_ext
@@ -73,7 +74,7 @@ def same_bytes(shape, kind, seed, dtype, blocksize, quant_type, normalization):
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DTYPES),
     blocksize=st.sampled_from([0, 32, 64, 128, 256, 512, 1024, 4096]),
-    quant_type=st.sampled_from(["nf4", "fp4", "linear"]),
+    quant_type=st.sampled_from([*_C.codebooks()]),
     normalization=st.sampled_from(["absmax", "standard", "none"]),
 )
 @example((1, 256), "minus zero", 0, torch.float32, 256, "nf4", "standard")

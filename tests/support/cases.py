@@ -7,6 +7,7 @@ import torch
 
 import reference as R
 from qlora_ext import QuantConfig, QuantizedTensor
+from qlora_ext.ops import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,9 +38,8 @@ GEMM_SHAPES = [
 ]
 
 CONFIGS = {
-    "nf4": QuantConfig(),
+    **{name: QuantConfig(name) for name in _C.codebooks()},
     "nf4-plain-scales": QuantConfig(double_quant=False),
-    "fp4": QuantConfig("fp4"),
     "linear-32": QuantConfig("linear", blocksize=32),
     "nf4-4096": QuantConfig(blocksize=4096),
     "nf4-per-tensor": QuantConfig(blocksize=None),

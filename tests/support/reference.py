@@ -120,6 +120,10 @@ def _inverse_companding(level, companding: str, k: float):
     return math.copysign(magnitude, level)
 
 
+# A codebook is added here and in csrc/codebook.h; the two share no table.
+CODEBOOKS = {"nf4": nf4_levels, "fp4": fp4_levels, "linear": linear_levels}
+
+
 def make_codebook(
     quant_type: str = "nf4",
     levels: np.ndarray | None = None,
@@ -134,8 +138,7 @@ def make_codebook(
     down, so that v > t decides for an fp32 v as v > midpoint does exactly: 0.8 in fp32 lies above
     (0.73 + 0.87) / 2, as the format's worked example has it.
     """
-    named = {"nf4": nf4_levels, "fp4": fp4_levels, "linear": linear_levels}
-    base = np.asarray(levels if quant_type == "custom" else named[quant_type](), np.float64)
+    base = np.asarray(levels if quant_type == "custom" else CODEBOOKS[quant_type](), np.float64)
     sign_magnitude = quant_type == "fp4"
     ranks = 8 if sign_magnitude else 16
     order = np.argsort(base[:ranks], kind="stable").astype(np.uint8)

@@ -13,6 +13,7 @@ import torch
 
 import qlora_ext
 from paths import REPOSITORY, TESTS
+from qlora_ext.ops import _C
 
 SETUP = REPOSITORY / "setup.py"
 CPU_TORCH = torch.version.cuda is None
@@ -152,7 +153,7 @@ def test_setup_is_short():
 def test_build_info():
     info = qlora_ext.build_info()
     assert info["torch"] == torch.__version__ and info["torch_target"] == "2.11"
-    assert info["cpu_path"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert info["cpu_path"] in _C.cpu_paths
     assert info["cuda_live"] == (
         info["cuda_built"] and not CPU_TORCH and info["cuda_why_not"] is None
     )

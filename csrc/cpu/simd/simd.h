@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "../../params.h"
 
@@ -79,9 +81,11 @@ Kernels avx512_kernels();       // kAvx2Kernels with the decoders and the produc
 Kernels avx512_bf16_kernels();  // avx512_kernels() with products of bf16 added
 #endif
 
-// The live table: QLORA_EXT_CPU=portable|avx2|avx512|avx512_bf16 forces one, else the best that
-// this CPU runs.
+// The live table: the one that QLORA_EXT_CPU names, else the best that this CPU runs.
 const Kernels& kernels();
+
+// Names of all tables of this build, the best first; a CPU may lack what some of them need.
+std::vector<std::string> cpu_paths();
 
 // Name of the live table, or null after an error.
 const char* cpu_path();

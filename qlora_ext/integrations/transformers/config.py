@@ -18,7 +18,7 @@ class QLoraExtConfig(QuantizationConfigMixin):
     """How `from_pretrained` packs the linear layers of a model into 4 bits.
 
     Args:
-        quant_type: 'nf4', 'fp4', 'linear' or 'custom' (with `codebook`).
+        quant_type: as in QuantConfig: 'nf4', 'fp4', ... or 'custom' (with `codebook`).
         blocksize: weights per scale, a power of two from 32 to 4096; None is one scale a weight.
         double_quant: store the scales in 8 bits (4.127 bits per weight at block 64, else 4.5).
         modules_to_not_convert: names of layers to leave alone, or one such name: full names,
