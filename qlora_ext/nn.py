@@ -28,7 +28,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from . import _C, ops
-from .checks import FLOAT_MAX, NO_DATA, check_input, is_number, lacks_data, not_plain, short
+from .checks import FLOAT_MAX, NO_DATA, check_input, is_number, lacks_data, not_stored, short
 from .offload import device_of
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 from .quantized_tensor import (
@@ -399,7 +399,7 @@ class _Packed4bit(nn.Module):
             value = state_dict.get(prefix + key)
             if prefix + key not in state_dict:
                 continue
-            got, own = not_plain(value), self._parameters[key]
+            got, own = not_stored(value), self._parameters[key]
             # A layer that has no data itself may be given none: a dry run.
             if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
                 got = NO_DATA

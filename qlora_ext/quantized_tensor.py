@@ -23,7 +23,7 @@ from .checks import (
     check_scaling,
     is_number,
     lacks_data,
-    not_plain,
+    not_stored,
     short,
 )
 
@@ -300,7 +300,7 @@ class _StateReader:
         return self.checked(key, self.d[key])
 
     def checked(self, key: str, value) -> Tensor:
-        got = not_plain(value)
+        got = not_stored(value)
         if got is None and lacks_data(value):
             got = "a tensor without data"
         if got is not None:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..build_info import build_info
 from ..checkpoint import Checkpoint, Unit
-from ..checks import check_finite, count, some, without_mask
+from ..checks import check_finite, count, first_line, some, without_mask
 from ..experts import Experts4bit
 from ..files import FLOATS, INDEX, extra_files
 from ..nn import Embedding4bit, Linear4bit
@@ -287,7 +287,13 @@ class Job:
         config = self.result.config
         config.dtype = str(self.result.dtype).removeprefix("torch.")
         config.architectures = [type(self.result).__name__]
-        config.save_pretrained(folder)
+        try:
+            config.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # transformers judges some values only when it saves them
+            path = self.checkpoint.folder / "config.json"
+            raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
         if self.result.can_generate() and not (folder / "generation_config.json").exists():
             self.result.generation_config.save_pretrained(folder)
         write_index(folder, self.shards, self.result.num_parameters())

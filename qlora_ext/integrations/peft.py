@@ -258,21 +258,8 @@ class _MergesIntoDense:
         self.merged_adapters.clear()
 
 
-class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
-    """PEFT's LoRA layer on a `Linear4bit`.
-
-    Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
-    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
-    hooks take PEFT's general path. Layers that share an input (q, k, v; gate, up), each with one
-    active adapter and no dropout, compute x A^T once.
-    """
-
-    shared_input: SharedInput | None = None
-    shared_name = ""
-
-    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or type(self).__name__
-        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+class _FiniteScales:
+    """Of a LoRA layer: no scale that is not finite, which would make NaNs of all outputs."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """As PEFT's. ValueError for a scale that is not finite or does not fit float32."""
@@ -297,6 +284,23 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
         """As PEFT's. ValueError for a lora_alpha that is not finite or does not fit float32."""
         check_scaling(f"LoraConfig: {self._name}", lora_alpha, "lora_alpha")
         super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
+
+
+class LoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
+    """PEFT's LoRA layer on a `Linear4bit`.
+
+    Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
+    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
+    hooks take PEFT's general path. Layers that share an input (q, k, v; gate, up), each with one
+    active adapter and no dropout, compute x A^T once.
+    """
+
+    shared_input: SharedInput | None = None
+    shared_name = ""
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or type(self).__name__
+        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
 
     @property
     def lora_variants(self):
@@ -454,7 +458,7 @@ class _DoraEmbeddingVariant(DoraEmbeddingVariant):
         module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
 
 
-class LoraEmbedding4bit(_MergesIntoDense, PeftLoraEmbedding):
+class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
     """PEFT's LoRA layer on an `Embedding4bit`: its forward as it is, merging as in LoRA.
 
     The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]; the
@@ -489,7 +493,7 @@ class LoraEmbedding4bit(_MergesIntoDense, PeftLoraEmbedding):
         )
 
 
-class AdaLoraLinear4bit(SVDLinear):
+class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
     """PEFT's AdaLoRA layer on a `Linear4bit`: its forward as it is, merging as in LoRA."""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
