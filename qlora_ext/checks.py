@@ -87,6 +87,23 @@ def not_plain(value) -> str | None:
     return None
 
 
+def not_stored(value) -> str | None:
+    """As not_plain, for an entry of a state dict: a tensor whose storage does not hold its elements
+    is told too, since reading it ends the process."""
+    got = not_plain(value)
+    if got is not None or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta:
+        return got
+    if torch._is_functional_tensor(value):
+        return "a functional tensor, which stands for another one"
+    if value.layout != torch.strided or not value.numel():
+        return None
+    last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    end = (value.storage_offset() + last + 1) * value.itemsize
+    if value.untyped_storage().nbytes() < end:
+        return "a tensor whose storage was freed or cut under it"
+    return None
+
+
 NO_DATA = "a tensor without data (on the meta device, or a FakeTensor)"
 
 

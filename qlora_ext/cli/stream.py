@@ -23,7 +23,7 @@ from ..integrations.transformers.checkpoint import Checkpoint, Unit
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
-from ..text import first_few, plural
+from ..text import first_few, first_line, plural
 from .errors import CliError
 from .inputs import InputsChanged
 from .output import STATE, Output, is_full
@@ -290,7 +290,13 @@ class Job:
         config = self.result.config
         config.dtype = str(self.result.dtype).removeprefix("torch.")
         config.architectures = [type(self.result).__name__]
-        config.save_pretrained(folder)
+        try:
+            config.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # transformers judges some values only when it saves them
+            path = self.checkpoint.folder / "config.json"
+            raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
         if self.result.can_generate() and not (folder / "generation_config.json").exists():
             self.result.generation_config.save_pretrained(folder)
         write_index(folder, self.shards, self.result.num_parameters())

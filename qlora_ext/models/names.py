@@ -107,6 +107,11 @@ class Names:
         return None
 
     def unmatched(self, patterns: Iterable[str]) -> list[str]:
-        """The patterns that match no module."""
-        modules = [name for name, _ in self.model.named_modules() if name]
+        """The patterns that match no module. One that holds others does not count: what matches
+        it matches them too, but for a regular expression that ends there ("mlp$")."""
+        modules = [
+            name
+            for name, module in self.model.named_modules()
+            if name and (not module._modules or any(True for _ in module.parameters(recurse=False)))
+        ]
         return [p for p in patterns if not any(self.matches(name, [p]) for name in modules)]

@@ -211,7 +211,7 @@ def _functions(attribute: Any) -> list[types.FunctionType]:
             queue.append(item.__func__)
         elif isinstance(item, property):
             queue.append(item.fget)
-        elif isinstance(item, functools.partial):
+        elif isinstance(item, (functools.partial, functools.cached_property)):
             queue.append(item.func)
         elif isinstance(item, types.FunctionType):
             found.append(item)
@@ -622,7 +622,9 @@ class _Reader:
             o
             for o in owners
             if isinstance(o, nn.Module)
-            and isinstance(inspect.getattr_static(type(o), name, None), property)
+            and isinstance(
+                inspect.getattr_static(type(o), name, None), (property, functools.cached_property)
+            )
         ]
         return found + (self._returned(computed, name) if computed else [])
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from ..checks import NO_DATA, lacks_data, not_plain
+from ..checks import NO_DATA, lacks_data, not_stored
 from ..ops import _C
 from ..tensor.config import FLOAT_DTYPES, QuantConfig
 from ..tensor.functions import quantize_tensor
@@ -368,7 +368,7 @@ class _Packed4bit(nn.Module):
             value = state_dict.get(prefix + key)
             if prefix + key not in state_dict:
                 continue
-            got, own = not_plain(value), self._parameters[key]
+            got, own = not_stored(value), self._parameters[key]
             # A layer that has no data itself may be given none: a dry run.
             if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
                 got = NO_DATA

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_MAX, lacks_data, not_plain
+from ..checks import FLOAT_MAX, lacks_data, not_stored
 from ..ops import _C
 from ..text import shorten
 from .config import _DTYPES, _NESTED_BLOCKSIZE, BLOCKSIZES, QUANT_TYPES
@@ -88,7 +88,7 @@ class _StateReader:
         return self.checked(key, self.d[key])
 
     def checked(self, key: str, value) -> Tensor:
-        got = not_plain(value)
+        got = not_stored(value)
         if got is None and lacks_data(value):
             got = "a tensor without data"
         if got is not None:

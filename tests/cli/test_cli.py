@@ -1040,6 +1040,22 @@ def config_with(folder, **values):
     path.write_text(json.dumps({**config, **values}))
 
 
+@pytest.mark.parametrize("key", ["validate", "to_json_file", "save_pretrained", "_auto_class"])
+def test_a_key_with_the_name_of_transformers_own_code_is_named(llama, tmp_path, key):
+    """transformers keeps it in the place of the config's method, which is called in the end."""
+    config_with(llama, **{key: "x"})
+    said = run("quantize", llama, tmp_path / "out", ok=False)
+    assert f"{llama}/config.json: {key} is 'x', which transformers cannot take" in said
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+def test_a_value_that_transformers_refuses_to_save_is_of_the_input(llama, tmp_path):
+    config_with(llama, output_attentions=5)
+    said = run("quantize", llama, tmp_path / "out", ok=False)
+    assert f"{llama}/config.json cannot be saved again" in said and "output_attentions" in said
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("key", ["text_config", "decoder", "generator", "text_encoder"])
 @pytest.mark.parametrize("value", [{}, {"model_type": "llama"}])
 def test_a_part_that_is_no_config_is_named(llama, tmp_path, key, value):

@@ -134,6 +134,19 @@ def test_a_name_that_matches_nothing_is_named(entrance, name, tmp_path):
             entrance(make(), tmp_path / "dense", [name])
 
 
+@pytest.mark.parametrize("name", [r"layers\.0\.mlp$", r".*mlp$", "^model$"])
+def test_a_pattern_that_ends_at_a_container_matches_nothing(name):
+    """No layer below it is matched, so it would be ignored without a word."""
+    with pytest.raises(ValueError, match="which matches no module"):
+        quantize(tiny.make("llama"), modules_to_not_convert=[name])
+
+
+@pytest.mark.parametrize("name", ["experts$", r"mlp\.gate$", "q_proj$"])
+def test_a_pattern_that_ends_at_what_holds_weights_matches_it(name):
+    model = tiny.make("qwen3_moe")
+    assert Names(model).unmatched([name]) == []
+
+
 def test_names_for_a_packed_checkpoint_change_nothing_and_that_is_said(tmp_path):
     packed = quantize(tiny.make("llama"), modules_to_not_convert=["k_proj"])
     packed.save_pretrained(tmp_path)
@@ -309,6 +322,15 @@ class Property(Reading):
         return self.called(x) @ self.matrix
 
 
+class CachedProperty(Reading):
+    @functools.cached_property
+    def matrix(self):
+        return self.read.weight.T
+
+    def forward(self, x):
+        return self.called(x) @ self.matrix
+
+
 def multiply(layer, x):
     return F.linear(x, layer.weight, layer.bias)
 
@@ -457,7 +479,7 @@ class DottedGetter(Reading):
         return self.called(x) @ operator.attrgetter("read.weight")(self).T
 
 
-READS = [Direct, Sliced, Alias, ByName, Cast, Property, Helper, OwnHelper, HandedOn]
+READS = [Direct, Sliced, Alias, ByName, Cast, Property, CachedProperty, Helper, OwnHelper, HandedOn]
 READS += [Inherited, Decorated, ByDict, CastToFirst, OtherFile, Static, Imports, FirstListed]
 READS += [ParameterLoop, ParameterDict, StateDict, GetParameter, Nested, Lambda, OtherFirstName]
 READS += [Returned, InDict, NamedLikeLoading, Penalty, Getter, DottedGetter]

@@ -155,6 +155,21 @@ def test_merge_into_4bit_names_the_adapted_table(tmp_path):
         qlora_ext.merge_into_4bit(model, base=tmp_path)
 
 
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e300])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    lora = peft.LoraConfig(r=2, target_modules=["embed_tokens"], lora_alpha=scale)
+    with pytest.raises(ValueError, match=r"embed_tokens: lora_alpha is .*, want a finite number"):
+        peft.get_peft_model(packed(), lora)
+    ada = peft.AdaLoraConfig(init_r=2, total_step=9, target_modules=["q_proj"], lora_alpha=scale)
+    with pytest.raises(ValueError, match=r"^LoraConfig: .*lora_alpha is .*, want a fini"):
+        peft.get_peft_model(packed(), ada)
+    model = peft.get_peft_model(packed(), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    layer = model.base_model.model.get_input_embeddings()
+    with pytest.raises(ValueError, match=r"^set_scale: model.embed_tokens: scale is .*, want a fi"):
+        layer.set_scale("default", scale)
+    assert layer.scaling["default"] == 4.0
+
+
 def test_a_merge_that_is_not_finite_changes_nothing():
     model = adapted(packed(dtype=torch.float16), target_modules=["embed_tokens"])
     layer = model.base_model.model.model.embed_tokens

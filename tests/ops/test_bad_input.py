@@ -453,6 +453,13 @@ def negative(t):
     return torch.complex(t.float(), -t.float()).conj().imag  # the values of t, negated in memory
 
 
+def freed(tensor, nbytes=0):
+    """As FSDP1 and offloaders leave one behind; reading it would end the process."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
 # Tensors whose memory does not hold their values, or that have none; and what is no tensor.
 ODD = {
     "quantized": (
@@ -476,6 +483,9 @@ ODD = {
     "conjugate": (lambda t: t.to(torch.complex64).conj(), "is a conjugate view"),
     "negative": (negative, "is a view with the negative bit"),
     "negative-bytes": (lambda t: torch._neg_view(t.clone()), "is a view with the negative bit"),
+    "functional": (torch._to_functional_tensor, "is a functional tensor"),
+    "freed": (freed, "is a tensor whose storage was freed"),
+    "cut": (lambda t: freed(t, t.nbytes - 1), "is a tensor whose storage was freed or cut"),
     "none": (lambda t: None, "is NoneType, want a"),
     "text": (lambda t: "0", "is str, want a"),
     "number": (lambda t: 0, "is int, want a"),

@@ -36,21 +36,8 @@ from .stand_in import (
 )
 
 
-class PeftLoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
-    """PEFT's LoRA layer on a `Linear4bit`.
-
-    Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
-    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
-    hooks take PEFT's general path. Layers that share an input (q, k, v; gate, up), each with one
-    active adapter and no dropout, compute x A^T once.
-    """
-
-    shared_input: SharedInput | None = None
-    shared_name = ""
-
-    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or type(self).__name__
-        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+class _FiniteScales:
+    """Of a LoRA layer: no scale that is not finite, which would make NaNs of all outputs."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """As PEFT's. ValueError for a scale that is not finite or does not fit float32."""
@@ -75,6 +62,19 @@ class PeftLoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
         """As PEFT's. ValueError for a lora_alpha that is not finite or does not fit float32."""
         check_scaling(f"LoraConfig: {self._name}", lora_alpha, "lora_alpha")
         super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
+
+
+class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
+    """PEFT's LoRA layer on a `Linear4bit`.
+
+    Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
+    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
+    hooks take PEFT's general path.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or type(self).__name__
+        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
 
     @property
     def lora_variants(self):
@@ -143,27 +143,11 @@ class PeftLoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
         dropout = self._dropout(names[0])
-        if dropout == 0.0:
-            S = None
-            # A scaling that is a tensor may be written to between two siblings' calls.
-            alone = is_traced or isinstance(scaling, torch.Tensor)
-            group = None if alone else self.shared_input
-            if group is not None and len(names) == 1 and group.pays(x, dropout):
-                x, _, S = group.take(self, x, base._input, lora_A, scaling, dropout)
-            else:
-                x = base._input(x)
-            return ops.lora_gemm_4bit(x, base._w4(is_traced), lora_A, lora_B, scaling, bias, S)
         x = base._input(x)
+        if dropout == 0.0:
+            return ops.lora_gemm_4bit(x, base._w4(is_traced), lora_A, lora_B, scaling, bias)
         S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
         return ops.gemm_4bit(x, base._w4(is_traced), bias, S, lora_B)
-
-    def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
-        """(lora_A, scaling) of the one adapter that the fused op would run, if it drops nothing."""
-        names = self._fused_adapters()
-        if dropout or names is None or len(names) > 1 or self._dropout(names[0]):
-            return None
-        lora_A, _, scaling = self._stacked(names)
-        return None if isinstance(scaling, torch.Tensor) else (lora_A, scaling)
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling, a number
@@ -232,7 +216,7 @@ class _DoraEmbeddingVariant(DoraEmbeddingVariant):
         module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
 
 
-class LoraEmbedding4bit(_MergesIntoDense, PeftLoraEmbedding):
+class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
     """PEFT's LoRA layer on an `Embedding4bit`: its forward as it is, merging as in LoRA.
 
     The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]; the
@@ -267,7 +251,7 @@ class LoraEmbedding4bit(_MergesIntoDense, PeftLoraEmbedding):
         )
 
 
-class AdaLoraLinear4bit(SVDLinear):
+class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
     """PEFT's AdaLoRA layer on a `Linear4bit`: its forward as it is, merging as in LoRA."""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):

@@ -137,8 +137,6 @@ def _refuse_packed(original):
         if parent is not None and name in parent._modules:
             key = given.get("current_key") or name
             parent._modules[name].__dict__["_qlora_ext_name"] = key  # for errors
-        if parent is not None and isinstance(parent._modules.get(name), PeftLoraLinear4bit):
-            share_input(parent, name)
 
     return _create_and_replace
 

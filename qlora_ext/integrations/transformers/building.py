@@ -46,7 +46,13 @@ def _config_of(raw: dict):
 
 
 def _usable(config):
-    """A config whose text part is one too; transformers takes for that any value of some names."""
+    """A config whose text part is one too, and whose methods are its class's: transformers takes
+    any value for some names, and keeps every key of the file as an attribute."""
+    inner = [v for v in vars(config).values() if isinstance(v, transformers.PreTrainedConfig)]
+    for part in (config, *inner):
+        for key in vars(part):
+            if key == "_auto_class" or callable(getattr(type(part), key, None)):
+                raise TypeError(f"{key} is a name of its config's own code")
     for part in (config.get_text_config(), config.get_text_config(decoder=True)):
         if not isinstance(part, transformers.PreTrainedConfig):
             raise TypeError(f"it has {shorten(part)} for the config of its text model")
