@@ -22,6 +22,7 @@ from .checks import (
     is_number,
     is_regex,
     short,
+    some,
 )
 from .experts import Experts4bit
 from .files import SafetensorsFiles, read_json
@@ -52,7 +53,7 @@ from .nn import (
 from .nn import linear_shape as _linear_shape
 from .offload import check_can_adapt, keep_adapter, loaded, value_of
 from .quantized_tensor import dequantize_4bit
-from .shared_input import share_input
+from .shared_input import SAME_INPUT, SharedInput, same_input
 
 __all__ = [
     "LoraConfig",
@@ -456,8 +457,25 @@ def _with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
         raise TypeError(f"add_lora: {name}: {error}") from None
 
 
+def _input_groups(model: nn.Module, names: list[str]) -> list[list[str]]:
+    """The named layers that may share an input, in groups. ValueError if there are none."""
+    packed = [name for name in names if isinstance(model.get_submodule(name), Linear4bit)]
+    groups = same_input(packed)
+    if not groups:
+        looked_for = "; ".join(", ".join(siblings) for siblings in SAME_INPUT)
+        raise ValueError(
+            "add_lora: share_inputs=True, but no two of the layers to adapt are packed siblings "
+            f"that read the same input (looked for {looked_for}); these get adapters: {some(names)}"
+        )
+    return groups
+
+
 def add_lora(
-    model: nn.Module, config: LoraConfig | None = None, *, lora_dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    *,
+    lora_dtype: torch.dtype = torch.float32,
+    share_inputs: bool = False,
 ) -> nn.Module:
     """Freezes a model and puts a trainable adapter on the layers that config selects, in place.
 
@@ -470,6 +488,10 @@ def add_lora(
         model: quantized with quantize_model or from_pretrained, or not quantized.
         config: a LoraConfig; None is its defaults (query and value, r = 8).
         lora_dtype: dtype of A and B; float32 trains best, whatever the activations are.
+        share_inputs: packed siblings that read the same x (query, key and value; gate and up)
+            compute x A^T once for all of them. Outputs and gradients are the same. Each layer
+            computes its own while it drops part of its input (lora_dropout, in training), under
+            torch.compile and under torch.inference_mode.
 
     Returns:
         model.
@@ -481,11 +503,14 @@ def add_lora(
         ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
             architecture, or a switch or name that matches nothing, with the linear layers found; a
             part of a fused query-key-value layer; a model that was loaded under
-            torch.inference_mode. The model is then as it was.
+            torch.inference_mode; share_inputs=True if no two layers can share. The model is then
+            as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_lora: config is a {type(config).__name__}, want qlora_ext.LoraConfig")
+    if not isinstance(share_inputs, bool):
+        raise TypeError(f"add_lora: share_inputs is {short(share_inputs)}, want a bool")
     _check_model("add_lora", model)
     check_trainable("add_lora", model)
     if present := _adapters(model):
@@ -501,7 +526,10 @@ def add_lora(
         "use_rslora": config.use_rslora,
         "lora_dtype": lora_dtype,
     }
+    groups = _input_groups(model, names) if share_inputs else []
     _install(model, {name: settings for name in names})
+    for group in groups:
+        SharedInput([model.get_submodule(name) for name in group])
     model.requires_grad_(False)
     for module in _adapters(model).values():
         module.lora_A.requires_grad_(True)
@@ -536,8 +564,6 @@ def _install(model: nn.Module, settings: dict[str, dict]) -> None:
     places = places_of(model)
     for base, module in new.values():
         replace_module(model, base, module, places)
-        for parent, key in places[id(base)]:
-            share_input(parent, key)
     explain_errors(model)
 
 

@@ -24,7 +24,6 @@ from ..experts import Experts4bit
 from ..lora import LoraConfig, add_lora
 from ..models import memory_report, num_parameters, quantize_model
 from ..quantized_tensor import QuantConfig
-from ..shared_input import hook_that_only_counts
 from .errors import CliError
 
 # Sizes that GPUs are sold in, GiB.
@@ -96,9 +95,8 @@ def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
 
 
 @contextlib.contextmanager
-def _counting(model: nn.Module, checkpointing: bool):
-    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it).
-    With checkpointing, layers save what they do in its recomputation: each has its own mask."""
+def _counting(model: nn.Module):
+    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it)."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     own |= {b.untyped_storage()._cdata for b in model.buffers()}
     found: dict[int, tuple[int, str | None, object]] = {}
@@ -116,8 +114,7 @@ def _counting(model: nn.Module, checkpointing: bool):
         handles.append(layer.register_forward_pre_hook(lambda *_, name=name: current.append(name)))
         handles.append(layer.register_forward_hook(lambda *_: current.pop() and None))
     try:
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with hooks, hook_that_only_counts(None if checkpointing else pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield found
     finally:
         for handle in handles:
@@ -134,7 +131,7 @@ def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
 
 
-def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
+def saved_bytes(model: nn.Module, seq: int) -> Saved:
     """Counts what a forward pass with labels, of one sample of `seq` tokens, keeps for backward.
 
     Raises:
@@ -149,7 +146,7 @@ def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
         # As peft's and transformers' checkpointing does, so that every layer is in the graph.
         embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     try:
-        with _counting(model, checkpointing) as found, torch.enable_grad():
+        with _counting(model) as found, torch.enable_grad():
             out = model.train()(**inputs)
             logits = out.logits
     except Exception as error:  # an architecture's forward may do anything
@@ -242,7 +239,7 @@ def estimate(
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    saved = saved_bytes(model, seq, checkpointing)
+    saved = saved_bytes(model, seq)
     if checkpointing:
         outside = saved.total - saved.layer * saved.layers
         # A layer is computed again when the logits' gradients are gone.

@@ -67,7 +67,6 @@ from ..models.raw_errors import watch
 from ..nn import _PACKED_KEYS, Embedding4bit, Linear4bit, _Lora, _Packed4bit
 from ..offload import check_can_adapt, check_in_memory, is_offloaded, loaded, value_of
 from ..quantized_tensor import dequantize_4bit, merge_lora_4bit
-from ..shared_input import SharedInput, share_input
 from .transformers import dense_linear, leave_no_packed_layer, local_part, logical_surplus
 
 # Tuners whose layers train and merge on a packed weight; each is in tests/test_integration_peft.py.
@@ -263,12 +262,8 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
 
     Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
     the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
-    hooks take PEFT's general path. Layers that share an input (q, k, v; gate, up), each with one
-    active adapter and no dropout, compute x A^T once.
+    hooks take PEFT's general path.
     """
-
-    shared_input: SharedInput | None = None
-    shared_name = ""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
         self._name = target_name or type(self).__name__
@@ -365,27 +360,11 @@ class LoraLinear4bit(_MergesIntoDense, PeftLoraLinear):
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
         dropout = self._dropout(names[0])
-        if dropout == 0.0:
-            S = None
-            # A scaling that is a tensor may be written to between two siblings' calls.
-            alone = is_traced or isinstance(scaling, torch.Tensor)
-            group = None if alone else self.shared_input
-            if group is not None and len(names) == 1 and group.pays(x, dropout):
-                x, _, S = group.take(self, x, base._input, lora_A, scaling, dropout)
-            else:
-                x = base._input(x)
-            return ops.lora_gemm_4bit(x, base._w4(is_traced), lora_A, lora_B, scaling, bias, S)
         x = base._input(x)
+        if dropout == 0.0:
+            return ops.lora_gemm_4bit(x, base._w4(is_traced), lora_A, lora_B, scaling, bias)
         S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
         return ops.gemm_4bit(x, base._w4(is_traced), bias, S, lora_B)
-
-    def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
-        """(lora_A, scaling) of the one adapter that the fused op would run, if it drops nothing."""
-        names = self._fused_adapters()
-        if dropout or names is None or len(names) > 1 or self._dropout(names[0]):
-            return None
-        lora_A, _, scaling = self._stacked(names)
-        return None if isinstance(scaling, torch.Tensor) else (lora_A, scaling)
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling, a number
@@ -654,8 +633,6 @@ def _refuse_packed(original):
         if parent is not None and name in parent._modules:
             key = given.get("current_key") or name
             parent._modules[name].__dict__["_qlora_ext_name"] = key  # for errors
-        if parent is not None and isinstance(parent._modules.get(name), LoraLinear4bit):
-            share_input(parent, name)
 
     return _create_and_replace
 
