@@ -468,6 +468,27 @@ def lora_gemm_4bit(
     return _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias, lora_S)[0]
 
 
+def lora_linear(
+    x: Tensor,
+    w4: W4,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    lora_S: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T: every layer with an adapter comes here.
+
+    As lora_gemm_4bit. dropout: probability of a zero in the bypass's input; applied if not 0. The
+    bypass then sees another x than the weight does, so its product is made apart.
+    """
+    if not dropout:
+        return lora_gemm_4bit(x, w4, lora_A, lora_B, scaling, bias, lora_S)
+    dropped = torch.nn.functional.dropout(x, dropout)
+    return gemm_4bit(x, w4, bias, lora_shrink(dropped, lora_A, scaling), lora_B)
+
+
 # merge_lora_4bit ----------------------------------------------------------------------------
 
 

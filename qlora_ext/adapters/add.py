@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import hosts
+from ..models.architectures import SAME_INPUT
 from ..models.raw_errors import explain_errors
 from ..models.report import num_parameters
 from ..models.walk import check_model, places_of, replace_module
@@ -13,7 +14,8 @@ from ..nn.linear import Linear4bit, is_conv1d
 from ..nn.linear import linear_shape as _linear_shape
 from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora, check_lora_rank
 from ..nn.offload import check_can_adapt
-from ..nn.shared_input import share_input
+from ..nn.shared_input import SharedInput
+from ..text import first_few, shorten
 from .config import LoraConfig
 from .targets import _read_past_forward, target_names
 
@@ -56,8 +58,32 @@ def with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
         raise TypeError(f"add_lora: {name}: {error}") from None
 
 
+def _input_groups(model: nn.Module, names: list[str]) -> list[list[str]]:
+    """The named packed layers that may share an input with another, in groups. ValueError if there
+    are none."""
+    groups: dict[tuple, list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        for siblings in SAME_INPUT:
+            if own in siblings and isinstance(model.get_submodule(name), Linear4bit):
+                groups.setdefault((parent, siblings), []).append(name)
+    found = [group for group in groups.values() if len(group) > 1]
+    if not found:
+        looked_for = "; ".join(", ".join(siblings) for siblings in SAME_INPUT)
+        raise ValueError(
+            "add_lora: share_inputs=True, but no two of the layers to adapt are packed siblings "
+            f"that read the same input (looked for {looked_for}); these get adapters: "
+            f"{first_few(names)}"
+        )
+    return found
+
+
 def add_lora(
-    model: nn.Module, config: LoraConfig | None = None, *, lora_dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    *,
+    lora_dtype: torch.dtype = torch.float32,
+    share_inputs: bool = False,
 ) -> nn.Module:
     """Freezes a model and puts a trainable adapter on the layers that config selects, in place.
 
@@ -70,6 +96,10 @@ def add_lora(
         model: quantized with quantize_model or from_pretrained, or not quantized.
         config: a LoraConfig; None is its defaults (query and value, r = 8).
         lora_dtype: dtype of A and B; float32 trains best, whatever the activations are.
+        share_inputs: packed siblings that read the same x (query, key and value; gate and up)
+            compute x A^T once for all of them. Outputs and gradients are the same. Each layer
+            computes its own while it drops part of its input (lora_dropout, in training), under
+            torch.compile and under torch.inference_mode.
 
     Returns:
         model.
@@ -81,11 +111,14 @@ def add_lora(
         ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
             architecture, or a switch or name that matches nothing, with the linear layers found; a
             part of a fused query-key-value layer; a model that was loaded under
-            torch.inference_mode. The model is then as it was.
+            torch.inference_mode; share_inputs=True if no two layers can share. The model is then
+            as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
         raise TypeError(f"add_lora: config is a {type(config).__name__}, want qlora_ext.LoraConfig")
+    if not isinstance(share_inputs, bool):
+        raise TypeError(f"add_lora: share_inputs is {shorten(share_inputs)}, want a bool")
     check_adaptable("add_lora", model)
     check_trainable("add_lora", model)
     if present := adapters_of(model):
@@ -101,7 +134,10 @@ def add_lora(
         "use_rslora": config.use_rslora,
         "lora_dtype": lora_dtype,
     }
+    groups = _input_groups(model, names) if share_inputs else []
     install(model, {name: settings for name in names})
+    for group in groups:
+        SharedInput([model.get_submodule(name) for name in group])
     model.requires_grad_(False)
     for module in adapters_of(model).values():
         module.lora_A.requires_grad_(True)
@@ -136,8 +172,6 @@ def install(model: nn.Module, settings: dict[str, dict]) -> None:
     places = places_of(model)
     for base, module in new.values():
         replace_module(model, base, module, places)
-        for parent, key in places[id(base)]:
-            share_input(parent, key)
     explain_errors(model)
 
 

@@ -24,7 +24,6 @@ from ..integrations.transformers.building import build, build_folder, read_confi
 from ..models.quantize import quantize_model
 from ..models.report import memory_report, num_parameters
 from ..nn.experts import Experts4bit
-from ..nn.shared_input import hook_that_only_counts
 from ..tensor.config import QuantConfig
 from ..text import first_line, printable
 from .errors import CliError
@@ -98,9 +97,8 @@ def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
 
 
 @contextlib.contextmanager
-def _counting(model: nn.Module, checkpointing: bool):
-    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it).
-    With checkpointing, layers save what they do in its recomputation: each has its own mask."""
+def _counting(model: nn.Module):
+    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it)."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     own |= {b.untyped_storage()._cdata for b in model.buffers()}
     found: dict[int, tuple[int, str | None, object]] = {}
@@ -118,8 +116,7 @@ def _counting(model: nn.Module, checkpointing: bool):
         handles.append(layer.register_forward_pre_hook(lambda *_, name=name: current.append(name)))
         handles.append(layer.register_forward_hook(lambda *_: current.pop() and None))
     try:
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with hooks, hook_that_only_counts(None if checkpointing else pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield found
     finally:
         for handle in handles:
@@ -136,7 +133,7 @@ def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
 
 
-def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
+def saved_bytes(model: nn.Module, seq: int) -> Saved:
     """Counts what a forward pass with labels, of one sample of `seq` tokens, keeps for backward.
 
     Raises:
@@ -151,7 +148,7 @@ def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
         # As peft's and transformers' checkpointing does, so that every layer is in the graph.
         embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     try:
-        with _counting(model, checkpointing) as found, torch.enable_grad():
+        with _counting(model) as found, torch.enable_grad():
             out = model.train()(**inputs)
             logits = out.logits
     except Exception as error:  # an architecture's forward may do anything
@@ -244,7 +241,7 @@ def estimate(
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    saved = saved_bytes(model, seq, checkpointing)
+    saved = saved_bytes(model, seq)
     if checkpointing:
         outside = saved.total - saved.layer * saved.layers
         # A layer is computed again when the logits' gradients are gone.

@@ -19,7 +19,6 @@ whole tensors.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -165,12 +164,14 @@ class ParallelLinear4bit(nn.Module):
         nested, *format = self.format
         w4 = (self._own("weight"), self._own("weight_absmax"), nested, self._own("weight_mean"))
         bias = self._own("bias")
-        S = B = None
+        w4, added = (*w4, *format), None if self.rowwise else bias
         if "lora_A" in self._parameters:
             A = self._own("lora_A", copied=not self.rowwise)
             B = self._own("lora_B", copied=self.rowwise)
-            S = ops.lora_shrink(F.dropout(x, self.lora_dropout, self.training), A, self.scaling)
-        y = ops.gemm_4bit(x, (*w4, *format), None if self.rowwise else bias, S, B)
+            dropout = self.lora_dropout if self.training else 0.0
+            y = ops.lora_linear(x, w4, A, B, self.scaling, added, dropout)
+        else:
+            y = ops.gemm_4bit(x, w4, added)
         if not self.rowwise:
             return y
         y = _Summed.apply(y, self.mesh)

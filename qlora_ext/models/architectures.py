@@ -58,3 +58,12 @@ FAMILIES = {
     "nemotron": NEMOTRON,
     **dict.fromkeys(["t5", "mt5", "umt5"], T5),
 }
+
+# Names of sibling layers that read the same input.
+SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama and its kin, Phi, OPT, StarCoder2, Nemotron
+    ("q", "k", "v"),  # T5
+    ("query", "key", "value"),  # BERT
+    ("gate_proj", "up_proj"),  # Llama and its kin
+    ("wi_0", "wi_1"),  # T5
+)

@@ -78,8 +78,7 @@ class LoraLinear4bit(_Lora, Linear4bit):
     lora_A [r, in_features] and lora_B [out_features, r] are trainable, float32 unless lora_dtype
     says otherwise, whatever x's dtype is; scaling = lora_alpha / r. Dropout acts on the bypass's
     input only, in training. The bypass is part of the packed product: no [M, N] temporary.
-    Layers that add_lora finds to share an input (q, k, v; gate, up) compute x A^T once, and share
-    the dropout mask (shared_input.py).
+    add_lora(..., share_inputs=True) sets `shared_input`, a group of layers that read the same x.
 
     Args:
         in_features, out_features, bias, config, device, dtype: as for Linear4bit.
@@ -92,7 +91,6 @@ class LoraLinear4bit(_Lora, Linear4bit):
     """
 
     shared_input: SharedInput | None = None
-    shared_name = ""
 
     def __init__(
         self,
@@ -161,25 +159,11 @@ class LoraLinear4bit(_Lora, Linear4bit):
         p = self._parameters
         lora_A = p["lora_A"]
         dropout = self.lora_dropout if self.training else 0.0
-        group = None if is_traced else self.shared_input
-        if group is not None and group.pays(x, dropout):
-            x, dropped, S = group.take(self, x, self._input, lora_A, self.scaling, dropout)
-        else:
-            x, S = self._input(x), None
-            dropped = F.dropout(x, dropout) if dropout else None
-        if dropped is None:
-            return ops.lora_gemm_4bit(
-                x, self._w4(is_traced), lora_A, p["lora_B"], self.scaling, p["bias"], S
-            )
-        # The bypass sees another x than the weight does, so its product is made apart.
-        if S is None:
-            S = ops.lora_shrink(dropped, lora_A, self.scaling)
-        return ops.gemm_4bit(x, self._w4(is_traced), p["bias"], S, p["lora_B"])
-
-    def shared_factor(self, dropout: float) -> tuple[torch.Tensor, float] | None:
-        """(lora_A, scaling) if the layer now drops its input with this probability, else None."""
-        own = self.lora_dropout if self.training else 0.0
-        return (self._parameters["lora_A"], self.scaling) if own == dropout else None
+        group = None if is_traced or dropout else self.shared_input
+        given, x = x, self._input(x)
+        S = None if group is None else group.take(self, given, x)
+        args = (self._w4(is_traced), lora_A, p["lora_B"], self.scaling, p["bias"])
+        return ops.lora_linear(x, *args, dropout, S)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._lora_repr()

@@ -167,12 +167,8 @@ def lora_linear_4bit(
     """
     check_input("lora_linear_4bit", x=x, lora_A=lora_A, lora_B=lora_B)
     scaling = check_scaling("lora_linear_4bit", scaling)
-    x = to_autocast_dtype(x)
     args = _op_args("lora_linear_4bit", q)
-    if dropout == 0.0:
-        return ops.lora_gemm_4bit(x, args, lora_A, lora_B, scaling, bias)
-    dropped = torch.nn.functional.dropout(x, dropout, training=True)
-    return ops.gemm_4bit(x, args, bias, ops.lora_shrink(dropped, lora_A, scaling), lora_B)
+    return ops.lora_linear(to_autocast_dtype(x), args, lora_A, lora_B, scaling, bias, dropout)
 
 
 def merge_lora_4bit(

@@ -1423,7 +1423,7 @@ def test_estimate_counts_on_meta_what_a_real_step_saves(llama):
     model.set_attn_implementation("qlora_ext_counting")
     model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
     ids = torch.randint(3, 200, (1, 32))
-    with estimate._counting(model, checkpointing=False) as real:
+    with estimate._counting(model) as real:
         model.train()(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
     nbytes = sum(nbytes for nbytes, _, _ in real.values())
     assert nbytes == pytest.approx(found.parts["saved for the backward pass"], rel=0.05)

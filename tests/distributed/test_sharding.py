@@ -24,11 +24,10 @@ def build(family="llama", seed=0):
 
     import tiny_models as tiny
     from qlora_ext import LoraConfig, add_lora, quantize_model
-    from qlora_ext.nn import shared_input
 
-    shared_input.MIN_ELEMENTS = 1  # q, k and v share x A^T, as in a model of real size
     model = quantize_model(tiny.make(family), progress_bar=False)
-    add_lora(model, LoraConfig(key=True, projection=True, mlp=True, lora_dropout=0.0))
+    config = LoraConfig(key=True, projection=True, mlp=True, lora_dropout=0.0)
+    add_lora(model, config, share_inputs=True)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -19,7 +19,8 @@ import qlora_ext
 from qlora_ext import ops
 from qlora_ext.integrations import peft as plugin
 from qlora_ext.integrations.peft import tuners
-from qlora_ext.nn import Linear4bit, shared_input
+from qlora_ext.integrations.peft.attach import _subclasses
+from qlora_ext.nn import Linear4bit
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -229,108 +230,6 @@ def test_mixed_batch(folders):
                 model.set_adapter(name)
                 want = model(tokens).logits[row]
         torch.testing.assert_close(mixed[row], want, rtol=1e-4, atol=1e-5)
-
-
-# Layers that share an input ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def shrinks(monkeypatch):
-    """Small inputs share too; calls with S given are listed, as (S given, rank of A)."""
-    monkeypatch.setattr(shared_input, "MIN_ELEMENTS", 1)
-    calls = []
-    fused = ops.lora_gemm_4bit
-
-    def listed(x, w4, A, B, scaling, bias=None, lora_S=None):
-        calls.append((lora_S is not None, A.shape[0]))
-        return fused(x, w4, A, B, scaling, bias, lora_S)
-
-    monkeypatch.setattr(ops, "lora_gemm_4bit", listed)
-    return calls
-
-
-def gradients_of(model):
-    model.zero_grad()
-    loss = model(input_ids=ids(), labels=ids()).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def unshared():
-    return mock.patch.object(shared_input.SharedInput, "pays", lambda self, x, dropout: False)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_product_for_q_k_v_and_one_for_gate_up(folders, shrinks, checkpointing):
-    model = adapted(folders, target_modules="all-linear").train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    with mock.patch.object(ops, "lora_shrink", wraps=ops.lora_shrink) as shrink:
-        got = gradients_of(model)
-    times = 2 if checkpointing else 1
-    assert shrink.call_count == 4 * times
-    assert sorted(call.args[1].shape[0] for call in shrink.call_args_list) == sorted(
-        [8, 8, 12, 12] * times
-    )
-    assert [given for given, _ in shrinks].count(True) == 10 * times
-    with unshared():
-        want = gradients_of(model)
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-
-
-def test_what_peft_changes_is_not_shared_past_it(folders, shrinks):
-    """Two adapters, one switched off, dropout, a merged or a replaced layer, mixed batches."""
-    model = adapted(folders, target_modules=["q_proj", "k_proj", "v_proj"]).eval()
-
-    def check(given: int, **inputs):
-        inputs = inputs or {"input_ids": ids()}
-        with torch.no_grad():
-            model(**inputs)  # a group computes for those that took part in the last call
-            shrinks.clear()
-            got = model(**inputs).logits
-        assert [shared for shared, _ in shrinks].count(True) == given
-        with unshared(), torch.no_grad():
-            assert torch.equal(got, model(**inputs).logits)
-
-    check(6)
-    model.add_adapter("second", lora_config(r=2, target_modules=["q_proj", "k_proj"]))
-    model.set_adapter("second")
-    randomize(model, seed=2)
-    check(4)  # v has no adapter of this name
-    model.base_model.set_adapter(["default", "second"])
-    check(0)
-    model.set_adapter("default")
-    check(0, input_ids=ids(2), adapter_names=["default", "second"])
-    with model.disable_adapter():
-        check(0)
-    layer = lora_layers(model)[1]
-    layer.merge()
-    check(2 + 3)
-    layer.unmerge()
-    layer.set_scale("default", 3.0)
-    check(2 + 3)
-    layer.set_scale("default", 1.0)
-    check(6)
-    copied = copy.deepcopy(model)
-    logits(copied)
-    assert torch.equal(logits(copied), logits(model))
-    for each in lora_layers(model):
-        each.lora_dropout["default"] = torch.nn.Dropout(0.5)
-    model.train()
-    shrinks.clear()
-    model(input_ids=ids())
-    assert shrinks == []  # each layer draws its own mask, as PEFT's do
-
-
-def test_dora_beside_a_plain_adapter(folders, shrinks):
-    model = adapted(folders, target_modules=["q_proj", "v_proj"]).eval()
-    model.add_adapter("dora", lora_config(target_modules=["v_proj"], use_dora=True))
-    model.base_model.set_adapter(["default", "dora"])
-    randomize(model, seed=3)
-    got = logits(model)
-    with unshared():
-        assert torch.equal(got, logits(model))
 
 
 # Merging -------------------------------------------------------------------------------------
@@ -805,7 +704,7 @@ def test_no_tuner_of_peft_slips_through(folders):
     """Whatever tuner PEFT has, it is supported, refused, or leaves packed layers alone."""
     from peft.tuners.tuners_utils import BaseTuner
 
-    for tuner in plugin._subclasses(BaseTuner):
+    for tuner in _subclasses(BaseTuner):
         if "_create_and_replace" in vars(tuner):
             assert hasattr(vars(tuner)["_create_and_replace"], "__wrapped__"), tuner
 
@@ -972,7 +871,7 @@ def test_attributes_are_put_back_whatever_they_hold():
     module = torch.nn.Linear(2, 2)
     module.notes, module.marks = {"a": torch.ones(2)}, {1}
     weight, notes = module.weight, module.notes
-    before = plugin._attributes(module)
+    before = tuners._attributes(module)
     module.weight = torch.nn.Parameter(torch.zeros(2, 2))
     module.notes["a"], module.notes["b"] = torch.zeros(2), 1
     module.marks.add(2)

@@ -12,7 +12,6 @@ pytest.importorskip("datasets")
 
 import qlora_ext
 from qlora_ext import ops
-from qlora_ext.nn import shared_input
 
 TEXTS = [f"{a} plus {b} is {a + b}. That is a sum." for a in range(4) for b in range(6)]
 
@@ -129,22 +128,6 @@ def test_training_calls_our_op(folder, tmp_path):
                 module.p = 0.0
         sft.train()
     assert (shrink.call_count, gemm.call_count, fused.call_count) == (2 * 14, 2 * 14, 2 * 14)
-
-
-def test_training_shares_the_product_of_q_k_v_and_gate_up(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_input, "MIN_ELEMENTS", 1)
-    sft = trainer(folder, tmp_path, max_steps=2, gradient_checkpointing=False)
-    for module in sft.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    with (
-        mock.patch.object(ops, "lora_shrink", wraps=ops.lora_shrink) as shrink,
-        mock.patch.object(ops, "lora_gemm_4bit", wraps=ops.lora_gemm_4bit) as fused,
-    ):
-        sft.train()
-    assert shrink.call_count == 2 * 2 * 2  # steps, layers, groups
-    given = [call.args[6] is not None for call in fused.call_args_list]
-    assert (given.count(True), given.count(False)) == (2 * 2 * 5, 2 * 2 * 2)
 
 
 def test_report_to_tensorboard(folder, tmp_path, monkeypatch):

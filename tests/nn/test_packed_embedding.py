@@ -17,6 +17,7 @@ import transformers
 
 import qlora_ext
 from qlora_ext.integrations import peft as plugin
+from qlora_ext.integrations.peft import stand_in
 from qlora_ext.nn import Embedding4bit, Linear4bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -38,7 +39,7 @@ def dequantized(model):
     model = copy.deepcopy(model)
     for name, table in list(model.named_modules()):
         if isinstance(table, Embedding4bit):
-            model.set_submodule(name, plugin._dense(table, table.dtype))
+            model.set_submodule(name, stand_in._dense(table, table.dtype))
     return model
 
 

@@ -25,7 +25,6 @@ from ...nn.dense import dense_linear
 from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory, is_offloaded, loaded
-from ...nn.shared_input import SharedInput
 from .stand_in import (
     _check_finite,
     _innermost,
@@ -143,11 +142,8 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
         dropout = self._dropout(names[0])
-        x = base._input(x)
-        if dropout == 0.0:
-            return ops.lora_gemm_4bit(x, base._w4(is_traced), lora_A, lora_B, scaling, bias)
-        S = ops.lora_shrink(torch.nn.functional.dropout(x, dropout), lora_A, scaling)
-        return ops.gemm_4bit(x, base._w4(is_traced), bias, S, lora_B)
+        w4 = base._w4(is_traced)
+        return ops.lora_linear(base._input(x), w4, lora_A, lora_B, scaling, bias, dropout)
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling, a number

@@ -21,8 +21,6 @@ from ...nn.linear import Linear4bit
 from ...nn.lora import _Lora
 from ...nn.offload import check_can_adapt, check_in_memory, loaded
 from ...nn.packed import _Packed4bit
-from ...nn.shared_input import share_input
-from .lora import PeftLoraLinear4bit
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
 
 # Tuners whose layers train and merge on a packed weight; test_integration_peft.py has each.
