@@ -71,6 +71,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """
     from safetensors.torch import save_file
 
+    if "\0" in os.fsdecode(path):
+        raise ValueError(f"save_adapter: path is {shorten(path)}, want one without NUL")
     check_adaptable("save_adapter", model)
     check_whole("save_adapter", model, only="lora_")
     adapters = adapters_of(model)

@@ -64,5 +64,8 @@ def plan(
             f"{folder} is quantized already, by {stored_method(checkpoint.config)}, want an "
             "unquantized checkpoint"
         )
-    result = quantized_result(checkpoint.same_model(), config, keep, embeddings)
+    try:
+        result = quantized_result(checkpoint.same_model(), config, keep, embeddings)
+    except CliError as error:
+        raise CliError(f"{folder}: {error}") from None
     return Job(checkpoint, result, pack_like(result, config), max_shard_bytes=max_shard_bytes)

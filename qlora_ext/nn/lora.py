@@ -10,7 +10,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..checks import FLOAT_MAX, check_input, is_number
+from ..checks import FLOAT_MAX, check_input, check_scaling, is_number
 from ..tensor.config import FLOAT_DTYPES
 from ..text import shorten
 from .linear import Linear4bit, _check_own_weight, _share, is_conv1d, is_plain_linear
@@ -53,6 +53,11 @@ class _Lora(nn.Module):
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_A.new_zeros(self.out_features, r))
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "scaling":
+            value = check_scaling(type(self).__name__, value)
+        super().__setattr__(name, value)
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.

@@ -372,6 +372,8 @@ class _Packed4bit(nn.Module):
             # A layer that has no data itself may be given none: a dry run.
             if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
                 got = NO_DATA
+            if got is None and key not in _PACKED_KEYS and value.layout != torch.strided:
+                got = f"a tensor of layout {value.layout}"  # of packed ones _check_state says it
             if got is not None:
                 errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
         return errors

@@ -584,6 +584,11 @@ def test_foreign_configs_are_refused(adapter, changes, message):
         load_adapter(quantized(), adapter)
 
 
+def test_a_path_with_nul_is_refused():
+    with pytest.raises(ValueError, match=r"save_adapter: path is 'a.x00b', want one without NUL"):
+        save_adapter(quantized(), "a\0b")
+
+
 def test_every_field_of_pefts_config_is_judged():
     # A PEFT with a new field fails here: it is harmless, or a value of it must be refused.
     from qlora_ext.adapters import files as lora

@@ -958,6 +958,12 @@ def test_what_stays_dense_is_checked_before_it_is_written(llama, tmp_path, key, 
         assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_in_another_dtype_is_named(llama, tmp_path):
+    config_with(llama, dtype="float64")
+    said = run("quantize", llama, tmp_path / "out", ok=False)
+    assert f"{llama}: quantize_model: " in said and "float64" in said
+
+
 def test_a_weight_that_cannot_be_packed_is_named_with_its_file(llama, tmp_path):
     key = "model.layers.0.mlp.down_proj.weight"
     for path in llama.glob("*.safetensors"):

@@ -49,6 +49,7 @@ KEYS = [
     "text_config", "rms_norm_eps", "pad_token_id", "attention_bias", "sliding_window",
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
     "peft_type", "layer_replication", "megatron_config", "base_model_name_or_path", "use_dora",
+    "validate", "save_pretrained", "to_dict", "_auto_class", "output_attentions",  # its own methods
     "eos_token_id", "max_length", "do_sample", "tokenizer_class", "chat_template",
 ]  # fmt: skip
 BYTES = {

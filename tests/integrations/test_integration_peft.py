@@ -1,6 +1,7 @@
 """PEFT's own code on packed layers: train, merge, unmerge, save, reload, and what is refused."""
 
 import copy
+import json
 import pickle
 import warnings
 from unittest import mock
@@ -965,6 +966,27 @@ def test_compiled_model_takes_other_adapters_without_compiling_again(folders, tm
             got = compiled(input_ids=ids()).logits
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("alpha", [float("inf"), float("nan"), 1e300])
+def test_nothing_is_swapped_in_that_is_not_finite(folders, tmp_path, alpha):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+    from safetensors.torch import load_file, save_file
+
+    ((path, want),) = saved_adapters(folders, tmp_path, {"r": 4})
+    model = peft.PeftModel.from_pretrained(base_model(folders), path).eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    with pytest.raises(ValueError, match=r"hotswap_adapter: lora_alpha is .*want a finite number"):
+        hotswap_adapter(model, str(path), adapter_name="default", torch_device="cpu")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(path / "adapter_model.safetensors")
+    key = next(iter(weights))
+    save_file({**weights, key: weights[key] * alpha}, path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"hotswap_adapter: .* has a NaN or Inf"):
+        hotswap_adapter(model, str(path), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), want)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -519,6 +519,11 @@ def test_adapted_layer_takes_hooks_of_its_own():
 def test_rslora_and_alpha_scale():
     assert adapted(r=4, lora_alpha=8).scaling == 2
     assert adapted(r=4, lora_alpha=8, use_rslora=True).scaling == 4
+    layer = adapted(r=4, lora_alpha=8)
+    for bad in (float("inf"), float("nan"), 1e300, "2", None, True, torch.tensor(float("inf"))):
+        with pytest.raises(ValueError, match=r"LoraLinear4bit: scaling is .*, want a finite"):
+            layer.scaling = bad
+    assert layer.scaling == 2
 
 
 def test_dropout_acts_on_the_bypass_input_only():

@@ -215,6 +215,27 @@ def test_functions_name_what_is_no_dense_tensor(x):
         qlora_ext.merge_lora_4bit(q, A, x, 1.0)
 
 
+@pytest.mark.parametrize(
+    "kind, got",
+    [("quantized", "a quantized tensor of torch"), ("jagged", "a nested tensor"),
+     ("csr", "a tensor of layout torch.sparse_csr")],
+)  # fmt: skip
+def test_a_bias_that_is_no_dense_tensor(kind, got):
+    linear = torch.nn.Linear(64, 32)
+    x = torch.randn(4, 8)
+    odd = {
+        "quantized": lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "jagged": lambda: torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged),
+        "csr": x.to_sparse_csr,
+    }[kind]()
+    linear._parameters["bias"] = torch.nn.Parameter(odd, requires_grad=False)
+    with pytest.raises(TypeError, match=f"Linear4bit: linear.bias is {got}.*, want a dense"):
+        qlora_ext.nn.Linear4bit.from_linear(linear)
+    layer = qlora_ext.nn.Linear4bit(64, 32)
+    with pytest.raises(RuntimeError, match=f"bias is {got}.*, want a dense tensor"):
+        layer.load_state_dict({**layer.state_dict(), "bias": odd}, assign=True)
+
+
 def test_scaling_of_any_real_type():
     q, x = qlora_ext.quantize_4bit(torch.randn(N, K)), torch.randn(2, K)
     A, B = torch.randn(R, K), torch.randn(N, R)

@@ -18,6 +18,7 @@ PEFT has no registry that outlives one config, so a few of its functions are wra
                                              table; NaN and Inf are not read
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
+    hotswap_adapter_from_state_dict          NaN and Inf are not swapped in
     replace_lora_weights_loftq               LoftQ's start, against our quantizer
 
 Source: peft/tuners/lora/{model,layer,bnb}.py and peft/utils/quantization_utils.py of PEFT 0.21.
@@ -32,12 +33,18 @@ from peft.tuners import lora
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import loftq_utils, quantization_utils, save_and_load
+from peft.utils import hotswap, loftq_utils, quantization_utils, save_and_load
 from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from ... import hosts
-from .files import _check_combined, _get_state_dict, _save_pretrained, _set_state_dict
+from .files import (
+    _check_combined,
+    _check_swapped,
+    _get_state_dict,
+    _save_pretrained,
+    _set_state_dict,
+)
 from .lora import _create_lora_module
 from .merging import _merge_and_unload, _refuse_sharded, adapted_model
 from .training import _count_logical_weights, _loftq, _prepare
@@ -103,6 +110,7 @@ def attach() -> None:
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _get_state_dict)
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)
+    _replace_everywhere(hotswap.hotswap_adapter_from_state_dict, _check_swapped)
     _replace_everywhere(loftq_utils.replace_lora_weights_loftq, _loftq)
     _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
     lora.LoraModel.add_weighted_adapter = _check_combined(lora.LoraModel.add_weighted_adapter)

@@ -11,7 +11,7 @@ import peft
 import torch
 import transformers
 
-from ...checks import check_finite
+from ...checks import check_finite, check_scaling
 from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.offload import check_in_memory, is_offloaded, loaded, value_of
@@ -158,15 +158,27 @@ def _set_state_dict(original):
     return set_peft_model_state_dict
 
 
-def _check_read(state: dict[str, torch.Tensor]) -> None:
+def _check_swapped(original):
+    """Wraps `hotswap_adapter_from_state_dict`: nothing is swapped if a value is not finite."""
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
+        if any(isinstance(module, _Packed4bit) for module in model.modules()):
+            for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+                check_scaling("hotswap_adapter", alpha, "lora_alpha")
+            _check_read(state_dict, "hotswap_adapter")
+        return original(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _check_read(state: dict[str, torch.Tensor], op: str = "set_peft_model_state_dict") -> None:
     """ValueError for a tensor of an adapter with a NaN or Inf."""
     for key, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             continue
         if not local_part(tensor).isfinite().all():
-            raise ValueError(
-                f"set_peft_model_state_dict: {key} has a NaN or Inf, want finite values"
-            )
+            raise ValueError(f"{op}: {key} has a NaN or Inf, want finite values")
 
 
 def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
