@@ -6,8 +6,8 @@ process of its own:
 
 - `native`: every contender with what this CPU has;
 - `avx2`: every contender limited to AVX2 (ours by QLORA_EXT_CPU, torch's by its libraries' own
-  switches, bitsandbytes by its own cached answer to "is there AVX-512?"), the machine that the bars
-  were written for. Left out where the CPU has nothing beyond AVX2.
+  switches, bitsandbytes by its own cached answer to "is there AVX-512?"), the machine that the
+  targets were written for. Left out where the CPU has nothing beyond AVX2.
 
 The result is one JSON and one PNG, bench/results/cpu-<machine>-<date>. On a machine that others
 use, `--cpu-time` counts one thread's CPU time instead of the clock's.
@@ -53,7 +53,7 @@ TOUCHED = {
 SLOW = 5.0  # seconds: a call that takes longer is timed once
 BUDGET = 2.0  # seconds for a row: fewer rounds where calls are long, but three at least
 OURS, BNB, AO, DENSE = "ours", "bitsandbytes", "torchao", "dense"
-TABLE_SHAPE = (4096, 4096)  # the shape that has bars
+TABLE_SHAPE = (4096, 4096)  # the shape that has targets
 
 
 @dataclasses.dataclass
@@ -63,7 +63,7 @@ class Row:
     case: str
     shape: str
     ms: dict[str, float]
-    bars: dict[str, float]  # contender -> how many times faster than it we are to be
+    targets: dict[str, float]  # contender -> how many times faster than it we are to be
     note: str = ""
 
     def ratio(self, contender: str) -> float:
@@ -71,13 +71,17 @@ class Row:
         return self.ms[contender] / self.ms[OURS]
 
     def held(self) -> dict[str, bool]:
-        """Whether each bar is met, of those whose contender ran."""
-        return {name: self.ratio(name) >= bar for name, bar in self.bars.items() if name in self.ms}
+        """Whether each target is met, of those whose contender ran."""
+        return {
+            name: self.ratio(name) >= target
+            for name, target in self.targets.items()
+            if name in self.ms
+        }
 
     def verdict(self) -> str:
-        """'met', or what was reached where a bar is not; nothing for a row without bars."""
+        """'met', or what was reached where a target is not; nothing for a row without targets."""
         missed = [
-            f"{name} {self.ratio(name):.2f}x of {self.bars[name]:.2f}x"
+            f"{name} {self.ratio(name):.2f}x of {self.targets[name]:.2f}x"
             for name, met in self.held().items()
             if not met
         ]
@@ -197,11 +201,11 @@ class Ops:
             self.weight, blocksize=64, quant_type="nf4", compress_statistics=True
         )
 
-    def row(self, case: str, contenders: dict[str, Callable], bars: dict[str, float]) -> Row:
-        """Times one case; `bars` apply to the table's own shape."""
+    def row(self, case: str, contenders: dict[str, Callable], targets: dict[str, float]) -> Row:
+        """Times one case; `targets` apply to the table's own shape."""
         ms = interleave(contenders, self.rounds)
-        bars = bars if (self.N, self.K) == TABLE_SHAPE else {}
-        return Row(f"{case} {self.name}", f"{self.N}x{self.K}", ms, bars)
+        targets = targets if (self.N, self.K) == TABLE_SHAPE else {}
+        return Row(f"{case} {self.name}", f"{self.N}x{self.K}", ms, targets)
 
     def quantize(self) -> Row:
         """Packing and double quantization."""
@@ -248,16 +252,16 @@ class Ops:
             contenders["ours fp32"] = lambda: self.ops.gemm_4bit(x32, *self.w4)
             contenders["dense fp32"] = lambda: F.linear(x32, w32)
         if M == 1:
-            bars = {BNB: 20, DENSE: 2} if self.fp32 else {BNB: 12, DENSE: 1}
+            targets = {BNB: 20, DENSE: 2} if self.fp32 else {BNB: 12, DENSE: 1}
         elif M == 16:
-            bars = {BNB: 5, DENSE: 1} if self.fp32 else {BNB: 5, "dense fp32": 1}
+            targets = {BNB: 5, DENSE: 1} if self.fp32 else {BNB: 5, "dense fp32": 1}
         elif self.fp32:
-            bars = {BNB: 1.15, DENSE: 1 / 1.1} if M in (256, 512) else {}
+            targets = {BNB: 1.15, DENSE: 1 / 1.1} if M in (256, 512) else {}
         else:
-            bars = {}
+            targets = {}
         if not self.fp32 and M >= 16:
-            bars["ours fp32"] = 1 / 1.15
-        return self.row(f"linear M={M}", contenders, bars)
+            targets["ours fp32"] = 1 / 1.15
+        return self.row(f"linear M={M}", contenders, targets)
 
     def backward(self, M: int) -> Row:
         """dX = dY W; bitsandbytes decodes the whole weight for it."""
@@ -270,12 +274,12 @@ class Ops:
         # Where torch's product takes a minute, one contender that waits for it is enough.
         if self.fp32 or not slow_bf16():
             contenders[BNB] = lambda: dY @ self.bnb.dequantize_4bit(self.packed, self.state)
-        bars = {}
+        targets = {}
         if not self.fp32:
             dY32 = dY.float()
             contenders["ours fp32"] = lambda: self.ops.gemm_4bit_backward(dY32, *self.w4)
-            bars = {"ours fp32": 1 / 1.15, **({DENSE: 20} if slow_bf16() else {})}
-        return self.row(f"dX M={M}", contenders, bars)
+            targets = {"ours fp32": 1 / 1.15, **({DENSE: 20} if slow_bf16() else {})}
+        return self.row(f"dX M={M}", contenders, targets)
 
     def lora(self, M: int, r: int = 8) -> Row:
         """y = x W^T + s (x A^T) B^T against the three products of an unfused layer."""
@@ -392,12 +396,12 @@ def overhead_rows(rounds: int):
         with torch.no_grad():
             layer(x)
 
-    for case, bar, call in (
+    for case, target, call in (
         ("tiny layer, no_grad", 1 / 2, under_no_grad),
         ("tiny layer, with gradients", 1 / 2.5, lambda layer: layer(x_grad)),
     ):
         contenders = {OURS: lambda c=call: c(packed), "dense": lambda c=call: c(plain)}
-        yield Row(case, "64x64", interleave(contenders, 5 * rounds), {"dense": bar})
+        yield Row(case, "64x64", interleave(contenders, 5 * rounds), {"dense": target})
 
 
 # A whole model -----------------------------------------------------------------------------------
@@ -492,15 +496,15 @@ def model_rows(rounds: int, dtypes: tuple[str, ...]):
             )
 
             steps = {name: training_step(with_adapters(model)) for name, model in models.items()}
-            bars = {BNB: 1.0, DENSE: 1.0} if label == "fp32" else {}
+            targets = {BNB: 1.0, DENSE: 1.0} if label == "fp32" else {}
             if label == "bf16" and slow_bf16():
-                bars = {BNB: 15.0}
+                targets = {BNB: 15.0}
                 del steps[DENSE]  # as slow as bitsandbytes: a minute or two
             times = interleave(steps, max(3, rounds // 2))
             times.update(our_fp32)
             our_fp32 = {"ours fp32": times[OURS]}
             tokens = ", ".join(f"{name} {2 * 192e3 / ms:.0f}" for name, ms in times.items())
-            yield Row(f"training step {label}", shape, times, bars, f"tokens/s: {tokens}")
+            yield Row(f"training step {label}", shape, times, targets, f"tokens/s: {tokens}")
 
             # Loaded again: for eval() bitsandbytes repacks its weights, and then cannot train.
             del steps
@@ -637,7 +641,7 @@ def print_row(row: Row) -> None:
 
 
 def plot(parts: dict[str, dict], title: str, path: Path) -> None:
-    """Ratios as bars: how many times faster than bitsandbytes and than torch's dense layer."""
+    """Ratios as targets: how many times faster than bitsandbytes and than torch's dense layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -675,12 +679,12 @@ def as_rows(part: dict) -> list[Row]:
 
 
 def verdicts(rows: list[Row]) -> str:
-    """How many bars were met, and which were not."""
+    """How many targets were met, and which were not."""
     held = [met for row in rows for met in row.held().values()]
     missed = [
         f"{row.case}: {row.verdict()[8:]}" for row in rows if row.verdict() not in ("", "met")
     ]
-    return "\n".join([f"{sum(held)} of {len(held)} bars met", *missed])
+    return "\n".join([f"{sum(held)} of {len(held)} targets met", *missed])
 
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -692,7 +696,7 @@ def number(ms: float) -> str:
 
 
 def markdown(record: dict, source: str) -> str:
-    """The tables of a results file: bars first, then all other rows, then the profile."""
+    """The tables of a results file: targets first, then all other rows, then the profile."""
     machine = record["parts"]["native"]["machine"]
     lines = [
         f"{machine['cpu']}, threads: {machine['threads']} ({machine['clock']} time), "
@@ -707,7 +711,7 @@ def markdown(record: dict, source: str) -> str:
         uses = part["machine"]["bitsandbytes uses"]
         lines += ["", f"### {name}: {limit} (our path: {path}; bitsandbytes: {uses})", ""]
         lines += [f"{verdicts(rows).splitlines()[0]}.", ""]
-        lines += ["| case | shape | ours | bitsandbytes | dense | others | bars |"]
+        lines += ["| case | shape | ours | bitsandbytes | dense | others | targets |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for row in rows:
             cells = {
@@ -716,12 +720,12 @@ def markdown(record: dict, source: str) -> str:
                 if other != OURS
             }
             rest = ", ".join(f"{k} {v}" for k, v in cells.items() if k not in (BNB, DENSE))
-            bars = ", ".join(
-                f"{'' if met else '**'}{other} {round(row.bars[other], 2):g}x"
+            targets = ", ".join(
+                f"{'' if met else '**'}{other} {round(row.targets[other], 2):g}x"
                 f"{' met' if met else f': {row.ratio(other):.2f}x**'}"
                 for other, met in row.held().items()
             )
-            columns = (cells.get(BNB, ""), cells.get(DENSE, ""), rest, bars)
+            columns = (cells.get(BNB, ""), cells.get(DENSE, ""), rest, targets)
             lines.append(
                 f"| {row.case} | {row.shape} | {number(row.ms[OURS])} | "
                 + " | ".join(columns)

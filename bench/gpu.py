@@ -59,7 +59,7 @@ LAYERS = {
     "Llama-70B mlp up": (28672, 8192),
     "Qwen2.5-7B mlp up": (18944, 3584),
 }
-FOCUS = ("Llama-8B mlp up", "Llama-70B q", "Llama-8B q")  # the bars' shapes, measured first
+FOCUS = ("Llama-8B mlp up", "Llama-70B q", "Llama-8B q")  # the targets' shapes, measured first
 # (experts E, N, K, experts per token) of real mixtures.
 EXPERTS = {
     "Mixtral-8x7B gate": (8, 14336, 4096, 2),
@@ -234,11 +234,11 @@ def extra_bytes(function: Function) -> int:
     return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
-# ---------------------------------------------------------------- bars
+# ---------------------------------------------------------------- targets
 
 
 def missed(row: dict) -> list[str]:
-    """The bars that a row's times miss, as sentences: the floors of the GPU table that this project
+    """The targets that a row misses, a line each: the floors of the GPU table that this project
     set itself. M = 512 forward may take 1.65x of plain bf16 until there is a wgmma kernel."""
     us, op, M = row["us"], row["op"], row["M"]
     speed = {name: t / us["ours"] for name, t in us.items()}  # how many times as fast ours is
@@ -330,8 +330,8 @@ class Bench:
         )
         for name, why in found.failed.items():
             print(f"    LEFT OUT {name}: {why}", flush=True)
-        for bar in row["missed"]:
-            print(f"    MISSED {bar}", flush=True)
+        for target in row["missed"]:
+            print(f"    MISSED {target}", flush=True)
         if self.out:
             self.save()
 
@@ -568,7 +568,7 @@ def first_call(in_a_graph: bool) -> None:
     info = qlora_ext.build_info()
     print(*(f"{key}: {value}" for key, value in info.items()), sep="\n", flush=True)
     if not info["cuda_live"]:
-        sys.exit(f"first call: the CUDA half is not live: {info['cuda_why_not']}")
+        sys.exit(f"first call: the CUDA library is not live: {info['cuda_why_not']}")
     N, K = 128, 512
     for dtype, bits in ((BF16, 8), (torch.float16, 11)):
         # Packed on the CPU, and dense there: the GPU does nothing but the call.
@@ -693,7 +693,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=240, help="no case starts after this")
-    parser.add_argument("--quick", action="store_true", help="the bars' shapes only")
+    parser.add_argument("--quick", action="store_true", help="the targets' shapes only")
     parser.add_argument("--touch-every-op", action="store_true")
     parser.add_argument("--first-call", action="store_true")
     parser.add_argument("--in-a-graph", action="store_true", help="with --first-call")

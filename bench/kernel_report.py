@@ -2,7 +2,7 @@
 main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
 
     python bench/kernel_report.py                     # compiles csrc/cuda/*.cu, prints the table
-    python bench/kernel_report.py --write             # and replaces it in docs/kernel_report.md
+    python bench/kernel_report.py --write             # and replaces it in docs/generated/kernel_report.md
     python bench/kernel_report.py --arch 8.0 --only gemm_4bit
 
 The main loop is the shortest run of SASS from a branch's target up to that branch that holds the
@@ -33,7 +33,7 @@ from sass_flow import find_tool, run
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "kernel_report"
-PAGE = ROOT / "docs" / "kernel_report.md"
+PAGE = ROOT / "docs" / "generated" / "kernel_report.md"
 ARCHS = ("7.5", "8.0", "9.0a")  # of the table
 FLOW_ARCHS = (*ARCHS, "10.0", "12.0")  # of the data-flow check
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
@@ -452,7 +452,7 @@ BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of tabl
 
 
 def write_table(begin, end, table):
-    """Into docs/kernel_report.md, between two of its lines."""
+    """Into docs/generated/kernel_report.md, between two of its lines."""
     before, opened, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not opened or not closed:
@@ -465,7 +465,7 @@ def main():
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all of them")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
     parser.add_argument(
-        "--write", action="store_true", help="replace the table in docs/kernel_report.md"
+        "--write", action="store_true", help="replace the table in docs/generated/kernel_report.md"
     )
     parser.add_argument(
         "--flow", action="store_true", help="check the data flow instead, of newer ones too"

@@ -1,7 +1,7 @@
 """The same PTX through every ptxas that is here: a driver that compiles it has one of them inside.
 
     python bench/ptxas_report.py FOLDER    # nvcc's ptxas, triton's two, and those under FOLDER
-    python bench/ptxas_report.py FOLDER --write   # also into docs/kernel_report.md
+    python bench/ptxas_report.py FOLDER --write   # also into docs/generated/kernel_report.md
 
 csrc/cuda for 9.0a goes through each version once, and bench/sass_flow.py checks the data flow of
 every kernel that comes out. A kernel whose main loop one ptxas makes more than 10% longer than
@@ -91,7 +91,7 @@ def main():
     parser.add_argument("folder", nargs="?", type=Path, help="with more of them, at any depth")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
     parser.add_argument(
-        "--write", action="store_true", help="replace the table in docs/kernel_report.md"
+        "--write", action="store_true", help="replace the table in docs/generated/kernel_report.md"
     )
     arguments = parser.parse_args()
     if sentence := kernel_report.missing_tools():

@@ -56,7 +56,7 @@ std::string cpu_path() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "qlora_ext's compiled half: registers torch.ops.qlora_ext.* when imported";
+  m.doc() = "qlora_ext's compiled library: registers torch.ops.qlora_ext.* when imported";
   m.def("codebooks", &codebooks, "{quant_type: its 16 values, by code}");
   m.def("resolve_codebook", &resolve_codebook, py::arg("quant_type"), py::arg("codebook"),
         py::arg("companding"), py::arg("companding_k"),

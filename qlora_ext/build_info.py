@@ -13,7 +13,7 @@ _cuda_error: str | None = None
 
 
 def _load_cuda_backend() -> None:
-    """Loads the CUDA half where this torch has CUDA; a CPU torch lacks the symbols it links to."""
+    """Loads the CUDA library if this torch has CUDA; a CPU torch lacks the symbols it needs."""
     global _cuda_error
     if not _CUDA_LIBRARIES or torch.version.cuda is None:
         return

@@ -78,7 +78,7 @@ class QuantConfig:
             "codebook",
             "16 values with quant_type 'custom', and None with any other",
         )
-        # The compiled half has the last word on values (16 of them, finite, constants in range).
+        # The compiled library has the last word on values (16 of them, finite, constants in range).
         try:
             _C.resolve_codebook(
                 self.quant_type, self.codebook, self.companding, float(self.companding_k)

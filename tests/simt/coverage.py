@@ -1,5 +1,5 @@
 """Lists every kernel instantiation that dispatch can reach, the sweep's cases that launch it, and
-the case that fails when it is turned into a no-op. `--write` renews docs/kernel_coverage.md.
+the case that fails when it is turned into a no-op. `--write` renews docs/generated/kernel_coverage.md.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def rows(simt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="renew docs/kernel_coverage.md")
+    parser.add_argument(
+        "--write", action="store_true", help="renew docs/generated/kernel_coverage.md"
+    )
     write = parser.parse_args().write
     table = list(rows(build.load_simt()))
     never = sum(not cases for _, cases, _ in table)
@@ -62,7 +64,7 @@ def main():
         lines.append(f"| `{name}` | {first} | {noticed or 'NOT NOTICED'} |")
     text = "\n".join(lines) + "\n"
     if write:
-        (build.ROOT / "docs" / "kernel_coverage.md").write_text(HEAD + text)
+        (build.ROOT / "docs" / "generated" / "kernel_coverage.md").write_text(HEAD + text)
     print(text)
     return 1 if never or unnoticed else 0
 

@@ -28,10 +28,10 @@ def test_a_bar_is_met_by_the_ratio_to_its_own_contender(bench):
     )
     assert row.ratio("bitsandbytes") == 15.0
     assert row.verdict() == "met"
-    row.bars = {"dense": 2.1, "bitsandbytes": 10.0, "torchao": 99.0}  # torchao did not run
+    row.targets = {"dense": 2.1, "bitsandbytes": 10.0, "torchao": 99.0}  # torchao did not run
     assert row.held() == {"dense": False, "bitsandbytes": True}
     assert row.verdict() == "MISSED: dense 2.00x of 2.10x"
-    assert bench.verdicts([row]).startswith("1 of 2 bars met\nlinear: dense 2.00x of 2.10x")
+    assert bench.verdicts([row]).startswith("1 of 2 targets met\nlinear: dense 2.00x of 2.10x")
 
 
 def test_contenders_take_turns_and_slow_ones_run_once(bench, monkeypatch):
@@ -57,4 +57,4 @@ def test_the_page_shows_the_results_that_it_names(bench):
     table = page.split(bench.BEGIN)[1].split(bench.END)[0].strip("\n")
     source = re.search(r"From `(bench/results/[^`]+)`", table)[1]
     assert table == bench.markdown(json.loads((ROOT / source).read_text()), source)
-    assert "bitsandbytes 1.15x" in table and "ours fp32 0.87x" in table  # bars as they are set
+    assert "bitsandbytes 1.15x" in table and "ours fp32 0.87x" in table  # targets as they are set

@@ -574,7 +574,7 @@ def test_first_call_that_is_wrong_or_dies_ends_the_process(gpu, monkeypatch, op,
 
 def test_first_call_without_the_cuda_library(gpu, monkeypatch):
     live(monkeypatch, gpu, why_not="torch is a CPU build")
-    with pytest.raises(SystemExit, match="the CUDA half is not live: torch is a CPU build"):
+    with pytest.raises(SystemExit, match="the CUDA library is not live: torch is a CPU build"):
         run(gpu, monkeypatch, "--first-call")
 
 

@@ -68,7 +68,7 @@ def test_device_files_include_no_torch_and_keep_the_rules():
 
 
 def test_the_page_lists_these_kernels(kernels):
-    """docs/kernel_report.md; `python bench/kernel_report.py --write` renews it."""
+    """docs/generated/kernel_report.md; `python bench/kernel_report.py --write` renews it."""
     rows = re.findall(r"^\| `([^`]+)` \| (\S+) \|", report.PAGE.read_text(), re.M)
     assert set(rows) == {(k.name, k.arch) for k in kernels} and len(rows) == len(set(rows))
 
@@ -283,7 +283,7 @@ def test_main_loops_that_differ_are_rows():
 def library():
     found = list(Path(qlora_ext.__file__).parent.glob("_C_cuda*.so"))
     if not found:
-        pytest.skip("the CUDA half was not built here")
+        pytest.skip("the CUDA library was not built here")
     return found[0]
 
 
