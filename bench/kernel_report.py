@@ -2,7 +2,7 @@
 main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
 
     python bench/kernel_report.py                     # compiles csrc/cuda/*.cu, prints the table
-    python bench/kernel_report.py --write             # and replaces it in docs/generated/kernel_report.md
+    python bench/kernel_report.py --write             # and replaces it in its page
     python bench/kernel_report.py --arch 8.0 --only gemm_4bit
 
 The main loop is the shortest run of SASS from a branch's target up to that branch that holds the

@@ -42,7 +42,7 @@ def test_models_page_has_every_family():
 # Sentences ----------------------------------------------------------------------------------------
 
 ROOT = DOCS.parent
-PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md"))]
+PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("**/*.md"))]
 GAP = "\0"  # what is filled in when a message is made
 # Header of a table of error messages, in its first column.
 TABLE = re.compile(r"^\| (?:sentence|the message says) \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)", re.M)

@@ -1,5 +1,6 @@
 """Lists every kernel instantiation that dispatch can reach, the sweep's cases that launch it, and
-the case that fails when it is turned into a no-op. `--write` renews docs/generated/kernel_coverage.md.
+the case that fails when it is turned into a no-op. `--write` renews the page of it,
+docs/generated/kernel_coverage.md.
 """
 
 import argparse
@@ -21,7 +22,7 @@ HEAD = """\
 Made by `python tests/simt/coverage.py --write`: each instantiation that a launcher names (it
 registers itself when the library is loaded), the calls of `tests/simt/sweep.py` that launch it, and
 the first of them whose result is wrong when the kernel does nothing (`SIMT_SKIP`). All run on the
-emulated machine in every run of `tests/simt` ([kernels.md](kernels.md)). None has run on a GPU yet.
+emulated machine in every run of `tests/simt` ([kernels.md](../kernels.md)). None has run on a GPU yet.
 
 """
 
@@ -46,9 +47,7 @@ def rows(simt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--write", action="store_true", help="renew docs/generated/kernel_coverage.md"
-    )
+    parser.add_argument("--write", action="store_true", help="renew the generated page")
     write = parser.parse_args().write
     table = list(rows(build.load_simt()))
     never = sum(not cases for _, cases, _ in table)
