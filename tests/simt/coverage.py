@@ -22,7 +22,8 @@ HEAD = """\
 Made by `python tests/simt/coverage.py --write`: each instantiation that a launcher names (it
 registers itself when the library is loaded), the calls of `tests/simt/sweep.py` that launch it, and
 the first of them whose result is wrong when the kernel does nothing (`SIMT_SKIP`). All run on the
-emulated machine in every run of `tests/simt` ([kernels.md](../kernels.md)). None has run on a GPU yet.
+emulated machine in every run of `tests/simt` ([kernels.md](../kernels.md)). None has run on a GPU
+yet.
 
 """
 
