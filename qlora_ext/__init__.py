@@ -3,9 +3,11 @@
 Importing it needs torch alone; the plug-ins for transformers and PEFT attach when those load.
 """
 
+from .build_info import build_info  # first: it says why the compiled library does not load
+
+# isort: split
 from . import integrations
 from . import nn as nn  # not in __all__: a star import would hide torch.nn
-from .build_info import build_info
 from .lora import (
     LoraConfig,
     add_lora,
