@@ -1,7 +1,7 @@
 """`make size`: lines per file of qlora_ext, and the change against tools/size_base.txt.
 
-A star marks files of more than 400 lines. `python tools/size.py --write COMMIT` makes that commit the
-base.
+A star marks files of more than 400 lines.
+`python tools/size.py --write COMMIT` makes that commit the base.
 """
 
 import subprocess
