@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from sysconfig import get_path
 
 from setuptools import setup
 
@@ -116,6 +117,9 @@ CUDA = wants_cuda(TOOLKIT)
 if CUDA:
     os.environ["CUDA_HOME"] = TOOLKIT  # before cpp_extension is imported, which reads it once
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+
+# Where pip puts ninja. The environment need not be activated.
+os.environ["PATH"] = os.pathsep.join([get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension  # noqa: E402

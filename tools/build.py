@@ -23,6 +23,10 @@ def sources() -> list[Path]:
     return [ROOT / "setup.py", ROOT / "pyproject.toml", *code]
 
 
+def times(files: list[Path]) -> dict[str, int]:
+    return {str(path.relative_to(ROOT)): path.stat().st_mtime_ns for path in sorted(files)}
+
+
 def link() -> str | None:
     """Where this environment's qlora_ext comes from, in pip's words; None if pip did not put it
     there."""
@@ -40,8 +44,8 @@ def state() -> dict[str, object]:
         "torch": metadata.version("torch"),
         "settings": {name: os.environ.get(name, "") for name in SETTINGS},
         "link": link(),
-        "libraries": sorted(p.name for p in (ROOT / "qlora_ext").glob("_C*.so")),
-        "sources": {str(p.relative_to(ROOT)): p.stat().st_mtime_ns for p in sorted(sources())},
+        "libraries": times(list((ROOT / "qlora_ext").glob("_C*.so"))),
+        "sources": times(sources()),
     }
 
 
