@@ -1,8 +1,8 @@
 """`make build`: compiles qlora_ext in place and links this environment to the checkout.
 
-`pip install -e .` does the work (setup.py keeps the objects, so only what changed is compiled; pip
-uninstalls an installed copy). This program only decides whether that is needed. The checkout holds
-the libraries of one build, which build/built.json describes.
+`pip install -e .` does the work: pip uninstalls an installed copy, and setup.py keeps the objects, so
+only what changed is compiled. This program decides whether that is needed. The checkout holds the
+libraries of one build, which build/built.json describes.
 """
 
 import json
@@ -49,17 +49,30 @@ def state() -> dict[str, object]:
     }
 
 
-def main() -> None:
-    before = state()
+def read_record() -> dict[str, object]:
     try:
-        if json.loads(RECORD.read_text(encoding="utf-8")) == before:
-            return
-    except (OSError, ValueError):
-        pass  # never built, or interrupted while writing
+        return json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # never built, or interrupted while writing
+        return {}
+
+
+def command(last: dict, now: dict) -> list[str]:
+    """pip, or the compilation alone (half the time) if the last build made the same link."""
+    same = [last.get(key) == now[key] for key in ("python", "link")]
+    metadata_of = [state.get("sources", {}).get("pyproject.toml") for state in (last, now)]
+    if all(same) and now["link"] and metadata_of[0] == metadata_of[1]:
+        return ["setup.py", "-q", "build_ext", "--inplace"]
+    return ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+
+
+def main() -> None:
+    last, before = read_record(), state()
+    if last == before:
+        return
     RECORD.unlink(missing_ok=True)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
-    print("pip install --no-build-isolation --no-deps -e .", flush=True)
-    if status := subprocess.run([*pip, "-e", "."], cwd=ROOT).returncode:
+    words = command(last, before)
+    print("python", *words, flush=True)
+    if status := subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
         sys.exit(status)
     # The sources as they were before: one that was edited meanwhile is compiled next time.
     after = {**state(), "sources": before["sources"]}
