@@ -1,8 +1,8 @@
 """`make build`: compiles qlora_ext in place and links this environment to the checkout.
 
-`pip install -e .` does the work: pip uninstalls an installed copy, and setup.py keeps the objects, so
-only what changed is compiled. This program decides whether that is needed. The checkout holds the
-libraries of one build, which build/built.json describes.
+`pip install -e .` does the work: pip uninstalls an installed copy, and setup.py keeps the objects,
+so only what changed is compiled. This program decides whether that is needed. The checkout holds
+the libraries of one build, which build/built.json describes.
 """
 
 import json
