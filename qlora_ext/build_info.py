@@ -17,8 +17,10 @@ except ImportError as error:
         _reason = f"the compiled library does not load under torch {torch.__version__}: {error}"
     else:
         _found = ", ".join(sorted(p.name for p in _FOLDER.glob("_C.*"))) or "none"
-        _reason = f"{_FOLDER} has no compiled library for this Python: "
-        _reason += f"found {_found}, want _C{EXTENSION_SUFFIXES[0]}"
+        _reason = (
+            f"{_FOLDER} has no compiled library for this Python: "
+            f"found {_found}, want _C{EXTENSION_SUFFIXES[0]}"
+        )
     raise ImportError(f"qlora_ext: {_reason}; {_BUILD}") from error
 
 _CUDA_LIBRARIES = sorted(_FOLDER.glob("_C_cuda*.so"))
