@@ -1,4 +1,5 @@
-"""Builds qlora_ext against the torch that is installed: `pip install --no-build-isolation .`
+"""Builds qlora_ext against the torch that is installed: `pip install --no-build-isolation .`, or
+with `-e .` in place, which keeps its objects and compiles only what changed (`make build`).
 
 The CPU backend and the ops' schemas go into qlora_ext/_C; the CUDA backend is a second library,
 qlora_ext/_C_cuda, built when nvcc and a CUDA torch are both there (no GPU is needed, or asked for).
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from sysconfig import get_path
 
 from setuptools import setup
 
@@ -97,6 +99,7 @@ def extensions():
     cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
     cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, as of 2.11
     cxx += [f'-DQLORA_EXT_CUDA_ARCHS="{archs}"']
+    cxx += [f'-DQLORA_EXT_CUDA_VERSION="{torch.version.cuda if CUDA else ""}"']
     links = [f"-fsanitize={s}"] if (s := os.environ.get("QLORA_EXT_SANITIZE")) else []
     if links:  # for tests/fuzz, e.g. address,undefined
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *links]
@@ -115,6 +118,32 @@ if CUDA:
     os.environ["CUDA_HOME"] = TOOLKIT  # before cpp_extension is imported, which reads it once
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
 
+# Where pip puts ninja. The environment need not be activated.
+os.environ["PATH"] = os.pathsep.join([get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension  # noqa: E402
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+
+class BuildLibraries(BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:  # pip install -e would build in a new folder, so compile everything anew
+            self.build_temp = f"build/in-place-{sys.implementation.cache_tag}-{torch.__version__}"
+            self.build_lib = os.path.join(self.build_temp, "lib")
+
+    def copy_extensions_to_source(self):
+        for library in glob(os.path.join(ROOT, "qlora_ext", "_C*.so")):
+            os.remove(library)  # of an earlier build, perhaps for another Python or CUDA
+        super().copy_extensions_to_source()
+
+
+class CopyModules(build_py):
+    def run(self):  # what an earlier build left may have modules that no longer exist
+        for folder in (os.path.join(self.build_lib, "qlora_ext"), *glob("build/bdist.*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+
+
+COMMANDS = {"build_ext": BuildLibraries, "build_py": CopyModules}
+setup(ext_modules=extensions(), cmdclass=COMMANDS)

@@ -69,4 +69,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_target_version") = "2.11";
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_archs") = QLORA_EXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA library, or ""
+  m.attr("cuda_version") = QLORA_EXT_CUDA_VERSION;  // CUDA of the torch it links to, or ""
 }

@@ -2,21 +2,45 @@
 
 import platform
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
-from .ops import _C
+_FOLDER = Path(__file__).parent
+_BUILD = "build it in this environment: `make build`, or `pip install --no-build-isolation .`"
 
-_CUDA_LIBRARIES = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
+try:
+    from . import _C
+except ImportError as error:
+    if any((_FOLDER / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        _reason = f"the compiled library does not load under torch {torch.__version__}: {error}"
+    else:
+        _found = ", ".join(sorted(p.name for p in _FOLDER.glob("_C.*"))) or "none"
+        _reason = (
+            f"{_FOLDER} has no compiled library for this Python: "
+            f"found {_found}, want _C{EXTENSION_SUFFIXES[0]}"
+        )
+    raise ImportError(f"qlora_ext: {_reason}; {_BUILD}") from error
+
+_CUDA_LIBRARIES = sorted(_FOLDER.glob("_C_cuda*.so"))
 _cuda_error: str | None = None
 
 
 def _load_cuda_backend() -> None:
-    """Loads the CUDA library if this torch has CUDA; a CPU torch lacks the symbols it needs."""
+    """Loads the CUDA library if this torch has CUDA; a CPU torch lacks the symbols it links to.
+
+    Raises ImportError if it was built for another major version of CUDA.
+    """
     global _cuda_error
     if not _CUDA_LIBRARIES or torch.version.cuda is None:
         return
+    built, here = _C.cuda_version, torch.version.cuda
+    if built.split(".")[0] != here.split(".")[0]:
+        raise ImportError(
+            f"qlora_ext: the CUDA library was built for CUDA {built}, want CUDA {here} like torch "
+            f"{torch.__version__}; {_BUILD}"
+        )
     try:
         torch.ops.load_library(str(_CUDA_LIBRARIES[0]))
     except OSError as error:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _C  # noqa: F401  (importing it registers the schemas and the CPU kernels)
+from .build_info import _C  # noqa: F401  (importing it registers the schemas and the CPU kernels)
 
 _ops = torch.ops.qlora_ext
 _lib = torch.library.Library("qlora_ext", "IMPL")

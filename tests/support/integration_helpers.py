@@ -73,7 +73,7 @@ def run_python(code: str, *, without: tuple[str, ...] = (), timeout: int = 240) 
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=REPOSITORY / "tests",  # in the checkout itself, qlora_ext is the uncompiled source
+        cwd=REPOSITORY / "tests",  # not the checkout: a wheel that is tested must not be hidden
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert result.returncode == 0, result.stderr[-4000:]

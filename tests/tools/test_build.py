@@ -1,11 +1,14 @@
-"""setup.py's decisions, asked without building: what it says, and which toolkit it takes."""
+"""What setup.py, tools/ and the Makefile decide, asked without building; and what was built."""
 
+import importlib.machinery
+import importlib.util
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from paths import REPOSITORY, TESTS
 from qlora_ext.ops import _C
 
 SETUP = REPOSITORY / "setup.py"
+TOOLS = REPOSITORY / "tools"
 CPU_TORCH = torch.version.cuda is None
 
 
@@ -144,7 +148,228 @@ def test_without_torch_it_says_what_to_run():
 
 
 def test_setup_is_short():
-    assert len(SETUP.read_text().splitlines()) <= 120
+    assert len(SETUP.read_text().splitlines()) <= 150
+
+
+# Builds in place, and wheels ----------------------------------------------------------------
+
+
+def test_a_build_in_place_keeps_objects_and_no_library_of_another_build(
+    setup_module, monkeypatch, tmp_path
+):
+    from setuptools import Distribution
+
+    _, called = setup_module()
+    command = called["cmdclass"]["build_ext"](Distribution({"packages": []}))
+    command.extensions, command.inplace = [], True
+    command.finalize_options()
+    tag = f"{sys.implementation.cache_tag}-{torch.__version__}"
+    assert command.build_temp == f"build/in-place-{tag}"
+    assert command.build_lib == f"build/in-place-{tag}/lib"
+    package = tmp_path / "qlora_ext"
+    package.mkdir()
+    for name in ("_C.cpython-39.so", "_C_cuda.cpython-311.so", "nn.py"):
+        (package / name).touch()
+    monkeypatch.setitem(command.copy_extensions_to_source.__globals__, "ROOT", str(tmp_path))
+    command.copy_extensions_to_source()
+    assert [path.name for path in package.iterdir()] == ["nn.py"]
+
+
+def test_other_builds_go_where_setuptools_puts_them(setup_module):
+    from setuptools import Distribution
+
+    _, called = setup_module()
+    command = called["cmdclass"]["build_ext"](Distribution({"packages": []}))
+    command.extensions, command.build_lib, command.build_temp = [], "fuzz/lib", "fuzz/temp"
+    command.finalize_options()
+    assert (command.build_lib, command.build_temp) == ("fuzz/lib", "fuzz/temp")
+
+
+def test_a_wheel_has_no_module_of_an_earlier_one(setup_module, monkeypatch, tmp_path):
+    from setuptools import Distribution
+
+    _, called = setup_module()
+    monkeypatch.chdir(tmp_path)
+    source, built, unpacked = Path("qlora_ext"), Path("lib/qlora_ext"), Path("build/bdist.linux")
+    for folder, name in ((source, "new.py"), (built, "old.py"), (unpacked, "old.py")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    project = Distribution({"packages": ["qlora_ext"], "script_name": "setup.py"})
+    command = called["cmdclass"]["build_py"](project)
+    command.build_lib = "lib"
+    command.ensure_finalized()
+    command.run()
+    assert [path.name for path in built.iterdir()] == ["new.py"] and not unpacked.exists()
+
+
+def tool(name: str):
+    """The program tools/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PIP = "-m pip install -q --no-build-isolation --no-deps -e ."
+COMPILE = "setup.py -q build_ext --inplace"
+
+
+def test_make_builds_what_changed_and_links_again_if_the_link_is_gone(monkeypatch, tmp_path):
+    build = tool("build")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "RECORD", tmp_path / "build" / "built.json")
+    for name in build.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("csrc/cpu/op.cpp", "csrc/op.h", "qlora_ext/nn.py", "setup.py", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    library = tmp_path / "qlora_ext" / "_C.so"
+    links, ran, status = ["a wheel"], [], 0
+
+    def run(words, cwd):
+        assert words[0] == sys.executable and cwd == tmp_path
+        ran.append(" ".join(words[1:]))
+        library.touch()
+        if "pip" in words:
+            links[0] = "the checkout"
+        return subprocess.CompletedProcess(words, status)
+
+    def make() -> list[str]:
+        ran.clear()
+        build.main()
+        return ran
+
+    def change(name):
+        path = tmp_path / name
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+    monkeypatch.setattr(build, "link", lambda: links[0])
+    monkeypatch.setattr(build.subprocess, "run", run)
+    assert make() == [PIP] and make() == []
+    change("qlora_ext/nn.py")
+    assert make() == []
+    for name in ("csrc/cpu/op.cpp", "csrc/op.h", "setup.py"):
+        change(name)
+        assert make() == [COMPILE] and make() == []
+    change("pyproject.toml")
+    assert make() == [PIP] and make() == []
+    library.unlink()
+    assert make() == [COMPILE] and make() == []
+    for other in ("a wheel", None):  # pip install . was run, or pip uninstall
+        links[0] = other
+        assert make() == [PIP] and make() == []
+    monkeypatch.setenv("USE_CUDA", "0")
+    assert make() == [COMPILE] and make() == []
+    with monkeypatch.context() as patched:
+        patched.setattr(build.metadata, "version", lambda name: "2.99")
+        assert make() == [COMPILE] and make() == []
+    monkeypatch.setattr(build.sys, "prefix", "another environment")
+    assert make() == [PIP] and make() == []
+    # A build that fails is tried again.
+    status = 3
+    change("csrc/op.h")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="3"):
+            make()
+        assert len(ran) == 1
+
+
+def test_wheels_are_tested_from_an_empty_folder_and_must_be_installed():
+    code = "import os; print(os.listdir())"
+    words = ["sh", TOOLS / "installed.sh", sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=SETUP.parent, capture_output=True, text=True)
+    installed = Path(sysconfig.get_path("platlib")).resolve()
+    if installed in Path(qlora_ext.__file__).resolve().parents:
+        assert done.returncode == 0 and done.stdout == "[]\n", done.stderr
+    else:
+        assert done.returncode == 1 and done.stdout == ""
+        assert f"want the one installed in {installed}" in done.stderr
+
+
+def test_the_table_of_sizes():
+    now = {"a/new.py": 410, "a/cut.py": 3, "a/same.py": 7}
+    table = tool("size").table(now, {"a/cut.py": 5, "a/gone.py": 75, "a/same.py": 7}, "1a2b")
+    assert [" ".join(row.split()) for row in table.splitlines()] == [
+        "3 -2 a/cut.py",
+        "0 -75 gone a/gone.py",
+        "410* +410 new a/new.py",
+        "7 a/same.py",
+        "420 +333 in 3 files: 482.8% of 87 lines in 3 files at 1a2b; * is more than 400 lines",
+    ]
+
+
+def test_the_base_of_the_sizes_can_be_read():
+    size = tool("size")
+    commit, base = size.read_base(size.BASE.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    assert base["qlora_ext/__init__.py"] > 10 and sum(base.values()) > 10_000
+
+
+# A library that does not fit ----------------------------------------------------------------
+
+
+@pytest.fixture
+def import_a_copy(tmp_path):
+    """Imports a copy of the package that has these files as libraries; returns the error."""
+
+    def run(*libraries: str) -> str:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        package = tmp_path / "qlora_ext"
+        shutil.copytree(Path(qlora_ext.__file__).parent, package, ignore=ignored)
+        for name in libraries:
+            (package / name).write_text("no library")
+        done = subprocess.run(
+            [sys.executable, "-c", "import qlora_ext"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        return done.stderr.splitlines()[-1]
+
+    return run
+
+
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+HOW = "; build it in this environment: `make build`, or `pip install --no-build-isolation .`"
+
+
+@pytest.mark.parametrize("libraries", [(), ("_C.cpython-39-x.so", "_C.cpython-38-x.so")])
+def test_a_source_tree_that_was_not_built_for_this_python_is_refused(
+    import_a_copy, tmp_path, libraries
+):
+    found = ", ".join(sorted(libraries)) or "none"
+    assert import_a_copy(*libraries) == (
+        f"ImportError: qlora_ext: {tmp_path / 'qlora_ext'} has no compiled library for this "
+        f"Python: found {found}, want _C{SUFFIX}{HOW}"
+    )
+
+
+def test_a_library_that_does_not_load_is_refused_with_torch_s_version(import_a_copy):
+    error = import_a_copy(f"_C{SUFFIX}")
+    start = f"qlora_ext: the compiled library does not load under torch {torch.__version__}: "
+    assert error.startswith(f"ImportError: {start}") and error.endswith(HOW)
+
+
+def test_a_library_for_another_cuda_is_refused(monkeypatch):
+    from qlora_ext import build_info
+
+    loaded = []
+    module = sys.modules["qlora_ext.build_info"]
+    assert build_info is module.build_info
+    monkeypatch.setattr(module, "_CUDA_LIBRARIES", ["_C_cuda.so"])
+    monkeypatch.setattr(module._C, "cuda_version", "13.0", raising=False)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ImportError) as refused:
+        module._load_cuda_backend()
+    assert str(refused.value) == (
+        "qlora_ext: the CUDA library was built for CUDA 13.0, want CUDA 12.8 like torch "
+        f"{torch.__version__}{HOW}"
+    )
+    monkeypatch.setattr(torch.version, "cuda", None)  # a CPU torch: the CPU backend works
+    module._load_cuda_backend()
+    assert loaded == []
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    module._load_cuda_backend()
+    assert loaded == ["_C_cuda.so"]
 
 
 # What was built -----------------------------------------------------------------------------
@@ -264,20 +489,46 @@ def test_make_works_where_paths_have_quotes_and_spaces(tmp_path, given):
     script that says how it was started."""
     tree = tmp_path / "it's a $HOME tree"
     python = (tmp_path / "an env's bin" if given else tree / ".venv" / "bin") / "python"
-    for folder in (tree / "tests", tree / "csrc", tree / "qlora_ext", python.parent):
+    for folder in (tree, python.parent):
         folder.mkdir(parents=True, exist_ok=True)
     python.write_text('#!/bin/sh\necho "$(basename "$PWD"): $*"\n')
     python.chmod(0o755)
-    shutil.copy(REPOSITORY / "Makefile", tree)
-    for name in ("setup.py", "pyproject.toml"):
+    shutil.copy(SETUP.parent / "Makefile", tree)
+    shutil.copytree(TOOLS, tree / "tools")
+    (tree / "examples").mkdir()
+    for name in ("pyproject.toml", "examples/requirements.txt"):
         (tree / name).touch()
     name = re.sub(r"[^A-Za-z0-9.-]", "_", str(python))
     state = tree / (f"build/state{name}" if given else ".venv/qlora_ext")
-    state.mkdir(parents=True)
-    (state / "torch").write_text("torch \n")
-    (state / "built").touch()
+    (state / "deepspeed-packages").mkdir(parents=True)
+    (state / "deepspeed-packages" / "version").write_text("deepspeed==1")
+    for name in ("torch", "train", "test", "demo"):
+        (state / name).write_text("torch \n")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    words = ["make", "info", *([f"PYTHON={python}"] if given else [])]
-    made = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.endswith("tests: -m qlora_ext\n")
+    env |= {"PATH_TESTS": "test_a.py", "PEER_TESTS": "test_b.py test_c.py"}
+
+    def started(*words: str) -> list[str]:
+        """What the interpreter was started with, after the build."""
+        words = ("make", "-s", *words, *([f"PYTHON={python}"] if given else []))
+        made = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+        lines = [
+            line.removeprefix(f"{tree.name}: ")
+            for line in made.stdout.splitlines()
+            if line.startswith(f"{tree.name}: ") and "import torch" not in line
+        ]
+        assert lines[0] == "tools/build.py"
+        return lines[1:]
+
+    assert started("info") == ["-m qlora_ext"]
+    assert started("finetune", "ARGS=--steps 6") == ["examples/finetune.py --steps 6"]
+    assert started("test", "ARGS=-k 'a b'") == [
+        "-m pytest -n 2 --dist worksteal -m not slow -k a b"
+    ]
+    assert started("test", "JOBS=1") == ["-m pytest -m not slow"]
+    deepspeed = ["-c import deepspeed", "-m pytest tests/distributed/test_integration_deepspeed.py"]
+    assert started("test-deepspeed", "DEEPSPEED=deepspeed==1") == deepspeed
+    paths = started("test-paths", "ARGS=-x")
+    kernels = "-k not simt and not cuda and not compile and not t5 -x tests/test_a.py"
+    assert paths[0] == f"-m pytest -q -m not slow {kernels}"
+    assert paths[-1] == "-m pytest -q -m not slow -x tests/test_b.py tests/test_c.py"
