@@ -67,5 +67,7 @@ def plan(
     try:
         result = quantized_result(checkpoint.same_model(), config, keep, embeddings)
     except CliError as error:
+        if keep:  # a name that matches nothing
+            raise
         raise CliError(f"{folder}: {error}") from None
     return Job(checkpoint, result, pack_like(result, config), max_shard_bytes=max_shard_bytes)

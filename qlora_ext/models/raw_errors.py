@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .reads import _ALL_WEIGHTS, _HARMLESS, _PACKED, _class_methods, _names
+from .method_source import _ALL_WEIGHTS, _HARMLESS, _PACKED, _class_methods, _names
 from .walk import is_packed
 
 _TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
