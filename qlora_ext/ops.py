@@ -8,6 +8,8 @@ Two routes lead to the same kernels. The public ops carry an autograd formula th
 dispatcher, which torch.compile and torch.export trace. In eager mode the dispatcher's detour
 through Python would cost more than a small layer, so the wrappers here go straight to an
 autograd.Function when a gradient is needed, and below autograd when none is.
+
+Longer than other files, so that what belongs to an op stands in one place.
 """
 
 from collections.abc import Callable

@@ -11,26 +11,25 @@ import torch
 from torch import nn
 
 from ..checks import check_finite
-from ..files import SafetensorsFiles, read_json
-from ..models.patterns import bad_regex, is_regex
+from ..files import SafetensorsFiles
 from ..models.walk import check_whole
 from ..nn.embedding import Embedding4bit
 from ..nn.linear import Linear4bit
-from ..nn.linear import linear_shape as _linear_shape
 from ..nn.offload import keep_adapter, loaded, value_of
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import dequantize_4bit
 from ..text import CheckpointError, shorten
 from .add import adapters_of, allow_training, check_adaptable, check_trainable, install
-from .config import check_value
+from .peft_config import (
+    CONFIG,
+    WEIGHTS,
+    NotPlainLora,
+    exactly,
+    per_layer,
+    rank_of,
+    read_adapter_config,
+)
 from .targets import layers_found, linears_of, shorten_names, task_type
-
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class NotPlainLora(ValueError):
-    """An adapter of PEFT's that is more than W + scaling B A; PEFT itself may load it."""
-
 
 _PREFIX = "base_model.model."
 
@@ -90,9 +89,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
         "use_rslora": first.use_rslora,
         "bias": "none",
         "target_modules": shorten_names(model, list(adapters)),
-        "rank_pattern": {_exactly(n): m.r for n, m in adapters.items() if m.r != first.r},
+        "rank_pattern": {exactly(n): m.r for n, m in adapters.items() if m.r != first.r},
         "alpha_pattern": {
-            _exactly(n): m.lora_alpha
+            exactly(n): m.lora_alpha
             for n, m in adapters.items()
             if m.lora_alpha != first.lora_alpha
         },
@@ -117,10 +116,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2)
-    _write_aside(
-        path / _WEIGHTS, lambda draft: save_file(tensors, draft, metadata={"format": "pt"})
-    )
-    _write_aside(path / _CONFIG, lambda draft: draft.write_text(text, encoding="utf-8"))
+    _write_aside(path / WEIGHTS, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+    _write_aside(path / CONFIG, lambda draft: draft.write_text(text, encoding="utf-8"))
     return path
 
 
@@ -159,9 +156,9 @@ def load_adapter(
     if trainable:
         check_trainable("load_adapter", model)
     path = Path(path)
-    config = _read_config(path)
+    config = read_adapter_config(path)
     present = adapters_of(model)
-    pairs = _read_pairs(
+    pairs = read_pairs(
         model, path, lambda name: present[name].lora_A.dtype if name in present else lora_dtype
     )
     if present and set(present) != set(pairs):
@@ -172,7 +169,7 @@ def load_adapter(
         )
     settings = {}
     for name, (lora_A, lora_B) in pairs.items():
-        r = _rank(path, config, name, model.get_submodule(name), lora_A, lora_B)
+        r = rank_of(path, config, name, model.get_submodule(name), lora_A, lora_B)
         if name in present and present[name].r != r:
             raise ValueError(
                 f"load_adapter: {name} has an adapter of rank {present[name].r} and {path} has one "
@@ -180,7 +177,7 @@ def load_adapter(
             )
         settings[name] = {
             "r": r,
-            "lora_alpha": _per_layer(config, "alpha_pattern", name, config["lora_alpha"]),
+            "lora_alpha": per_layer(config, "alpha_pattern", name, config["lora_alpha"]),
             "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": config.get("use_rslora", False),
             "lora_dtype": lora_dtype,
@@ -202,141 +199,6 @@ def load_adapter(
     return model
 
 
-def _read_config(path: Path) -> dict:
-    file = path / _CONFIG
-    if not file.exists():
-        raise FileNotFoundError(f"load_adapter: {file} is missing, want a directory with {_CONFIG}")
-    try:
-        config = read_json(file)
-    except CheckpointError as error:
-        raise CheckpointError(f"load_adapter: {error}") from error
-    _check_values(file, config)
-    if config.get("peft_type") != "LORA":
-        raise NotPlainLora(
-            f"load_adapter: {file} has peft_type {shorten(config.get('peft_type'))}, want 'LORA'"
-        )
-    _check_plain(file, config)
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        config[key] = {re.compile(rf"(.*\.)?({p})$"): value for p, value in patterns.items()}
-    return config
-
-
-# Initialisations that leave the base weight as it is; another trains A and B against a base that it
-# changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Keys of PEFT's LoraConfig that do not change what a saved A and B compute.
-_HARMLESS = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out"),
-    *("layers_to_transform", "layers_pattern", "eva_config", "megatron_core", "qalora_group_size"),
-    *("loftq_config", "runtime_config"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-}
-
-
-def _check_plain(file: Path, config: dict) -> None:
-    """NotPlainLora for a key that makes the adapter something else than W + scaling B A."""
-    elsewhere = "peft.PeftModel.from_pretrained loads this adapter"
-    for key, value in config.items():
-        if key == "bias":
-            if value not in ("none", None):
-                raise NotPlainLora(
-                    f"load_adapter: {file} has bias={shorten(value)}, want 'none'; {elsewhere}"
-                )
-        elif key == "init_lora_weights":
-            if value is not None and not any(value == start for start in _PLAIN_STARTS):
-                raise NotPlainLora(
-                    f"load_adapter: {file} has init_lora_weights={shorten(value)}, which changes "
-                    "the base weights, want a plain LoRA adapter; PEFT's save_pretrained with "
-                    "path_initial_model_for_weight_conversion writes one (not for loftq)"
-                )
-        elif key not in _HARMLESS and value not in (None, False, [], {}, ""):
-            want = "False" if isinstance(value, bool) else "None"
-            raise NotPlainLora(
-                f"load_adapter: {file} has {shorten(key)[1:-1]}={shorten(value)}, want {want}; "
-                f"{elsewhere}"
-            )
-
-
-def _check_values(file: Path, config: dict) -> None:
-    """ValueError for a value of the wrong kind or out of range."""
-    op = f"load_adapter: {file}:"
-    check_value(op, "lora_alpha", config.get("lora_alpha"))
-    for key in ("r", "lora_dropout", "use_rslora"):
-        if key in config:
-            check_value(op, key, config[key])
-    for key, kind in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        patterns = config.get(key)
-        if patterns is None:
-            continue
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{op} {key} is {shorten(patterns)}, want names and values, {{}}")
-        if bad := bad_regex(patterns):
-            raise ValueError(f"{op} {key} holds {shorten(bad[0])}, want {bad[1]}")
-        for pattern, value in patterns.items():
-            check_value(op, kind, value, f"{key}[{shorten(pattern)}]")
-    if config.get("fan_in_fan_out") is not None:
-        check_value(op, "fan_in_fan_out", config["fan_in_fan_out"])
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        if not is_regex(targets):
-            raise ValueError(
-                f"{op} target_modules is {shorten(targets)}, want a regular expression"
-            )
-    elif targets is not None and not (
-        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    ):
-        raise ValueError(
-            f"{op} target_modules is {shorten(targets)}, want names of layers, or a regular "
-            "expression"
-        )
-
-
-def _exactly(name: str) -> str:
-    """A pattern for this layer alone: without ^ it would match the end of other names too."""
-    return f"^{re.escape(name)}"
-
-
-def _per_layer(config: dict, key: str, name: str, default):
-    """PEFT's patterns: a regular expression for the end of a layer's name, then its value."""
-    for pattern, value in config[key].items():
-        if pattern.match(name):
-            return value
-    return default
-
-
-def _rank(
-    path: Path,
-    config: dict,
-    name: str,
-    base: nn.Module,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-) -> int:
-    """r of one layer's adapter; ValueError unless its shapes fit each other, the layer and config.
-
-    Args:
-        config: of `_read_config`.
-        base: the layer of that name.
-    """
-    N, K = _linear_shape(base)
-    r = lora_A.shape[0] if lora_A.ndim == 2 else 0
-    if r < 1 or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
-        raise ValueError(
-            f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
-            f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight: the "
-            "adapter is another model's"
-        )
-    rank = _per_layer(config, "rank_pattern", name, config.get("r", r))
-    if rank != r:
-        raise ValueError(
-            f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and the config "
-            f"says r = {rank}, want the same"
-        )
-    return r
-
-
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"load_adapter: {file} has {tensor.dtype} in {name}, want floating values")
@@ -349,9 +211,9 @@ def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtyp
         )
 
 
-def _read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
+def read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
     """Layer name -> (lora_A, lora_B) of an adapter file; dtype_of: name -> dtype they will have."""
-    file = path / _WEIGHTS
+    file = path / WEIGHTS
     if not file.exists():
         raise FileNotFoundError(f"load_adapter: {file} is missing, want the adapter's weights")
     try:

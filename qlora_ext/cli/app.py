@@ -1,4 +1,7 @@
-"""The commands, their arguments and what they print."""
+"""The commands, their arguments and what they print.
+
+Longer than other files, so that all arguments and their help stand in one place.
+"""
 
 from __future__ import annotations
 

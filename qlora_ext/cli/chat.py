@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..adapters.files import NotPlainLora
+from ..adapters.peft_config import NotPlainLora
 from ..checks import check_finite, check_parameters
 from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
 from ..integrations.transformers.building import (

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..adapters.add import with_adapter
 from ..adapters.config import LoraConfig
-from ..adapters.files import _per_layer, _rank, _read_config, _read_pairs
+from ..adapters.files import read_pairs
+from ..adapters.peft_config import per_layer, rank_of, read_adapter_config
 from ..checks import check_finite, check_parameters
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
 from ..integrations.transformers.building import read_config, unquantized
@@ -78,10 +79,10 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
         except ValueError:  # nothing to pack: the layers are what they are
             names = checkpoint.model
     try:
-        config = _read_config(folder)
-        pairs = _read_pairs(names, folder, lambda name: torch.float32)  # as they are added
+        config = read_adapter_config(folder)
+        pairs = read_pairs(names, folder, lambda name: torch.float32)  # as they are added
         for name, pair in pairs.items():
-            _rank(folder, config, name, names.get_submodule(name), *pair)
+            rank_of(folder, config, name, names.get_submodule(name), *pair)
     except NotImplementedError:  # values of a model on meta were asked for
         raise CliError(
             f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
@@ -91,7 +92,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
         raise CliError(str(error).replace("load_adapter: ", "", 1)) from None
     adapter = {}
     for name, (lora_A, lora_B) in pairs.items():
-        alpha = _per_layer(config, "alpha_pattern", name, config["lora_alpha"])
+        alpha = per_layer(config, "alpha_pattern", name, config["lora_alpha"])
         adapter[name] = Pair(lora_A, lora_B, alpha, bool(config.get("use_rslora", False)))
     return adapter
 

@@ -10,6 +10,8 @@ A run can be killed between any two file operations, and the next run into OUT p
 It tells folders by their inode numbers, which a folder keeps when it is renamed: before the last
 step the numbers of the new folder and of the one it replaces are written into the lock's file (a
 `record`). So what it removes is what --force replaced, and never a folder that someone else made.
+
+Longer than other files: each state of the folders is written and recovered here.
 """
 
 from __future__ import annotations

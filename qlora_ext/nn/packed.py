@@ -13,6 +13,8 @@ torch.compile need nothing of ours:
 
 Statistics are bytes, so `.to(dtype)` cannot round them. What the bytes mean (block size, quant
 type) is the module's `config`, which the checkpoint's owner stores once for the model.
+
+Longer than other files: it is one class, with the checks of state dicts that name each key.
 """
 
 from __future__ import annotations

@@ -591,10 +591,10 @@ def test_a_path_with_nul_is_refused():
 
 def test_every_field_of_pefts_config_is_judged():
     # A PEFT with a new field fails here: it is harmless, or a value of it must be refused.
-    from qlora_ext.adapters import files as lora
+    from qlora_ext.adapters import peft_config
 
     plain = peft.LoraConfig().to_dict()
-    lora._check_plain("file", plain)
+    peft_config.check_plain("file", plain)
     refused = {
         *("bias", "modules_to_save", "init_lora_weights", "megatron_config", "lora_bias"),
         *("trainable_token_indices", "corda_config", "lora_ga_config", "use_dora"),
@@ -602,10 +602,10 @@ def test_every_field_of_pefts_config_is_judged():
         *("layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config"),
         "ensure_weight_tying",
     }
-    assert set(plain) <= refused | lora._HARMLESS
+    assert set(plain) <= refused | peft_config.HARMLESS
     for key in refused & set(plain):
         with pytest.raises(ValueError, match=f"has {key}='x'"):
-            lora._check_plain("file", {**plain, key: "x"})
+            peft_config.check_plain("file", {**plain, key: "x"})
 
 
 @pytest.mark.parametrize("start", [False, "gaussian", "orthogonal"])

@@ -462,11 +462,11 @@ def test_files_are_read_as_utf_8_in_every_locale(tmp_path):
     code = """
 import locale, pathlib, sys
 from qlora_ext import files
-from qlora_ext.adapters.files import _read_config
+from qlora_ext.adapters.peft_config import read_adapter_config
 assert locale.getpreferredencoding(False) != "utf-8"
 folder = pathlib.Path(sys.argv[1])
 assert files.read_json(folder / "config.json")["base_model_name_or_path"] == "\\u00e9\\u4e2d"
-assert _read_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
+assert read_adapter_config(folder)["base_model_name_or_path"] == "\\u00e9\\u4e2d"
 """
     text = (
         '{"base_model_name_or_path": "\u00e9\u4e2d", "peft_type": "LORA", "r": 4, "lora_alpha": 8}'

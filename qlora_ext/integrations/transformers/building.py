@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 import re
 import time
 from collections.abc import Callable, Container, Iterable
@@ -20,6 +21,22 @@ from ...checks import out_of_memory
 from ...files import SafetensorsFiles, read_json, reading
 from ...models.config_file import LAYER_COUNTS, read_raw_config
 from ...text import CheckpointError, first_few, first_line, plural, printable, shorten
+
+
+@contextlib.contextmanager
+def reading_in_order():
+    """transformers reads ahead in threads, which would hold more than one module's tensors."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
 
 CULPRIT_SECONDS = 5.0  # for finding the key of config.json that is at fault
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -32,24 +29,18 @@ from transformers.modeling_utils import LoadStateDictConfig, _get_dtype
 from ...checks import check_finite, narrower, out_of_memory
 from ...files import FLOATS, SafetensorsFiles, check_file, fingerprint, reading, safetensors_files
 from ...text import CheckpointError, first_few, format_bytes, plural
-from .building import build, build_folder, last_words, read_config, stored_method, unquantized
+from .building import (
+    build,
+    build_folder,
+    last_words,
+    read_config,
+    reading_in_order,
+    stored_method,
+    unquantized,
+)
 from .config import QLoraExtConfig
-from .quantizer import QLoraExtHfQuantizer, ReadBitsandbytes
-
-
-@contextlib.contextmanager
-def reading_in_order():
-    """transformers reads ahead in threads, which would hold more than one module's tensors."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+from .conversions import ReadBitsandbytes
+from .quantizer import QLoraExtHfQuantizer
 
 
 class Unit:
@@ -400,60 +391,3 @@ class Checkpoint:
     def fingerprint(self) -> list:
         """Of the input files: name, bytes and time of the last change."""
         return fingerprint([self.folder / "config.json", *self.files.paths])
-
-
-class OriginalParameters(Mapping):
-    """The unquantized parameters of a folder under the names that they have in a model, each read
-    when asked for, as its transformers class reads them: renamed, stacked, transposed.
-
-    Args:
-        folder: safetensors files.
-        model: the transformers model they are for; it may be packed.
-
-    Raises:
-        CheckpointError: the folder's tensors cannot be read as those of such a model.
-    """
-
-    def __init__(self, folder: Path, model: nn.Module):
-        checkpoint = Checkpoint(folder, like=model)
-        dtypes = checkpoint.files.dtypes
-        for name, parameter in checkpoint.model.named_parameters():
-            for key in checkpoint.sources.get(name, ()):
-                # Of bytes and float8 the scale may lie in a tensor that is not known here.
-                if parameter.is_floating_point() and dtypes[key] not in FLOATS:
-                    raise CheckpointError(f"{folder} has {key} in {dtypes[key]}, want float values")
-        self.checkpoint = checkpoint
-        self.units = {module: unit for unit in checkpoint.units(set()) for module in unit.modules}
-        self.last: tuple[Unit, dict[str, torch.Tensor]] | None = None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.checkpoint.sources:
-            raise KeyError(name)
-        unit = self.units[name.rpartition(".")[0]]
-        if self.last is None or self.last[0] is not unit:
-            self.last = None  # before the next is read
-            with self.checkpoint.loaded(unit) as modules:
-                tensors = {
-                    f"{module}.{key}": parameter.detach()
-                    for module, part in modules.items()
-                    for key, parameter in part._parameters.items()
-                    if parameter is not None and f"{module}.{key}" in self.checkpoint.sources
-                }
-            self.last = unit, tensors
-        return self.last[1][name]
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
-        return name in self.checkpoint.sources
-
-    def __iter__(self):
-        return iter(self.checkpoint.sources)
-
-    def __len__(self) -> int:
-        return len(self.checkpoint.sources)
-
-
-def original_parameters(folder: Path, model: nn.Module) -> OriginalParameters | None:
-    """The parameters of a folder as those of model; None for a model that isn't transformers'."""
-    if not isinstance(model, transformers.PreTrainedModel):
-        return None
-    return OriginalParameters(folder, model)

@@ -19,10 +19,10 @@ from ...models.report import logical_surplus
 from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit
-from .checkpoint import original_parameters
 from .config import QUANT_METHOD, QLoraExtConfig
 from .files import checkpoint_names
 from .marks import mark_adapted, mark_dense, mark_packed, mark_untied
+from .original_parameters import original_parameters
 from .quantizer import QLoraExtHfQuantizer
 
 
