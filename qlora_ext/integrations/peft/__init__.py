@@ -6,11 +6,12 @@ Importing it wraps the functions of PEFT that attach.py lists.
 from .attach import attach
 from .files import load_adapters
 from .lora import AdaLoraLinear4bit, LoraEmbedding4bit, PeftLoraLinear4bit
+from .lora import _DoraEmbedding as _DoraEmbedding  # pickles name it here
 from .stand_in import dequantize, merging_to_4bit
 from .training import prepare_model_for_kbit_training, replace_lora_weights_loftq
 from .tuners import PackedBackend
 
-# Its name in pickles of whole models that were written before it was renamed.
+# Its old name, which pickles of whole models hold.
 LoraLinear4bit = PeftLoraLinear4bit
 
 __all__ = [
