@@ -40,8 +40,6 @@ ROWS = {
     "requantized": "merged, requantized without either",
     "from_base": "merged into 4 bits, `base=`",
     "calibrated": "merged into 4 bits, `calibration=`",
-    "from_base_calibrated": "merged into 4 bits, both",
-    "from_base_own_text": "merged into 4 bits, `base=` and text that the model wrote",
     "own_text": "merged into 4 bits, text that the model wrote",
 }
 
@@ -146,8 +144,6 @@ def make(name: str, base, quantized, adapted, calibration, tokenizer, args):
     sources = {
         "from_base": {"base": base},
         "calibrated": {"calibration": calibration},
-        "from_base_calibrated": {"base": base, "calibration": calibration},
-        "from_base_own_text": {"base": base, "calibration": calibration},
         "own_text": {"calibration": calibration},
     }[name]
     return qlora_ext.merge_into_4bit(model, **sources, hessian_bytes=args.hessian_bytes)

@@ -29,7 +29,7 @@ from ..nn.linear import Linear4bit, is_conv1d
 from ..tensor.config import QuantConfig
 from .errors import CliError
 from .quantize import pack_like, quantized_result
-from .stream import PACKED, Job
+from .stream import PACKED, Job, saving_config_of
 
 # Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
 REQUANTIZING = (
@@ -344,7 +344,8 @@ def calibrated(
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
     except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
-    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    with saving_config_of(base):
+        model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # safetensors makes files that only their owner may read, whatever the umask says.
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)

@@ -43,6 +43,19 @@ def packed_names(model: nn.Module) -> set[str]:
     return set(names)
 
 
+@contextlib.contextmanager
+def saving_config_of(folder: Path):
+    """Within it transformers saves the config of a folder again. What it refuses is a CliError: it
+    judges some values only then."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        path = folder / "config.json"
+        raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
+
+
 @dataclasses.dataclass
 class Piece:
     """A unit of the input, and what it becomes."""
@@ -290,13 +303,8 @@ class Job:
         config = self.result.config
         config.dtype = str(self.result.dtype).removeprefix("torch.")
         config.architectures = [type(self.result).__name__]
-        try:
+        with saving_config_of(self.checkpoint.folder):
             config.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # transformers judges some values only when it saves them
-            path = self.checkpoint.folder / "config.json"
-            raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
         if self.result.can_generate() and not (folder / "generation_config.json").exists():
             self.result.generation_config.save_pretrained(folder)
         write_index(folder, self.shards, self.result.num_parameters())

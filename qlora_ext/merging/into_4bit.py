@@ -8,9 +8,8 @@ gives nearly the old codes back, and the fine-tune is gone. Two routes keep it:
     calibration  the 4-bit model and some text are: codes and scales descend from where they are
                  to where the layer's outputs are nearest to the adapted ones (descent.py)
 
-With both, the descent goes to W + s B A. Where there is no text, the model writes some
-(calibration_text.py).
-docs/merging.md has what each keeps.
+Where there is no text, the model writes some (calibration_text.py). docs/merging.md has what each
+keeps.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def merge_into_4bit(
     """Merges a model's adapters into its 4-bit weights, in place: Linear4bit layers at the end.
 
     With `base`, each adapted layer becomes quantize(W + s B A). With `calibration`, each becomes
-    the packed weight whose outputs on the calibration text are nearest to the adapted layer's; with
-    both, nearest to those of W + s B A. With neither, a warning says what requantizing would lose,
+    the packed weight whose outputs on the calibration text are nearest to the adapted layer's. With
+    neither, a warning says what requantizing would lose,
     and the model is merged into 16 bits instead, as merge_and_unload does.
 
     Layers without adapter keep their bytes. An adapted dense layer (a head) stays dense and is
@@ -86,8 +85,8 @@ def merge_into_4bit(
     Raises:
         TypeError: model is not a module, dtype is not a float dtype, progress_bar is not a bool,
             or base, calibration or a batch is of another kind.
-        ValueError: no adapters (merged already?); a kind of PEFT adapter other than plain LoRA; a
-            sharded model, whose parameters are DTensors; a calibration without tokens, with ids
+        ValueError: base and calibration together; no adapters (merged already?); a kind of PEFT
+            adapter other than plain LoRA; a sharded model, whose parameters are DTensors; a calibration without tokens, with ids
             that are not integers of the model's vocabulary, or with a batch that the model's
             forward cannot take, by its number; a damping
             below 0 or not finite; hessian_bytes that is not an int of at least 1; a base that is
@@ -121,6 +120,11 @@ def merge_into_4bit(
         raise TypeError(
             f"merge_into_4bit: dtype is {shorten(dtype)}, want torch.float16, torch.bfloat16 or "
             "torch.float32"
+        )
+    if base is not None and calibration is not None:
+        raise ValueError(
+            "merge_into_4bit: got base and calibration, want one of them: with text, the 4-bit "
+            "weights that the adapter was trained on keep more (docs/merging.md)"
         )
     adapted = adapted_model(model)
     layers = adapted.layers

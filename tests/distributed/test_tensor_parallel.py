@@ -281,7 +281,7 @@ def refuse_in_a_plan(mesh, folder):
         peft.LoraConfig(target_modules=["q_proj"]),
     )
     name = "base_model.model.model.layers.0.self_attn.q_proj"
-    words = "the layer is PEFT's PeftLoraLinear4bit, want .* PEFT's adapters cannot be cut: use add_lora"
+    words = "the layer is PEFT's PeftLoraLinear4bit, want .* cannot be cut: use add_lora"
     for style in (column, row):
         check(model, {name: style}, TypeError, words)
     parallelize_module(model, mesh, {f"{name}.base_layer": column})

@@ -351,21 +351,12 @@ def test_base_folder_that_transformers_cannot_read_says_why(tmp_path):
         run(model, base=tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_base_and_calibration_together_are_nearest(family):
-    base, model = tiny.make(family), small(trained(family))
-    exact = add_lora(copy.deepcopy(base), LoraConfig(r=4, **EVERYTHING)) if family == "llama" else 0
-    results = [
-        run(copy.deepcopy(model), base=base, **more) for more in ({}, {"calibration": text()})
-    ]
-    if family == "llama":
-        for name in adapted_names(model):
-            layer, other = model.get_submodule(name), exact.get_submodule(name)
-            with torch.no_grad():
-                other.lora_A.copy_(layer.lora_A)
-                other.lora_B.copy_(layer.lora_B)
-        want = tiny.logits(exact.eval())
-        assert distance(results[1], want) < distance(results[0], want)
+def test_base_and_calibration_together_are_refused():
+    base, model = tiny.make("llama"), small(trained())
+    want = tiny.logits(model)
+    with pytest.raises(ValueError, match=r"merge_into_4bit: got base and calibration, want one"):
+        run(model, base=base, calibration=text())
+    assert torch.equal(tiny.logits(model), want)
 
 
 def test_neither_warns_with_the_loss_and_merges_into_16_bits():
