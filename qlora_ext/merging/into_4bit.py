@@ -88,9 +88,9 @@ def merge_into_4bit(
         ValueError: base and calibration together; no adapters (merged already?); a kind of PEFT
             adapter other than plain LoRA; a sharded model, whose parameters are DTensors; a
             calibration without tokens, with ids that are not integers of the model's vocabulary, or
-            with a batch that the model's forward cannot take, by its number; a damping below 0 or not finite; hessian_bytes that is not an int of at least 1; a base that is
-            not there, is not safetensors, lacks a layer, has another shape, or is not what was
-            packed.
+            with a batch that the model's forward cannot take, by its number; a damping below 0 or
+            not finite; hessian_bytes that is not an int of at least 1; a base that is not there, is
+            not safetensors, lacks a layer, has another shape, or is not what was packed.
         OverflowError: a weight of base with a NaN or an infinity, a sum W + s B A that is not
             finite, or one beyond the dtype of a dense layer, naming the layer.
 
