@@ -3,12 +3,12 @@
 # Without /proc/cpuinfo that is the portable path alone.
 set -eu
 # All that reaches the kernels, less what costs time elsewhere (compiling by torch.compile, T5).
-: "${PATH_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_properties.py ops/test_bad_input.py
-  ops/test_linear.py ops/test_real_weights.py nn/test_modules.py nn/test_shared_input.py
-  adapters/test_lora.py}"
+: "${PATH_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_properties.py
+  ops/test_bad_arguments.py ops/test_scaling.py ops/test_linear.py ops/test_real_weights.py
+  tensor/test_state_dicts.py nn/test_modules.py nn/test_shared_input.py adapters/test_lora.py}"
 # On each path that bitsandbytes' CPU library can take. Torch and bitsandbytes see the lesser CPU as
 # well there (tests/support/peers.py).
-: "${PEER_TESTS:=ops/test_bitsandbytes.py integrations/test_integration_bitsandbytes.py}"
+: "${PEER_TESTS:=tensor/test_bitsandbytes.py integrations/test_integration_bitsandbytes.py}"
 python=$1
 shift
 
