@@ -13,6 +13,7 @@ Longer than other files, so that what belongs to an op stands in one place.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,28 +29,29 @@ W4 = tuple[Any, ...]
 
 
 def _register_fake(name: str) -> Callable[..., Any]:
-    """torch.library.register_fake for a function that computes shapes. Tensors on several devices
-    are refused: one on meta would otherwise bring the call here, and memory that nothing wrote
-    would come out of it."""
+    """torch.library.register_fake for a function of the op's arguments, by their schema names, that
+    computes shapes. It refuses tensors on several devices: one on meta would bring the call here,
+    and the caller would get uninitialized memory."""
     op, _, overload = name.removeprefix("qlora_ext::").partition(".")
     arguments = getattr(getattr(_ops, op), overload or "default")._schema.arguments
     names = [a.name for a in arguments]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     required = {a.name for a in arguments if str(a.type) == "Tensor"}
 
-    def register(fake: Callable[..., Any]) -> None:
+    def register(fake: Callable[[SimpleNamespace], Any]) -> None:
         def checked(*args, **kwargs):
-            given = [*zip(names, args), *kwargs.items()]
-            for key, value in given:
+            given = {**dict(zip(names, args)), **kwargs}
+            for key, value in given.items():
                 if value is None and key in required:
                     raise RuntimeError(f"{op}: {key} is None, want a tensor")
-            tensors = [(key, value) for key, value in given if isinstance(value, Tensor)]
+            tensors = [(key, value) for key, value in given.items() if isinstance(value, Tensor)]
             for key, tensor in tensors[1:]:
                 if tensor.device != tensors[0][1].device:
                     raise RuntimeError(
                         f"{op}: {key} is on {tensor.device}, want {tensors[0][1].device} like "
                         f"{tensors[0][0]} (every tensor of a call on one device)"
                     )
-            return fake(*args, **kwargs)
+            return fake(SimpleNamespace(**{**defaults, **given}))
 
         torch.library.register_fake(name, checked)
 
@@ -111,14 +113,14 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
 
 
 @_register_fake("qlora_ext::quantize_4bit")
-def _(weight, blocksize, quant_type, codebook, normalization, std_factor, companding, companding_k):
-    numel = weight.numel()
-    num_blocks = 1 if blocksize == 0 else (numel + blocksize - 1) // blocksize
-    mean_blocks = num_blocks if normalization == "standard" else 0
+def _(a):
+    numel = a.weight.numel()
+    num_blocks = 1 if a.blocksize == 0 else (numel + a.blocksize - 1) // a.blocksize
+    mean_blocks = num_blocks if a.normalization == "standard" else 0
     return (
-        weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
-        weight.new_empty(4 * num_blocks, dtype=torch.uint8),
-        weight.new_empty(4 * mean_blocks, dtype=torch.uint8),
+        a.weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
+        a.weight.new_empty(4 * num_blocks, dtype=torch.uint8),
+        a.weight.new_empty(4 * mean_blocks, dtype=torch.uint8),
     )
 
 
@@ -126,29 +128,29 @@ def _(weight, blocksize, quant_type, codebook, normalization, std_factor, compan
 
 
 @_register_fake("qlora_ext::quantize_absmax")
-def _(absmax):
-    num_blocks = absmax.numel() // 4
+def _(a):
+    num_blocks = a.absmax.numel() // 4
     return (
-        absmax.new_empty(num_blocks),
-        absmax.new_empty(4 * (1 + (num_blocks + 255) // 256)),
+        a.absmax.new_empty(num_blocks),
+        a.absmax.new_empty(4 * (1 + (num_blocks + 255) // 256)),
     )
 
 
 @_register_fake("qlora_ext::dequantize_absmax")
-def _(code, nested):
-    return code.new_empty(4 * code.numel())
+def _(a):
+    return a.code.new_empty(4 * a.code.numel())
 
 
 # dequantize_4bit ----------------------------------------------------------------------------
 
 
 @_register_fake("qlora_ext::dequantize_4bit")
-def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
-    return packed.new_empty(shape, dtype=dtype)
+def _(a):
+    return a.packed.new_empty(a.shape, dtype=a.dtype)
 
 
 @_register_fake("qlora_ext::dequantize_4bit.out")
-def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, *, out):
+def _(a):
     return None
 
 
@@ -164,38 +166,13 @@ def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Te
 
 
 @_register_fake("qlora_ext::gemm_4bit")
-def _(
-    x,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    bias=None,
-    lora_S=None,
-    lora_B=None,
-):
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _(a):
+    return a.x.new_empty((*a.x.shape[:-1], a.shape[0]))
 
 
 @_register_fake("qlora_ext::gemm_4bit_backward")
-def _(
-    dY,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_dS=None,
-    lora_A=None,
-):
-    return dY.new_empty((*dY.shape[:-1], shape[1]))
+def _(a):
+    return a.dY.new_empty((*a.dY.shape[:-1], a.shape[1]))
 
 
 class _Gemm4bit(torch.autograd.Function):
@@ -270,22 +247,24 @@ def gemm_4bit(
 
 
 @_register_fake("qlora_ext::lora_shrink")
-def _(x, lora_A, scaling):
-    return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32)
+def _(a):
+    return a.x.new_empty((*a.x.shape[:-1], a.lora_A.shape[0]), dtype=torch.float32)
 
 
 @_register_fake("qlora_ext::lora_shrink_backward")
-def _(dS, x, lora_A, scaling, need_dx):
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(
-        0
-    ), torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+def _(a):
+    return torch.empty_like(
+        a.x, memory_format=torch.contiguous_format
+    ) if a.need_dx else a.x.new_empty(0), torch.empty_like(
+        a.lora_A, memory_format=torch.contiguous_format
+    )
 
 
 @_register_fake("qlora_ext::lora_expand_backward")
-def _(dY, lora_S, lora_B):
+def _(a):
     return (
-        dY.new_empty((*dY.shape[:-1], lora_B.shape[1]), dtype=torch.float32),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        a.dY.new_empty((*a.dY.shape[:-1], a.lora_B.shape[1]), dtype=torch.float32),
+        torch.empty_like(a.lora_B, memory_format=torch.contiguous_format),
     )
 
 
@@ -344,49 +323,18 @@ def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float | Tensor) -> Tensor:
 
 
 @_register_fake("qlora_ext::lora_gemm_4bit")
-def _(
-    x,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_A,
-    lora_B,
-    scaling,
-    bias=None,
-    lora_S=None,
-):
-    S_shape = (*x.shape[:-1], lora_A.shape[0]) if lora_S is None else (0,)
-    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(S_shape, dtype=torch.float32)
+def _(a):
+    S_shape = (*a.x.shape[:-1], a.lora_A.shape[0]) if a.lora_S is None else (0,)
+    return a.x.new_empty((*a.x.shape[:-1], a.shape[0])), a.x.new_empty(S_shape, dtype=torch.float32)
 
 
 @_register_fake("qlora_ext::lora_gemm_4bit_backward")
-def _(
-    dY,
-    x,
-    lora_S,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_A,
-    lora_B,
-    scaling,
-    need_dx,
-):
-    dX = dY.new_empty((*dY.shape[:-1], shape[1])) if need_dx else dY.new_empty(0)
+def _(a):
+    dX = a.dY.new_empty((*a.dY.shape[:-1], a.shape[1])) if a.need_dx else a.dY.new_empty(0)
     return (
         dX,
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        torch.empty_like(a.lora_A, memory_format=torch.contiguous_format),
+        torch.empty_like(a.lora_B, memory_format=torch.contiguous_format),
     )
 
 
@@ -495,21 +443,8 @@ def lora_linear(
 
 
 @_register_fake("qlora_ext::merge_lora_4bit")
-def _(
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_A,
-    lora_B,
-    scaling,
-    dtype,
-):
-    return packed.new_empty(shape, dtype=dtype)
+def _(a):
+    return a.packed.new_empty(a.shape, dtype=a.dtype)
 
 
 def merge_lora_4bit(
@@ -526,8 +461,8 @@ def merge_lora_4bit(
 
 
 @_register_fake("qlora_ext::embedding_4bit")
-def _(indices, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
-    return indices.new_empty((*indices.shape, shape[1]), dtype=dtype)
+def _(a):
+    return a.indices.new_empty((*a.indices.shape, a.shape[1]), dtype=a.dtype)
 
 
 def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
@@ -539,13 +474,13 @@ def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
 
 
 @_register_fake("qlora_ext::linear")
-def _(x, weight, bias=None):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(a):
+    return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]))
 
 
 @_register_fake("qlora_ext::linear_backward")
-def _(dY, weight):
-    return dY.new_empty((*dY.shape[:-1], weight.shape[1]))
+def _(a):
+    return a.dY.new_empty((*a.dY.shape[:-1], a.weight.shape[1]))
 
 
 class _Linear(torch.autograd.Function):
