@@ -10,8 +10,7 @@ from ..models.architectures import SAME_INPUT
 from ..models.raw_errors import explain_errors
 from ..models.report import num_parameters
 from ..models.walk import check_model, places_of, replace_module
-from ..nn.linear import Linear4bit, is_conv1d
-from ..nn.linear import linear_shape as _linear_shape
+from ..nn.linear import Linear4bit, is_conv1d, linear_shape
 from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora, check_lora_rank
 from ..nn.offload import check_can_adapt
 from ..nn.shared_input import SharedInput
@@ -166,7 +165,7 @@ def install(model: nn.Module, settings: dict[str, dict]) -> None:
                 "and would leave the adapter out; want target_modules without it"
             )
         check_can_adapt("add_lora", base, model)
-        N, K = _linear_shape(base)
+        N, K = linear_shape(base)
         check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
         new[name] = (base, with_adapter(name, base, **keywords))
     places = places_of(model)

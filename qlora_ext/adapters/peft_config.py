@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files import read_json
 from ..models.patterns import bad_regex, is_regex
-from ..nn.linear import linear_shape as _linear_shape
+from ..nn.linear import linear_shape
 from ..text import CheckpointError, shorten
 from .config import check_value
 
@@ -139,7 +139,7 @@ def rank_of(
         config: of `_read_config`.
         base: the layer of that name.
     """
-    N, K = _linear_shape(base)
+    N, K = linear_shape(base)
     r = lora_A.shape[0] if lora_A.ndim == 2 else 0
     if r < 1 or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
         raise ValueError(
