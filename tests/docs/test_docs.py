@@ -46,7 +46,7 @@ PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("**/*.md"))]
 GAP = "\0"  # what is filled in when a message is made
 # Pages that list error messages, an item each: - `message` (library): what to do
 LISTS = ("cli.md", "merging.md", "troubleshooting.md")
-ITEM = re.compile(r"^- `([^`\n]+)`(?: \((\w+)\))?: ", re.M)
+ITEM = re.compile(r"^- `([^`\n]+)`(?:\s+\((\w+)\))?:\s", re.M)
 
 
 def quoted_sentences() -> list[tuple[str, str, str]]:
