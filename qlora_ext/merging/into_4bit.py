@@ -122,8 +122,8 @@ def merge_into_4bit(
         )
     if base is not None and calibration is not None:
         raise ValueError(
-            "merge_into_4bit: got base and calibration, want one of them: with text, the 4-bit "
-            "weights that the adapter was trained on keep more (docs/merging.md)"
+            "merge_into_4bit: got base and calibration, want one of them: calibration alone keeps "
+            "about as much as both did (docs/merging.md)"
         )
     adapted = adapted_model(model)
     layers = adapted.layers
