@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // weights that repay waking a thread
 
-// Position of the first index that names no row, or M.
+// Position of the first index that is out of range, or M.
 int64_t first_bad_index(const Embedding4bitParams& p) {
   int64_t i = 0;
   while (i < p.M && p.indices[i] >= 0 && p.indices[i] < p.weight.N) ++i;
