@@ -11,7 +11,7 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // weights that repay waking a thread
+constexpr int64_t kGrain = 32768;  // weights worth waking a thread for
 
 // Position of the first index that is out of range, or M.
 int64_t first_bad_index(const Embedding4bitParams& p) {

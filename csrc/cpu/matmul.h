@@ -16,7 +16,7 @@
 
 namespace qlora_ext::cpu {
 
-constexpr int64_t kGrainMacs = 65536;          // multiplies that repay waking a thread
+constexpr int64_t kGrainMacs = 65536;          // multiplies worth waking a thread for
 constexpr int64_t kRegionTiles = 2;            // 32 columns of the result per task
 constexpr int64_t kUnpackedRows = 16;          // up to here the left operand is read in place
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
@@ -24,7 +24,7 @@ constexpr int64_t kMaxConvertedRows = 64;  // rows a task converts to fp32 itsel
 constexpr int64_t kMaxRegionColumns = 256;
 constexpr int64_t kMaxWorkspace = int64_t{16} << 20;
 
-// How many regions of `macs` multiplies each repay waking a thread.
+// How many regions of `macs` multiplies each are worth waking a thread for.
 inline int64_t grain_of(int64_t macs) {
   return std::max<int64_t>(1, kGrainMacs / std::max<int64_t>(1, macs));
 }

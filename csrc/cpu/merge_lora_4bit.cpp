@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kRegionRows = 64;      // rows of W per task
 constexpr int64_t kRegionColumns = 256;  // columns of W per task
-constexpr int64_t kGrain = 2;            // regions that repay waking a thread
+constexpr int64_t kGrain = 2;            // regions worth waking a thread for
 
 void merge_region(const MergeLora4bitParams& p, const Region& region) {
   const int64_t K = p.weight.K;

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;  // weights converted to fp32 at a time; the largest block size
 constexpr int64_t kMaxBlocks = kChunk / 32;  // blocks of the smallest size in a chunk
-constexpr int64_t kGrain = 32768;            // weights that repay waking a thread
+constexpr int64_t kGrain = 32768;            // weights worth waking a thread for
 
 struct Statistics {
   float scale;

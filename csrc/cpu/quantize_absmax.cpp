@@ -14,7 +14,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kGroup = 256;  // scales that share one absmax2
-constexpr int64_t kGrain = 16;   // groups that repay waking a thread
+constexpr int64_t kGrain = 16;   // groups worth waking a thread for
 
 float mean_of(const QuantizeAbsmaxParams& p) {
   const double sum = parallel_tree_sum(

@@ -1,4 +1,4 @@
-// quantize_absmax_groups: fp32 scales to 8-bit codes of the signed dynamic map, one absmax2 per 256.
+// quantize_absmax_groups: fp32 scales to 8-bit codes of the signed dynamic map, an absmax2 per 256.
 // dequantize_absmax_codes: back to fp32.
 //
 // Moves   4 B in and 1.016 B out per scale, one scale per 64 weights: launches cost more than the

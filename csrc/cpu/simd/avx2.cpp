@@ -282,7 +282,7 @@ struct Table {
   explicit Table(const float values[16]) : low(load_fp32(values)), high(load_fp32(values + 8)) {}
 };
 
-// The codebook as a block scales it: fp32 multiply, then fp32 add.
+// The codebook scaled by a block: fp32 multiply, then fp32 add.
 Table scaled_table(const PackedWeight& weight, int64_t block) {
   Table table(weight.values);
   const __m256 scale = _mm256_set1_ps(block_scale(weight, block));

@@ -53,7 +53,7 @@ __m512i codes_of(const uint8_t* packed) {
 
 __m512 look_up(__m512 table, __m512i codes) { return _mm512_permutexvar_ps(codes, table); }
 
-// The codebook as a block scales it: fp32 multiply, then fp32 add.
+// The codebook scaled by a block: fp32 multiply, then fp32 add.
 __m512 scaled_table(const PackedWeight& weight, int64_t block) {
   const __m512 scale = _mm512_set1_ps(block_scale(weight, block));
   const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(weight.values), scale);
