@@ -33,9 +33,9 @@ struct Site {
 // text.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// ---------------------------------------------------------------- lanes of a warp Every lane of
-// `mask` calls with the same kind. When the last one has arrived, `run` is called once with every
-// lane's operand, and all go on. Their memory accesses are ordered only if `orders`.
+// ---------------------------------------------------------------- lanes of a warp
+// Every lane of `mask` calls with the same kind. When the last one has arrived, `run` is called
+// once with every lane's operand, and all go on. Their memory accesses are ordered only if `orders`.
 struct Meeting {
   const char* what;  // the intrinsic's name; lanes that meet must agree on it
   bool aligned;      // .aligned: all from one source line
