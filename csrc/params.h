@@ -189,7 +189,7 @@ struct Embedding4bitParams {
   PackedWeight weight;
   const int64_t* indices;  // [M], each in [0, N); checked on the CPU, never clamped
   void* out;               // [M, K], dtype, contiguous
-  int64_t* bad_index;  // CPU: as in Quantize4bitParams; CUDA: null, a bad index traps the kernel
+  int64_t* bad_index;      // CPU: position of the first bad index, or M; CUDA: null, it traps
   int64_t M;
   DType dtype;
 };

@@ -35,7 +35,7 @@ struct Site {
 
 // ---------------------------------------------------------------- lanes of a warp
 // Every lane of `mask` calls with the same kind. When the last one has arrived, `run` is called
-// once with every lane's operand, and all go on. Their memory accesses are ordered only if `orders`.
+// once with every lane's operand, and all go on. `orders`: this also orders their memory accesses.
 struct Meeting {
   const char* what;  // the intrinsic's name; lanes that meet must agree on it
   bool aligned;      // .aligned: all from one source line
