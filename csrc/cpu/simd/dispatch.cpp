@@ -23,7 +23,7 @@ struct Path {
 };
 
 #if defined(__x86_64__)
-// Clang 14's __builtin_cpu_supports does not know this name.
+// Clang 14's __builtin_cpu_supports does not know "f16c".
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -41,7 +41,7 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// Every path of this build, the best first.
+// Every path in this build, the best first.
 std::vector<Path> all_paths() {
   return {
 #if defined(__x86_64__)
