@@ -1,4 +1,4 @@
-"""The plug-in for PEFT: its tuners train and merge on packed layers.
+"""The plug-in for PEFT: makes its tuners train and merge on packed layers.
 
 Importing it wraps the functions of PEFT that attach.py lists.
 """
@@ -10,7 +10,7 @@ from .stand_in import dequantize, merging_to_4bit
 from .training import prepare_model_for_kbit_training, replace_lora_weights_loftq
 from .tuners import PackedBackend
 
-# Its name in pickles of whole models that were written before it was renamed.
+# The old name, which is in pickles of whole models from before it was renamed.
 LoraLinear4bit = PeftLoraLinear4bit
 
 __all__ = [
