@@ -57,9 +57,9 @@ def _register_fake(name: str) -> Callable[..., Any]:
 
 
 def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
-    """Registers `eager` for the op's Autograd key, with the eight arguments of the weight packed
-    into a w4 tuple. (torch.library.register_autograd would cost 50 us a call; csrc/schemas.h has
-    the argument order.)"""
+    """Registers `eager` for the op's Autograd key. It gets the weight's eight arguments as one w4
+    tuple. (torch.library.register_autograd would cost 50 us a call; csrc/schemas.h has the argument
+    order.)"""
     arguments = getattr(_ops, name).default._schema.arguments
     defaults = [a.default_value for a in arguments]
     names = [a.name for a in arguments]
@@ -596,9 +596,8 @@ _register_autograd("linear", _linear_eager)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a dense weight [N, K] on the CPU, accumulated in fp32 and rounded once.
 
-    x [..., K] and weight are fp32, bf16 or fp16, each its own; y has x's dtype. Use it on a CPU
-    without bf16 or fp16 instructions, where torch's products of these dtypes are much slower than
-    fp32.
+    x [..., K] and weight may each be fp32, bf16 or fp16; y has x's dtype. It is for CPUs without
+    bf16 or fp16 instructions, on which torch's products of these dtypes are much slower than fp32.
     """
     if torch.compiler.is_compiling():
         return _ops.linear.default(x, weight, bias)

@@ -47,7 +47,7 @@ def _start_counting() -> None:
     register_module_module_registration_hook(_count)
 
 
-@disable  # if torch wraps the model in its own module, dynamo would trace this call
+@disable  # dynamo skips a module of torch's around the model, but traces what that calls
 def _look(model: nn.Module) -> None:
     """Raises RuntimeError if the bytes of a packed layer of the model were changed."""
     for reference in _layers_of(model):

@@ -1,6 +1,6 @@
 """Attaches the plug-ins for torch.compile, transformers, PEFT and TRL when those are imported.
 
-`import qlora_ext` imports none of them, because together they take seconds. `attach()` puts a
+`import qlora_ext` does not import them, because together they take seconds. `attach()` puts a
 finder on `sys.meta_path`. It watches for the modules in `_HOOKS`, and runs a module's hook right
 after the module has been executed. A module that is already loaded gets its hook at once, so the
 order of imports does not matter.

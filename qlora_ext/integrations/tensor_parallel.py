@@ -158,7 +158,7 @@ class ParallelLinear4bit(nn.Module):
         if isinstance(x, DTensor):
             want = "this process's part, x.to_local()" if self.rowwise else "x.full_tensor()"
             raise TypeError(f"tensor parallel: x is a DTensor, want a plain tensor: {want}")
-        check_input(type(self).__name__, x=x)  # before communication: an error later could hang
+        check_input(type(self).__name__, x=x)  # afterwards, in the communication, it is too late
         x = self._input(x)
         if not self.rowwise:
             x = _Copied.apply(x, self.mesh)

@@ -57,7 +57,7 @@ class _Scales:
         self.q = q
         K = q.shape[1]
         self.blocksize = q.blocksize or max(q.numel(), 1)
-        self.regular = K % self.blocksize == 0  # every block lies in one row
+        self.regular = K % self.blocksize == 0  # every block is within one row
         if q.nested is None:
             self.codes = None
             self.values = q.absmax.clone().view(torch.float32)

@@ -19,7 +19,8 @@ from torch import nn
 
 # Parameters that packing replaces: those of linear layers and embeddings, and of fused experts.
 _PACKED = ("weight", "gate_up_proj", "up_proj", "down_proj")
-# Methods that run before packing or replace weights on purpose. They count if a forward calls them.
+# Methods that run before packing or replace weights on purpose. Only those that a forward calls
+# count.
 _BEFORE_PACKING = re.compile(
     r"__init__|_?init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
     r"(get|set)_(input|output|decoder)_?.*embeddings.*|_?resize_.*|_?get_resized_.*|"

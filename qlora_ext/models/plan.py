@@ -36,7 +36,7 @@ class Stored:
     """What a checkpoint holds, under the names that the layers have in the model."""
 
     packed: Mapping[str, int]  # layer -> bytes of its packed weight
-    dense: frozenset[str]  # layers whose weight is not uint8
+    dense: frozenset[str]  # layers whose weight is not packed
     same_class: bool  # whether the model's class wrote it: then nothing may be absent
     names: Mapping[str, str]  # layer -> its name in the checkpoint
 

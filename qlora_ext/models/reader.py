@@ -618,7 +618,7 @@ class _Reader:
                         break
 
     def _is_harmless(self, node: ast.AST) -> bool:
-        """Whether packing does not change what the code uses of the weight."""
+        """Whether the code only uses properties of the weight that packing does not change."""
         parent = self.parents.get(node)
         if isinstance(parent, ast.Attribute):
             if parent.attr in _HARMLESS or (self.values_only and parent.attr in _DESCRIBING):

@@ -7,7 +7,7 @@ finds such layers in the source of the modules' classes. It follows every expres
 given a layer. If the config or the module decides a condition, the other branch is skipped. Nothing
 is executed.
 
-Code that only compares dtypes, asks for the device or tests for None does no harm: it is no read.
+Code that only compares dtypes, asks for the device or tests for None does no harm; it is ignored.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Experts4bit(nn.Module):
 
     y = sum over a token's experts e of weight_e * down_e(gate(up_e(x))), with the gate, activation
     and norm of the class it was made from. To adapt an expert, add adapters to these layers. As in
-    transformers' own loop, the host waits for the device to learn which experts were chosen.
+    transformers' own loop, the host reads the chosen experts back from the device.
     """
 
     def __init__(self, template: nn.Module, packed: nn.ModuleList):

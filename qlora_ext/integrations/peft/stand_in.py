@@ -31,8 +31,8 @@ _merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False
 def merging_to_4bit():
     """A context in which PEFT's merges requantize the result instead of leaving it in 16 bits.
 
-    Requantizing keeps only 5 to 10% of a short fine-tune's gain (measured), because it changes a
-    weight by far less than the distance between two 4-bit levels. Each merge warns about it.
+    Requantizing keeps only 5 to 10% of a short fine-tune's gain (measured), because the fine-tune
+    changes a weight by far less than the distance between two 4-bit levels. Each merge warns.
     """
     token = _merge_to_4bit.set(True)
     try:

@@ -47,7 +47,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
     """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
 
     requires_calibration = False
-    saves_as = "qlora_ext"  # the format that save_pretrained writes; ours can change it
+    saves_as = "qlora_ext"  # the format to write; qlora_ext.save_pretrained can change it
     given_state = None  # the state_dict that save_pretrained was given
 
     def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
