@@ -4,9 +4,9 @@
     python bench/merge_4bit.py --adapter runs/demo/adapter
 
 Prints the table of docs/merging.md and writes bench/results/merge-4bit-<machine>-<date>.json. All
-rows have one held-out set; the calibration text is from the training side, whose modules are not in
-it. Where the model writes the text, that is part of the seconds. Rows measured before with the same
-settings are taken over from --output.
+rows use the same held-out set. The calibration text is from the training set, which has no module
+in common with it. If the model writes the text, the seconds include that. Rows measured before with
+the same settings are taken from --output.
 """
 
 import argparse
@@ -127,12 +127,12 @@ def texts(tokenizer, args) -> tuple[list[dict], list[dict]]:
 
 
 def make(name: str, base, quantized, adapted, calibration, tokenizer, args):
-    """The model of a row, in its own memory where it is merged."""
+    """The model of a row. A merged one is a copy."""
     if name in ("base", "base_4bit", "adapter"):
         return {"base": base, "base_4bit": quantized, "adapter": adapted}[name]
     model = copy.deepcopy(adapted)
     if name == "merged_16bit":
-        # Rounded to fp16, computed as the other rows are.
+        # Round to fp16, but compute in fp32 like the other rows.
         return qlora_ext.merge_and_unload(model, torch.float16).float()
     if name == "requantized":
         for module in [m for m in model.modules() if isinstance(m, LoraLinear4bit)]:
@@ -177,7 +177,7 @@ def machine(args) -> dict:
 
 
 def default_output() -> Path:
-    """bench/results/merge-4bit-<machine>-<date>.json; the machine is its processor's name."""
+    """bench/results/merge-4bit-<machine>-<date>.json, where machine is the processor's name."""
     cpu = finetune.machine()["cpu"] or platform.machine()
     if torch.cuda.is_available():
         cpu = torch.cuda.get_device_name()

@@ -1,6 +1,6 @@
 """qlora_ext: the low-level 4-bit backend for QLoRA.
 
-Importing it needs torch alone; the plug-ins for transformers and PEFT attach when those load.
+Importing it needs only torch. The plug-ins for transformers and PEFT attach when those load.
 """
 
 from . import integrations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-# On first use: they need transformers.
+# Imported on first use, because they need transformers.
 _LAZY = {"QLoraExtConfig", "from_pretrained", "save_pretrained"}
 
 

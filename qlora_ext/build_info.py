@@ -1,4 +1,4 @@
-"""What was built and what is live: `python -m qlora_ext`."""
+"""Loads the compiled libraries, and reports what was built and what runs (python -m qlora_ext)."""
 
 import platform
 from importlib import metadata
@@ -48,12 +48,12 @@ def _load_cuda_backend() -> None:
 
 
 def build_info() -> dict[str, object]:
-    """What was built, for which architectures, and which CPU path is live.
+    """What was built, for which architectures, and which CPU path runs.
 
     Keys: version, torch (the running one), torch_target (oldest torch whose stable ABI the build
-    uses), python, machine, compiler, cpu_path (docs/cpu.md lists them),
-    cpu_threads, cuda_built, cuda_archs, cuda_live (the CUDA library is loaded, whether or not there
-    is a GPU), cuda_gpus (how many torch sees), cuda_why_not (why it is not live, or None).
+    uses), python, machine, compiler, cpu_path (docs/cpu.md lists them), cpu_threads, cuda_built,
+    cuda_archs, cuda_live (whether the CUDA library is loaded, with or without a GPU), cuda_gpus
+    (how many torch sees), cuda_why_not (why it is not loaded, or None).
     Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.
     """
     live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
@@ -84,7 +84,7 @@ def build_info() -> dict[str, object]:
 
 
 def in_words(info: dict[str, object]) -> dict[str, str]:
-    """build_info() for people: yes and no for bools, and whether a GPU was seen."""
+    """build_info() as text for people: yes and no for bools, and a note if no GPU was seen."""
     words = {None: "no", True: "yes", False: "no"}
     shown = {
         key: words[value] if isinstance(value, (bool, type(None))) else str(value)

@@ -1,4 +1,4 @@
-"""What values from a config or a file are judged by, and how a sentence shows them."""
+"""Validates untrusted values: arguments, and values and tensors from configs and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def is_number(value) -> bool:
-    """Whether it is a number, infinities and NaN too, that float() takes: not 10**400."""
+    """Whether it is an int or float that fits a float (not 10**400). Infinities and NaN are."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= FLOAT_MAX
     return isinstance(value, float)
@@ -28,9 +28,9 @@ def is_integer(value) -> bool:
 
 
 def check_scaling(function: str, scaling, argument: str = "scaling"):
-    """The scaling: a float, or a tensor as it was given. ValueError unless it is a number, or a
-    tensor of one, that fp32 can hold."""
-    if torch.compiler.is_compiling():  # a traced value has no number to look at
+    """Returns the scaling: a number as a float, a tensor unchanged. Raises ValueError unless it is
+    a number, or a tensor of one number, that fp32 can hold."""
+    if torch.compiler.is_compiling():  # the value of a traced number is not known
         return scaling
     if isinstance(scaling, torch.Tensor):
         is_good = scaling.numel() == 1 and not scaling.is_meta
@@ -47,10 +47,10 @@ def check_scaling(function: str, scaling, argument: str = "scaling"):
 
 
 def check_input(function: str, **tensors) -> None:
-    """TypeError unless each is a tensor of a layout that the ops take. Nothing is asked under
-    torch.compile, which cannot trace some of the questions.
+    """Raises TypeError unless each value is a tensor of a kind that the ops take. Checks nothing
+    under torch.compile, which cannot trace some of the checks.
 
-    Functions ask before they compute. Layers, where that would cost time, ask when that failed.
+    Functions check before they compute. Layers check only after their op failed, to save time.
     """
     if torch.compiler.is_compiling():
         return
@@ -67,10 +67,10 @@ def check_input(function: str, **tensors) -> None:
 
 
 def not_plain(value) -> str | None:
-    """What a value from outside is, where it is no dense tensor in plain memory; else None.
+    """Describes a value from outside if it is not a dense tensor in plain memory; else None.
 
-    Tensors of such kinds are refused: their memory does not hold their values, or they have none.
-    Which of them a call takes all the same (meta tensors, subclasses) is for the caller to say.
+    Such tensors are refused, because their memory does not hold their values. The caller decides
+    about meta tensors, subclasses and other layouts, for which this returns None.
     """
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
@@ -79,7 +79,7 @@ def not_plain(value) -> str | None:
     if value.is_quantized:
         return f"a quantized tensor of torch ({value.dtype})"
     if value.layout != torch.strided:
-        return None  # which the callers name
+        return None  # the callers report the layout
     if value.is_conj():
         return "a conjugate view (resolve_conj() makes a tensor of it)"
     if value.is_neg():
@@ -88,8 +88,8 @@ def not_plain(value) -> str | None:
 
 
 def not_stored(value) -> str | None:
-    """As not_plain, for an entry of a state dict: a tensor whose storage does not hold its elements
-    is told too, since reading it ends the process."""
+    """As not_plain, for an entry of a state dict. It also describes a tensor whose storage is too
+    small for its elements, because reading that would crash the process."""
     got = not_plain(value)
     if got is not None or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta:
         return got
@@ -108,8 +108,7 @@ NO_DATA = "a tensor without data (on the meta device, or a FakeTensor)"
 
 
 def not_readable(value) -> str | None:
-    """As not_plain, and of what it leaves to the callers: a layout without strides, and a tensor
-    that has a shape and no values."""
+    """As not_plain. It also describes a tensor with a layout without strides, or without values."""
     got = not_plain(value)
     if got is None and value.layout != torch.strided:
         return f"a tensor of layout {value.layout}"
@@ -119,12 +118,12 @@ def not_readable(value) -> str | None:
 
 
 def lacks_data(tensor: torch.Tensor) -> bool:
-    """Whether it has a shape and no values."""
+    """Whether it has a shape but no values."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a float dtype has a smaller range than another."""
+    """Whether a float dtype has a smaller range than the other."""
     return torch.finfo(dtype).max < torch.finfo(other).max
 
 
@@ -135,17 +134,17 @@ def check_finite(
     exact: Callable[[], torch.Tensor] | None = None,
     advice: str = "",
 ) -> None:
-    """The one check of weights before they are written or put into a model.
+    """Checks that weights are finite in dtype, before they are written or put into a model.
 
     Args:
-        name: of the weight, with its layer's, for the error.
-        values: of any float dtype; they are to become `dtype`, or have been rounded to it.
-        exact: makes the values before they were rounded, for the error; called only for that.
-        advice: what to do, where a wider dtype would hold them; it is said of finite values alone.
+        name: the name of the weight and its layer, for the error.
+        values: of any float dtype; they will be cast to `dtype`, or have been rounded to it.
+        exact: computes the values as they were before rounding. Called only for the error.
+        advice: what to do if a wider dtype would hold the values. Used only if all are finite.
 
     Raises:
-        OverflowError: a value is a NaN, or beyond the range of dtype; names the layer and the dtype
-            and says how many values those are, and what the largest magnitude is.
+        OverflowError: a value is a NaN or beyond the range of dtype. The error gives name, dtype,
+            the number of such values and the largest magnitude.
     """
     if values.numel() == 0 or lacks_data(values):
         return
@@ -154,7 +153,7 @@ def check_finite(
         return
     source = (values if exact is None else exact()).detach()
     bad = int((~source.to(dtype).isfinite()).sum())
-    if not bad:  # rounded once from what is not here
+    if not bad:  # exact has no bad value, so count those after rounding
         source, bad = values.detach(), int((~values.isfinite()).sum())
     finite = source.double()
     nans = int(finite.isnan().sum())
@@ -169,7 +168,7 @@ def check_finite(
 
 
 def without_mask(buffer: torch.Tensor) -> torch.Tensor:
-    """The values of a buffer that are to be finite: it may be a mask, whose infinities stay."""
+    """The values of a buffer without infinities: it may be a mask, which may hold them."""
     return buffer[~buffer.isinf()]
 
 
@@ -179,8 +178,8 @@ def check_parameters(
     dtype: torch.dtype | None = None,
     skipped: Container[str] = (),
 ) -> None:
-    """OverflowError unless `dtype` (None: its own) holds each float parameter of a model, but for
-    those whose names are skipped."""
+    """Raises OverflowError unless `dtype` (None: its own dtype) holds each float parameter of a
+    model. It does not check the names in skipped."""
     for name, parameter in model.named_parameters():
         if name in skipped:
             continue
@@ -189,7 +188,7 @@ def check_parameters(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that no memory could be had, on the CPU or a GPU."""
+    """Whether an error says that memory ran out, on the CPU or a GPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator" in str(error)
     )

@@ -1,4 +1,4 @@
-"""The old name of qlora_ext.nn.experts, which pickles and torch.save of whole models hold."""
+"""The old name of qlora_ext.nn.experts, kept for pickles of whole models that contain it."""
 
 from .nn.experts import Experts4bit, _Expert
 

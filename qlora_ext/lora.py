@@ -1,4 +1,4 @@
-"""The old name of qlora_ext.adapters, which pickles and torch.save of whole models hold."""
+"""The old name of qlora_ext.adapters, kept for pickles of whole models that contain it."""
 
 from .adapters.config import LoraConfig
 

@@ -1,15 +1,15 @@
-"""torch.ops.qlora_ext.*: for each op its wrapper, fake and autograd formula, side by side.
+"""torch.ops.qlora_ext.*: each op's Python wrapper, fake and autograd formula.
 
 `w4` is the argument tuple of a 4-bit weight, `QuantizedTensor.op_args()`: (packed, absmax, nested,
 mean, shape, blocksize, quant_type, codebook); csrc/schemas.h documents each. Sizes below: x
 [..., K], weight [N, K], y [..., N], lora_A [r, K], lora_B [N, r], S [..., r].
 
-Two routes lead to the same kernels. The public ops carry an autograd formula through the
-dispatcher, which torch.compile and torch.export trace. In eager mode the dispatcher's detour
-through Python would cost more than a small layer, so the wrappers here go straight to an
-autograd.Function when a gradient is needed, and below autograd when none is.
+There are two ways to the same kernels. torch.compile and torch.export trace the public ops, whose
+autograd formula is registered with the dispatcher. In eager mode the dispatcher's way through
+Python would take longer than a small layer. So the wrappers here call an autograd.Function directly
+if a gradient is needed, and the op below autograd if not.
 
-Longer than other files, so that what belongs to an op stands in one place.
+This file is longer than others, so that everything about an op is in one place.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ W4 = tuple[Any, ...]
 
 
 def _register_fake(name: str) -> Callable[..., Any]:
-    """torch.library.register_fake for a function of the op's arguments, by their schema names, that
-    computes shapes. It refuses tensors on several devices: one on meta would bring the call here,
-    and the caller would get uninitialized memory."""
+    """torch.library.register_fake for a function that computes shapes from the op's arguments,
+    named as in its schema. It refuses tensors on several devices: a single one on meta would bring
+    the call here, and the caller would get uninitialized memory."""
     op, _, overload = name.removeprefix("qlora_ext::").partition(".")
     arguments = getattr(getattr(_ops, op), overload or "default")._schema.arguments
     names = [a.name for a in arguments]
@@ -59,8 +59,9 @@ def _register_fake(name: str) -> Callable[..., Any]:
 
 
 def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
-    """Puts `eager`, which takes x and a w4 tuple apart from the rest, on the op's Autograd key.
-    (torch.library.register_autograd costs 50 us a call; csrc/schemas.h has the argument order.)"""
+    """Registers `eager` for the op's Autograd key. It gets the weight's eight arguments as one w4
+    tuple. (torch.library.register_autograd would cost 50 us a call; csrc/schemas.h has the argument
+    order.)"""
     arguments = getattr(_ops, name).default._schema.arguments
     defaults = [a.default_value for a in arguments]
     names = [a.name for a in arguments]
@@ -69,7 +70,7 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
 
     def autograd(*args):
         for i in required:
-            if args[i] is None:  # the dispatcher takes it for an undefined tensor
+            if args[i] is None:  # the dispatcher would pass it on as an undefined tensor
                 raise RuntimeError(f"{name}: {names[i]} is None, want a tensor")
         args = (*args, *defaults[len(args) :])
         if first is None:
@@ -80,9 +81,9 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
 
 
 def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply without its Python wrapper, which takes 3 us of a tiny layer's 15 to look for
-    functorch's tensors. Under its transforms (vmap, torch.func.grad), which these functions do not
-    support, the wrapper is called: it raises."""
+    """function.apply without its Python wrapper. The wrapper looks for functorch's tensors, which
+    takes 3 us of a tiny layer's 15. Under functorch's transforms (vmap, torch.func.grad), which
+    these functions do not support, it calls the wrapper, which raises."""
     direct = super(torch.autograd.Function, function).apply
 
     def apply(*args):
@@ -96,8 +97,8 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
                     f"{function.op}: torch.jit.trace records no autograd.Function; trace under "
                     "torch.no_grad(), or export the model with torch.export"
                 ) from error
-            # torch saves what forward gave it when that has returned, and names neither an op nor
-            # what made the tensor.
+            # torch saves tensors after forward has returned, so its error names neither the op nor
+            # the cause.
             if not str(error).startswith("Inference tensors cannot be saved"):
                 raise
             raise RuntimeError(
@@ -155,7 +156,7 @@ def _(a):
 
 
 def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The weight as a dense `dtype` tensor of its logical shape, or written into `out`."""
+    """The weight as a dense tensor of its logical shape and `dtype`, in `out` if that is given."""
     if out is None:
         return _ops.dequantize_4bit.default(*w4, dtype)
     _ops.dequantize_4bit.out(*w4, out=out)
@@ -176,8 +177,9 @@ def _(a):
 
 
 class _Gemm4bit(torch.autograd.Function):
-    """y = x W^T + bias + S B^T. Saved: the packed weight and its statistics (so that checkpointing
-    with offload sees them), S and B. w4 is one argument, since each costs time at M = 1."""
+    """y = x W^T + bias + S B^T. It saves the packed weight and its statistics (so that
+    checkpointing with offload sees them), S and B. w4 is one argument because each argument takes
+    time at M = 1."""
 
     op = "gemm_4bit"
 
@@ -209,7 +211,7 @@ def _bias_gradient(dY: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gemm_4bit_eager(x, w4, bias=None, lora_S=None, lora_B=None):
-    """gemm_4bit for a caller that knows that no graph is traced: at M = 1 that question counts."""
+    """gemm_4bit for a caller that knows that no graph is traced. Asking takes time at M = 1."""
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -235,8 +237,8 @@ def gemm_4bit(
 ) -> Tensor:
     """y = x W^T + bias + S B^T, accumulated in fp32 and rounded once to x's dtype.
 
-    x [..., K] fp32, bf16 or fp16; bias [N]; lora_S [..., r] fp32 as `lora_shrink` gives it (it
-    carries the scaling; a column slice is read in place); lora_B [N, r].
+    x [..., K] fp32, bf16 or fp16; bias [N]; lora_S [..., r] fp32 from `lora_shrink` (it includes
+    the scaling; a slice of columns is read in place); lora_B [N, r].
     """
     if torch.compiler.is_compiling():
         return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
@@ -307,10 +309,11 @@ def _scaled(S: Tensor, scaling: Tensor) -> Tensor:
 
 
 def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float | Tensor) -> Tensor:
-    """S = scaling x A^T in fp32. Layers that share x stack their A's and share one call.
+    """S = scaling x A^T in fp32. Layers that share x can stack their A's for one call.
 
-    scaling: a number, or a 0-d tensor, which a compiled graph reads anew at each call (PEFT's
-    hot-swapping writes into it). The op takes a number, so a tensor multiplies S after it.
+    scaling: a number, or a 0-d tensor, which a compiled graph reads again at each call (PEFT's
+    hot-swapping writes into it). The op takes only numbers, so S is multiplied by a tensor after
+    the op.
     """
     if isinstance(scaling, Tensor):
         return _scaled(lora_shrink(x, lora_A, 1.0), scaling)
@@ -339,8 +342,8 @@ def _(a):
 
 
 class _LoraGemm4bit(torch.autograd.Function):
-    """One node for the layer and its bypass, so that the backward is the fused
-    dX = [dY | dS] [W; A] beside dB = dY^T S and dA = dS^T x."""
+    """One autograd node for the layer and its bypass, so that the backward can compute the fused
+    dX = [dY | dS] [W; A], together with dB = dY^T S and dA = dS^T x."""
 
     op = "lora_gemm_4bit"
 
@@ -367,7 +370,7 @@ class _LoraGemm4bit(torch.autograd.Function):
             dX, dA, dB = _ops.lora_gemm_4bit_backward.default(
                 dY, x, S, *w4, A, B, ctx.scaling, need[0]
             )
-        elif need[0]:  # a frozen adapter
+        elif need[0]:  # the adapter is frozen
             dS, _ = _ops.lora_expand_backward.default(dY, S, B)
             dX = _ops.gemm_4bit_backward.default(dY, *w4, dS * ctx.scaling, A)
         if need[5]:
@@ -400,16 +403,16 @@ def lora_gemm_4bit(
     bias: Tensor | None = None,
     lora_S: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling (x A^T) B^T, the bypass as extra K of the same accumulator.
+    """y = x W^T + bias + scaling (x A^T) B^T, with the bypass as extra K of the same accumulator.
 
-    x [..., K] fp32, bf16 or fp16; lora_A [r, K] and lora_B [N, r] of one dtype (fp32 is what
-    fine-tuning wants); the bypass is accumulated and kept in fp32. lora_S is scaling x A^T where
-    the caller has it (fp32 [..., r]; columns of one `lora_shrink` over several layers' A's are read
-    in place). It stands for that function of x and A, whose gradients are the same as without it:
-    it gets no gradient of its own, and another value in it would make them wrong.
+    x [..., K] fp32, bf16 or fp16; lora_A [r, K] and lora_B [N, r] of one dtype (use fp32 for
+    fine-tuning). The bypass is accumulated and kept in fp32. lora_S is scaling x A^T, if the caller
+    has it already (fp32 [..., r]; columns of one `lora_shrink` over several layers' A's are read in
+    place). It must have exactly this value. It gets no gradient; x and A get the same gradients as
+    without it, and with another value these would be wrong.
 
-    scaling: a number, or a 0-d tensor as for `lora_shrink`: the bypass's input is then a product of
-    its own, and so is its part of the backward pass (lora_S is not used).
+    scaling: a number, or a 0-d tensor as for `lora_shrink`. With a tensor, x A^T and its backward
+    are separate products, and lora_S is not used.
     """
     if isinstance(scaling, Tensor):
         return gemm_4bit(x, w4, bias, lora_shrink(x, lora_A, scaling), lora_B)
@@ -428,10 +431,11 @@ def lora_linear(
     dropout: float = 0.0,
     lora_S: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling (dropout(x) A^T) B^T: every layer with an adapter comes here.
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. Every layer with an adapter calls this.
 
-    As lora_gemm_4bit. dropout: probability of a zero in the bypass's input; applied if not 0. The
-    bypass then sees another x than the weight does, so its product is made apart.
+    The arguments are lora_gemm_4bit's, and dropout: the probability of a zero in the bypass's
+    input, applied if not 0. The bypass then sees another x than the weight, so x A^T is a separate
+    product.
     """
     if not dropout:
         return lora_gemm_4bit(x, w4, lora_A, lora_B, scaling, bias, lora_S)
@@ -484,7 +488,7 @@ def _(a):
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + bias with a dense W, which is frozen as a rule: its own gradient is torch's."""
+    """y = x W^T + bias with a dense W. W is usually frozen; torch computes its gradient if not."""
 
     op = "linear"
 
@@ -527,8 +531,8 @@ _register_autograd("linear", _linear_eager)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a dense weight [N, K] on the CPU, accumulated in fp32 and rounded once.
 
-    x [..., K] and weight each fp32, bf16 or fp16; y has x's dtype. Where a CPU lacks bf16
-    instructions, torch's own bf16 and fp16 products run at a fraction of its fp32 speed.
+    x [..., K] and weight may each be fp32, bf16 or fp16; y has x's dtype. It is for CPUs without
+    bf16 or fp16 instructions, on which torch's products of these dtypes are much slower than fp32.
     """
     if torch.compiler.is_compiling():
         return _ops.linear.default(x, weight, bias)

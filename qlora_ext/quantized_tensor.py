@@ -1,4 +1,4 @@
-"""The old name of qlora_ext.tensor, which pickles and torch.save of whole models hold."""
+"""The old name of qlora_ext.tensor, kept for pickles of whole models that contain it."""
 
 from .tensor.config import QuantConfig
 from .tensor.quantized import QuantizedTensor

@@ -1,4 +1,4 @@
-"""The old name of qlora_ext.nn.shared_input, which torch.save of whole adapted models holds."""
+"""The old name of qlora_ext.nn.shared_input, kept for pickles of whole models that contain it."""
 
 from .nn.shared_input import SharedInput
 

@@ -1,10 +1,10 @@
-"""How error messages print values, and the errors whose text is for the user."""
+"""Prints values in error messages, and defines the errors whose text is for the user."""
 
 from __future__ import annotations
 
 
 def shorten(value) -> str:
-    """repr, cut where it is long; an integer of too many digits for repr by its size."""
+    """repr(value), cut if it is long. For an integer with too many digits for repr, its size."""
     try:
         text = repr(value)
     except ValueError:
@@ -29,24 +29,24 @@ def format_bytes(nbytes: float) -> str:
 
 
 def first_few(names, limit: int = 4) -> str:
-    """The first names of a list and how many more there are."""
+    """The first names of a list, sorted, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(printable(name) for name in names[:limit]) + more
 
 
 def printable(text: str) -> str:
-    """Text for a message: line breaks, a terminal's escapes and halves of characters as escapes,
-    and cut where it is long."""
+    """Text for a message: cut if it is long, with escapes in place of line breaks, a terminal's
+    control characters and half surrogate pairs."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
     return text if len(text) <= 300 else f"{text[:280]}... ({len(text)} characters or more)"
 
 
 def first_line(error: BaseException, with_type: bool = False) -> str:
-    """What an error says, in one line that is not too long; with its type, where its text alone
+    """An error's text in one line that is not too long. It adds the error's type if the text alone
     does not say what went wrong."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    if len(lines) > 1 and lines[0].endswith(":"):  # a heading
+    if len(lines) > 1 and lines[0].endswith(":"):  # the first line is a heading
         lines[0] += f" {lines[1].strip()}"
     text = printable(lines[0]) if lines else ""
     with_type |= not isinstance(error, (ValueError, RuntimeError, OSError, ImportError))
@@ -54,8 +54,8 @@ def first_line(error: BaseException, with_type: bool = False) -> str:
 
 
 class SentenceError(ValueError):
-    """An error whose text is one sentence for the user; the commands print it and end."""
+    """An error whose text is for the user. The commands print it without a traceback and exit."""
 
 
 class CheckpointError(SentenceError):
-    """Files of a checkpoint or adapter that cannot be read as what they should be."""
+    """A file of a checkpoint or adapter is missing, damaged or not what it should be."""

@@ -1,8 +1,8 @@
 """`make build`: compiles qlora_ext in place and links this environment to the checkout.
 
-`pip install -e .` does the work: pip uninstalls an installed copy, and setup.py keeps the objects,
-so only what changed is compiled. This program decides whether that is needed. The checkout holds
-the libraries of one build, which build/built.json describes.
+`pip install -e .` does the work: pip uninstalls an installed copy, and setup.py keeps the object
+files, so only changed files are compiled. This program decides whether that is needed. The checkout
+holds the libraries of one build, which build/built.json describes.
 """
 
 import json
@@ -18,7 +18,7 @@ SETTINGS = ("USE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
 
 
 def sources() -> list[Path]:
-    """What the libraries and the metadata are made of. Python modules are used where they lie."""
+    """The files that libraries and metadata are made from. Python modules are used in place."""
     code = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
     return [ROOT / "setup.py", ROOT / "pyproject.toml", *code]
 
@@ -28,9 +28,10 @@ def times(files: list[Path]) -> dict[str, int]:
 
 
 def link() -> str | None:
-    """Where this environment's qlora_ext comes from, in pip's words; None if pip did not put it
-    there."""
-    # Python puts this file's folder first in sys.path, so egg-info in the checkout is not found.
+    """Where this environment's qlora_ext comes from, as pip recorded it; None if pip did not
+    install it."""
+    # Python puts this file's folder first in sys.path, not the checkout, whose egg-info it would
+    # find otherwise.
     try:
         return metadata.distribution("qlora_ext").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
@@ -38,7 +39,7 @@ def link() -> str | None:
 
 
 def state() -> dict[str, object]:
-    """What decides whether the last build serves: the environment, the settings, the files."""
+    """What decides whether the last build is still valid: the environment, settings and files."""
     return {
         "python": [sys.prefix, sys.version],
         "torch": metadata.version("torch"),
@@ -57,7 +58,8 @@ def read_record() -> dict[str, object]:
 
 
 def command(last: dict, now: dict) -> list[str]:
-    """pip, or the compilation alone (half the time) if the last build made the same link."""
+    """The arguments of Python: pip, or only the compilation (half the time) if the last build made
+    the same link."""
     same = [last.get(key) == now[key] for key in ("python", "link")]
     metadata_of = [state.get("sources", {}).get("pyproject.toml") for state in (last, now)]
     if all(same) and now["link"] and metadata_of[0] == metadata_of[1]:
@@ -74,7 +76,7 @@ def main() -> None:
     print("python", *words, flush=True)
     if status := subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
         sys.exit(status)
-    # The sources as they were before: one that was edited meanwhile is compiled next time.
+    # Record the sources as they were before: a file edited meanwhile is then compiled next time.
     after = {**state(), "sources": before["sources"]}
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(after, indent=1), encoding="utf-8")

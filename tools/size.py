@@ -1,4 +1,4 @@
-"""`make size`: lines per file of qlora_ext, and the change against tools/size_base.txt.
+"""`make size`: prints lines per file of qlora_ext, and the change against tools/size_base.txt.
 
 A star marks files of more than 400 lines.
 `python tools/size.py --write COMMIT` makes that commit the base.
@@ -42,7 +42,7 @@ def read_base(text: str) -> tuple[str, dict[str, int]]:
 
 
 def table(now: dict[str, int], base: dict[str, int], commit: str) -> str:
-    """A row per file that is there now or was in the base, and the total."""
+    """A row for each file that exists now or was in the base, and the total."""
     rows = []
     for name in sorted({*now, *base}):
         lines, change = now.get(name, 0), now.get(name, 0) - base.get(name, 0)

@@ -1,1 +1,1 @@
-"""LoRA adapters on a model: added, saved and loaded."""
+"""LoRA adapters on a model: adding, saving and loading them."""

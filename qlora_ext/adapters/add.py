@@ -1,4 +1,4 @@
-"""Putting adapters on a model, and counting what trains."""
+"""Adds adapters to a model, and counts its trainable parameters."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_adaptable(op: str, model: nn.Module) -> None:
 
 
 def check_trainable(op: str, model: nn.Module) -> None:
-    """ValueError if a parameter was made under torch.inference_mode: autograd cannot save it for a
-    backward pass. (Buffers of that kind, rotary frequencies say, are seldom saved.)"""
+    """Raises ValueError if a parameter was made under torch.inference_mode, because autograd cannot
+    save it for a backward pass. (Such buffers, rotary frequencies say, are seldom saved.)"""
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(
@@ -58,8 +58,8 @@ def with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
 
 
 def _input_groups(model: nn.Module, names: list[str]) -> list[list[str]]:
-    """The named packed layers that may share an input with another, in groups. ValueError if there
-    are none."""
+    """Groups of the named packed layers whose names suggest a shared input. Raises ValueError if
+    there is no such group."""
     groups: dict[tuple, list[str]] = {}
     for name in names:
         parent, _, own = name.rpartition(".")
@@ -86,32 +86,32 @@ def add_lora(
 ) -> nn.Module:
     """Freezes a model and puts a trainable adapter on the layers that config selects, in place.
 
-    Packed layers become LoraLinear4bit, unquantized ones (a head) LoraLinear; their weights are
-    shared, not copied, and the model computes what it did before until it is trained. A head whose
-    weight is tied to the embedding gets its adapter alone; the embedding stays as it is. Where
-    accelerate offloads a layer, its adapter stays on the device that the layer computes on.
+    Packed layers become LoraLinear4bit, unquantized ones (a head) LoraLinear. Their weights are
+    shared, not copied. Until it is trained, the model computes what it did before. If a head's
+    weight is tied to the embedding, only the head gets the adapter; the embedding does not change.
+    If accelerate offloads a layer, its adapter stays on the device that the layer computes on.
 
     Args:
         model: quantized with quantize_model or from_pretrained, or not quantized.
-        config: a LoraConfig; None is its defaults (query and value, r = 8).
-        lora_dtype: dtype of A and B; float32 trains best, whatever the activations are.
+        config: a LoraConfig; None is LoraConfig() (query and value, r = 8).
+        lora_dtype: dtype of A and B. float32 trains best, whatever the activations' dtype is.
         share_inputs: packed siblings that read the same x (query, key and value; gate and up)
-            compute x A^T once for all of them. Outputs and gradients are the same. Each layer
-            computes its own while it drops part of its input (lora_dropout, in training), under
-            torch.compile and under torch.inference_mode.
+            compute x A^T once for all of them. Outputs and gradients are the same. Layers do not
+            share with dropout active (lora_dropout, in training), under torch.compile or under
+            torch.inference_mode.
 
     Returns:
         model.
 
     Raises:
-        TypeError: config is not a LoraConfig; model is a single layer or carries PEFT's adapters; a
+        TypeError: config is not a LoraConfig; model is a single layer or has PEFT's adapters; a
             target is an unquantized Conv1D, or a subclass of nn.Linear whose forward may compute
             something else ("all-linear" leaves those out and warns).
-        ValueError: the model has adapters; r is larger than a weight's smaller side; an unknown
-            architecture, or a switch or name that matches nothing, with the linear layers found; a
-            part of a fused query-key-value layer; a model that was loaded under
-            torch.inference_mode; share_inputs=True if no two layers can share. The model is then
-            as it was.
+        ValueError: the model has adapters or was loaded under torch.inference_mode; r is larger
+            than a weight's smaller side; the architecture is unknown, or a switch or name matches
+            nothing (the error lists the linear layers); config selects a part of a fused
+            query-key-value layer; share_inputs=True, but no two layers can share. The model then
+            stays as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
@@ -146,14 +146,14 @@ def add_lora(
 
 
 def allow_training(model: nn.Module) -> None:
-    """Tells hosts whether the adapters of model require gradients."""
+    """Tells the hooks in hosts.on_adapted whether the adapters of model require gradients."""
     trains = any(m.lora_A.requires_grad for m in adapters_of(model).values())
     for hook in hosts.on_adapted:
         hook(model, trains)
 
 
 def install(model: nn.Module, settings: dict[str, dict]) -> None:
-    """Replaces the named layers by ones with an adapter; all or none of them."""
+    """Replaces the named layers by layers with an adapter: all of them, or none if one raises."""
     new = {}
     bases = {name: model.get_submodule(name) for name in settings}
     read = _read_past_forward(model, bases)
@@ -175,7 +175,7 @@ def install(model: nn.Module, settings: dict[str, dict]) -> None:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints the trainable share in PEFT's words, counting logical weights, not bytes."""
+    """Prints the trainable share, worded as PEFT does. It counts logical weights, not bytes."""
     trainable = num_parameters(model, only_trainable=True)
     total = num_parameters(model)
     print(

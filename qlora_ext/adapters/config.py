@@ -1,4 +1,4 @@
-"""The settings of LoRA adapters."""
+"""LoraConfig: the settings of LoRA adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models.patterns import is_regex
 from ..text import shorten
 from .targets import ATTENTION, SWITCHES, shorten_names, target_names, task_type
 
-# key -> (whether a value will do, what is wanted)
+# key -> (whether a value is valid, what is wanted)
 WANTED = {
     "r": (lambda v: type(v) is int and v >= 1, "an integer of 1 or more"),
     "lora_alpha": (lambda v: is_number(v) and 0 < v <= FLOAT_MAX, "a positive number"),
@@ -26,7 +26,7 @@ WANTED_IN_FILES = {**WANTED, "fan_in_fan_out": WANTED["use_rslora"]}
 
 
 def check_value(op: str, key: str, value, shown: str | None = None) -> None:
-    """ValueError unless value will do for key; shown is how the sentence calls the key."""
+    """Raises ValueError unless value is valid for key. The error calls the key `shown` if given."""
     is_good, want = WANTED_IN_FILES[key]
     if not is_good(value):
         raise ValueError(f"{op} {shown or key} is {shorten(value)}, want {want}")
@@ -34,22 +34,22 @@ def check_value(op: str, key: str, value, shown: str | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which layers get an adapter, and of what rank: W' = W + (lora_alpha / r) B A.
+    """Which layers get an adapter, and its rank: W' = W + (lora_alpha / r) B A.
 
     Args:
         r: rank, from 1 to the smaller side of each adapted weight.
         lora_alpha: numerator of the scaling.
         lora_dropout: dropout on the bypass's input, a probability in [0, 1).
-        bias: "none"; biases are not trained.
-        query, key, value, projection, mlp, head: which layers: the attention's inputs, its output,
-            the feed-forward layers, lm_head. A layer that fuses query, key and value needs all
-            three switches, since its adapter changes all three.
-        target_modules: instead of the switches: ends of dotted names, a regular expression that
-            matches whole names (a str), or "all-linear" (every linear layer but the head).
+        bias: only "none", because biases are not trained.
+        query, key, value, projection, mlp, head: switches for the layers: the attention's inputs,
+            its output, the feed-forward layers, lm_head. A layer that fuses query, key and value
+            needs all three switches, since its adapter changes all three.
+        target_modules: used instead of the switches: ends of dotted names, a regular expression
+            for whole names (a str), or "all-linear" (every linear layer except the head).
         use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
 
     Raises:
-        ValueError: a value out of range, or nothing switched on.
+        ValueError: a value is out of range, or no switch is on.
     """
 
     r: int = 8
@@ -94,16 +94,16 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def to_peft(self, model: nn.Module | None = None):
-        """The same as a peft.LoraConfig (needs peft).
+        """The same settings as a peft.LoraConfig (needs peft).
 
         Args:
-            model: the model it is for; PEFT then adapts the layers that add_lora would. Without
-                one, the switches become the layer names of every architecture this module knows,
-                of which PEFT adapts those it finds; a layer that fuses query, key and value is
-                among them where all three are on.
+            model: the model it is for; PEFT then adapts the layers that add_lora would adapt.
+                Without a model, the switches become the layer names of every architecture in
+                FAMILIES, and PEFT adapts those it finds. Layers that fuse query, key and value are
+                included if all three switches are on.
 
         Raises:
-            ValueError: as add_lora, with a model.
+            ValueError: as for add_lora, if a model is given.
         """
         if model is not None:
             targets = shorten_names(model, target_names(model, self))
@@ -136,7 +136,7 @@ class LoraConfig:
 
 
 def check_targets(targets) -> None:
-    """ValueError unless targets is None, a regular expression, or names."""
+    """Raises ValueError unless targets is None, a regular expression, or names."""
     if isinstance(targets, str) and not is_regex(targets):
         raise ValueError(
             f"LoraConfig: target_modules is {shorten(targets)}, want a regular expression; names "

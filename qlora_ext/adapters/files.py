@@ -1,4 +1,4 @@
-"""Saving and loading adapters, in PEFT's files."""
+"""Saves and loads adapters in PEFT's file format."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _PREFIX = "base_model.model."
 
 
 def _write_aside(path: Path, write) -> None:
-    """Writes beside path and moves into place, so that a full disk leaves the old file whole. The
-    umask decides who may read it: safetensors alone would let only the owner."""
+    """Writes a temporary file next to path and renames it, so that a full disk does not damage the
+    old file. The umask sets its permissions; safetensors would let only the owner read it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.touch()
@@ -51,22 +51,23 @@ def _write_aside(path: Path, write) -> None:
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """Writes a model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors.
 
-    peft.PeftModel.from_pretrained(unquantized_base, path) and `load_adapter` read them. Files are
-    written aside and moved into place.
+    peft.PeftModel.from_pretrained(unquantized_base, path) and `load_adapter` read them. Each file
+    is written under a temporary name and then renamed.
 
     Args:
         model: a model that went through add_lora or load_adapter.
-        path: a directory; it and its parents are made.
+        path: a directory; it and its parents are made if needed.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: no adapters (merged already?), or adapters that are sharded over processes
-            (DTensors), or on the meta device without a hook that fetches them. TypeError: PEFT's
-            adapters; use its own save_pretrained. OverflowError: an adapter with a NaN or an
-            infinity, which no reader takes; nothing is written. OSError: the directory cannot be
-            made or written.
+        ValueError: the model has no adapters (merged already?), or they are sharded over processes
+            (DTensors), or on the meta device without a hook that fetches them.
+        TypeError: the adapters are PEFT's; use its save_pretrained.
+        OverflowError: an adapter has a NaN or an infinity, which no reader accepts; nothing is
+            written.
+        OSError: the directory cannot be made or written.
     """
     from safetensors.torch import save_file
 
@@ -128,25 +129,26 @@ def load_adapter(
     trainable: bool = False,
     lora_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Reads a LoRA adapter that save_adapter or PEFT wrote onto a model, in place.
+    """Loads a LoRA adapter, written by save_adapter or PEFT, into a model, in place.
 
     Args:
         model: quantized or not, without adapters, or with adapters of the same shapes on the same
-            layers (a run that goes on), which are overwritten. Its other weights are frozen.
+            layers (to continue a run), which are overwritten. Its other weights are frozen.
         path: a directory with adapter_config.json and adapter_model.safetensors.
-        trainable: whether the adapter goes on training; as in PEFT, not by default.
+        trainable: whether the adapter can be trained further; False by default, as in PEFT.
         lora_dtype: dtype of A and B.
 
     Returns:
         model.
 
     Raises:
-        FileNotFoundError: a file is missing. TypeError: the model carries PEFT's adapters.
-        ValueError: not a plain LoRA adapter (DoRA, PiSSA, trained biases or whole modules, a
-            setting that this module does not know), a value out of range, a regular expression
-            that could take long to match, a layer the model lacks, an A without its B, a shape that
-            does not fit, a file that is damaged; trainable on a model that was loaded under
-            torch.inference_mode. The model is then as it was.
+        FileNotFoundError: a file is missing.
+        TypeError: the model has PEFT's adapters, or lora_dtype is not a float dtype.
+        ValueError: the adapter is not plain LoRA (DoRA, PiSSA, trained biases or whole modules, an
+            unknown setting), or has a value out of range, a regular expression that could take long
+            to match, a layer that the model lacks, an A without its B or a shape that does not
+            fit; a file is damaged; or trainable is set for a model that was loaded under
+            torch.inference_mode. The model then stays as it was.
     """
     check_adaptable("load_adapter", model)
     if lora_dtype not in FLOAT_DTYPES:
@@ -212,7 +214,7 @@ def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtyp
 
 
 def read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
-    """Layer name -> (lora_A, lora_B) of an adapter file; dtype_of: name -> dtype they will have."""
+    """Layer name -> (lora_A, lora_B) from an adapter file. dtype_of(name) is their later dtype."""
     file = path / WEIGHTS
     if not file.exists():
         raise FileNotFoundError(f"load_adapter: {file} is missing, want the adapter's weights")
@@ -244,7 +246,8 @@ def read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
 
 
 def _check_extra(model: nn.Module, file: Path, key: str, tensors: SafetensorsFiles) -> None:
-    """PEFT stores the embeddings too where the head is a target; they must be the model's own."""
+    """Checks a tensor that is not LoRA's. PEFT also stores the embeddings if the head is a target;
+    they must equal the model's own."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
     layer, _, attribute = name.rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(layer)

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT, read: what isn't plain LoRA is refused."""
+"""Reads PEFT's adapter_config.json, and refuses adapters that are not plain LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class NotPlainLora(ValueError):
-    """An adapter of PEFT's that is more than W + scaling B A; PEFT itself may load it."""
+    """A PEFT adapter computes something else than W + scaling B A. PEFT itself may load it."""
 
 
 def read_adapter_config(path: Path) -> dict:
@@ -41,10 +41,10 @@ def read_adapter_config(path: Path) -> dict:
     return config
 
 
-# Initialisations that leave the base weight as it is; another trains A and B against a base that it
-# changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
+# Initialisations that do not change the base weight. Others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ)
+# change it and train A and B on top of the changed one.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Keys of PEFT's LoraConfig that do not change what a saved A and B compute.
+# Keys of PEFT's LoraConfig that do not change what the saved A and B compute.
 HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out"),
@@ -55,7 +55,7 @@ HARMLESS = {
 
 
 def check_plain(file: Path, config: dict) -> None:
-    """NotPlainLora for a key that makes the adapter something else than W + scaling B A."""
+    """Raises NotPlainLora if a key makes the adapter something else than W + scaling B A."""
     elsewhere = "peft.PeftModel.from_pretrained loads this adapter"
     for key, value in config.items():
         if key == "bias":
@@ -79,7 +79,7 @@ def check_plain(file: Path, config: dict) -> None:
 
 
 def _check_values(file: Path, config: dict) -> None:
-    """ValueError for a value of the wrong kind or out of range."""
+    """Raises ValueError for a value of the wrong type or out of range."""
     op = f"load_adapter: {file}:"
     check_value(op, "lora_alpha", config.get("lora_alpha"))
     for key in ("r", "lora_dropout", "use_rslora"):
@@ -113,12 +113,13 @@ def _check_values(file: Path, config: dict) -> None:
 
 
 def exactly(name: str) -> str:
-    """A pattern for this layer alone: without ^ it would match the end of other names too."""
+    """A pattern that matches only this layer; without ^ it would match the end of other names."""
     return f"^{re.escape(name)}"
 
 
 def per_layer(config: dict, key: str, name: str, default):
-    """PEFT's patterns: a regular expression for the end of a layer's name, then its value."""
+    """The value for this layer in config[key], which holds PEFT's patterns, else default. A pattern
+    is a regular expression for the end of a layer's name."""
     for pattern, value in config[key].items():
         if pattern.match(name):
             return value
@@ -133,10 +134,11 @@ def rank_of(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
 ) -> int:
-    """r of one layer's adapter; ValueError unless its shapes fit each other, the layer and config.
+    """r of one layer's adapter. Raises ValueError unless lora_A and lora_B fit each other, the
+    layer and config.
 
     Args:
-        config: of `_read_config`.
+        config: as read_adapter_config returns it.
         base: the layer of that name.
     """
     N, K = linear_shape(base)

@@ -1,4 +1,4 @@
-"""Which layers of a model a LoraConfig names."""
+"""Finds the layers of a model that a LoraConfig selects."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..nn.panel import PanelLinear
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    """Whether an adapter can stand in for module: a layer of ours, or a plain one."""
+    """Whether module can get an adapter: it is one of our layers, or a plain linear layer."""
     return isinstance(module, _Packed4bit) or type(module) is PanelLinear or is_plain_linear(module)
 
 
 def _read_past_forward(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
-    """Name -> the method that reads the layer's weight past its forward, and would leave an adapter
-    out. Only dense layers are looked at: quantizing has left such layers dense."""
+    """Name -> the method that reads the layer's weight past its forward and so would ignore an
+    adapter. It looks only at dense layers, because quantizing leaves such layers dense."""
     dense = {name: layer for name, layer in layers.items() if not isinstance(layer, _Packed4bit)}
     found = read_past_forward(model, values_only=True) if dense else {}
     return {name: found[id(layer)] for name, layer in dense.items() if id(layer) in found}
 
 
 def _warn_left_out(layers: list[str], why: str) -> None:
-    """Says which layers "all-linear" leaves out, if there are any."""
+    """Warns which layers "all-linear" leaves out, if there are any."""
     if layers:
         more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
         warnings.warn(
@@ -52,7 +52,7 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_no_table(model: nn.Module, is_target: Callable[[str], bool]) -> None:
-    """ValueError if a target is an embedding: another adapter than a linear layer's."""
+    """Raises ValueError if a target is an embedding, which needs another kind of adapter."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and is_target(name):
             raise ValueError(
@@ -171,8 +171,8 @@ def _explicit_targets(model, targets, linears) -> list[str]:
 
 
 def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Ends of names that match exactly these of all modules' names, the full names, or, where one
-    of them is also the end of another module's name, a regular expression."""
+    """target_modules for PEFT that match exactly these modules: ends of their names if possible,
+    else the full names; a regular expression if a full name is also the end of another one."""
     everything = [name for name, _ in model.named_modules()]
     for parts in (1, 2):
         endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))

@@ -1,6 +1,6 @@
-"""The commands, their arguments and what they print.
+"""Declares the commands, their arguments and what they print.
 
-Longer than other files, so that all arguments and their help stand in one place.
+This file is longer than others, so that all arguments and their help are in one place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-MOST = 2**31  # of what a user counts: tokens, samples, GiB
+MOST = 2**31  # limit of numbers that a user gives: tokens, samples, GiB
 
 QuantType = Enum("QuantType", {name: name for name in _C.codebooks()}, type=str)
 
@@ -63,14 +63,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def run() -> None:
-    """The entry point: a failure is one sentence on stderr and exit status 1.
+    """The entry point. A failure prints a message on stderr and exits with status 1.
 
-    Whatever goes wrong because of a file is a SentenceError (files.reading); what is left is a
-    fault of this program and stays a traceback.
+    Faults of files raise a SentenceError (see files.reading). Other errors are bugs of this program
+    and keep their traceback.
     """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A model writes letters that the encoding may lack: as on stderr, they are escaped.
+        # A model may write letters that the encoding lacks. Escape them, as stderr does.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -92,7 +92,7 @@ def run() -> None:
 
 
 def fail(command: str, sentence: str) -> None:
-    """Says why and ends."""
+    """Prints why the command failed, and exits."""
     say(f"qlora-ext {command}: {' '.join(sentence.split())}", stderr=True)
     sys.exit(1)
 
@@ -107,7 +107,7 @@ def parse_size(text: str) -> int:
 
 
 def quant_config(quant_type: QuantType, blocksize: int, double_quant: bool):
-    """The settings, or the sentence that says which is out of range."""
+    """The QuantConfig of these settings. Raises CliError if one is out of range."""
     from ..tensor.config import QuantConfig
 
     try:
@@ -117,7 +117,7 @@ def quant_config(quant_type: QuantType, blocksize: int, double_quant: bool):
 
 
 def quiet() -> None:
-    """transformers' and torch's own remarks are not the command's output."""
+    """Turns off transformers' log messages and progress bars, so that only ours are printed."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -126,7 +126,7 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def output(out: Path, force: bool, restart: bool, *inputs: Path):
-    """The folder that is written; neither it nor an input may hold the other."""
+    """A context with the Output folder. Neither it nor an input may be inside the other."""
     from .output import Output
 
     made = Output(out, force=force, restart=restart, inputs=inputs)
@@ -199,7 +199,7 @@ def quantize(
 
 
 def written(out: Path, job) -> None:
-    """The last line of a command that writes a checkpoint."""
+    """Prints the last line of a command that writes a checkpoint."""
     say(
         f"{out}: {format_bytes(job.nbytes_out)} in {plural(len(job.shards), 'shard')}, "
         f"{format_bytes(job.nbytes_in)} before"
@@ -275,7 +275,7 @@ def merge(
                 f"{base} is in 4 bits and stays as it was packed: --keep, --quant-type, "
                 "--blocksize and --no-double-quant are for an unquantized one"
             )
-        # An adapter's own tokenizer and template are used for text that the model writes.
+        # For text that the model writes, the adapter's own tokenizer and template are used.
         inputs = [folder, adapter_folder]
         inputs += extra_files(adapter_folder) if own_text else [calibration]
         settings = {**config.to_dict(), "keep": keep, "max_shard_size": limit}
@@ -475,5 +475,5 @@ def chat(
         elif text:
             try:
                 talk.answer(text, max_tokens=max_tokens, temperature=temperature, stream=True)
-            except KeyboardInterrupt:  # ends the answer, not the conversation
+            except KeyboardInterrupt:  # it ends the answer, not the conversation
                 say(" ...")

@@ -1,4 +1,4 @@
-"""What a command says when it cannot go on: one sentence, no traceback."""
+"""The error that ends a command with a message and without a traceback."""
 
 from ..text import SentenceError
 
@@ -6,4 +6,4 @@ INSTALL = "pip install 'qlora_ext[cli]'"
 
 
 class CliError(SentenceError):
-    """Ends the command with exit status 1; its text is the sentence that the user reads."""
+    """Ends the command with exit status 1. The user sees its text."""

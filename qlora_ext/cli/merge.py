@@ -1,4 +1,4 @@
-"""`qlora-ext merge`: a checkpoint and a LoRA adapter in, a plain or a 4-bit checkpoint out."""
+"""`qlora-ext merge`: merges a LoRA adapter into a checkpoint; the result is dense or in 4 bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .errors import CliError
 from .quantize import pack_like, quantized_result
 from .stream import PACKED, Job, saving_config_of
 
-# Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
+# Measured on a short fine-tune of SmolLM2-135M; docs/merging.md compares the ways to merge.
 REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps 5 to 10% of what a short "
     "fine-tune gained, so a dense model is written. Text like that which the model is for "
@@ -67,23 +67,22 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     """Layer name -> its adapter.
 
     Raises:
-        CliError: what `load_adapter` refuses: files that are missing or damaged; more than a plain
-            LoRA adapter; layers or shapes that the model does not have, or that the adapter's own
-            config contradicts.
+        CliError: as `load_adapter` raises: files are missing or damaged; it is not a plain LoRA
+            adapter; the model lacks its layers or shapes, or the adapter's config contradicts them.
     """
     names = checkpoint.model
     if checkpoint.quantizer is None:
-        # Experts' layers have names of their own only where they are packed.
+        # Experts have separate layers with names only if they are packed.
         try:
             names = quantize_model(checkpoint.same_model(), progress_bar=False)
-        except ValueError:  # nothing to pack: the layers are what they are
+        except ValueError:  # there is nothing to pack, so there are no experts either
             names = checkpoint.model
     try:
         config = read_adapter_config(folder)
         pairs = read_pairs(names, folder, lambda name: torch.float32)  # as they are added
         for name, pair in pairs.items():
             rank_of(folder, config, name, names.get_submodule(name), *pair)
-    except NotImplementedError:  # values of a model on meta were asked for
+    except NotImplementedError:  # it asked for values of the model, which is on meta
         raise CliError(
             f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
             "qlora_ext.load_adapter and merge_and_unload merge it"
@@ -98,7 +97,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
 
 
 def adapted_layers(folder: Path) -> set[str]:
-    """Names of the layers an adapter file changes, as the file spells them."""
+    """Names of the layers that an adapter file changes, as the file spells them."""
     path = folder / FILES[1]
     if not os.path.lexists(path):
         raise CliError(f"{path} is missing, want an adapter's folder, with {' and '.join(FILES)}")
@@ -117,7 +116,7 @@ def _pairs_inside(adapter: dict[str, Pair], name: str) -> dict[str, Pair]:
 
 
 def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtype) -> nn.Module:
-    """A packed module with its adapters as a dense one, one rounding after the sum."""
+    """Turns a packed module and its adapters into a dense one. Sums are rounded once."""
     layers = _pairs_inside(adapter, name)
     if name in adapter:
         layers[name] = adapter[name]
@@ -153,8 +152,8 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
 def _merge_dense(
     name: str, module: nn.Module, adapter: dict, dtype: torch.dtype | None
 ) -> nn.Module:
-    """A dense module whose weights have their adapters added in fp32 and are rounded once to dtype;
-    None leaves the sums in fp32 and all else as it is."""
+    """A copy of a dense module with its adapters added in fp32 and everything rounded once to
+    dtype. With None the sums stay in fp32, and all else keeps its dtype."""
     merged = {}
     if name in adapter:
         merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
@@ -166,7 +165,7 @@ def _merge_dense(
                 if pair is not None:
                     total = pair.added_to(module._parameters[key][e], module.is_transposed)
                     _check(f"{name}.{key}[{e}]", total, stack.dtype)
-                    stack[e] = total  # rounded here
+                    stack[e] = total  # this rounds
             merged[key] = stack
         if inside:
             raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
@@ -184,7 +183,7 @@ def _merge_dense(
             value = merged.get(key, parameter.detach())
             new._parameters[key] = nn.Parameter(cast(key, value, value), requires_grad=False)
     new._buffers = {
-        # A mask's infinities stay what they are.
+        # A mask may hold infinities.
         key: cast(
             key, buffer, buffer if buffer is None or buffer.is_meta else buffer[buffer.isfinite()]
         )
@@ -194,7 +193,7 @@ def _merge_dense(
 
 
 def _check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """CliError unless dtype holds the values."""
+    """Raises CliError unless the values fit dtype."""
     advice = WIDER if dtype == torch.float16 else ""
     _overflow_is_one_sentence(check_finite, name, values, dtype, None, advice)
 
@@ -220,17 +219,17 @@ def plan(
     embeddings: bool,
     max_shard_bytes: int,
 ) -> tuple[Job, dict[str, Pair]]:
-    """The work of merging; nothing is written yet.
+    """The job that merges, and the adapter. Nothing is written yet.
 
     Args:
-        dtype: of a dense result; None is the base's own if that is 16-bit, else float16.
-        four_bit: pack W + scaling B A with these settings; from a 4-bit base the result is dense.
-        keep, embeddings: of a 4-bit result, as in quantize_model.
+        dtype: of a dense result; None is the base's dtype if that has 16 bits, else float16.
+        four_bit: pack W + scaling B A with these settings. A 4-bit base gives a dense result.
+        keep, embeddings: for a 4-bit result, as in quantize_model.
     """
     layers = adapted_layers(adapter_folder)
     checkpoint = Checkpoint(base, untie=tuple(f"{layer}.weight" for layer in layers))
     if checkpoint.quantizer is not None:
-        four_bit = None  # the command says REQUANTIZING
+        four_bit = None  # the command prints REQUANTIZING
     adapter = read_adapter(adapter_folder, checkpoint)
     config = copy.deepcopy(checkpoint.config)
     if checkpoint.copies:
@@ -281,7 +280,7 @@ def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, 
         changed = name in adapter or _pairs_inside(adapter, name)
         if changed and (is_fused_experts(module) or name in adapter):
             packed = isinstance(result.get_submodule(name), PACKED)
-            # Packed from the fp32 sum: rounding it to 16 bits first would gain nothing.
+            # Pack the fp32 sum itself; rounding it to 16 bits first would gain nothing.
             dtype = None if packed else next(module.parameters()).dtype
             module = _merge_dense(name, module, adapter, dtype)
         return pack(name, module)
@@ -295,9 +294,9 @@ def adapter_fingerprint(folder: Path) -> list:
 
 # With calibration text ----------------------------------------------------------------------------
 
-CALIBRATION_TOKENS = 8192  # some 5,000 do (docs/merging.md)
-CALIBRATION_LENGTH = 512  # of each sample
-CALIBRATION_BYTES = 2**20  # of the file's start: 128 for each token
+CALIBRATION_TOKENS = 8192  # 5,000 are enough (docs/merging.md)
+CALIBRATION_LENGTH = 512  # tokens of each sample
+CALIBRATION_BYTES = 2**20  # bytes read from the start of the file: 128 for each token
 
 
 def calibrated(
@@ -309,14 +308,14 @@ def calibrated(
     keep: list[str],
     max_shard_bytes: int,
 ) -> int:
-    """Merges into 4 bits by what the layers see on a text; docs/merging.md.
+    """Merges into 4 bits with calibration text; see docs/merging.md.
 
-    The model runs, so it is in memory whole, in 4 bits. Returns how many tokens were used.
+    The model runs, so the whole model is in memory, in 4 bits. Returns the number of tokens used.
 
     Args:
         text: a file, or None for text that the adapted model writes.
-        folder: an empty one, to write to.
-        settings, keep: to pack an unquantized base with, as in quantize_model.
+        folder: an empty folder to write to.
+        settings, keep: for packing an unquantized base, as in quantize_model.
     """
     from ..adapters.files import load_adapter
     from ..integrations.transformers.config import QLoraExtConfig
@@ -337,7 +336,7 @@ def calibrated(
             "want the tokenizer of this model"
         )
     try:
-        check_parameters(str(base), model)  # read in the dtype of its config.json
+        check_parameters(str(base), model)  # the dtype of config.json may be too narrow
         model = load_adapter(model, adapter_folder)
         with reading(base, "has a model or tokenizer that writes no text"):
             batches = samples or write_calibration(model, tokenizer)
@@ -351,7 +350,7 @@ def calibrated(
         shutil.copymode(folder / "config.json", path)
     for path in extra_files(base):
         shutil.copyfile(path, folder / path.name)
-    if text is None and len(tokenizer) <= rows:  # perhaps the adapter's
+    if text is None and len(tokenizer) <= rows:  # it may be the adapter's tokenizer
         tokenizer.save_pretrained(folder)
     if text is None:
         return sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -359,9 +358,9 @@ def calibrated(
 
 
 def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
-    """The token ids of a text file, samples of at most `length`; CliError if there is none."""
+    """Token ids of a text file, in samples of at most `length`. Raises CliError if it is empty."""
     words = read_prefix(text, CALIBRATION_BYTES)
-    tokenizer.model_max_length = 10**9  # no warning: samples are cut below
+    tokenizer.model_max_length = 10**9  # so that it does not warn; samples are cut below
     with reading(tokenizer.name_or_path, "has a tokenizer that fails"):
         ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
     samples = [part for part in ids.split(length, dim=1) if part.numel()]

@@ -1,9 +1,9 @@
-"""Plug-ins for torch.compile, transformers, PEFT and TRL, attached when those are imported.
+"""Attaches the plug-ins for torch.compile, transformers, PEFT and TRL when those are imported.
 
-`import qlora_ext` imports none of them (together they cost seconds). `attach()` puts one finder on
-`sys.meta_path`; it watches for the modules in `_HOOKS` and, right after one of them has been
-executed, runs that module's hook. A module that is loaded already gets its hook at once, so the
-order of the imports does not matter.
+`import qlora_ext` does not import them, because together they take seconds. `attach()` puts a
+finder on `sys.meta_path`. It watches for the modules in `_HOOKS`, and runs a module's hook right
+after the module has been executed. A module that is already loaded gets its hook at once, so the
+order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import warnings
 
 from . import averaging, torch_modules
 
-# Release series that the test suite runs against. Another series may work, and is announced.
+# Release series that the test suite runs against. Others may work; a warning names them.
 TESTED = {"transformers": "5.23", "peft": "0.21", "trl": "1.16", "accelerate": "1.15"}
 
 # module whose execution triggers the hook -> (distribution, our plug-in or None).
-# transformers itself is a lazy module; every way to load a model imports modeling_utils.
+# transformers itself is a lazy module, but every way to load a model imports modeling_utils.
 _HOOKS = {
     "torch._dynamo": ("torch", "compiled"),
     "transformers.modeling_utils": ("transformers", "transformers"),
@@ -35,7 +35,7 @@ _attached: set[str] = set()
 
 
 def check_version(distribution: str) -> None:
-    """Warns, naming package and versions, when `distribution` is outside the tested series.
+    """Warns, with package and versions, if `distribution` is outside the tested series.
 
     Args:
         distribution: a key of `TESTED`.
@@ -51,7 +51,7 @@ def check_version(distribution: str) -> None:
 
 
 def _run_hook(module: str) -> None:
-    """Checks the version and attaches our plug-in, once, after `module` has been executed."""
+    """Checks the version and attaches our plug-in once, after `module` has been executed."""
     if module in _attached:
         return
     _attached.add(module)
@@ -61,9 +61,9 @@ def _run_hook(module: str) -> None:
     if plugin is None:
         return
     try:
-        importlib.import_module(f"{__package__}.{plugin}")  # which attaches itself
+        importlib.import_module(f"{__package__}.{plugin}")  # importing it attaches it
     except (ImportError, AttributeError) as error:
-        # Another release of the package may lack what we hook. That must not break its own import.
+        # Another release may lack a function that we hook. That must not break its own import.
         tested = TESTED.get(distribution)
         warnings.warn(
             f"qlora_ext: could not attach to {distribution} "
@@ -74,7 +74,7 @@ def _run_hook(module: str) -> None:
 
 
 class _HookFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: wraps the loader that the other finders give a watched module."""
+    """Finds nothing itself. It wraps the loader that other finders give for a watched module."""
 
     def __init__(self) -> None:
         self._searching: set[str] = set()
@@ -95,7 +95,7 @@ class _HookFinder(importlib.abc.MetaPathFinder):
             execute(module)
             _run_hook(name)
 
-        # Set on this one loader: its class, and everything else that asks it, stays as it was.
+        # Set it on this one loader, so that its class and other modules are not affected.
         spec.loader.exec_module = exec_module
         return spec
 
@@ -109,6 +109,6 @@ def attach() -> None:
     for name in _HOOKS:
         module = sys.modules.get(name)
         spec = getattr(module, "__spec__", None)
-        # A module that is being imported right now is not complete; nothing of it may be hooked.
+        # A module that is being imported right now is not complete, so it cannot be hooked yet.
         if module is not None and not getattr(spec, "_initializing", False):
             _run_hook(name)

@@ -1,1 +1,1 @@
-"""Merging adapters into the weights: dense, or packed again."""
+"""Merges adapters into dense weights, or into packed ones."""

@@ -1,4 +1,4 @@
-"""The adapted layers of a model, as merging into 4 bits needs them: our adapters or a host's."""
+"""Finds the adapted layers of a model to merge into 4 bits, with our adapters or a host's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdaptedLayer:
     """A packed layer with an adapter."""
 
     name: str
-    module: nn.Module  # what the model calls
+    module: nn.Module  # the module that the model calls
     packed: Linear4bit
     lora: tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], scaling
 
@@ -38,26 +38,28 @@ class AdaptedLayer:
         return (B @ A).mul_(scaling)
 
 
-# (new layer, the one it replaced) for each replacement, so that an error can be undone.
+# (new layer, the layer it replaced) for each replacement, so that it can be undone after an error.
 Swaps = list[tuple[nn.Module, nn.Module]]
 
 
 @dataclasses.dataclass
 class AdaptedModel:
-    """A model's adapted packed layers, and how its adapters are removed."""
+    """A model's adapted packed layers, and functions that remove its adapters."""
 
     layers: list[AdaptedLayer]
-    # Merges the adapters of dense layers once the packed ones are merged; gives the plain model.
+    # Merges the adapters of dense layers after the packed ones; returns the plain model.
     unload: Callable[[Swaps], nn.Module]
-    merge_dense: Callable[[torch.dtype, bool], nn.Module]  # all into this dtype, with a bar or not
+    # (dtype, progress_bar): merges everything into dense layers of dtype; returns the plain model.
+    merge_dense: Callable[[torch.dtype, bool], nn.Module]
 
 
 def adapted_model(model: nn.Module) -> AdaptedModel:
     """Finds the adapters on the packed layers of a model.
 
     Raises:
-        TypeError: model is not a module. ValueError: it is sharded or offloaded, has no adapters on
-            4-bit layers, or has some that cannot be merged into them.
+        TypeError: model is not a module.
+        ValueError: it is sharded or offloaded, has no adapters on 4-bit layers, or has adapters
+            that cannot be merged into them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"merge_into_4bit: model is a {type(model).__name__}, want an nn.Module")

@@ -1,9 +1,9 @@
-"""Calibration text that a model writes itself, for where none is at hand.
+"""Lets a model write its own calibration text, if there is no other.
 
-A chat model, given the empty user turn of its own template, writes a question; it then answers
-that. So its layers see the format that the adapter was trained on, and something of the subject.
+Given an empty user turn in its own template, a chat model writes a question and then its answer. So
+its layers see the format that the adapter was trained on, and some of its subject.
 
-Source: questions from an empty user turn are Magpie's (arXiv 2406.08464).
+Source: Magpie (arXiv 2406.08464) gets questions from an empty user turn.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor, nn
 from ..checks import is_integer
 from ..text import shorten
 
-_ROWS = 40  # texts at a time
-_LENGTH = 192  # tokens of a question and its answer at most, a third of which are the question's
+_ROWS = 40  # texts written at a time
+_LENGTH = 192  # most tokens of a question and its answer; a third is for the question
 _MARK = "WHERE-THE-QUESTION-IS"
 
 
 def write_calibration(
     model: nn.Module, tokenizer, *, tokens: int = 5000, seed: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Text that a model with its adapters writes, as merge_into_4bit takes it for calibration.
+    """Makes calibration for merge_into_4bit: text that the model writes with its adapters.
 
-    With a chat template, each text is a question and its answer, both written by the model; without
-    one, what it writes from the start of a text on. All tokens are drawn at temperature 1.
+    With a chat template, the model writes a question and then its answer for each text. Without
+    one, it writes from the start of a text. All tokens are drawn at temperature 1.
 
     Args:
         model: a transformers model, or a PeftModel around one.
-        tokenizer: the model's; its chat_template is used if it has one.
-        tokens: how many at least, 1 or more.
-        seed: of the draws; torch's own random state stays as it was.
+        tokenizer: the model's tokenizer; its chat_template is used if it has one.
+        tokens: the least number of tokens, 1 or more.
+        seed: seed of the draws. torch's own random state does not change.
 
     Returns:
         Batches of input_ids and attention_mask, int64 [texts, longest text], padded on the right.
 
     Raises:
-        TypeError: model does not generate, or is an encoder and a decoder; tokenizer is not one.
+        TypeError: model cannot generate, or is an encoder-decoder; tokenizer is not a tokenizer.
         ValueError: tokens is not an int of at least 1, or seed not an int of 64 bits; model has no
-            data; the chat template changes a question, fails, has a token that the model lacks,
-            or leaves no room in its context; nothing starts a text: no chat template, and no bos
-            or eos token.
+            data; the chat template fails, changes a question, has a token that the model lacks,
+            or leaves no room in the model's context; or nothing can start a text, because there is
+            no chat template and no bos or eos token.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(
@@ -91,12 +91,12 @@ def write_calibration(
                 missing = (tokens - written) * texts / written if written else _ROWS
                 rows = [before] * min(_ROWS, math.ceil(missing))
                 if between:
-                    # The question ends with whatever follows it in the template.
+                    # The question also ends at the token that follows it in the template.
                     rows = _drawn(model, rows, question, ends | {between[0]}, device)
                     rows = [row + between for row in rows]
                 rows = _drawn(model, rows, length - question, ends, device)
                 written, texts = written + sum(map(len, rows)), texts + len(rows)
-                rows.sort(key=len)  # little padding
+                rows.sort(key=len)  # so that batches need little padding
                 batches += [_padded(rows[i : i + 8], "right") for i in range(0, len(rows), 8)]
     finally:
         for module, mode in modes:
@@ -105,8 +105,8 @@ def write_calibration(
 
 
 def _frame(tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens before a question and those between it and its answer; without a chat template, of
-    the start of a text, and none."""
+    """The tokens before a question, and those between it and its answer. Without a chat template:
+    the token that starts a text, and none."""
     start = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
     before, between = _template_frame(tokenizer) if tokenizer.chat_template else ([], [])
     if not before and not start:
@@ -138,7 +138,8 @@ def _template_frame(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _length(model: nn.Module, frame: list[int]) -> int:
-    """How many tokens a text may have beside the template's, which the model must know."""
+    """How many tokens a text may have besides the template's. Raises ValueError if the model does
+    not know a token of the template, or if the template leaves no room."""
     known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     if max(frame) >= known:
         raise ValueError(
@@ -163,16 +164,16 @@ def context_length(config) -> float:
 
 
 def _ids(token: int | list[int] | None) -> list[int]:
-    """A setting that names one token, several or none, as a list."""
+    """A setting that holds one token, several or none, as a list."""
     return [] if token is None else token if isinstance(token, list) else [token]
 
 
 def _drawn(model, rows: list[list[int]], most: int, ends: set[int], device) -> list[list[int]]:
-    """The rows, each with up to `most` tokens more: those before the first of `ends`."""
+    """The rows, each continued by up to `most` drawn tokens, up to the first token in `ends`."""
     batch = _padded(rows, "left")
-    if hasattr(model, "get_base_model"):  # a PeftModel, which has settings of its own
+    if hasattr(model, "get_base_model"):  # a PeftModel has its own settings
         model = model.get_base_model()
-    # As the model's settings, not as an argument, which leaves to the model's what it does not set.
+    # Replace the model's settings. An argument would keep those of the model that it does not set.
     before = model.generation_config
     model.generation_config = type(before)(
         max_new_tokens=most,

@@ -1,4 +1,4 @@
-"""Merging adapters into dense weights: a plain model at the end, which needs nothing of ours."""
+"""Merges adapters into dense weights. The result is a plain model that does not need qlora_ext."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
 from ..tensor.config import FLOAT_DTYPES
 
-# What to do where a model is offloaded.
+# What to do if a model is offloaded.
 IN_MEMORY = (
     "save the adapter, load the model without 'cpu' and 'disk' in device_map, and load the adapter "
     "again (a CPU merges as well as a GPU); or the command qlora-ext merge, which reads one shard "
@@ -30,12 +30,12 @@ IN_MEMORY = (
 def merge_and_unload(
     model: nn.Module, dtype: torch.dtype = torch.float16, *, progress_bar: bool = True
 ) -> nn.Module:
-    """Makes a plain dense model of one with adapters, in place: W + scaling B A in every layer.
+    """Turns a model with adapters into a plain dense one, in place: W + scaling B A in every layer.
 
-    The sum is made in fp32 from the packed weight and rounded once to dtype. Packed layers become
-    nn.Linear (or Conv1D, where they were one), packed embeddings nn.Embedding, and every other
-    floating parameter and saved buffer takes dtype. A layer's packed weight is released when its
-    dense one is there. A head that was tied to the embedding is untied: its weight differs.
+    The sum is computed in fp32 from the packed weight and rounded once to dtype. Packed layers
+    become nn.Linear (or Conv1D, if they were that before), and packed embeddings nn.Embedding. All
+    other float parameters and saved buffers are cast to dtype. Each packed weight is released as
+    soon as its dense one exists. An adapted head that was tied to the embedding is untied.
 
     Args:
         model: a model that went through add_lora or load_adapter.
@@ -43,15 +43,15 @@ def merge_and_unload(
         progress_bar: show a tqdm bar.
 
     Returns:
-        model, whose parameters require gradients as those of a freshly loaded model do.
+        model. Its parameters require gradients, like those of a freshly loaded model.
 
     Raises:
-        TypeError: dtype is another one; model is a single layer or carries PEFT's adapters.
-        ValueError: no adapters: merged already, or never added; a sharded model, whose parameters
-            are DTensors; an offloaded model.
-        OverflowError: a merged value, or another parameter, is a NaN or beyond dtype's range,
-            naming the layer, how many such values it has and the largest. The model is then as it
-            was.
+        TypeError: dtype is another one; model is a single layer or has PEFT's adapters.
+        ValueError: the model has no adapters (merged already, or never added), is sharded (its
+            parameters are DTensors) or is offloaded.
+        OverflowError: a merged value or another parameter is a NaN or beyond dtype's range. The
+            error names the layer, the number of such values and the largest. The model then stays
+            as it was.
     """
     if dtype not in FLOAT_DTYPES:
         raise TypeError(
@@ -98,7 +98,7 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def _layers_to_replace(model: nn.Module) -> list[str]:
-    """Names of the modules to make dense; experts go as the layer that holds them."""
+    """Names of the modules to make dense. Experts are replaced as a whole layer, not one by one."""
     names: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (_Packed4bit, _Lora, Experts4bit, PanelLinear)):
@@ -109,7 +109,7 @@ def _layers_to_replace(model: nn.Module) -> list[str]:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts what is left one tensor at a time, so that tied parameters and buffers stay tied."""
+    """Casts the remaining tensors in place or once each, so that tied ones stay tied."""
     cast = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -123,17 +123,17 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _is_float(tensor: torch.Tensor | None) -> bool:
-    """Whether it has a dtype that merging casts: not float8, which has a scale somewhere else."""
+    """Whether it has a dtype that merging casts. float8 stays: its scale is stored elsewhere."""
     return tensor is not None and tensor.dtype in (*FLOAT_DTYPES, torch.float64)
 
 
 def _is_saved(module: nn.Module, key: str) -> bool:
-    # Buffers outside the checkpoint (rotary frequencies) are fp32 whatever the model's dtype is.
+    # Buffers that are not saved (rotary frequencies) stay fp32, whatever the model's dtype is.
     return key not in module._non_persistent_buffers_set
 
 
 def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
-    """OverflowError, before anything is changed, if a value is not finite in dtype."""
+    """Raises OverflowError if a value is not finite in dtype, before anything is changed."""
     op = "merge_and_unload: "
     advice = WIDER if dtype == torch.float16 else ""
     for name, module in model.named_modules():
@@ -147,7 +147,7 @@ def _check_range(model: nn.Module, dtype: torch.dtype) -> None:
         for key, buffer in module._buffers.items():
             if _is_float(buffer) and _is_saved(module, key) and not buffer.is_meta:
                 values = buffer.to_dense() if buffer.layout != torch.strided else buffer
-                # A mask's infinities stay what they are.
+                # A mask may hold infinities.
                 values = values[values.isfinite()]
                 check_finite(f"{op}{f'{name}.{key}'.lstrip('.')}", values, dtype, advice=advice)
 
@@ -162,15 +162,15 @@ def tied_head(model: nn.Module) -> bool:
 def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Makes every packed layer of a model dense, in place.
 
-    The model is an ordinary one afterwards: saving it writes no quantization config.
+    Afterwards it is an ordinary model: saving it writes no quantization config.
 
     Args:
-        dtype: of the result; None keeps that of each parameter, and of each packed layer the one
-            that it stands for.
+        dtype: of the result. None keeps each parameter's dtype, and gives a packed layer the dtype
+            it had before packing.
 
     Raises:
-        OverflowError: that dtype cannot hold a weight. ValueError: weights are offloaded. The model
-            is then as it was.
+        OverflowError: that dtype cannot hold a weight.
+        ValueError: weights are offloaded. In both cases the model stays as it was.
     """
     check_in_memory("dequantize", model, "load it without 'cpu' and 'disk' in device_map")
     check_parameters("dequantize", model, dtype)
@@ -179,7 +179,7 @@ def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) ->
             check_weight(f"dequantize: {name}.weight", module, dtype or module.dtype)
     if dtype is not None:
         model.to(dtype)
-    done = set()  # experts become one dense module with the layer that holds them
+    done = set()  # the parts of an Experts4bit, which becomes one dense module
     for module in list(model.modules()):
         if module in done:
             continue

@@ -1,19 +1,19 @@
-"""Packed weights nearest to a target in the norm that a layer's inputs define.
+"""Finds packed weights whose layer outputs are nearest to those of a target weight.
 
-With H = X^T X / n over a layer's inputs X [n, K], a packed weight Wq [N, K] in place of W changes
-the layer's output by tr((Wq - W) H (Wq - W)^T) per input. Rounding each weight on its own ignores
-H; `fit_4bit` lowers the sum by coordinate descent over what is stored: the 16 levels of each
+With H = X^T X / n over a layer's inputs X [n, K], replacing W by a packed weight Wq [N, K] changes
+the layer's output by tr((Wq - W) H (Wq - W)^T) per input. Rounding each weight by itself ignores H.
+`fit_4bit` lowers this sum by coordinate descent over the stored values: the 16 levels of each
 weight's code, and the scale of each block, which double quantization restricts to 256 values.
 
-The descent starts at weights without the change that an adapter makes, and stops where single steps
-of codes and scales bring nothing more: a quarter of the change is left out. Pushes make up for it:
-the target moves further in the change's direction by what has not arrived, as the multiplier of a
-constraint does.
+The descent starts at weights without the adapter's change, and stops when no single step of a code
+or scale helps. By then a quarter of the change is still missing. Pushes correct that: they move the
+target further in the change's direction, by the part that is missing, like the multiplier of a
+constraint.
 
-Source: the objective is GPTQ's (arXiv 2210.17323), its descent by coordinates CDQuant's
+Source: the objective is GPTQ's (arXiv 2210.17323), the coordinate descent CDQuant's
 (arXiv 2406.17542).
-All tensors are kept transposed, [K, N]: a step changes one input column of every row at once, and
-that is then one contiguous vector.
+All tensors are kept transposed, [K, N]. A step changes one input column of all rows, and transposed
+that column is one contiguous vector.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ..ops import _C
 from ..tensor.quantized import QuantizedTensor, view_matrix
 
 _COLUMNS = 64  # columns between two updates of the whole gradient
-_PUSH = 2.0  # of what is missing: about half of a push arrives
+_PUSH = 2.0  # times the missing part, because about half of a push arrives
 
 
 def hessian_error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
-    """tr((weight - target) H (weight - target)^T): products in fp32, their sum in fp64.
+    """tr((weight - target) H (weight - target)^T), with products in fp32 and their sum in fp64.
 
     weight, target [N, K] of any float dtype; hessian [K, K] fp32.
     """
@@ -41,7 +41,7 @@ def hessian_error(weight: Tensor, target: Tensor, hessian: Tensor) -> float:
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) * I in fp32; the identity where H is zero (no input was seen)."""
+    """H + damping * mean(diag H) * I in fp32; the identity if H is zero (no input was seen)."""
     H = hessian.to(torch.float32, copy=True)
     mean = H.diagonal().mean()
     if not mean > 0:
@@ -51,13 +51,13 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 class _Scales:
-    """The block scales of one packed [N, K] weight: their values, and which they may have."""
+    """The block scales of one packed [N, K] weight: their values, and the values they may take."""
 
     def __init__(self, q: QuantizedTensor):
         self.q = q
         K = q.shape[1]
         self.blocksize = q.blocksize or max(q.numel(), 1)
-        self.regular = K % self.blocksize == 0  # every block lies in one row
+        self.regular = K % self.blocksize == 0  # every block is within one row
         if q.nested is None:
             self.codes = None
             self.values = q.absmax.clone().view(torch.float32)
@@ -73,12 +73,12 @@ class _Scales:
         return self.map[codes] * self.absmax2[blocks >> 8] + self.offset
 
     def move(self, blocks: Tensor, wanted: Tensor) -> None:
-        """values[blocks] = wanted, or the nearest that double quantization can store."""
+        """values[blocks] = wanted, or the nearest values that double quantization can store."""
         if self.codes is None:
             self.values[blocks] = wanted
             return
         z = (wanted - self.offset) / self.absmax2[blocks >> 8]
-        # Where absmax2 is zero every code means the offset.
+        # If absmax2 is zero, every code means the offset.
         self.codes[blocks] = torch.bucketize(z.nan_to_num(0.0), self.cuts)
         self.values[blocks] = self.decode(self.codes[blocks], blocks)
 
@@ -91,13 +91,13 @@ class _Scales:
         return dataclasses.replace(self.q, packed=packed, absmax=absmax)
 
     def phases(self) -> list[tuple[Tensor, slice]]:
-        """Sets of blocks of which no two share a row, and the columns that they lie in."""
+        """Sets of blocks without two in the same row, and the columns that they cover."""
         K = self.q.shape[1]
         blocks = torch.arange(len(self.values), device=self.q.device)
         if self.regular:
             m, width = K // self.blocksize, self.blocksize
             return [(blocks[t::m], slice(t * width, (t + 1) * width)) for t in range(m)]
-        # Starts m blocks apart are at least K + blocksize weights apart.
+        # Blocks m apart start at least K + blocksize weights apart, so they share no row.
         m = min(-(-K // self.blocksize) + 1, len(blocks))
         return [(blocks[t::m], slice(0, K)) for t in range(m)]
 
@@ -119,11 +119,11 @@ class _Scales:
 
 
 class _Part:
-    """One packed weight of a fit: its rows among those of all, and its scales."""
+    """One packed weight of a fit: its rows among the rows of all weights, and its scales."""
 
     def __init__(self, q: QuantizedTensor, start: int):
         self.q = q
-        self.pushed = 0.0  # how many changes further the target lies
+        self.pushed = 0.0  # how far the target was moved, in multiples of the change
         self.rows = slice(start, start + q.shape[0])
         self.scales = _Scales(q)
         self.mean = None if q.mean is None else q.mean.clone().view(torch.float32)
@@ -134,11 +134,11 @@ class _Part:
 
 
 class _Fit:
-    """Packed weights that share a layer input, side by side, on their way to their targets.
+    """The state of a descent: packed weights that share a layer input, side by side.
 
     W: the decoded weights, fp32 [K, N]; G: the gradient H (W - target)^T, fp32 [K, N]; rank: the
-    place of each weight's level among the sorted levels, uint8 [K, N]. N counts all their rows.
-    changes: for `push`, those parts of the targets [N_i, K] that are to arrive in full.
+    place of each weight's level among the sorted levels, uint8 [K, N]. N counts the rows of all
+    weights. changes: for `push`, the parts [N_i, K] of the targets that must arrive in full.
     """
 
     def __init__(
@@ -166,13 +166,13 @@ class _Fit:
         self.G = H @ (self.W - torch.cat([target.float().T for target in targets], 1))
 
     def decode(self, part: _Part, columns: slice) -> Tensor:
-        """What these columns of a weight are worth, as dequantize_4bit computes it."""
+        """The values of these columns of a weight, computed as in dequantize_4bit."""
         values = self.levels[self.rank[columns, part.rows].long()] * part.scales.rows(columns)
         means = part.means(columns)
         return values if means is None else values + means
 
     def sweep_codes(self) -> None:
-        """Gives each weight the level that is best while all others stay, column after column."""
+        """Gives each weight the best level while all others stay, column after column."""
         K = len(self.H)
         step = 1 / self.H.diagonal()
         for k0 in range(0, K, _COLUMNS):
@@ -187,7 +187,7 @@ class _Fit:
                 best = torch.addcmul(W[j], G[j], step[k0 + j], value=-1)
                 if mean is not None:
                     best -= mean[j]
-                # A scale of zero makes this NaN or infinite: any level will do there.
+                # A scale of zero makes this NaN or infinite; then any level is as good.
                 rank = torch.bucketize(best.mul_(inverse[j]), self.cuts)
                 new = self.levels.index_select(0, rank).mul_(S[j])
                 if mean is not None:
@@ -201,8 +201,8 @@ class _Fit:
                     self.G[rest].addmm_(self.H[rest, columns], change)
 
     def sweep_scales(self) -> None:
-        """Moves each block's scale to its best value while all else stays: -<D, G> / <D, H D>
-        further, where D are the block's levels."""
+        """Moves each block's scale to its best value while all else stays. With D the block's
+        levels, it moves by -<D, G> / <D, H D>."""
         for part in self.parts:
             for blocks, columns in part.scales.phases():
                 self._move_scales(part, blocks, columns)
@@ -224,16 +224,16 @@ class _Fit:
             sums[1].index_add_(0, owner.reshape(-1), (D * (self.H @ D)).reshape(-1))
             slope, bend = sums[:, blocks]
         now = scales.values[blocks]
-        # A block whose levels are all zero has no best scale.
+        # A block whose levels are all zero has no best scale, so it keeps its own.
         scales.move(blocks, torch.where(bend > 0, now - slope / bend, now))
         new = self.decode(part, columns)
         self.G[:, part.rows].addmm_(self.H[:, columns], new - self.W[columns, part.rows])
         self.W[columns, part.rows] = new
 
     def push(self) -> None:
-        """Moves each target further in the direction of its change by _PUSH times what is missing:
-        the share -<change, H (W - target)> / <change, H change>, of the target there was."""
-        for part, change in zip(self.parts, self.changes, strict=False):  # none or all have one
+        """Moves each target further along its change by _PUSH times the missing share, which is
+        -<change, H (W - target)> / <change, H change> for the original target."""
+        for part, change in zip(self.parts, self.changes, strict=False):  # changes may be empty
             G = self.G[:, part.rows]
             whole = (change * (self.H @ change)).sum().item()
             if whole > 0:
@@ -248,7 +248,7 @@ class _Fit:
     def _pack(self, part: _Part) -> Tensor:
         codes = self.code_of_rank[self.rank[:, part.rows].T.reshape(-1).long()].to(torch.uint8)
         if codes.numel() % 2:
-            codes = torch.cat([codes, codes.new_zeros(1)])  # the spare nibble
+            codes = torch.cat([codes, codes.new_zeros(1)])  # fills the last byte
         return view_matrix((codes[0::2] << 4) | codes[1::2], part.q.shape)
 
 
@@ -268,29 +268,30 @@ def fit_4bit(
     sweeps: str = "sccpscpscps",
     fit_scales: bool = True,
 ) -> list[QuantizedTensor]:
-    """Moves codes and scales of packed weights to where the layers' outputs are nearest to those
-    of the targets W. Every sweep lowers tr((Wq - W) H (Wq - W)^T) or leaves it (up to fp32 sums).
+    """Moves codes and scales of packed weights so that the layers' outputs come nearest to those of
+    the targets W. No sweep raises tr((Wq - W) H (Wq - W)^T), up to rounding of fp32 sums.
 
     Args:
-        weights: matrices [N_i, K] of one codebook, where the descent starts. Layers that share an
-            input share H and go together, which is faster.
+        weights: matrices [N_i, K] with one codebook, where the descent starts. Layers that share an
+            input share H; fitting them together is faster.
         targets: dense [N_i, K], any float dtype.
         hessian: X^T X / n, [K, K], symmetric, of the inputs X [n, K]; zeros count as the identity.
-        changes: dense [N_i, K], what of each target an adapter adds. It is to arrive in full: what
-            is missing of it after a sweep is added to the target. If left out, nothing is.
-        damping: that many times the mean of H's diagonal is added to the diagonal, which holds
-            weights near their target whose inputs the calibration text did not vary.
-        sweeps: the order of work: "c", a sweep over the codes; "s", one over the scales; "p", a
-            push of the changes.
+        changes: dense [N_i, K], the part of each target that an adapter adds. It must arrive in
+            full, so a push adds to the target what is still missing. Without changes, pushes do
+            nothing.
+        damping: the diagonal of H is raised by this times its mean. It keeps weights near their
+            target if the calibration text did not vary their inputs.
+        sweeps: the order of work: "c" sweeps over the codes, "s" over the scales, and "p" pushes
+            the changes.
         fit_scales: whether scales may move; False leaves out "s".
 
     Returns:
-        New QuantizedTensors of the same format; offset and absmax2 of double-quantized scales stay.
-        Work and memory: O(N K^2) per sweep; three fp32 copies of the weights, a fourth with
-        changes, two of H.
+        New QuantizedTensors of the same format. Offset and absmax2 of double-quantized scales stay.
+        Each sweep takes O(N K^2) work. Memory: three fp32 copies of the weights (four with
+        changes) and two of H.
 
     Raises:
-        ValueError: no weights, shapes that do not go together, different codebooks.
+        ValueError: weights is empty, shapes do not fit each other, or codebooks differ.
     """
     K = hessian.shape[-1]
     for name, dense in (("targets", targets), ("changes", changes)):

@@ -1,15 +1,15 @@
-"""Merging adapters back into 4-bit weights, without losing what was learnt.
+"""Merges adapters back into 4-bit weights without losing the fine-tune.
 
-An adapter moves a weight by far less than the distance of two 4-bit levels, so requantizing the sum
-gives nearly the old codes back, and the fine-tune is gone. Two routes keep it:
+An adapter moves a weight by far less than the distance between two 4-bit levels. So requantizing
+the sum gives nearly the old codes, and the fine-tune is lost. Two ways keep it:
 
-    base         the unquantized model is at hand: quantize(W + s B A), whose rounding errors are
-                 as independent of the fine-tune as those of W were
-    calibration  the 4-bit model and some text are: codes and scales descend from where they are
-                 to where the layer's outputs are nearest to the adapted ones (descent.py)
+    base         needs the unquantized model W: each layer becomes quantize(W + s B A). Its
+                 rounding errors depend on the fine-tune as little as those of W did
+    calibration  needs the 4-bit model and some text: codes and scales move from their present
+                 values to those whose layer outputs are nearest to the adapted ones (descent.py)
 
-Where there is no text, the model writes some (calibration_text.py). docs/merging.md has what each
-keeps.
+If there is no text, the model can write some (calibration_text.py). docs/merging.md says how much
+each way keeps.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def merge_into_4bit(
     hessian_bytes: int = 2**30,
     progress_bar: bool = True,
 ) -> nn.Module:
-    """Merges a model's adapters into its 4-bit weights, in place: Linear4bit layers at the end.
+    """Merges a model's adapters into its 4-bit weights, in place. The result has Linear4bit layers.
 
-    With `base`, each adapted layer becomes quantize(W + s B A). With `calibration`, each becomes
-    the packed weight whose outputs on the calibration text are nearest to the adapted layer's. With
-    neither, a warning says what requantizing would lose,
-    and the model is merged into 16 bits instead, as merge_and_unload does.
+    With `base`, each adapted layer becomes quantize(W + s B A). With `calibration`, it becomes the
+    packed weight whose outputs on the calibration text are nearest to the adapted layer's. With
+    neither, it warns what requantizing would lose, and merges the model into 16 bits instead, as
+    merge_and_unload does.
 
-    Layers without adapter keep their bytes. An adapted dense layer (a head) stays dense and is
-    untied if it was tied. The format of each layer (block size, codebook, double quantization) is
-    kept, and the model saves and loads as a quantized one.
+    Layers without an adapter keep their bytes. An adapted dense layer (a head) stays dense and is
+    untied if it was tied. Each layer keeps its format (block size, codebook, double quantization),
+    and the model saves and loads as a quantized one.
 
     Args:
         model: one that went through add_lora or load_adapter, or a PeftModel with LoRA on our
@@ -67,38 +67,39 @@ def merge_into_4bit(
         base: the unquantized model that was packed: a module, a state dict, or a folder (or file)
             of safetensors, read layer by layer. A folder's tensors are renamed and stacked as
             transformers does when it loads them.
-        calibration: batches of text like that which the model is for; 5,000 tokens do. Where there
-            is none, write_calibration makes some. A batch is an int64 (or int32) tensor of token
-            ids [batch, tokens], or the keyword arguments of the model's forward (what a tokenizer
-            returns); padding is left out by its attention_mask.
-        dtype: of the 16-bit model, where neither is given.
+        calibration: batches of text like the text that the model is for; 5,000 tokens are enough.
+            write_calibration makes some if you have none. A batch is an int64 (or int32) tensor of
+            token ids [batch, tokens], or the keyword arguments of the model's forward (what a
+            tokenizer returns); its attention_mask leaves out padding.
+        dtype: of the 16-bit model, if neither base nor calibration is given.
         damping: see fit_4bit; 0 or more.
-        hessian_bytes: memory for the input statistics of layers at a time, [K, K] fp32 for each
-            input width K; 1 or more, and one layer's are always held. Less memory takes more
-            passes over the calibration text; each pass sees the layers before it as they were
-            merged.
+        hessian_bytes: memory for the input statistics of the layers in one pass, [K, K] fp32 for
+            each input width K. It is 1 or more; one layer's statistics are always held. Less memory
+            takes more passes over the calibration text. Each pass runs with the layers that are
+            merged already.
         progress_bar: show a tqdm bar.
 
     Returns:
-        model; of a PeftModel, the model that it wrapped.
+        model, or the wrapped model if it was a PeftModel.
 
     Raises:
-        TypeError: model is not a module, dtype is not a float dtype, progress_bar is not a bool,
-            or base, calibration or a batch is of another kind.
-        ValueError: base and calibration together; no adapters (merged already?); a kind of PEFT
-            adapter other than plain LoRA; a sharded model, whose parameters are DTensors; a
-            calibration without tokens, with ids that are not integers of the model's vocabulary, or
-            with a batch that the model's forward cannot take, by its number; a damping below 0 or
-            not finite; hessian_bytes that is not an int of at least 1; a base that is not there, is
-            not safetensors, lacks a layer, has another shape, or is not what was packed.
-        OverflowError: a weight of base with a NaN or an infinity, a sum W + s B A that is not
-            finite, or one beyond the dtype of a dense layer, naming the layer.
+        TypeError: model is not a module, dtype is not a float dtype, progress_bar is not a bool, or
+            base, calibration or a batch has the wrong type.
+        ValueError: both base and calibration are given; the model has no adapters (merged
+            already?), has PEFT adapters that are not plain LoRA, or is sharded (its parameters are
+            DTensors); calibration has no tokens, ids that are not integers of the model's
+            vocabulary, or a batch that the model's forward cannot take (the error gives its
+            number); damping is below 0 or not finite; hessian_bytes is not an int of at least 1;
+            base does not exist, is not safetensors, lacks a layer, has another shape, or is not the
+            model that was packed.
+        OverflowError: a weight of base has a NaN or an infinity, or a sum W + s B A is not finite
+            or does not fit a dense layer's dtype; the error names the layer.
 
-    KeyboardInterrupt or an error midway leaves the model as it was, except where a PeftModel is
-    given neither base nor calibration: that merge is PEFT's own.
+    After KeyboardInterrupt or an error the model is as it was, except for a PeftModel with neither
+    base nor calibration, because PEFT itself does that merge.
 
     Warns:
-        UserWarning: neither base nor calibration, or less than 512 tokens of it.
+        UserWarning: neither base nor calibration is given, or calibration has less than 512 tokens.
     """
     if not is_number(damping) or not 0 <= damping < math.inf:
         raise ValueError(
@@ -141,11 +142,11 @@ def merge_into_4bit(
     if source is not None:
         for layer in layers:
             source.check(layer)
-    swaps = []  # (new, old), to take back
+    swaps = []  # (new, old), to undo after an error
     modes = [(module, module.training) for module in model.modules()]
 
     def swap(layer: AdaptedLayer, q: QuantizedTensor) -> None:
-        """Puts a merged layer in an adapted one's place."""
+        """Replaces an adapted layer by the merged one."""
         new = _with_weight(layer.packed, q)
         replace_module(model, layer.module, new)
         swaps.append((new, layer.module))
@@ -188,8 +189,8 @@ def merge_into_4bit(
 
 
 def _start(layer: AdaptedLayer, target: Tensor, hessian: Tensor) -> QuantizedTensor:
-    """Where the descent starts: at the codes there are, which a short fine-tune hardly leaves, or
-    at the requantized target, whichever is nearer to it."""
+    """Where the descent starts: at the present codes, which a short fine-tune hardly changes, or at
+    the requantized target, whichever is nearer to the target."""
     starts = [layer.packed.quantized, quantize_tensor(target, layer.packed.config)]
     dense = (dequantize_4bit(q, torch.float32) for q in starts)
     errors = [hessian_error(weight, target, hessian) for weight in dense]
@@ -197,7 +198,7 @@ def _start(layer: AdaptedLayer, target: Tensor, hessian: Tensor) -> QuantizedTen
 
 
 def _with_weight(packed: Linear4bit, q: QuantizedTensor) -> Linear4bit:
-    """A Linear4bit as `packed` is, without adapter and with another weight; the bias is shared."""
+    """A Linear4bit like `packed`, but without an adapter and with weight q. The bias is shared."""
     new = Linear4bit.__new__(Linear4bit)
     nn.Module.__init__(new)
     new.in_features, new.out_features = packed.in_features, packed.out_features

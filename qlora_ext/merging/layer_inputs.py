@@ -1,4 +1,4 @@
-"""What the adapted layers see on calibration text: H = X^T X / n for each input."""
+"""Gathers statistics of the adapted layers' inputs X on calibration text: H = X^T X / n."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _FEW_TOKENS = 512
 
 
 def as_batches(calibration: Iterable, model: nn.Module) -> list:
-    """The calibration batches, as a list, since they are read more than once."""
+    """The calibration batches as a list, since they are read more than once. Raises TypeError or
+    ValueError for batches that cannot be text for the model."""
     if isinstance(calibration, (str, bytes, Tensor, Mapping)):
         raise TypeError(
             f"merge_into_4bit: calibration is a {type(calibration).__name__}, want a list of "
@@ -57,13 +58,13 @@ def as_batches(calibration: Iterable, model: nn.Module) -> list:
 
 
 def _mask(batch) -> Tensor | None:
-    """Which tokens of a batch are no padding, bool [batch * tokens]; None where it does not say."""
+    """True for tokens that are not padding, bool [batch * tokens]; None if there is no mask."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.reshape(-1).bool() if mask is not None and mask.ndim == 2 else None
 
 
 def _tokens(batch) -> float:
-    """How many tokens a batch has that are no padding; infinity where it does not say."""
+    """How many tokens of a batch are not padding; infinity if that is not known."""
     mask = _mask(batch)
     if mask is not None:
         return int(mask.sum())
@@ -71,7 +72,8 @@ def _tokens(batch) -> float:
     return ids.numel() if isinstance(ids, Tensor) else math.inf
 
 
-# Of text alone. With other arguments, an image's say, an id may stand for what is not a token.
+# Arguments of pure text. With others, such as an image's, an id may stand for something else than a
+# token.
 _TEXT_ARGUMENTS = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"),
     *("special_tokens_mask", "length"),
@@ -79,8 +81,8 @@ _TEXT_ARGUMENTS = {
 
 
 def _check_batch(called: str, batch, model: nn.Module) -> None:
-    """ValueError unless a batch can be text for the model; `called` names it. What else the model's
-    forward refuses is said where it runs."""
+    """Raises ValueError unless a batch can be text for the model. `called` is its name in errors.
+    _forward reports what else the model refuses."""
     if isinstance(batch, Tensor):
         _check_ids(called, batch, _vocabulary(model))
         return
@@ -98,7 +100,7 @@ def _check_batch(called: str, batch, model: nn.Module) -> None:
     ids = batch.get("input_ids")
     if ids is None and batch.keys() <= _TEXT_ARGUMENTS:
         raise ValueError(f"{called} has no input_ids, want token ids [batch, tokens]")
-    if ids is None:  # embeddings, sound
+    if ids is None:  # the input is embeddings or sound
         return
     rows = _vocabulary(model) if batch.keys() <= _TEXT_ARGUMENTS else None
     _check_ids(f"{called}['input_ids']", ids, rows)
@@ -110,7 +112,7 @@ def _check_batch(called: str, batch, model: nn.Module) -> None:
 
 
 def _check_ids(called: str, ids, rows: int | None) -> None:
-    """ValueError unless these are token ids; of a vocabulary of `rows`, where that is known."""
+    """Raises ValueError unless these are token ids, below `rows` if that is known."""
     got = not_readable(ids)
     if got is None and ids.dtype not in (torch.int64, torch.int32):
         got = f"a tensor of {ids.dtype}"
@@ -129,7 +131,7 @@ def _check_ids(called: str, ids, rows: int | None) -> None:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """How many tokens a model knows, if that can be told."""
+    """How many tokens a model knows, or None."""
     try:
         return model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
@@ -137,12 +139,12 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 class _Enough(Exception):
-    """Stops a forward pass behind the last layer that it was made for."""
+    """Stops a forward pass after the last layer that it was made for."""
 
 
 class LayerInputs:
     """Iterates over (layers that share an input, H = X^T X / n of that input), in the order of the
-    forward pass. As many H as fit in hessian_bytes are gathered in one pass over the batches."""
+    forward pass. One pass over the batches gathers as many H as fit in hessian_bytes."""
 
     def __init__(
         self, model: nn.Module, layers: list[AdaptedLayer], batches: list, hessian_bytes: int
@@ -169,8 +171,8 @@ class LayerInputs:
             rest = rest[count:]
 
     def _order(self, layers: list[AdaptedLayer]) -> list[list[AdaptedLayer]]:
-        """The layers as the first batch meets them; neighbours that are given the same tensor make
-        one group."""
+        """The layers in the order in which the first batch reaches them. Consecutive layers that
+        are given the same tensor form a group."""
         calls: list[tuple[AdaptedLayer, bool]] = []
         before = None
 
@@ -189,7 +191,7 @@ class LayerInputs:
         counts = {id(layer): 0 for layer in layers}
         for layer, _ in calls:
             counts[id(layer)] += 1
-        # Where a layer runs twice, or not for every input (an expert), no pass may end early.
+        # If a layer runs twice, or not for every input (an expert), no pass may end early.
         self.can_stop = all(count == 1 for count in counts.values())
         if not self.can_stop:
             seen = dict.fromkeys(id(layer) for layer, _ in calls)
@@ -251,7 +253,8 @@ class LayerInputs:
         return sums
 
     def _forward(self, number: int, hooks: list) -> None:
-        """Runs the model on a batch, and removes the hooks. ValueError for whatever it raises."""
+        """Runs the model on a batch, and removes the hooks. Raises ValueError if the model raises
+        anything but an out-of-memory error."""
         batch = self.batches[number]
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
         try:

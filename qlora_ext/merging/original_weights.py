@@ -1,4 +1,4 @@
-"""The unquantized weights that a packed model was made from, by the names of its layers."""
+"""Reads the unquantized weights that a packed model was made from, by the names of its layers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class OriginalWeights:
 
     Args:
         base: the unquantized model, its state dict, or a folder or file of safetensors.
-        model: the packed one, PEFT's or not.
-        op: who asks, for the sentences of errors.
+        model: the packed model, or a PeftModel around it.
+        op: the name of the calling function, for errors.
     """
 
     def __init__(self, base, model: nn.Module, op: str = "merge_into_4bit"):
         self.op = op
         is_path = isinstance(base, (str, os.PathLike))
         self.called = f"base ({os.fspath(base)})" if is_path else "base"
-        self.reason = ""  # why transformers' names of a folder's tensors are not known
+        self.reason = ""  # why transformers could not name the folder's tensors
         self.experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts4bit)}
         if isinstance(base, nn.Module):
             self.tensors = dict(base.named_parameters(remove_duplicate=False))
@@ -51,8 +51,8 @@ class OriginalWeights:
             )
 
     def _read(self, path: Path, model: nn.Module) -> Mapping[str, Tensor]:
-        """The tensors of a folder as transformers would name, stack and turn them for this model;
-        of a file, of another model and where it cannot, as they are."""
+        """The tensors of a folder, named, stacked and transposed as transformers does for this
+        model. As they are, for a file or if transformers cannot do that."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if os.path.isdir(path):
             try:
@@ -79,7 +79,8 @@ class OriginalWeights:
         """The unquantized weight of a packed layer, fp32 [N, K].
 
         Raises:
-            ValueError: there is none of that name, or it has another shape, or no float values.
+            ValueError: base has no weight of that name, or one of another shape or not of floats.
+        OverflowError: the weight has a NaN or an infinity.
         """
         name = full_name.removeprefix("base_model.model.")
         key, pick = f"{name}.weight", None
@@ -120,7 +121,7 @@ class OriginalWeights:
         return weight.detach().to(packed.weight.device, torch.float32)
 
     def _expert(self, key: str, stack: Tensor, number: int) -> Tensor:
-        """One expert's weight of a stack [experts, ...]."""
+        """One expert's weight from a stack [experts, ...]."""
         if stack.ndim != 3 or len(stack) <= number:
             raise ValueError(
                 f"{self.op}: {self.called} has {key} of shape {list(stack.shape)}, want a stack of "
@@ -129,13 +130,13 @@ class OriginalWeights:
         return stack[number]
 
     def check(self, layer: AdaptedLayer) -> None:
-        """ValueError unless the weight packs to nearly the codes that the layer has."""
+        """Raises ValueError unless the weight packs to nearly the same codes as the layer's."""
         again = quantize_tensor(
             self.weight(layer.name, layer.packed), layer.packed.config
         ).packed.reshape(-1)
         now = layer.packed.quantized.packed.reshape(-1)
         same = (again >> 4 == now >> 4).float().mean() + (again & 15 == now & 15).float().mean()
-        # Stored in another dtype, a weight in a hundred changes its code.
+        # If base is stored in another dtype, one weight in a hundred gets another code.
         if now.numel() and same / 2 < 0.9:
             raise ValueError(
                 f"{self.op}: {self.called} is not what was packed: {same / 2:.0%} of the codes of "

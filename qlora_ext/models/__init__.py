@@ -1,4 +1,4 @@
-"""Whole models: what is packed and why, packing them layer by layer, what they weigh afterwards."""
+"""Whole models: decides which layers are packed, packs them, and reports what the model weighs."""
 
 from .quantize import quantize_model
 from .report import LayerReport, MemoryReport, QuantizationReport, memory_report, num_parameters

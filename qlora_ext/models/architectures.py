@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-# Names of layers whose outputs are those of several, one after the other (Phi-3, GPT-2, Mamba,
-# ModernBERT and others). Not query_key_value, which models split head by head.
+# Names of layers whose output is the outputs of several layers, concatenated (Phi-3, GPT-2, Mamba,
+# ModernBERT and others). query_key_value is not here, because models split it head by head.
 FUSED = frozenset(
     ("qkv_proj", "gate_up_proj", "c_attn", "in_proj", "Wqkv", "W_pack", "Wi", "qkv", "up_gate_proj")
 )
@@ -15,7 +15,7 @@ FUSED = frozenset(
 class Family:
     """Names of an architecture's layers, as ends of their dotted paths.
 
-    Where one layer makes query, key and value, it is `fused` and those three are empty.
+    If one layer computes query, key and value, `fused` names it and those three are empty.
     """
 
     projection: tuple[str, ...]  # attention output
@@ -40,8 +40,9 @@ STARCODER2 = Family(("o_proj",), ("mlp.c_fc", "mlp.c_proj"), **_QKV)
 NEMOTRON = Family(("o_proj",), ("up_proj", "down_proj"), **_QKV)
 T5 = Family(("o",), ("wi", "wi_0", "wi_1", "wo"), query=("q",), key=("k",), value=("v",))
 
-# config.model_type -> family. A new architecture goes here: one line. No name may be the end of
-# another family's name for another switch: LoraConfig.to_peft() without a model takes them all.
+# config.model_type -> family. A new architecture needs one line here. No name may be the end of
+# another family's name for another switch, because LoraConfig.to_peft() without a model uses all of
+# them.
 FAMILIES = {
     **dict.fromkeys(["llama", "mistral", "ministral", "mixtral", "smollm3", "stablelm"], LLAMA),
     **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "cohere"], LLAMA),
@@ -59,7 +60,7 @@ FAMILIES = {
     **dict.fromkeys(["t5", "mt5", "umt5"], T5),
 }
 
-# Names of sibling layers that read the same input.
+# Names of layers with one parent that read the same input.
 SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),  # Llama and its kin, Phi, OPT, StarCoder2, Nemotron
     ("q", "k", "v"),  # T5

@@ -1,7 +1,7 @@
-"""config.json of a model, judged before transformers makes anything of it.
+"""Checks a model's config.json before transformers builds anything from it.
 
-transformers checks the types of most values and few of their sizes: it would make as many layers as
-a file says, or download the code that one names.
+transformers checks the types of most values but few of their sizes. It would make as many layers as
+the file says, or download code that the file names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import hosts
 from ..files import SafetensorsFiles, read_json, reading
 from ..text import CheckpointError, printable, shorten
 
-# Sizes of what is made, by the names that architectures have for them.
+# Names of layer counts and other sizes in the configs of transformers' architectures.
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 _SIZES = (
     *LAYER_COUNTS,
@@ -29,19 +29,21 @@ _SIZES = (
 )
 _MAX_SIZE = 2**32
 _LIMITS = re.compile(r"(^|_)(limit|max|min|clip|clamp|cap)(_|$)")
-# What modules or entries of a list are made for, one by one. `-1` may mean the last layer.
+# Counts for which transformers makes modules or list entries. `-1` may mean the last layer.
 _LAYERS = re.compile(r"layers?$|blocks?$|depths?$")
-# For each expert of each layer, and for each label, some kilobytes of objects are made before a
-# weight is read. So many of both are taken on the file's word; more need the weights that they
-# would have: an expert has at least as many as this, and a label a row of a head.
+# For each expert of each layer, and for each label, transformers makes some kilobytes of objects
+# before it reads a weight. Up to _MAX_OBJECTS are allowed without proof. For more, the files must
+# hold enough weights: at least _EXPERT_WEIGHTS for an expert, _LABEL_WEIGHTS (a head's row) for a
+# label.
 _MAX_OBJECTS = 2**18
 _EXPERT_WEIGHTS = 1024
 _LABEL_WEIGHTS = 64
-_USUAL_LAYERS = 32  # where the file does not say
-# The deepest language models have 126 layers; where the weights are at hand, they say.
+_USUAL_LAYERS = 32  # assumed if the file does not say
+# The limit if the files are not known; the deepest language models have 126 layers. If they are,
+# the limit is their number of tensors, or _SURELY_LAYERS if that is more.
 _MAX_LAYERS = 1024
 _SURELY_LAYERS = 256
-_MAX_NAMES = 10_000  # of layers that are not to be packed
+_MAX_NAMES = 10_000  # names of layers to leave unpacked
 _NAME_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")
 
 
@@ -49,12 +51,12 @@ def read_raw_config(folder: Path, files: SafetensorsFiles | None = None) -> dict
     """The JSON object in a folder's config.json.
 
     Args:
-        files: the folder's, whose tensors bound the numbers of layers, experts and labels; None
-            where they are not known.
+        files: the folder's files, whose tensors limit the numbers of layers, experts and labels;
+            None if they are not known.
 
     Raises:
-        CheckpointError: naming the file and the key, where a value is of the wrong type, out of
-            range, or names code to be run.
+        CheckpointError: a value has the wrong type, is out of range, or names code to run. The
+            error names the file and the key.
     """
     path = folder / "config.json"
     raw = read_json(path)
@@ -65,7 +67,7 @@ def read_raw_config(folder: Path, files: SafetensorsFiles | None = None) -> dict
 def check_config(
     path: Path, raw: dict, files: SafetensorsFiles | None = None, within: str = ""
 ) -> None:
-    """CheckpointError unless `raw`, the object in `path`, may be given to transformers."""
+    """Raises CheckpointError unless transformers may be given `raw`, the object in `path`."""
 
     def refuse(key: str, want: str):
         name = printable(f"{within}{key}")
@@ -93,7 +95,7 @@ def check_config(
         elif key == "quantization_config":
             _check_quantization(path, value)
         elif key.endswith(("attn_implementation", "experts_implementation")):
-            # A name with a slash is a kernel's on the hub, whose code would be run.
+            # A name with a slash is a kernel on the hub, whose code transformers would run.
             names = value.values() if isinstance(value, dict) else [value]
             if any(n is not None and (not isinstance(n, str) or "/" in n) for n in names):
                 refuse(key, "the name of an implementation in transformers")
@@ -111,8 +113,8 @@ def _is_float_dtype(name: object) -> bool:
 
 
 def _check_numbers(path: Path, raw: dict, within: str) -> None:
-    """CheckpointError for a NaN, or an infinity in the place of a number; of an interval's ends,
-    in a list or named as a limit, one may be infinite (Mamba's `time_step_limit`)."""
+    """Raises CheckpointError for a NaN or an infinity. Lists and limits (judged by name) may hold
+    infinities: the end of an interval may be infinite (Mamba's `time_step_limit`)."""
     for key, value in raw.items():
         number = value
         if isinstance(value, dict) and value.get("__float__") in ("NaN", "Infinity", "-Infinity"):
@@ -121,7 +123,7 @@ def _check_numbers(path: Path, raw: dict, within: str) -> None:
             if math.isnan(number) or not _LIMITS.search(key):
                 name = printable(f"{within}{key}")
                 raise CheckpointError(f"{path}: {name} is {number}, want a finite number")
-        elif isinstance(value, dict) and not key.endswith("config"):  # those are judged by name
+        elif isinstance(value, dict) and not key.endswith("config"):  # check_config does configs
             _check_numbers(path, value, f"{within}{key}.")
 
 
@@ -146,8 +148,8 @@ def _counts_layers(key: str) -> bool:
 
 
 def _check_objects(key: str, value: int, times: int, weights: int, files, refuse) -> None:
-    """Refuses a number of experts or labels, of which each is made `times` times and has at least
-    so many weights."""
+    """Refuses too many experts or labels. Each is made `times` times and has at least `weights`
+    weights."""
     held = 0 if files is None else files.total_numel
     most = max(_MAX_OBJECTS, held // weights) // times
     if value > most:
@@ -157,7 +159,7 @@ def _check_objects(key: str, value: int, times: int, weights: int, files, refuse
 
 
 def _check_method(path: Path, value: dict) -> None:
-    """CheckpointError for a method that nobody knows, and for settings that are none of ours."""
+    """Raises CheckpointError for an unknown method, or for bad settings of our own method."""
     by_bits = value.get("load_in_4bit") or value.get("load_in_8bit")  # old files of bitsandbytes
     method = value.get("quant_method", "bitsandbytes" if by_bits else None)
     if method == "qlora_ext":
@@ -174,8 +176,8 @@ def _check_method(path: Path, value: dict) -> None:
 
 
 def check_settings(stored: dict) -> None:
-    """ValueError for a quantization_config of ours with a setting that is unknown or out of
-    range, TypeError for one of another type."""
+    """Checks a quantization_config of ours. Raises ValueError for a setting that is unknown or out
+    of range, TypeError for one of the wrong type."""
     from ..tensor.config import QuantConfig
 
     known = {field.name for field in dataclasses.fields(QuantConfig)}

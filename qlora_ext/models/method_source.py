@@ -1,4 +1,4 @@
-"""Which methods of a module may read a weight, and their syntax trees."""
+"""Finds the methods of a module that may read a weight, and parses their source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import nn
 
 # Parameters that packing replaces: those of linear layers and embeddings, and of fused experts.
 _PACKED = ("weight", "gate_up_proj", "up_proj", "down_proj")
-# Methods that run before packing, or replace weights on purpose, unless a forward calls them.
+# Methods that run before packing or replace weights on purpose. Only those that a forward calls
+# count.
 _BEFORE_PACKING = re.compile(
     r"__init__|_?init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
     r"(get|set)_(input|output|decoder)_?.*embeddings.*|_?resize_.*|_?get_resized_.*|"
@@ -27,11 +28,11 @@ _BEFORE_PACKING = re.compile(
     r"(apply|remove)_weight_norm"
 )
 _NEVER = re.compile(r"__init__|_init_weights|post_init|_?tie_.*|extra_repr|__(str|repr|setstate)__")
-# Where a model's computation begins; the steps are those of a LightningModule.
+# The methods where a model's computation begins. The steps are LightningModule's.
 _BEGINS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-# What lists the weights of a module with those of its submodules, and the submodules.
+# Methods that give the weights of a module and of its submodules.
 _ALL_WEIGHTS = frozenset(("parameters", "named_parameters", "state_dict", "get_parameter"))
-# Classes with general code, about no layer in particular.
+# Modules with general code, which is not about a particular layer.
 _GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
     r"transformers\.(modeling_utils|generation|integrations|utils|hub)"
@@ -48,7 +49,7 @@ def _methods(
         if name in reached or not _BEFORE_PACKING.fullmatch(name)
     ]
     every = every or any(_reads_an_argument(f) for _, f in methods)
-    own = module.__dict__.get("forward")  # one that was put in place of the class's
+    own = module.__dict__.get("forward")  # a forward on the instance replaces the class's
     if own is not None:
         methods += [("forward", f) for f in _functions(own)]
     return [(name, f) for name, f in methods if every or _is_relevant(f)]
@@ -56,7 +57,7 @@ def _methods(
 
 @functools.lru_cache(maxsize=4096)
 def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
-    """The methods that an instance runs: an overridden one only where super() calls it."""
+    """The methods that an instance runs. An overridden method counts only if super() calls it."""
     found, calls_super = [], {}
     for owner in cls.__mro__:
         if _GENERAL.match(owner.__module__) or owner is object:
@@ -72,8 +73,9 @@ def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
 
 
 def _reached(classes: set[type]) -> set[str]:
-    """Names of the methods that a forward may call, by name alone: what loops over all weights in
-    a method that none calls (to freeze or to count them) is not part of the computation."""
+    """Names of the methods that a forward may call, judged by name alone. A method that nothing
+    calls, such as one that loops over all weights to freeze or count them, is not part of the
+    computation."""
     methods: dict[str, list] = {}
     for cls in classes:
         for name, function in _class_methods(cls):
@@ -99,7 +101,7 @@ def _names_called(function: types.FunctionType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=16384)
 def _functions_called(function: types.FunctionType) -> tuple[types.FunctionType, ...]:
-    """The functions outside of the class that the code of `function` names: `multiply(x)`,
+    """The functions outside the class that the code of `function` names: `multiply(x)`,
     `helpers.multiply(x)`, `Helpers.multiply(x)`."""
     names = _names(function.__code__)
     found = []
@@ -116,8 +118,8 @@ def _functions_called(function: types.FunctionType) -> tuple[types.FunctionType,
 
 
 def _object_named(function: types.FunctionType, name: str) -> Any:
-    """What a name that is not local stands for in a function, or a module that it imports, if that
-    was imported before; None for what is not known."""
+    """The object that a non-local name means in a function. It may be a module that the function
+    imports, if that was imported before. None if it is not known."""
     if name in function.__code__.co_freevars and function.__closure__ is not None:
         cell = function.__closure__[function.__code__.co_freevars.index(name)]
         with contextlib.suppress(ValueError):  # an empty cell
@@ -129,7 +131,7 @@ def _object_named(function: types.FunctionType, name: str) -> Any:
 
 
 def _functions(attribute: Any) -> list[types.FunctionType]:
-    """The Python functions behind a method: behind properties, partials and decorators too."""
+    """The Python functions behind a method, also behind a property, partial or decorator."""
     found, queue, seen = [], [attribute], set()
     while queue:
         item = queue.pop()
@@ -157,7 +159,7 @@ def _functions(attribute: Any) -> list[types.FunctionType]:
 
 @functools.lru_cache(maxsize=512)
 def _functions_of_file(path: str) -> dict[int, ast.FunctionDef]:
-    """The functions of a source file by their first line, that of a decorator included."""
+    """First line -> function, for a source file. A decorator's line counts as the first."""
     try:
         tree = ast.parse("".join(linecache.getlines(path)))
     except (SyntaxError, ValueError, RecursionError):
@@ -182,7 +184,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _reads(node: ast.AST) -> Iterator[ast.AST]:
-    """Expressions `x.weight` and `getattr(x, "weight")` where x is not `self`."""
+    """The expressions `x.weight`, x not being `self`, and `getattr(x, "weight")`."""
     for child in ast.walk(node):
         if isinstance(child, ast.Attribute) and child.attr in _PACKED:
             if not (isinstance(child.value, ast.Name) and child.value.id == "self"):
@@ -206,7 +208,7 @@ def _getattr_name(node: ast.AST) -> str | None:
 
 @functools.lru_cache(maxsize=16384)
 def _is_relevant(function: types.FunctionType) -> bool:
-    """Whether the function may read a layer's weight, itself or through one it calls."""
+    """Whether the function may read a layer's weight, itself or through a function it calls."""
     names = _names(function.__code__)
     if not names.isdisjoint(_ALL_WEIGHTS) or not names.isdisjoint(("_parameters", "attrgetter")):
         return True
@@ -221,7 +223,7 @@ def _is_relevant(function: types.FunctionType) -> bool:
 
 @functools.lru_cache(maxsize=16384)
 def _reads_an_argument(function: Any) -> bool:
-    """Whether it reads the weight of a layer that it is given, or that is in what it is given."""
+    """Whether it reads the weight of a layer that is an argument, or is inside an argument."""
     for inner in _functions(function):
         names = _names(inner.__code__)
         if names.isdisjoint({"weight", *_ALL_WEIGHTS}) or re.match(
@@ -232,7 +234,7 @@ def _reads_an_argument(function: Any) -> bool:
         if node is None:
             continue
         given = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} - {"self"}
-        for _ in range(2):  # what is made of them, in loops too
+        for _ in range(2):  # add names bound to these; twice, for names bound later in a loop
             for child in ast.walk(node):
                 for target, value in _bindings(child):
                     if _mentions(value, given):
@@ -243,7 +245,7 @@ def _reads_an_argument(function: Any) -> bool:
 
 
 def _owners(node: ast.AST) -> Iterator[ast.AST]:
-    """The x of x.weight, getattr(x, "weight"), x.parameters()."""
+    """The x in x.weight, getattr(x, "weight") and x.parameters()."""
     for read in _reads(node):
         yield read.value if isinstance(read, ast.Attribute) else read.args[0]
     for child in ast.walk(node):
@@ -272,7 +274,7 @@ def _parents(node: ast.FunctionDef) -> dict[ast.AST, ast.AST]:
 
 
 def _first_argument(function: types.FunctionType) -> str | None:
-    """The name of a method's first argument, by habit `self`; None for what is no method."""
+    """The name of a method's first argument, usually `self`; None if it is not a method."""
     owner = function.__qualname__.rpartition(".")[0]
     count = function.__code__.co_argcount
     if not owner or owner.endswith("<locals>") or count == 0:
@@ -298,8 +300,8 @@ def _binding_nodes(node: ast.FunctionDef) -> tuple[ast.AST, ...]:
 
 @functools.lru_cache(maxsize=16384)
 def _may_return_layers(node: ast.FunctionDef) -> bool:
-    """Whether a method looks like one that picks a layer: a short one. Those that compute are not
-    followed, which would take time."""
+    """Whether a method is short, like one that picks a layer. Following methods that compute would
+    take too long."""
     return len(node.body) <= 6 and sum(1 for _ in ast.walk(node)) <= 200 and any(_returns(node))
 
 
@@ -314,7 +316,7 @@ def _is_call_of_name(node: ast.AST | None) -> bool:
 
 
 def _first_of(node: ast.Call) -> ast.AST | None:
-    """The x of next(x.parameters())."""
+    """The x in next(x.parameters())."""
     inner = node.args[0] if _is_call_of_name(node) and node.func.id == "next" else None
     while _is_call_of_name(inner) and inner.func.id == "iter" and inner.args:
         inner = inner.args[0]

@@ -1,4 +1,4 @@
-"""Regular expressions from configs and files, refused if matching a name could take long."""
+"""Checks regular expressions from configs and files: matching a name must not take long."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:<?[=!]|:)|.", re.DOT
 
 
 def _steps(pattern: str) -> float:
-    """A bound of the steps in which `re` fails to match a name of 64 characters; infinite where
-    there is none to tell: a group that repeats, which can take 2^64, or syntax beyond groups."""
+    """An upper bound on the steps that `re` takes to fail on a name of 64 characters. It is
+    infinite for a repeated group, which can take 2^64, and for syntax beyond groups."""
     alternatives, choices, repeats, looks = [1], 1, 0, False
     last = ""
     for token in _TOKEN.findall(pattern):
@@ -35,7 +35,7 @@ def _steps(pattern: str) -> float:
                 return math.inf
             repeats += 1
         last = token
-    # Repeats share the name's characters, but for those that look ahead.
+    # Repeats share the name's characters, except with lookarounds, which read them again.
     ways = _NAME_LENGTH**repeats if looks else math.comb(_NAME_LENGTH + repeats, repeats)
     return ways * choices * alternatives[0]
 
@@ -56,11 +56,11 @@ _QUICK = (
 
 
 def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
-    """The first pattern that is not to be matched with names, and what is wanted; or None.
+    """The first pattern that must not be matched with names, and what is wanted instead; or None.
 
-    `re` goes back and tries again, so a pattern from a file could keep a program busy for years:
-    all of them together get a budget of steps, which names and what one writes for them (`.*`,
-    `[0-9]+`, `(q|k|v)_proj`) are far below.
+    `re` backtracks, so a pattern from a file could keep a program busy for years. All patterns
+    together get a budget of steps. Names, and usual patterns for them (`.*`, `[0-9]+`,
+    `(q|k|v)_proj`), stay far below it.
     """
     total = 0.0
     for pattern in patterns:

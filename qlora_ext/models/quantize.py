@@ -1,4 +1,4 @@
-"""Packing a whole model, layer by layer."""
+"""quantize_model: packs a whole model in place, layer by layer."""
 
 from __future__ import annotations
 
@@ -78,34 +78,37 @@ def quantize_model(
 ) -> nn.Module:
     """Packs a model's linear layers in 4 bits, in place, one layer after another.
 
-    Each dense weight is released before the next is read, so the peak stays near one layer above
-    the result. Left alone, with a reason each in `model.quantization_report`: the output head and
-    task heads, tied weights, layers whose weight the model's code reads past their forward, what
-    the model class protects in fp32, `modules_to_not_convert`, embeddings, and everything that is
-    not a linear layer. A warning names what that leaves unquantized beyond the usual (a router,
-    say). Experts that transformers stacks in one parameter are packed one by one, as Experts4bit.
+    Each dense weight is released before the next is read, so peak memory is about that of the
+    result and one layer. These stay dense, and `model.quantization_report` says why: the output
+    head and task heads, tied weights, layers whose weight the model's code reads past their
+    forward, layers that the model class keeps in fp32, `modules_to_not_convert`, embeddings, and
+    everything that is not a linear layer. A warning names layers that one would expect to be packed
+    but are not (a router, say). Experts that transformers stacks in one parameter are packed one by
+    one, as Experts4bit.
 
     Args:
-        model: any nn.Module with nn.Linear or transformers' Conv1D layers; one that is wholly on
-            the meta device stays there, packed in shape only, as under FakeTensorMode.
+        model: any nn.Module with nn.Linear or transformers' Conv1D layers. A model that is wholly
+            on the meta device or under FakeTensorMode stays there; only its shapes are packed.
         config: a QuantConfig; None is NF4 with blocks of 64, double-quantized.
-        modules_to_not_convert: names of layers to leave alone: full ones, dotted parts
+        modules_to_not_convert: names of layers to leave alone: full names, dotted parts
             ("layers.0.mlp"), containers ("vision_tower"), or regular expressions for these.
         quantize_embeddings: pack untied nn.Embedding tables too.
-        dense_panels: make the nn.Linear layers that stay dense PanelLinear, which compute in fp32
-            panels: True always, False never, None where this CPU has no instructions for the dtype.
+        dense_panels: turn the nn.Linear layers that stay dense into PanelLinear, which computes in
+            fp32 panels. True: always; False: never; None: if this CPU has no instructions for the
+            dtype.
         progress_bar: show a tqdm bar.
 
     Returns:
         model. `print(model.quantization_report)` says what was packed and what was not.
 
     Raises:
-        TypeError: model is not a module, or is a single layer; config is not a QuantConfig.
-        ValueError: quantized already; has adapters; partly on the meta device; a name in
-            modules_to_not_convert that matches nothing, or is none; no layer to pack.
-        RuntimeError: a NaN or Inf in a weight, naming the layer and the index; the layers before
-            it are packed. A NaN or Inf in what stays dense, naming the parameter; nothing is
-            packed then.
+        TypeError: model is not a module or is a single layer, or config is not a QuantConfig.
+        ValueError: the model is quantized already, has adapters, is partly on the meta device, or
+            has no layer to pack; modules_to_not_convert has a name that matches nothing, or
+            something that is not a name.
+        RuntimeError: a weight to pack has a NaN or Inf: the error names the layer and the index,
+            and the layers before it are packed. Or a parameter that stays dense has one: the error
+            names it, and nothing is packed.
     """
     if config is not None and not isinstance(config, QuantConfig):
         raise TypeError(f"quantize_model: config is a {type(config).__name__}, want a QuantConfig")
@@ -152,7 +155,7 @@ def quantize_model(
 
 
 def _check_dense(model: nn.Module, plan: Plan) -> None:
-    """RuntimeError where what stays dense holds a NaN or Inf; packing checks the rest."""
+    """Raises RuntimeError for a NaN or Inf in weights that stay dense; packing checks the rest."""
     packed = set()
     for name in plan.names:
         layer = model.get_submodule(name)
@@ -166,5 +169,5 @@ def _check_dense(model: nn.Module, plan: Plan) -> None:
 
 
 def _names_in_files(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
-    """What the layers of model are called in its files, if that matters."""
+    """Mappings of layer -> its name in the model's files; needed only to match `keep`."""
     return [names for hook in hosts.names_in_files for names in hook(model)] if keep else []

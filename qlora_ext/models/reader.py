@@ -1,6 +1,7 @@
 """Follows the expressions of one method on one module, to find the layers whose weights it reads.
 
-Longer than other files: it is one interpreter of Python's syntax, whose parts call each other.
+This file is longer than others: it is one interpreter of Python syntax, and its parts call each
+other.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ from .method_source import (
 )
 
 _ALL_MODULES = frozenset(("modules", "named_modules"))
-# Calls that hand on what is in their arguments.
+# Calls that return what is in their arguments.
 _PASSING = frozenset(("list", "tuple", "iter", "reversed", "sorted", "set", "dict", "enumerate"))
 _PASSING |= frozenset(("zip", "chain", "islice", "filter", "OrderedDict"))
 # Calls that take a module's parameters and compute with the module's own forward.
 _RUNS_FORWARD = frozenset(("functional_call", "checkpoint"))
 _DESCRIBING = frozenset(("dtype", "shape", "size", "ndim", "dim", "numel", "element_size"))
-# Settings that change while a model is in use.
+# Attributes that change while a model is in use.
 _CHANGES = frozenset(("training", "gradient_checkpointing"))
-_DEPTH = 3  # of functions that hand a layer on
+_DEPTH = 3  # how many nested calls to follow that pass a layer on
 
 
 _UNKNOWN = object()
@@ -82,11 +83,11 @@ class _Reader:
         self.module = module
         self.function = function
         self.found = found
-        self.marked = marked  # the configs that will say that the model is packed
+        self.marked = marked  # configs that packing marks as quantized
         self.depth = depth
         self.method = method or f"{type(module).__name__}.{function.__name__}"
-        self.values_only = values_only  # as read_past_forward's
-        self.runs = runs  # whether a forward calls the function, as far as names tell
+        self.values_only = values_only  # see read_past_forward
+        self.runs = runs  # whether a forward calls the function, judged by names
         self.nested: dict[str, ast.FunctionDef | ast.Lambda] = {}
         # local name -> the objects it may stand for
         self.locals: dict[str, list] = {"self": [module], **(arguments or {})}
@@ -103,7 +104,7 @@ class _Reader:
         self._block(node.body)
 
     def bind(self) -> ast.FunctionDef | None:
-        """Finds what the local names stand for; returns the source."""
+        """Finds the objects that local names may stand for. Returns the function's syntax tree."""
         node = _source(self.function)
         if node is not None:
             binding = _binding_nodes(node)
@@ -113,14 +114,14 @@ class _Reader:
                 elif isinstance(child, ast.Assign) and isinstance(child.value, ast.Lambda):
                     names = [t.id for t in child.targets if isinstance(t, ast.Name)]
                     self.nested.update(dict.fromkeys(names, child.value))
-            for _ in range(2):  # a name may be bound from one that is bound further down, in a loop
+            for _ in range(2):  # in a loop, a name may be bound from one that is bound further down
                 for child in binding:
                     self._bind(child)
         return node
 
     def _by_names(self) -> None:
-        """Without source (a class made in an interactive session): a layer that is named in a
-        method that also names `weight`."""
+        """Used if there is no source (a class from an interactive session): notes the layers that
+        the method names, if it also names `weight`."""
         names = set() if self.values_only else _names(self.function.__code__)
         for key, child in self.module._modules.items():
             if key in names and child is not None and child._parameters.get("weight") is not None:
@@ -145,7 +146,7 @@ class _Reader:
                 self._assign(target, value)
 
     def _bind_nested(self, node: ast.Call) -> None:
-        """What functions inside of this one are given: `f(layer)`, `map(f, self.layers)`."""
+        """Binds the arguments of nested functions: `f(layer)`, `map(f, self.layers)`."""
         called = self._nested(node.func)
         if called is not None:
             for argument, value in zip(_argument_names(called), node.args, strict=False):
@@ -251,7 +252,7 @@ class _Reader:
             if isinstance(name, str):
                 return self._attributes(node.args[0], name)
             if _is_call_of_name(node) and node.func.id == "getattr" and node.args:
-                # A name that is computed: any of the parts.
+                # The name is computed, so it may be any of the children.
                 return [c for o in self.values(node.args[0]) for c in _children(o)]
             if isinstance(node.func, ast.Attribute) and node.func.attr == "get_submodule":
                 path = node.args[0].value if _is_constant(node.args) else ""
@@ -274,7 +275,7 @@ class _Reader:
         return []
 
     def _from_method(self, node: ast.Call, name: str) -> list:
-        """What a method returns: layers, lists of layers, weights."""
+        """What a method call returns: layers, lists of layers, weights."""
         owners = self.values(node.func.value)
         if name in ("children", "named_children"):
             return [_children(o) for o in owners]
@@ -296,11 +297,11 @@ class _Reader:
         return self._returned(modules, name)
 
     def _all(self, module: nn.Module) -> list[nn.Module]:
-        """A module and those below it, in what a forward calls: elsewhere it counts as none."""
+        """A module and all modules below it; nothing if no forward calls this function."""
         return list(module.modules()) if self.runs else []
 
     def _returned(self, owners: list[nn.Module], name: str) -> list:
-        """The layers that methods of the model's own code return, properties too."""
+        """The layers that methods and properties of the model's own code return."""
         found = []
         if self.depth == 0 or name.startswith("__") or name == "forward":
             return found
@@ -353,7 +354,7 @@ class _Reader:
         return self._selected(owners, key)
 
     def _selected(self, owners: list, key: Any) -> list:
-        """owner[key], or all that is in owner where the key is not known."""
+        """owner[key] of each owner, or everything in owner if the key is not known."""
         found = []
         for owner in owners:
             children = _children(owner)
@@ -369,7 +370,7 @@ class _Reader:
         return found
 
     def truth(self, node: ast.AST) -> bool | None:
-        """Whether a condition holds; None where that is not known before the model runs."""
+        """Whether a condition holds; None if that is not known before the model runs."""
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             truth = self.truth(node.operand)
             return None if truth is None else not truth
@@ -387,7 +388,7 @@ class _Reader:
         return None if value is _UNKNOWN else bool(value)
 
     def _asks_for_mark(self, node: ast.AST) -> bool:
-        """hasattr(self.config, "_is_quantized")"""
+        """Whether node is like hasattr(self.config, "_is_quantized"), for a marked config."""
         return (
             _is_call_of_name(node)
             and node.func.id in ("hasattr", "getattr")
@@ -398,7 +399,7 @@ class _Reader:
         )
 
     def _setting(self, node: ast.AST) -> Any:
-        """The one value of a setting, or _UNKNOWN."""
+        """The value of a constant or a setting of the model, or _UNKNOWN."""
         if isinstance(node, ast.Constant):
             return node.value
         if not isinstance(node, ast.Attribute) or node.attr in _CHANGES:
@@ -454,8 +455,9 @@ class _Reader:
 
     @contextlib.contextmanager
     def _narrowed(self, tests: list[ast.AST], truth: bool = True) -> Iterator[None]:
-        """Where tests hold (or do not), names stand for less: after `isinstance(m, nn.LayerNorm)`
-        m is no linear layer, and a weight whose requires_grad is asked for is not a packed one."""
+        """A context in which names stand for fewer objects, because the tests hold (or do not).
+        After `isinstance(m, nn.LayerNorm)` m is not a linear layer. After a test of requires_grad
+        the weight is not packed."""
         before = dict(self.locals)
         for test in tests:
             self._narrow(test, truth)
@@ -488,7 +490,7 @@ class _Reader:
                 self.locals[name] = [v for v in values if isinstance(v, kinds) is truth]
 
     def _classes(self, node: ast.AST) -> tuple[type, ...]:
-        """The classes of isinstance's second argument; none where one of them is not known."""
+        """The classes in isinstance's second argument; () if one of them is not known."""
         if isinstance(node, ast.Tuple):
             parts = [self._classes(part) for part in node.elts]
             return tuple(c for part in parts for c in part) if all(parts) else ()
@@ -560,7 +562,7 @@ class _Reader:
             self._note(layer, key)
 
     def _read_by_getter(self, node: ast.Call) -> None:
-        """operator.attrgetter("proj.weight")(self), or such a function of the file."""
+        """Notes operator.attrgetter("proj.weight")(self), also if the getter has a name."""
         path, inner = "", node.func
         if isinstance(inner, ast.Call) and _is_constant(inner.args):
             called = getattr(inner.func, "attr", getattr(inner.func, "id", None))
@@ -575,11 +577,11 @@ class _Reader:
                 self._note(owner, key)
 
     def _use(self, node: ast.AST) -> None:
-        """A weight of those that parameters() lists, where something is done with it."""
+        """Notes the weights from parameters() that an expression uses for something."""
         if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
             return
         if isinstance(node, ast.Call) and _first_of(node) is not None:
-            return  # _read_first
+            return  # _read_first notes it
         parent = self.parents.get(node)
         if isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
             return
@@ -603,7 +605,7 @@ class _Reader:
                     self._note(weight.layer, weight.key)
 
     def _read_first(self, node: ast.Call) -> None:
-        """next(x.parameters()): the first parameter, which may be a layer's weight."""
+        """Notes next(x.parameters()), the first parameter, which may be a layer's weight."""
         owners = _first_of(node)
         if owners is None or self._is_harmless(node):
             return
@@ -616,7 +618,7 @@ class _Reader:
                         break
 
     def _is_harmless(self, node: ast.AST) -> bool:
-        """Whether what is read of the weight is the same, or not used, when it is packed."""
+        """Whether the code only uses properties of the weight that packing does not change."""
         parent = self.parents.get(node)
         if isinstance(parent, ast.Attribute):
             if parent.attr in _HARMLESS or (self.values_only and parent.attr in _DESCRIBING):
@@ -631,7 +633,7 @@ class _Reader:
         )
 
     def _call(self, node: ast.Call) -> None:
-        """A function of the model's own code that is given a layer."""
+        """Follows a call that passes a layer to a function of the model's own code."""
         if self.depth == 0:
             return
         given = [self.values(argument) for argument in node.args]
@@ -657,7 +659,7 @@ class _Reader:
             ).run()  # fmt: skip
 
     def _called(self, node: ast.AST) -> list[tuple[nn.Module, types.FunctionType, bool]]:
-        """(the module it is about, function, whether its first argument is that module)"""
+        """(module, function, whether the function's first argument is that module) of a call."""
         called = self._object(node)
         if called is None and isinstance(node, ast.Name) and node.id not in self.locals:
             called = self._imported(node.id)
@@ -676,7 +678,7 @@ class _Reader:
         return found
 
     def _imported(self, name: str) -> Any:
-        """What a function imports under that name, from a module that was imported before."""
+        """What the function imports under that name, if the module was imported before."""
         for node in ast.walk(_source(self.function)):
             if isinstance(node, ast.ImportFrom):
                 package = self.function.__globals__.get("__package__") or ""
@@ -717,7 +719,7 @@ def _children(owner: Any) -> list:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """owner.name without running a property's code; _UNKNOWN for tensors and what else changes."""
+    """owner.name without running a property's code; _UNKNOWN for tensors and other values."""
     if isinstance(owner, nn.Module):
         if name == "_modules":
             return dict(owner._modules)

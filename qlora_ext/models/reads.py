@@ -1,13 +1,13 @@
-"""Layers whose weight the model's code reads past the layer's own forward.
+"""Finds layers whose weight the model's code reads without calling the layer's forward.
 
-The weight of a packed layer is bytes in a shape of its own, so `F.linear(x, self.proj.weight)` in
-the module around it fails, and `x.to(self.proj.weight.dtype)` cuts activations to integers. Such
-layers are found in the source of the modules' classes: every expression `<layer>.weight` is
-followed on the module at hand, through attributes, lists, local names, and functions that are
-given a layer. Where a condition is known from the config or the module, the code under the other
-branch is left out. Nothing is executed.
+A packed layer's weight is bytes in another shape. So `F.linear(x, self.proj.weight)` in the module
+around it fails, and `x.to(self.proj.weight.dtype)` truncates activations to integers. This file
+finds such layers in the source of the modules' classes. It follows every expression
+`<layer>.weight` on the given module, through attributes, lists, local names, and functions that are
+given a layer. If the config or the module decides a condition, the other branch is skipped. Nothing
+is executed.
 
-What only compares dtypes, asks for the device or tests for None does no harm and is no read.
+Code that only compares dtypes, asks for the device or tests for None does no harm; it is ignored.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .reader import _children, _Reader
 
 
 def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, str]:
-    """id of a layer -> the method that reads its weight, as "MambaMixer.slow_forward".
+    """id of a layer -> the method that reads its weight, such as "MambaMixer.slow_forward".
 
     Args:
-        values_only: what reads the dtype or shape alone does not count, nor what cannot be told
-            for want of the source: an adapter on a dense layer is left out by products alone.
+        values_only: count only reads of the values, not of dtype or shape, and not guesses made
+            without source. For an adapter on a dense layer only products with the weight matter.
     """
     modules = list(model.modules())
-    # A module that is given a layer and reads its weight: then all callers are looked at.
+    # If some module's forward reads the weight of a layer it is given, look at all methods.
     handed = any(_reads_an_argument(type(module).forward) for module in modules)
-    # Packing marks the configs of transformers' models, and their code asks for the mark.
+    # Packing marks the configs of transformers models, whose code checks the mark.
     marked = [m.config for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")]
     found: dict[int, str] = {}
     reached = _reached({type(module) for module in modules})
@@ -60,7 +60,7 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
 
 
 def _read_in_hooks(module: nn.Module, found: dict[int, str], values_only: bool) -> None:
-    """The layers that hooks on a module read, which are given it as their first argument."""
+    """Notes the layers that hooks on a module read. The hook's first argument is the module."""
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         for function in _functions(hook):
             code, index = function.__code__, int(isinstance(hook, types.MethodType))

@@ -1,7 +1,7 @@
 """Layers with packed weights, and adapters on them.
 
-`Linear4bit`, `Embedding4bit` and `Experts4bit` stand in for torch's layers; `LoraLinear4bit` and
-`LoraLinear` add LoRA to a packed and to a dense one.
+`Linear4bit`, `Embedding4bit` and `Experts4bit` replace dense layers. `LoraLinear4bit` adds LoRA to
+a packed linear layer, `LoraLinear` to a dense one.
 """
 
 from .embedding import Embedding4bit

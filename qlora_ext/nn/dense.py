@@ -1,6 +1,6 @@
-"""Making a packed or adapted layer dense: the plain layer that computes the same.
+"""Turns a packed or adapted layer into the plain dense layer that computes the same.
 
-All that merges or unpacks comes here: merging to 16 bits, PEFT's merges, the commands.
+Everything that merges or unpacks uses this: merging to 16 bits, PEFT's merges, the commands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .lora import LoraLinear, _Lora
 from .packed import _Packed4bit
 from .panel import PanelLinear
 
-_PART = 2**20  # weights that are added at a time
+_PART = 2**20  # weights added at a time
 
 
 def adapted_weight(
@@ -35,7 +35,7 @@ def adapted_weight(
     total = B.float() @ A.float()
     if transposed:
         total = total.T.contiguous()
-    # Into the product's own memory, a part at a time: no second fp32 matrix.
+    # Add W to the product in place, a part at a time, so that W is never in fp32 as a whole.
     flat, weight = total.view(-1), weight.reshape(-1)
     for start in range(0, flat.numel(), _PART):
         part = flat[start : start + _PART]
@@ -44,12 +44,12 @@ def adapted_weight(
 
 
 def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The dense [N, K] weight of a packed or adapted layer in dtype."""
+    """The dense [N, K] weight of a packed or adapted layer, in dtype."""
     if isinstance(module, LoraLinear):
         A, B = module.lora_A.detach(), module.lora_B.detach()
         return adapted_weight(module.weight.detach(), A, B, module.scaling).to(dtype)
     if isinstance(module, _Lora):
-        # The op wants A and B of one dtype; fp32 holds either exactly.
+        # The op wants A and B in the same dtype. fp32 holds both exactly.
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
         return ops.merge_lora_4bit(module.quantized.op_args(), A, B, module.scaling, dtype)
     if not isinstance(module, _Packed4bit):
@@ -60,7 +60,7 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 def dense_linear(layer: nn.Module, weight: torch.Tensor) -> nn.Linear:
     """A frozen nn.Linear with this weight [out, in] and the bias of layer, in the weight's dtype.
 
-    If layer stands for a Conv1D, the result has from_conv1d set and restore_conv1d makes one of it.
+    If layer replaced a Conv1D, the result has from_conv1d set; restore_conv1d makes it a Conv1D.
     """
     bias = layer.bias
     linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
@@ -73,7 +73,7 @@ def dense_linear(layer: nn.Module, weight: torch.Tensor) -> nn.Linear:
 
 
 def restore_conv1d(linear: nn.Linear) -> nn.Module:
-    """The layer in the class it had before packing: GPT-2's are Conv1D, weight [in, out]."""
+    """The layer in its class before packing. GPT-2's layers are Conv1D, with weight [in, out]."""
     if not getattr(linear, "from_conv1d", False):
         return linear
     with torch.device("meta"):
@@ -92,12 +92,12 @@ def dense_embedding(layer: Embedding4bit, weight: torch.Tensor) -> nn.Embedding:
 
 
 def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The plain layer, frozen, that computes what module does, adapter included."""
+    """A frozen plain layer that computes what module computes, its adapter included."""
     if isinstance(module, Experts4bit):
         return dense_experts(module, lambda layer: merged_weight(layer, dtype))
     if type(module) is PanelLinear:
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        # The very parameters: they may be tied, and are cast with the rest of the model.
+        # The same parameter objects: they may be tied, and are cast with the rest of the model.
         linear.weight, linear.bias = module.weight, module.bias
         return linear.train(module.training)
     weight = merged_weight(module, dtype)
@@ -107,7 +107,7 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def dense_experts(module: Experts4bit, weight_of) -> nn.Module:
-    """The fused module that `module` was made from, its weights made by weight_of(layer)."""
+    """The fused module that `module` was made from. weight_of(layer) gives each expert's weight."""
     experts = module.template
     for name, side in ((up_name(experts), "up"), ("down_proj", "down")):
         layers = [getattr(expert, side) for expert in module.packed]
@@ -128,7 +128,7 @@ def dense_experts(module: Experts4bit, weight_of) -> nn.Module:
 
 
 def _weight_bound(q: QuantizedTensor) -> float:
-    """A bound on |dequantized weight| from the statistics alone."""
+    """An upper bound on |dequantized weight|, computed from the statistics alone."""
     values = max(abs(v) for v in q.values)
     if q.nested is None:
         scale = q.absmax.clone().view(torch.float32).abs().max().item()
@@ -143,9 +143,9 @@ WIDER = "merge to torch.bfloat16 or torch.float32"
 
 
 def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """OverflowError, by that name, unless dtype holds the weight of a packed or adapted layer.
+    """Raises OverflowError, which names the layer, if its dense weight does not fit dtype.
 
-    The weight itself is made only where bounds from its statistics do not settle it.
+    The weight itself is computed only if a bound from its statistics cannot rule that out.
     """
     weight = module._parameters["weight"]
     if weight.is_meta:

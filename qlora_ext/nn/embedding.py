@@ -1,4 +1,4 @@
-"""Embedding4bit: a packed table of embeddings."""
+"""Embedding4bit: an embedding table packed in 4 bits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from .packed import _Packed4bit
 class Embedding4bit(_Packed4bit, nn.Embedding):
     """nn.Embedding with the table packed in 4 bits and frozen. int64 indices [...] -> [..., dim].
 
-    The output has `dtype`, which follows .to(dtype). padding_idx is kept, and has no gradient to
-    stop since the table is frozen. Made directly it packs N(0, 1) rows, or waits on meta.
+    The output has `dtype`, which .to(dtype) changes. padding_idx is kept; the frozen table has no
+    gradient that it could stop. The constructor packs N(0, 1) rows; on the meta device it allocates
+    nothing and waits for a state dict.
 
     Args:
         num_embeddings, embedding_dim, padding_idx: as for nn.Embedding.
         config, device, dtype: as for Linear4bit.
 
     Raises:
-        TypeError: as Linear4bit.
-        RuntimeError: an index out of range, on the CPU; on a GPU it traps, as in nn.Embedding.
+        TypeError: as for Linear4bit.
+        RuntimeError: an index is out of range, on the CPU. On a GPU the kernel traps, as
+            nn.Embedding's does.
     """
 
     def __init__(
@@ -66,12 +68,12 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config=None):
-        """Packs an nn.Embedding's table; one on the meta device gives a module on meta.
+        """Packs an nn.Embedding's table. A table on the meta device gives a module on meta.
 
         Raises:
-            TypeError: not an nn.Embedding, one with max_norm, one quantized already, or a table
-                that is not float32, float16 or bfloat16.
-            RuntimeError: a NaN or Inf in the table, naming its index.
+            TypeError: embedding is not an nn.Embedding, has max_norm or is quantized already, or
+                its table is not float32, float16 or bfloat16.
+            RuntimeError: the table has a NaN or Inf; the error names its index.
         """
         name = cls.__name__
         if isinstance(embedding, _Packed4bit) or not isinstance(embedding, nn.Embedding):
@@ -101,7 +103,7 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
         return self.train(embedding.training)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """indices: int64 or int32 [...], in [0, num_embeddings) -> [..., embedding_dim], dtype."""
+        """indices: int64 or int32 [...], in [0, num_embeddings) -> dtype [..., embedding_dim]."""
         if is_compiling():
             return ops.embedding_4bit(indices, self._w4(True), self.dtype)
         try:

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers: transformers' fused 3-D weights, packed expert by expert.
 
-transformers stores the experts of a layer as two parameters, [E, N, K] each, and describes how they
-are laid out by attributes that its decorator `use_experts_implementation` sets (transposed, with
-biases, gated). Every class so described runs here; what has another shape is left alone.
+transformers stores the experts of a layer as two parameters, [E, N, K] each. Its decorator
+`use_experts_implementation` sets attributes that describe their layout (transposed, with biases,
+gated). Every class that has these attributes runs here; other classes are left alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 class _Expert(nn.Module):
-    # PEFT's "all-linear" goes by the last part of a name, so that part must not be a number; and
-    # transformers takes `experts.0.down_proj` for a tensor that it is to stack.
+    # PEFT's "all-linear" goes by the last part of a name, so that part must not be a number.
+    # transformers would stack tensors named like `experts.0.down_proj`, hence "up" and "down".
     def __init__(self, up: Linear4bit, down: Linear4bit):
         super().__init__()
         self.up = up
@@ -40,8 +40,8 @@ class Experts4bit(nn.Module):
     """Experts whose matrices are packed one by one: `packed[e].up`, `packed[e].down`: Linear4bit.
 
     y = sum over a token's experts e of weight_e * down_e(gate(up_e(x))), with the gate, activation
-    and norm of the class it was made from. An expert is adapted by an adapter on these layers. As
-    in transformers' own loop, which experts were chosen is read back from the device.
+    and norm of the class it was made from. To adapt an expert, add adapters to these layers. As in
+    transformers' own loop, the host reads the chosen experts back from the device.
     """
 
     def __init__(self, template: nn.Module, packed: nn.ModuleList):
@@ -58,8 +58,8 @@ class Experts4bit(nn.Module):
             config: a QuantConfig, or None for NF4 with blocks of 64.
 
         Raises:
-            TypeError: another module, or experts sharded over devices (expert parallel).
-            RuntimeError: a NaN or Inf in a weight, naming the expert and the index.
+            TypeError: experts has no such layout, or is sharded over devices (expert parallel).
+            RuntimeError: a weight has a NaN or Inf; the error names the expert and the index.
         """
         if not is_fused_experts(experts):
             raise TypeError(
@@ -88,7 +88,7 @@ class Experts4bit(nn.Module):
     ) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H].
 
-        An index of E or more marks a slot without expert.
+        An index of E or more marks a slot without an expert.
         """
         out = torch.zeros_like(hidden_states, dtype=torch.float32)
         for e in top_k_index.unique().tolist():

@@ -1,4 +1,4 @@
-"""Linear4bit, and what can be packed as one."""
+"""Linear4bit, a linear layer with a packed weight, and the checks of layers to pack as one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether module computes x W^T + b and nothing else, so that a Linear4bit can stand in.
+    """Whether module computes x W^T + b and nothing else, so that a Linear4bit can replace it.
 
-    Exactly nn.Linear and Conv1D: a subclass may compute something else (a router, a fused layer)
-    or be read by its parent. Falcon's subclass is known to be plain.
+    True for nn.Linear and Conv1D themselves. A subclass may compute something else (a router, a
+    fused layer), or its parent may read its weight. Falcon's subclass is known to be plain.
     """
     return type(module) is nn.Linear or type(module).__name__ == "FalconLinear" or is_conv1d(module)
 
@@ -43,24 +43,24 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 class Linear4bit(_Packed4bit, nn.Linear):
     """y = x W^T + b with W packed in 4 bits and frozen: [..., in_features] -> [..., out_features].
 
-    x is float32, float16 or bfloat16 and y has its dtype, or autocast's where autocast is on; the
-    bias (a plain parameter of `dtype`) may have another one. Sums are fp32, rounded once.
+    x is float32, float16 or bfloat16. y has x's dtype, or autocast's if autocast is on; the bias (a
+    plain parameter of `dtype`) may have another one. Sums are in fp32 and rounded once.
 
-    Made directly, it packs random weights drawn as nn.Linear draws them, or on the meta device
+    The constructor packs random weights, drawn as nn.Linear draws them. On the meta device it
     allocates nothing and waits for a state dict. `from_linear` packs a trained layer.
 
     Args:
         in_features, out_features: logical sizes K and N, whatever the packed tensors' shapes are.
-        bias: whether there is a bias of `dtype` [out_features].
+        bias: whether there is a bias [out_features] of `dtype`.
         config: a QuantConfig; None is NF4, blocks of 64, double-quantized (4.127 bits per weight).
-        device, dtype: as for nn.Linear; dtype is that of the bias and of the dequantized weight.
+        device, dtype: as for nn.Linear. The bias and the dequantized weight have this dtype.
 
     Raises:
         TypeError: config is not a QuantConfig, or dtype is not float32, float16 or bfloat16.
-        RuntimeError: from load_state_dict, naming the key whose shape, dtype or codebook is wrong.
+        RuntimeError: from load_state_dict: a key's shape, dtype or codebook is wrong; it is named.
     """
 
-    from_conv1d = False  # merging gives a Conv1D back where there was one
+    from_conv1d = False  # whether it replaced a Conv1D; if so, merging gives a Conv1D back
     fused: str | None = None  # its name in the model, if that is one of FUSED
 
     def __init__(
@@ -87,8 +87,8 @@ class Linear4bit(_Packed4bit, nn.Linear):
         """An unfilled Linear4bit of an nn.Linear's or Conv1D's shape, to load a checkpoint into.
 
         Args:
-            linear: the layer to stand in for; its weight is not read and may be on meta.
-            device: where the packed tensors are allocated. dtype: None is the layer's own.
+            linear: the layer to replace; its weight is not read and may be on meta.
+            device: where the packed tensors are allocated. dtype: None takes linear's dtype.
         """
         _check_source(cls.__name__, linear)
         N, K = linear_shape(linear)
@@ -106,7 +106,7 @@ class Linear4bit(_Packed4bit, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config=None):
-        """Packs an nn.Linear, or transformers' Conv1D, whose weight is finite and floating.
+        """Packs an nn.Linear or transformers' Conv1D.
 
         Args:
             linear: the layer; it is not changed, and its bias is shared. A layer on the meta
@@ -114,9 +114,9 @@ class Linear4bit(_Packed4bit, nn.Linear):
             config: a QuantConfig, or None for NF4 with blocks of 64.
 
         Raises:
-            TypeError: not a linear layer; a Linear4bit, which is quantized already; a weight that
-                is not float32, float16 or bfloat16; a parametrized weight.
-            RuntimeError: a NaN or Inf in the weight, naming its index.
+            TypeError: linear is not a linear layer or is quantized already, or its weight is
+                parametrized or not float32, float16 or bfloat16.
+            RuntimeError: the weight has a NaN or Inf; the error names its index.
         """
         self = cls.empty_like(linear, config)
         if not linear.weight.is_meta:
@@ -127,7 +127,7 @@ class Linear4bit(_Packed4bit, nn.Linear):
         return self
 
     def _input(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the dtype the product runs in."""
+        """x in the dtype that the product runs in."""
         if x.dtype is torch.uint8:
             raise TypeError(
                 f"{type(self).__name__}: x has dtype uint8, want float32, float16 or bfloat16. The "
@@ -194,9 +194,9 @@ def _check_own_weight(name: str, linear: nn.Module) -> None:
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
-    """Gives target source's attributes and its very parameters, buffers and hooks."""
+    """Gives target the attributes of source, with the same parameters, buffers and hooks."""
     for key, value in source.__dict__.items():
         if key not in ("forward", "_hf_hook", "_old_forward"):
-            # Containers of parameters and hooks are copied, what they hold is shared.
+            # Copy the containers of parameters and hooks, but share what they hold.
             container = isinstance(value, (dict, set))
             target.__dict__[key] = copy.copy(value) if container else value

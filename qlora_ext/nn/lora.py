@@ -1,4 +1,4 @@
-"""Layers with a LoRA adapter, over a packed or a dense weight."""
+"""Linear layers with a LoRA adapter, on a packed or a dense weight."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def check_lora_rank(name: str, r: int, in_features: int, out_features: int) -> N
 class _Lora(nn.Module):
     """The bypass that LoraLinear4bit and LoraLinear add: scaling * dropout(x) A^T B^T.
 
-    Source: LoRA (arXiv 2106.09685); A is Kaiming-uniform with a = sqrt(5) as in PEFT, B is zero.
+    Source: LoRA (arXiv 2106.09685). A starts Kaiming-uniform with a = sqrt(5), as in PEFT; B starts
+    at zero.
     """
 
     def _init_lora(self, r, lora_alpha, lora_dropout, use_rslora, device, lora_dtype) -> None:
@@ -60,7 +61,7 @@ class _Lora(nn.Module):
         super().__setattr__(name, value)
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
-        """Sets the bypass's factor: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        """Sets the bypass's factor to lora_alpha / r, or to lora_alpha / sqrt(r) with use_rslora.
 
         ValueError unless lora_alpha is a positive number that fits float32, as in LoraConfig.
         """
@@ -80,9 +81,9 @@ class _Lora(nn.Module):
 class LoraLinear4bit(_Lora, Linear4bit):
     """Linear4bit with one LoRA adapter: y = x W^T + b + scaling * dropout(x) A^T B^T.
 
-    lora_A [r, in_features] and lora_B [out_features, r] are trainable, float32 unless lora_dtype
-    says otherwise, whatever x's dtype is; scaling = lora_alpha / r. Dropout acts on the bypass's
-    input only, in training. The bypass is part of the packed product: no [M, N] temporary.
+    lora_A [r, in_features] and lora_B [out_features, r] are trainable and have lora_dtype (float32
+    by default), whatever x's dtype is; scaling = lora_alpha / r. Dropout acts only in training and
+    only on the bypass's input. One op computes product and bypass, without an [M, N] temporary.
     add_lora(..., share_inputs=True) sets `shared_input`, a group of layers that read the same x.
 
     Args:
@@ -92,7 +93,8 @@ class LoraLinear4bit(_Lora, Linear4bit):
         lora_dtype: dtype of lora_A and lora_B.
 
     Raises:
-        ValueError: r or lora_dropout out of range. TypeError: as Linear4bit, or a bad lora_dtype.
+        ValueError: r or lora_dropout is out of range.
+        TypeError: as for Linear4bit, or lora_dtype is not float32, float16 or bfloat16.
     """
 
     shared_input: SharedInput | None = None
@@ -128,10 +130,10 @@ class LoraLinear4bit(_Lora, Linear4bit):
         use_rslora=False,
         lora_dtype=torch.float32,
     ):
-        """Adds an adapter to a Linear4bit, whose bytes are shared; a dense layer is packed first.
+        """Adds an adapter to a Linear4bit and shares its bytes. A dense layer is packed first.
 
-        Raises: as the constructor and Linear4bit.from_linear; TypeError where linear has an
-        adapter already, or where config is given for a layer that is packed already.
+        Raises as the constructor and Linear4bit.from_linear do; also TypeError if linear has an
+        adapter already, or if it is packed already with another config than the given one.
         """
         name = cls.__name__
         if isinstance(linear, _Lora):
@@ -178,11 +180,11 @@ class LoraLinear(_Lora, nn.Linear):
     """An unquantized nn.Linear (a language model's head) with one LoRA adapter.
 
     The dense weight and bias are frozen and shared with the layer it was made from, so a weight
-    tied to an embedding stays tied. lora_A [r, in_features] and lora_B [out_features, r] as in
+    tied to an embedding stays tied. lora_A [r, in_features] and lora_B [out_features, r] are as in
     LoraLinear4bit; x: [..., in_features] -> [..., out_features].
     """
 
-    always_panels = None  # a PanelLinear's, where it was made from one
+    always_panels = None  # the PanelLinear's value if it was made from one
 
     @classmethod
     def from_linear(
@@ -198,8 +200,9 @@ class LoraLinear(_Lora, nn.Linear):
         """Adds an adapter to a plain nn.Linear or a PanelLinear.
 
         Raises:
-            TypeError: another module; a subclass of nn.Linear may compute something else.
-            ValueError: a bad r.
+            TypeError: linear is another module, or a subclass of nn.Linear: that may compute
+                something else.
+            ValueError: r or lora_dropout is out of range.
         """
         is_plain = is_plain_linear(linear) and not is_conv1d(linear)
         if not is_plain and type(linear) is not PanelLinear:

@@ -1,11 +1,11 @@
-"""Models whose weights accelerate keeps elsewhere: a `device_map` with "cpu" or "disk",
-`cpu_offload`, `disk_offload`.
+"""Reads and adapts layers whose weights accelerate offloads (a `device_map` with "cpu" or "disk",
+`cpu_offload`, `disk_offload`).
 
-A hook on each module fetches the module's parameters by name before its forward and drops them
-afterwards; between calls they are on the meta device. What is here reads them through the hook, and
-keeps adapters out of it: they are to be trained, and the hook knows only the names that the module
-had when it was offloaded. accelerate itself is imported where a hook is moved, so where there is
-one.
+A hook of accelerate on each module fetches the module's parameters by name before its forward and
+drops them afterwards; between calls they are on the meta device. This file reads them through the
+hook. It hides adapters from the hook, because adapters are trained and because the hook knows only
+the names that the module had when it was offloaded. accelerate is imported only when a hook is
+moved, so it is installed then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ADAPTER = ("lora_A", "lora_B")
 
 
 def _hooks(module: nn.Module) -> list:
-    """The hooks of accelerate that offload module's own parameters."""
+    """accelerate's hooks that offload module's own parameters."""
     hook = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))
     return [h for h in hooks if getattr(h, "offload", False) and hasattr(h, "weights_map")]
@@ -34,7 +34,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def check_in_memory(op: str, model: nn.Module, instead: str) -> None:
-    """ValueError if parameters of the model are offloaded; instead: what the user can do."""
+    """Raises ValueError if parameters of the model are offloaded; `instead` says what to do."""
     for name, module in model.named_modules():
         if is_offloaded(module):
             key = next((key for key, p in module._parameters.items() if p is not None), "weight")
@@ -45,8 +45,8 @@ def check_in_memory(op: str, model: nn.Module, instead: str) -> None:
 
 
 def check_can_adapt(op: str, layer: nn.Module, model: nn.Module) -> None:
-    """ValueError if a hook of a module around `layer` fetches its weight: the parameters of an
-    adapter would be looked up there too."""
+    """Raises ValueError if the hook of a module around `layer` fetches layer's weight. That hook
+    would look for the adapter's parameters too."""
     weight = layer._parameters.get("weight")
     if weight is None or not weight.is_meta or is_offloaded(layer):
         return
@@ -60,7 +60,7 @@ def check_can_adapt(op: str, layer: nn.Module, model: nn.Module) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device | str | int:
-    """The device that module computes on: that of its weight, or of its hook if it is offloaded."""
+    """The device that module computes on: its weight's, or its hook's if it is offloaded."""
     for hook in _hooks(module):
         if hook.execution_device is not None:
             return hook.execution_device
@@ -68,7 +68,7 @@ def device_of(module: nn.Module) -> torch.device | str | int:
 
 
 def value_of(module: nn.Module, key: str) -> torch.Tensor:
-    """The parameter `key` of module, fetched from where it is offloaded."""
+    """The parameter `key` of module, fetched through the hook if it is offloaded."""
     tensor = module._parameters[key]
     if tensor.is_meta:
         for hook in _hooks(module):
@@ -79,8 +79,8 @@ def value_of(module: nn.Module, key: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def loaded(module: nn.Module):
-    """Within, an offloaded module has its parameters, also past its forward; they are not to be
-    changed."""
+    """A context in which an offloaded module has its parameters, even after a forward. Do not
+    change them."""
     is_there = not any(p is not None and p.is_meta for p in module._parameters.values())
     hooks = [] if is_there else _hooks(module)
     if not hooks:
@@ -89,7 +89,7 @@ def loaded(module: nn.Module):
     hook = module._hf_hook
     for each in hooks:
         each.pre_forward(module)
-    # A hook that does nothing: with the real one, a forward would drop the parameters.
+    # Put a hook that does nothing in its place: a forward with the real one drops the parameters.
     module._hf_hook = hosts.accelerate_hooks().ModelHook()
     try:
         yield
@@ -112,7 +112,7 @@ def _without_adapter(module: nn.Module):
 
 
 class _LeavesAdapter:
-    """A part of the class of an accelerate hook: the hook does not see lora_A and lora_B."""
+    """A mixin for the class of an accelerate hook that hides lora_A and lora_B from the hook."""
 
     def init_hook(self, module):
         with _without_adapter(module):
@@ -137,8 +137,7 @@ def _leaving_adapter(hook_class: type) -> type:
 
 
 def keep_adapter(module: nn.Module) -> None:
-    """Has module's hooks leave its lora_A and lora_B alone; if they are offloaded, they are fetched
-    for good."""
+    """Makes module's hooks leave lora_A and lora_B alone. Offloaded ones are fetched and stay."""
     for hook in _hooks(module):
         for key in _ADAPTER:
             parameter = module._parameters.get(key)
@@ -151,8 +150,8 @@ def keep_adapter(module: nn.Module) -> None:
 
 
 def move_hook(old: nn.Module, new: nn.Module) -> None:
-    """Moves the hook of accelerate, if old has one, to new, which holds old's parameters if they
-    are offloaded."""
+    """Moves accelerate's hook, if there is one, from old to new. If old is offloaded, new must hold
+    old's parameters."""
     hook = old.__dict__.get("_hf_hook")
     if hook is None:
         return
@@ -161,8 +160,8 @@ def move_hook(old: nn.Module, new: nn.Module) -> None:
         hooks.remove_hook_from_module(old)
         hooks.add_hook_to_module(new, hook)
         return
-    # An empty hook takes its place meanwhile: detaching the real one would fetch the weights, and
-    # attaching it would note meta as the device that they came from.
+    # Detach and attach an empty hook instead: detaching the real one would fetch the weights, and
+    # attaching it would record meta as the device that they came from.
     old._hf_hook = hooks.ModelHook()
     hooks.remove_hook_from_module(old)
     hooks.add_hook_to_module(new, hooks.ModelHook())

@@ -1,9 +1,9 @@
-"""What all layers with a packed weight share.
+"""The base class of all layers with a packed weight: its tensors, checks and moves.
 
-A packed weight is plain tensors on its module, so that state_dict, safetensors, DDP, FSDP2 and
-torch.compile need nothing of ours:
+A packed weight is a few plain tensors on its module, so that state_dict, safetensors, DDP, FSDP2
+and torch.compile work without extra code:
 
-    weight           uint8 [N, K / 2], frozen; [ceil(N * K / 2), 1] where K is odd
+    weight           uint8 [N, K / 2], frozen; [ceil(N * K / 2), 1] if K is odd
     weight_absmax    uint8, frozen: 8-bit scale codes [num_blocks]; without double_quant the bytes
                      of fp32 scales [4 * num_blocks]
     weight_nested    uint8, frozen, double_quant only: bytes of the fp32 offset and absmax2
@@ -11,10 +11,10 @@ torch.compile need nothing of ours:
     weight_codebook  uint8 [64], frozen: the bytes of the codebook's 16 fp32 values; checked against
                      the config whenever a state dict is loaded
 
-Statistics are bytes, so `.to(dtype)` cannot round them. What the bytes mean (block size, quant
-type) is the module's `config`, which the checkpoint's owner stores once for the model.
+Statistics are bytes, so `.to(dtype)` cannot round them. The module's `config` says what the bytes
+mean (block size, quant type); whoever writes a checkpoint stores it once for the model.
 
-Longer than other files: it is one class, with the checks of state dicts that name each key.
+This file is longer than others: it is one class, with checks of state dicts that name each key.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from ..tensor.quantized import QuantizedTensor
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 
 _CODEBOOK_BYTES = 64
-# The bytes are compared again after so many forward passes, whatever torch counts, unless each of
-# them reads some (on a CPU).
+# After this many forward passes the sample is compared again, even if torch counted no write. A
+# layer with a probe (on a CPU) does without this: every forward pass compares some bytes.
 _FORWARDS = 512
-# Attributes of a layer whose bytes were not compared yet.
+# Attributes of a layer whose bytes have not been compared yet.
 _UNSEEN = {"_seen_version": -1, "_seen_address": None, "_probe": None, "_probed": None}
 _REPARAMETRIZING = frozenset(
     f"torch.nn.utils.{name}" for name in ("parametrizations", "parametrize", "weight_norm", "prune")
@@ -48,13 +48,13 @@ _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weig
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     parameter = nn.Parameter(tensor, requires_grad=False)
-    # transformers' weight initialisers leave tensors alone that carry this mark.
+    # transformers' weight initialisers skip tensors with this mark.
     parameter._is_hf_initialized = True
     return parameter
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """tensor, copied if it starts at an odd address, as one in a memory-mapped file may: the ops
+    """tensor, copied if its address is not a multiple of 16, as in a memory-mapped file. The ops
     would otherwise copy it on every call."""
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
         return tensor
@@ -62,19 +62,19 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Packed4bit(nn.Module):
-    """What Linear4bit and Embedding4bit share: the packed weight, its checks and its moves."""
+    """The base of Linear4bit and Embedding4bit: the packed weight, its checks and its moves."""
 
     holds_packed_weight = True  # in the parameters weight..., of the logical shape _shape
     config: QuantConfig
-    dtype: torch.dtype  # dtype of the weight the packed one stands for; follows .to(dtype)
+    dtype: torch.dtype  # the dense weight's dtype; .to(dtype) changes it
     # A sample of the bytes that were packed or loaded.
     _sealed: bytes | None
-    # When they were last compared with it: weight's version (what torch counts writes by; -1 for
-    # never, None if it counts none) and address (None if tools move it).
+    # At the last comparison with the sample: weight's version (torch's count of writes; -1 if never
+    # compared, None if torch counts none) and its address (None if tools move it).
     _seen_version: int | None
     _seen_address: int | None
-    # Bytes of weight that every forward pass reads and what they were then, or the forward passes
-    # until all are compared again if there is no probe (on a GPU).
+    # The bytes of weight that every forward pass reads, and what they were. Without a probe (on a
+    # GPU): the number of forward passes until the sample is compared again.
     _probe: ctypes.Array | None
     _probed: bytes | None
     _forwards_left: int
@@ -93,7 +93,7 @@ class _Packed4bit(nn.Module):
         self._blocksize = config.stored_blocksize
         self._custom = config.stored_codebook
         self._quant_type = config.stored_quant_type
-        # A plain tuple for the shape: the ops parse it faster than a torch.Size.
+        # The shape is a plain tuple, which the ops parse faster than a torch.Size.
         self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
         self._nested = config.stores_nested
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
@@ -128,7 +128,7 @@ class _Packed4bit(nn.Module):
             self.weight_codebook.copy_(self._codebook_bytes(device))
 
     def _as_parameters(self, q: QuantizedTensor) -> dict[str, nn.Parameter]:
-        """q's tensors under the names and in the shapes that this module holds them."""
+        """q's tensors as this module holds them: with its names and in its shapes."""
         parts = {"weight": q.packed, "weight_absmax": q.absmax}
         parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
         parameters = {k: _frozen(parts[k].reshape(size)) for k, size in self._sizes().items()}
@@ -145,29 +145,29 @@ class _Packed4bit(nn.Module):
         self._set_quantized(quantize_tensor(weight, self.config))
 
     def _unseal(self) -> None:
-        """Lets the next _check_bytes take the bytes that are then there."""
+        """Forgets the sample. The next _check_bytes accepts the bytes that it finds."""
         self._sealed, self._forwards_left = None, _FORWARDS
         self.__dict__.update(_UNSEEN)
 
     def _copied_from(self, other: _Packed4bit) -> None:
-        """Says that other's packed bytes were written over this module's."""
+        """Call it after other's packed bytes were written over this module's."""
         other._check_bytes()
         self._sealed = other._sealed
         self.__dict__.update(_UNSEEN)
 
     def _held(self) -> list[torch.Tensor]:
-        """The packed tensors, weight first; none where one has another shape, as a process's share
-        may have."""
+        """The packed tensors, weight first; an empty list if one has another shape, as one
+        process's share of a sharded model may have."""
         sizes = {**self._sizes(), "weight_codebook": (_CODEBOOK_BYTES,)}
         held = [self._parameters.get(key) for key in sizes]
         whole = all(t is not None and t.shape == size for t, size in zip(held, sizes.values()))
         return held if whole else []
 
     def _check_bytes(self) -> None:
-        """RuntimeError if the packed bytes are others than were packed or loaded.
+        """Raises RuntimeError if the packed bytes differ from those that were packed or loaded.
 
-        What arithmetic on all parameters does (EMA, SWA, model soups) is always found; a write to a
-        few bytes may not be. Where the bytes cannot be read, the next forward pass looks.
+        It always finds arithmetic on all parameters (EMA, SWA, model soups), but may miss a write
+        to a few bytes. If the bytes cannot be read now, the next forward pass checks them.
         """
         self._forwards_left = _FORWARDS
         held = self._held()
@@ -204,22 +204,23 @@ class _Packed4bit(nn.Module):
         self._probed = self._probe and self._probe.raw
 
     def _check_written(self, weight: torch.Tensor) -> None:
-        """_check_bytes for a forward pass that found another version or address of weight."""
+        """_check_bytes for a forward pass that found weight's version or address changed."""
         if torch._C._are_functorch_transforms_active():  # whose tensors have no address
             self._check_bytes()
             return
         known = self._seen_version != -1
         moved = known and weight.data_ptr() != self._seen_address
         self._check_bytes()
-        # The same bytes elsewhere: FSDP2, ZeRO-3 and offloading put them somewhere else for each
-        # forward pass, and on a GPU each comparison waits for the device. The count is left.
+        # The bytes are the same at another address: FSDP2, ZeRO-3 and offloading move them for each
+        # forward pass. On a GPU each comparison waits for the device, so ignore the address from
+        # now on and rely on torch's count of writes.
         if moved:
             self._seen_address = self._probe = None
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight as a QuantizedTensor that shares this module's bytes. RuntimeError if they
-        were changed in place, as averaging does."""
+        """The weight as a QuantizedTensor that shares this module's bytes. Raises RuntimeError if
+        they were changed in place, as averaging does."""
         self._check_bytes()
         p = self._parameters
         if "weight" not in p:
@@ -237,10 +238,10 @@ class _Packed4bit(nn.Module):
         )
 
     def _w4(self, is_traced: bool):
-        """The ops' arguments for the weight. RuntimeError if its bytes were changed, unless a graph
-        is traced."""
-        # Read from the dicts, not through nn.Module.__getattr__ and __setattr__: at M = 1 that
-        # would be a tenth of the call. Never cached: .to(), loading and FSDP2 swap the parameters.
+        """The ops' arguments for the weight. Raises RuntimeError if its bytes were changed, unless
+        a graph is being traced."""
+        # This reads the dicts, not nn.Module.__getattr__ and __setattr__, which would take a tenth
+        # of the call at M = 1. It caches nothing: .to(), loading and FSDP2 swap the parameters.
         d = self.__dict__
         p = d["_parameters"]
         try:
@@ -258,7 +259,7 @@ class _Packed4bit(nn.Module):
                         or (version is not None and weight._version != version)
                         or (address is not None and weight.data_ptr() != address)
                     )
-                except RuntimeError:  # it became an inference tensor, which counts no writes
+                except RuntimeError:  # weight became an inference tensor, which counts no writes
                     changed = True
             else:
                 try:
@@ -284,9 +285,9 @@ class _Packed4bit(nn.Module):
         )
 
     def __getattr__(self, name: str):
-        """As nn.Module's; RuntimeError for torch.nn.utils' parametrizations, which would compute
-        with packed bytes."""
-        # A graph that is traced may ask for a dtype; frames cannot be traced.
+        """As nn.Module's, but raises RuntimeError if torch.nn.utils' parametrizations ask: they
+        would compute with packed bytes."""
+        # Not while compiling: dynamo cannot trace sys._getframe.
         if (
             name in _PACKED_KEYS
             and not is_compiling()
@@ -296,14 +297,14 @@ class _Packed4bit(nn.Module):
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's; RuntimeError for what torch.nn.utils.prune makes of a packed weight."""
+        """As nn.Module's; raises RuntimeError if torch.nn.utils.prune renames a packed weight."""
         key = name.removesuffix("_orig")
         if key != name and key in _PACKED_KEYS:
             raise self._packed_error(key)
         super().register_parameter(name, param)
 
     def _replicate_for_data_parallel(self):
-        # A replica's tensors are plain attributes, made anew in every forward pass.
+        # A replica's tensors are plain attributes that every forward pass makes again.
         raise RuntimeError(
             f"{type(self).__name__}: nn.DataParallel is not supported; start one process per GPU "
             "(torchrun, accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
@@ -313,15 +314,15 @@ class _Packed4bit(nn.Module):
         """Does nothing: packed weights come from a dense weight or a checkpoint."""
 
     def train(self, mode: bool = True):
-        """As nn.Module's; eval() looks for changed bytes, also those that forward passes find late
-        (writes to .data on a GPU) or not at all (in a compiled function)."""
+        """As nn.Module's; eval() also checks the bytes. It finds changes that forward passes find
+        late (writes to .data on a GPU) or never (in a compiled function)."""
         if not mode:
             self._check_bytes()
         return super().train(mode)
 
     def __getstate__(self):
         self._check_bytes()
-        return {**self.__dict__, **_UNSEEN}  # a copy's bytes lie elsewhere
+        return {**self.__dict__, **_UNSEEN}  # a copy's bytes are at another address
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._check_bytes()
@@ -331,7 +332,7 @@ class _Packed4bit(nn.Module):
         def keep_bytes(tensor):
             moved = fn(tensor)
             if tensor.dtype == torch.uint8 and moved.dtype != torch.uint8:
-                # Module.type(dst_type) casts everything; bytes may move but not change.
+                # Module.type(dst_type) casts everything. Move the bytes, but do not cast them.
                 return tensor.to(moved.device)
             return moved
 
@@ -364,27 +365,27 @@ class _Packed4bit(nn.Module):
             self._check_bytes()
 
     def _check_kinds(self, state_dict, prefix: str) -> list[str]:
-        """Entries for this module that are no dense tensors, a sentence each."""
+        """One error message for each entry of this module that is not a dense tensor."""
         errors = []
         for key in self._parameters:
             value = state_dict.get(prefix + key)
             if prefix + key not in state_dict:
                 continue
             got, own = not_stored(value), self._parameters[key]
-            # A layer that has no data itself may be given none: a dry run.
+            # In a dry run the layer itself has no data; then the entry needs none either.
             if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
                 got = NO_DATA
             if got is None and key not in _PACKED_KEYS and value.layout != torch.strided:
-                got = f"a tensor of layout {value.layout}"  # of packed ones _check_state says it
+                got = f"a tensor of layout {value.layout}"  # _check_state reports packed ones
             if got is not None:
                 errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
         return errors
 
     def _check_state(self, state_dict, prefix: str) -> list[str]:
-        """What is wrong with the packed tensors of a state dict, a sentence each."""
+        """One error message for each thing wrong with the packed tensors of a state dict."""
         name = type(self).__name__
         if not any(prefix + key in state_dict for key in _PACKED_KEYS):
-            return []  # an adapter alone, say; torch reports the key if loading is strict
+            return []  # perhaps an adapter alone; torch reports the key if loading is strict
         errors = []
         for key, size in {**self._sizes(), "weight_codebook": (_CODEBOOK_BYTES,)}.items():
             tensor = state_dict.get(prefix + key)
@@ -464,6 +465,6 @@ class _Packed4bit(nn.Module):
 
 
 def _scales_fit(nested: torch.Tensor) -> bool:
-    """Whether fp32 holds every scale that the nested statistics [offset, absmax...] can make."""
+    """Whether every scale that the nested statistics [offset, absmax...] can give fits fp32."""
     values = nested.detach().clone().view(torch.float32).abs()
     return values.numel() < 2 or bool((values[0] + values[1:].max()).isfinite())

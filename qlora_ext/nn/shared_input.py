@@ -1,8 +1,8 @@
-"""Layers that read the same x (q, k, v; gate, up) compute scaling x A^T once for all of them, if
+"""Computes scaling x A^T once for layers that read the same x (q, k, v; gate, up), if
 `add_lora(..., share_inputs=True)` asks for it.
 
-Adapted layers of one parent that may read the same x, by their names, form a `SharedInput`. Whether
-they do read the same x shows when they run:
+Adapted layers of one parent whose names suggest the same x form a `SharedInput`. Whether they do
+read the same x shows when they run:
 
     q(x)   computes S = scaling x [A_q; A_k; A_v]^T and takes its columns
     k(x)   the same tensor, unchanged: takes its columns
@@ -14,9 +14,9 @@ them. So each layer has its own graph, and outputs and gradients are those of la
 nothing. A wrong group costs a little work and gives no wrong number. With dropout active, each
 layer draws its own mask and computes its own product.
 
-"Unchanged" is what torch knows of x and of A: the count of writes, address, dtype, shape and
-strides. A write that torch does not count (through `.data`, NumPy or another pointer), between the
-calls of two siblings, is not seen.
+"Unchanged" means that torch reports the same count of writes, address, dtype, shape and strides for
+x and for A. If something writes to them between the calls of two siblings in a way that torch does
+not count (through `.data`, NumPy or another pointer), nobody notices.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .. import ops
 
 
 def _state(tensor: Tensor) -> tuple:
-    """Equal for two looks at one tensor if nothing was written to it and it is the same view."""
+    """A value that stays equal while nothing is written to the tensor and it is the same view."""
     return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _stream(x: Tensor) -> torch.cuda.Stream | None:
-    """The CUDA stream of a product with x. On another stream S may not be there yet."""
+    """The CUDA stream of a product with x. On another stream S may not be ready yet."""
     return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
 def _may_share(x: Tensor) -> bool:
-    """Whether torch tells when x changes, and S computed now can be saved for any backward."""
+    """Whether torch can tell if x changed, and any backward can save an S computed now."""
     return (
         type(x) is Tensor  # no DTensor, FakeTensor or other subclass
         and not x.is_inference()  # torch counts no writes to it
@@ -71,15 +71,15 @@ def _key(lora_A: Tensor, scaling: float) -> tuple:
 class SharedInput:
     """A group of LoraLinear4bit that may be called with the same x. See the module's docstring.
 
-    It keeps no layer alive. A copy, or what a pickle gives, starts empty: a layer that is copied
-    with its siblings joins their new group when it is first called.
+    It keeps no layer alive. A copied or unpickled group starts empty: a layer that is copied with
+    its siblings joins their new group when it is first called.
     """
 
     def __init__(self, layers: Sequence[nn.Module] = ()):
         self._layers = weakref.WeakKeyDictionary(dict.fromkeys(layers))
         # The last x, its state, and the columns that no layer has taken yet, as key -> (lora_A, S);
-        # none once x is gone. lora_A is kept so that its id stays its own. One tuple, so that
-        # threads that alternate read what belongs together.
+        # empty once x is gone. lora_A is kept so that no other tensor gets its id. It is one tuple,
+        # so that alternating threads read parts that belong together.
         self._last: tuple[Callable[[], Tensor | None], tuple, dict] = (lambda: None, (), {})
         for layer in layers:
             layer.shared_input = self
@@ -88,12 +88,12 @@ class SharedInput:
         return SharedInput, ()
 
     def __setstate__(self, state):
-        """For pickles of adapted models that were made before `share_inputs` was there."""
+        """For pickles of adapted models from before `share_inputs` existed."""
         self.__init__()
 
     def take(self, layer: nn.Module, x: Tensor, cast: Tensor) -> Tensor | None:
-        """S = scaling x A^T [..., r] of `layer`, which was called with x, or None if it has to
-        compute S itself. `cast` is x as the layer computes with it, in autocast's dtype perhaps."""
+        """S = scaling x A^T [..., r] for `layer`, which was called with x; None if the layer must
+        compute S itself. `cast` is x in the dtype that the layer computes in (maybe autocast's)."""
         lora_A = _factor(layer, cast) if _may_share(x) else None
         if lora_A is None:
             return None
@@ -110,7 +110,7 @@ class SharedInput:
 
     def _compute(self, scaling: float, x: Tensor) -> dict:
         """key -> (lora_A, S) for the layers that can multiply x by their A. A layer with another
-        scaling has another key. Nothing for one layer alone, whose op does it."""
+        scaling has another key. Empty for a single layer, whose op computes S itself."""
         layers = [layer for r in self._layers.keyrefs() if (layer := r()) is not None]
         found = [A for layer in layers if (A := _factor(layer, x)) is not None]
         factors = {_key(lora_A, scaling): lora_A for lora_A in found}
@@ -120,7 +120,7 @@ class SharedInput:
             S = ops.lora_shrink(x, torch.cat(list(factors.values())), scaling)
         parts = S.split([A.shape[0] for A in factors.values()], dim=-1)
         if x.device.type == "cpu":
-            # A product reads S once for every 32 rows of W, from L1 if its rows lie together.
-            # (q, k and v of 576 inputs, 512 rows, r = 8: apart they cost 5%. 2026-11.)
+            # A product reads S once for every 32 rows of W, from L1 if the rows of S are adjacent.
+            # (q, k and v of 576 inputs, 512 rows, r = 8: strided rows cost 5%. 2026-11.)
             parts = [part.contiguous() for part in parts]
         return dict(zip(factors, zip(factors.values(), parts, strict=True), strict=True))

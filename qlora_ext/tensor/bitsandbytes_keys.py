@@ -1,4 +1,4 @@
-"""bitsandbytes' names of a packed weight in a state dict: written, and read without trust."""
+"""Writes a packed weight under bitsandbytes' state-dict keys; reads it back and checks it all."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def entries(q, prefix: str) -> dict[str, Tensor]:
 
 
 def fields(d: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """The fields of a QuantizedTensor, packed flat; errors as of its from_state_dict."""
+    """The fields of a QuantizedTensor, with packed flat. Raises as its from_state_dict does."""
     _check_prefix("from_state_dict", prefix)
     return _StateReader(d, prefix).read()
 
@@ -74,7 +74,7 @@ class _StateReader:
         self.prefix = prefix
 
     def fail(self, what: str) -> ValueError:
-        # JSON can hold half a surrogate pair, which no terminal takes.
+        # JSON can hold half a surrogate pair, which a terminal cannot print.
         what = what.encode("utf-8", "backslashreplace").decode()
         return ValueError(f"QuantizedTensor.from_state_dict: {self.prefix}: {what}")
 
@@ -212,8 +212,8 @@ class _StateReader:
             raise self.fail(
                 f"nested_quant_map is {table.dtype} {list(table.shape)}, want 256 float32 values"
             )
-        # bitsandbytes computes the map by torch.linspace, whose last bit depends on the CPU.
-        # Neighbouring entries are at least 0.7% apart.
+        # bitsandbytes computes the map with torch.linspace, whose last bit depends on the CPU.
+        # Neighbouring entries differ by at least 0.7%, so this tolerance confuses none.
         ours = torch.tensor(_C.dynamic_map())
         if not torch.allclose(table.detach().cpu(), ours, rtol=1e-6, atol=0):
             raise self.fail("nested_quant_map differs from the signed dynamic map")
@@ -236,6 +236,6 @@ class _StateReader:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.contiguous().reshape(-1)
-    if flat.stride() != (1,):  # of one element: contiguous() leaves that
+    if flat.stride() != (1,):  # contiguous() keeps any stride of a tensor with one element
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8)

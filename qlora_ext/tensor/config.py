@@ -1,4 +1,4 @@
-"""The settings of packing."""
+"""QuantConfig: the settings for packing a weight."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class QuantConfig:
 
     quant_type: a codebook of docs/format.md ("nf4", "fp4", ...), or "custom" with `codebook`, any
         16 finite values.
-    blocksize: elements per scale, a power of two from 32 to 4096, or None for one per tensor.
+    blocksize: elements per scale, a power of two from 32 to 4096. None: one scale for the whole
+        tensor.
     double_quant: scales in 8 bits (4.127 bits per weight at block 64) instead of fp32 (4.5).
     normalization: "absmax" (w / max|w|), "standard" ((w - mean) / (std_factor * std), clipped to
         [-1, 1]; stores two statistics), or "none" (values taken as they are; no scales).
     companding: "none", "logarithmic" (sign(w) log(1 + k|w|)) or "exponential"
         (sign(w) (exp(k|w|) - 1)), both normalised to [-1, 1], with k = companding_k.
 
-    Raises ValueError for a value outside these.
+    Raises ValueError for any other value.
     """
 
     quant_type: str = "nf4"
@@ -78,7 +79,7 @@ class QuantConfig:
             "codebook",
             "16 values with quant_type 'custom', and None with any other",
         )
-        # The compiled library has the last word on values (16 of them, finite, constants in range).
+        # The compiled library checks the values: that there are 16, finite, and companding_k fits.
         try:
             _C.resolve_codebook(
                 self.quant_type, self.codebook, self.companding, float(self.companding_k)
@@ -88,19 +89,19 @@ class QuantConfig:
         check(0 < self.std_factor <= 1e6, "std_factor", "a factor in (0, 1e6]")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-able values."""
+        """The settings as values that JSON can hold."""
         fields = dataclasses.asdict(self)
         fields["codebook"] = None if self.codebook is None else list(self.codebook)
         return fields
 
     @property
     def stored_blocksize(self) -> int:
-        """Elements per scale; 0 where the tensor has one scale."""
+        """Elements per scale; 0 if the whole tensor has one scale."""
         return 0 if self.normalization == "none" else self.blocksize or 0
 
     @property
     def stores_nested(self) -> bool:
-        """Whether scales are stored in 8 bits; normalization "none" has one scale, exactly 1."""
+        """Whether scales are stored in 8 bits. Normalization "none" has one scale, exactly 1."""
         return self.double_quant and self.normalization != "none"
 
     @property
@@ -110,12 +111,12 @@ class QuantConfig:
 
     @property
     def stored_quant_type(self) -> str:
-        """The quant_type of what is stored: companding turns a named codebook into a custom one."""
+        """The quant_type that is stored. Companding turns a named codebook into a custom one."""
         return self.quant_type if self.companding == "none" else "custom"
 
     @property
     def stored_codebook(self) -> tuple[float, ...] | None:
-        """The 16 effective values of a custom codebook (fp32, by code), else None."""
+        """The 16 values of a custom codebook after companding (fp32, by code), else None."""
         if self.stored_quant_type != "custom":
             return None
         values, _ = _C.resolve_codebook(

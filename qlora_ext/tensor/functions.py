@@ -1,4 +1,4 @@
-"""The functions that make, decode and multiply by a QuantizedTensor."""
+"""Functions that make a QuantizedTensor, decode it and multiply by it."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def quantize_4bit(
     weight: any shape and strides, float32, float16 or bfloat16, on the CPU or a CUDA device.
     Returns a QuantizedTensor on the same device, with the same bytes on every backend.
 
-    On a GPU this reads one flag back (it waits for the device) and cannot be captured in a graph.
+    On a GPU this waits for the device to read one flag back, so a graph cannot capture it.
 
-    Raises ValueError for a setting out of range or a weight without data, TypeError for a dtype
-    or layout it cannot take, RuntimeError naming the index of a NaN or Inf weight.
+    Raises ValueError if a setting is out of range or weight has no data, TypeError for a dtype or
+    layout it cannot take, and RuntimeError for a NaN or Inf weight, with its index.
     """
     return quantize_tensor(
         weight,
@@ -66,7 +66,7 @@ def quantize_4bit(
 
 
 def quantize_tensor(weight: Tensor, config: QuantConfig) -> QuantizedTensor:
-    """`quantize_4bit` with its settings in a QuantConfig."""
+    """As `quantize_4bit`, with the settings in a QuantConfig."""
     _check_weight(weight)
     packed, absmax, mean = torch.ops.qlora_ext.quantize_4bit.default(
         weight.detach(),
@@ -101,11 +101,11 @@ def dequantize_4bit(
 
     dtype: float32, float16 or bfloat16; None takes out's, else q.dtype. out: a contiguous tensor
     of q.shape to write into. A value beyond dtype's range (65,504 for float16) becomes an infinity,
-    as in torch's own `.to(dtype)`: this op checks nothing per value. The functions that put dense
-    weights into a model or file (merge_and_unload, model.dequantize) refuse it.
+    as in torch's own `.to(dtype)`: this op checks no values. The functions that put dense weights
+    into a model or file (merge_and_unload, model.dequantize) raise an error instead.
 
-    Raises RuntimeError if the statistics do not fit the shape, or `out` does not; ValueError if
-    `dtype` contradicts `out`.
+    Raises RuntimeError if the statistics or `out` do not fit the shape, and ValueError if `dtype`
+    contradicts `out` or `out` requires grad.
     """
     if out is not None and out.requires_grad:
         raise ValueError("dequantize_4bit: out requires grad, want a tensor that does not")
@@ -123,26 +123,26 @@ def _op_args(function: str, q: QuantizedTensor) -> ops.W4:
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on, as torch's own linear would take it."""
-    # Asked without a device first, which costs a tenth of a small layer; and "meta" is not one
-    # that autocast knows.
+    """x in autocast's dtype if autocast is on, as torch's own linear casts it."""
+    # Ask without a device first: asking for one takes a tenth of a small layer's time. autocast
+    # does not know the device "meta".
     if (
         torch._C._is_any_autocast_enabled()
         and x.device.type != "meta"
         and torch.is_autocast_enabled(x.device.type)
-        and x.dtype in FLOAT_DTYPES  # it leaves integers and float64 alone
+        and x.dtype in FLOAT_DTYPES  # autocast leaves integers and float64 alone
     ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias, decoding W inside the multiplication.
+    """y = x W^T + bias; W is decoded inside the multiplication.
 
-    x [..., K] float32, bfloat16 or float16; q.shape [N, K]; bias [N] or None. Returns [..., N] of
-    x's dtype (autocast's, where it is on), accumulated in fp32 and rounded once. Differentiable in
-    x and bias; the saved tensors are the packed bytes. Raises RuntimeError naming a shape, dtype or
-    device that does not fit.
+    x [..., K] float32, bfloat16 or float16; q.shape [N, K]; bias [N] or None. Returns [..., N] in
+    x's dtype (autocast's, if it is on), accumulated in fp32 and rounded once. Differentiable in x
+    and bias; for the backward only the packed bytes are saved. Raises RuntimeError, which names the
+    shape, dtype or device that does not fit.
     """
     check_input("linear_4bit", x=x)
     return ops.gemm_4bit(to_autocast_dtype(x), _op_args("linear_4bit", q), bias)
@@ -159,10 +159,10 @@ def lora_linear_4bit(
 ) -> Tensor:
     """y = x W^T + bias + scaling (dropout(x) A^T) B^T: a 4-bit layer with its LoRA bypass fused in.
 
-    lora_A [r, K] and lora_B [N, r] of one dtype (float32 is what fine-tuning wants, also with
-    bfloat16 or float16 x), scaling = alpha / r (LoRA, arXiv 2106.09685). `dropout` is the
-    probability of zeroing an element of the bypass's input; it is always applied when > 0, so
-    pass 0 for evaluation. Otherwise as `linear_4bit`; differentiable in x, lora_A, lora_B, bias.
+    lora_A [r, K] and lora_B [N, r] have one dtype (use float32 for fine-tuning, even if x is
+    bfloat16 or float16); scaling = alpha / r (LoRA, arXiv 2106.09685). `dropout` is the probability
+    of zeroing an element of the bypass's input. It is applied whenever it is > 0, so pass 0 for
+    evaluation. The rest is as in `linear_4bit`; differentiable in x, lora_A, lora_B, bias.
     Raises ValueError for a scaling that is not finite or does not fit float32.
     """
     check_input("lora_linear_4bit", x=x, lora_A=lora_A, lora_B=lora_B)
@@ -180,9 +180,9 @@ def merge_lora_4bit(
 ) -> Tensor:
     """dequantize(W) + scaling B A, summed in fp32 and rounded once to `dtype`: a dense [N, K].
 
-    lora_A [r, K], lora_B [N, r] of one dtype. Raises RuntimeError for shapes that do not fit,
-    ValueError for a scaling that is not finite or does not fit float32. A sum beyond float16's
-    range becomes an infinity here; merge_and_unload names the layer instead.
+    lora_A [r, K] and lora_B [N, r] have one dtype. Raises RuntimeError for shapes that do not fit,
+    ValueError for a scaling that is not finite or does not fit float32. A sum beyond dtype's range
+    becomes an infinity here; merge_and_unload raises an error that names the layer instead.
     """
     check_input("merge_lora_4bit", lora_A=lora_A, lora_B=lora_B)
     scaling = check_scaling("merge_lora_4bit", scaling)

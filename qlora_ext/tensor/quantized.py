@@ -1,8 +1,8 @@
-"""A 4-bit tensor as plain bytes.
+"""QuantizedTensor: a 4-bit tensor as plain bytes.
 
-The layout is bitsandbytes' (docs/format.md): `packed` holds two codes a byte, one scale per
-`blocksize` elements, the scales themselves in 8 bits when double-quantized. Nothing here is a
-tensor subclass: the fields are plain frozen uint8 tensors.
+The layout is bitsandbytes' (docs/format.md): two codes a byte, one scale per `blocksize` elements,
+and the scales themselves in 8 bits if double-quantized. It is not a tensor subclass; its fields are
+plain uint8 tensors.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def view_matrix(packed: Tensor, shape) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in 4 bits: `QuantizedTensor.shape` logical elements of `dtype`, as bytes.
+    """A tensor in 4 bits, which stands for a dense one of `shape` and `dtype`.
 
     packed: uint8, two codes a byte, high nibble first; [out, in / 2] for a matrix with an even
         number of columns, else flat [ceil(numel / 2)].
-    absmax: uint8: 8-bit scale codes [num_blocks] if `nested` is there, else fp32 bytes.
+    absmax: uint8, 8-bit scale codes [num_blocks] if `nested` is not None, else fp32 bytes.
     nested: uint8, fp32 bytes: the scales' mean, then one scale per 256 codes; or None.
     mean: uint8, fp32 bytes, one mean per block (normalization "standard"); or None.
-    blocksize: elements per scale, 0 for one per tensor.
+    blocksize: elements per scale; 0: one scale for the whole tensor.
     codebook: the 16 values, for quant_type "custom"; else None.
     """
 
@@ -52,7 +52,7 @@ class QuantizedTensor:
     codebook: tuple[float, ...] | None = None
 
     def op_args(self) -> ops.W4:
-        """The weight's arguments to torch.ops.qlora_ext.*, in schema order."""
+        """The arguments of torch.ops.qlora_ext.* that describe the weight, in schema order."""
         return (
             self.packed,
             self.absmax,
@@ -69,12 +69,12 @@ class QuantizedTensor:
         return self.packed.device
 
     def numel(self) -> int:
-        """Logical elements."""
+        """The number of logical elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: codes and every statistic."""
+        """Stored bytes: codes and all statistics."""
         return sum(
             t.nbytes for t in (self.packed, self.absmax, self.nested, self.mean) if t is not None
         )
@@ -90,7 +90,7 @@ class QuantizedTensor:
         return self.codebook or tuple(_C.codebooks()[self.quant_type])
 
     def to(self, *args, **kwargs) -> QuantizedTensor:
-        """Moves to a device and/or changes `dtype`, that of dequantize_4bit's default output; takes
+        """Moves to a device, changes `dtype` (of dequantize_4bit's default output), or both. Takes
         torch.Tensor.to's arguments. The stored bytes never change."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype not in _DTYPES.values():
@@ -123,18 +123,19 @@ class QuantizedTensor:
         """bitsandbytes' state-dict entries: `prefix`, `prefix.absmax`, `prefix.quant_map`,
         `prefix.nested_absmax`, `prefix.nested_quant_map`, `prefix.quant_state.bitsandbytes__nf4`.
 
-        Codebooks and statistics that bitsandbytes does not have (any quant_type but nf4 and fp4,
-        `mean`) are stored in the same way under names it will refuse.
+        What bitsandbytes does not have (any quant_type but nf4 and fp4, `mean`) is stored in the
+        same way, under names that bitsandbytes refuses.
         """
         return bitsandbytes_keys.entries(self, prefix)
 
     @classmethod
     def from_state_dict(cls, d: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
-        """Reads what `state_dict` or bitsandbytes wrote, any quant_storage. Nothing is trusted: a
-        wrong size, an unknown type, a tensor whose memory does not hold its values (quantized by
-        torch, nested, sparse, conjugate, negative) or a hostile description is a ValueError, a
-        missing key a KeyError, and each names what it is about. TypeError unless d is a mapping and
-        prefix a str."""
+        """Reads what `state_dict` or bitsandbytes wrote, with any quant_storage.
+
+        It trusts nothing. Raises ValueError for a wrong size, an unknown type, a hostile
+        description, or a tensor whose memory does not hold its values (quantized by torch, nested,
+        sparse, conjugate, negative), and KeyError for a missing key; the error names the entry.
+        Raises TypeError unless d is a mapping and prefix a str."""
         if not isinstance(d, Mapping):
             raise TypeError(
                 f"QuantizedTensor.from_state_dict: d is a {type(d).__name__}, want a mapping of "

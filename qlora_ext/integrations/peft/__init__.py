@@ -1,4 +1,4 @@
-"""The plug-in for PEFT: its tuners train and merge on packed layers.
+"""The plug-in for PEFT: makes its tuners train and merge on packed layers.
 
 Importing it wraps the functions of PEFT that attach.py lists.
 """

@@ -1,25 +1,26 @@
-"""What is wrapped in PEFT, so that its tuners train and merge on packed weights.
+"""Wraps functions of PEFT, so that its tuners train and merge on packed weights.
 
-PEFT has no registry that outlives one config, so a few of its functions are wrapped, once, by
-`attach()`. What is wrapped is the table at its foot, and nothing else of PEFT is touched:
+PEFT has no registry that outlives one config, so `attach()` wraps some of its functions, once.
+These are the functions, and what the wrapped ones do:
 
-    {Lora,AdaLora}Model._create_new_module   a packed layer gets `PeftLoraLinear4bit` or AdaLoRA's,
-                                             a packed embedding `LoraEmbedding4bit`
-    resolve_quantization_backend    BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
-    dequantize_module_weight        DoRA's norms
-    <tuner>._create_and_replace     any other tuner is refused
+    {Lora,AdaLora}Model._create_new_module   gives a packed layer `PeftLoraLinear4bit` or
+                                             AdaLoRA's, a packed embedding `LoraEmbedding4bit`
+    resolve_quantization_backend    lets BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
+    dequantize_module_weight        dequantizes packed weights, for DoRA's norms
+    <tuner>._create_and_replace     refuses all other tuners
+    <tuner>.inject_adapter          undoes its changes if it raises
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
-    BaseTuner.{merge,unmerge}_adapter        a sharded or offloaded model is refused
-    PeftModel.save_pretrained                the same, unless it is given a state_dict; what is
-                                             offloaded is fetched, NaN and Inf are refused
-    LoraModel.add_weighted_adapter           one that is not finite is refused
-    {ModulesToSaveWrapper,TrainableTokensLayer}.__init__   a packed layer is refused
-    {get,set}_peft_model_state_dict          a packed embedding is stored and read as a dense
-                                             table; NaN and Inf are not read
+    BaseTuner.{merge,unmerge}_adapter        refuse a sharded or offloaded model
+    PeftModel.save_pretrained                refuses a sharded model unless given a state_dict;
+                                             fetches offloaded weights; refuses NaN and Inf
+    LoraModel.add_weighted_adapter           refuses an adapter that is not finite
+    {ModulesToSaveWrapper,TrainableTokensLayer}.__init__   refuse a packed layer
+    {get,set}_peft_model_state_dict          write and read a packed embedding as a dense table;
+                                             refuse to read NaN and Inf
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
-    prepare_model_for_kbit_training          its checkpointing, without its fp32 copies
-    hotswap_adapter_from_state_dict          NaN and Inf are not swapped in
-    replace_lora_weights_loftq               LoftQ's start, against our quantizer
+    prepare_model_for_kbit_training          sets up checkpointing, without PEFT's fp32 copies
+    hotswap_adapter_from_state_dict          refuses NaN and Inf
+    replace_lora_weights_loftq               does LoftQ's start with our quantizer
 
 Source: peft/tuners/lora/{model,layer,bnb}.py and peft/utils/quantization_utils.py of PEFT 0.21.
 """
@@ -62,7 +63,7 @@ def _subclasses(cls: type) -> set[type]:
 
 
 def _replace_everywhere(function, wrap) -> None:
-    """Puts wrap(function) wherever PEFT or TRL hold `function`: they import it by name."""
+    """Puts wrap(function) wherever a module of PEFT or TRL has imported `function` by name."""
     wrapper = wrap(function)
     for name, module in list(sys.modules.items()):
         if module is None or name.partition(".")[0] not in ("peft", "trl"):
@@ -73,10 +74,10 @@ def _replace_everywhere(function, wrap) -> None:
 
 
 def attach() -> None:
-    """Wraps the functions of PEFT that this file's head lists. Idempotent.
+    """Wraps the functions of PEFT listed at the top of this file. Idempotent.
 
     Raises:
-        AttributeError, ImportError: a PEFT that lacks one of them.
+        AttributeError, ImportError: this PEFT lacks one of them.
     """
     if isinstance(vars(lora.LoraModel).get("_qlora_ext_attached"), bool):
         return

@@ -1,4 +1,4 @@
-"""PEFT's adapter files: written, read and combined with packed layers in the model."""
+"""Wraps PEFT's functions that write, read and combine adapters, for models with packed layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .stand_in import _check_whole
 
 
 def _save_pretrained(original):
-    """Wraps `PeftModel.save_pretrained`, which reads the state of the model if it is given none."""
+    """Wraps `PeftModel.save_pretrained`, which reads the model's state if state_dict is None."""
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
@@ -42,8 +42,8 @@ def _save_pretrained(original):
 
 
 def _check_written(state: dict[str, torch.Tensor], prefix: str, adapters: list[str]) -> None:
-    """OverflowError, before anything is written, for a NaN or an infinity in what is to be saved of
-    some adapters: what we would refuse to read."""
+    """Raises OverflowError, before anything is written, for a NaN or an infinity in the adapters to
+    save. We would refuse to read such a file."""
     kinds = (prefix, "modules_to_save.", "trainable_tokens_")
     for key, tensor in state.items():
         saved = any(f".{name}." in f"{key}." for name in adapters)
@@ -52,7 +52,7 @@ def _check_written(state: dict[str, torch.Tensor], prefix: str, adapters: list[s
 
 
 def _check_combined(original):
-    """Wraps `LoraModel.add_weighted_adapter`: an adapter that is not finite is taken away again."""
+    """Wraps `LoraModel.add_weighted_adapter`. It removes the new adapter if it is not finite."""
 
     @functools.wraps(original)
     def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs):
@@ -79,8 +79,8 @@ def _check_combined(original):
 
 
 def _fetched_state(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """The model's state dict in which what may be saved is fetched from where it is offloaded:
-    names with `prefix` in them, embeddings and the head."""
+    """The model's state dict, with offloaded tensors fetched if PEFT may save them: those with
+    `prefix` in their name, embeddings and the head."""
     state = model.state_dict()
     head = output_embeddings(model)
     for name, module in model.named_modules():
@@ -97,9 +97,9 @@ def _packed_tables(model: torch.nn.Module) -> dict[str, Embedding4bit]:
 
 
 def _get_state_dict(original):
-    """Wraps `get_peft_model_state_dict`: where PEFT stores an embedding beside the adapter
-    (`save_embedding_layers`), its packed tensors become the dense table that they stand for, which
-    PEFT can load onto any base."""
+    """Wraps `get_peft_model_state_dict`. If PEFT stores an embedding with the adapter
+    (`save_embedding_layers`), this replaces its packed tensors by the dense table, which PEFT can
+    load onto any base."""
 
     @functools.wraps(original)
     def get_peft_model_state_dict(model, *args, **kwargs):
@@ -108,7 +108,7 @@ def _get_state_dict(original):
             parts = {key: state.get(f"{name}.{key}") for key in _PACKED_KEYS}
             if parts["weight"] is None or parts["weight_absmax"] is None:
                 continue
-            # The tensors that were given: they may have been gathered from several processes.
+            # Use the tensors in state: they may have been gathered from several processes.
             q = dataclasses.replace(
                 table.quantized,
                 packed=parts["weight"],
@@ -125,8 +125,8 @@ def _get_state_dict(original):
 
 
 def _set_state_dict(original):
-    """Wraps `set_peft_model_state_dict`: an embedding stored beside the adapter is packed as the
-    model's own is, unless it is the one that the model has."""
+    """Wraps `set_peft_model_state_dict`. An embedding stored with the adapter is packed like the
+    model's own, unless it equals the model's own."""
 
     @functools.wraps(original)
     def set_peft_model_state_dict(model, peft_model_state_dict, *args, **kwargs):
@@ -135,7 +135,7 @@ def _set_state_dict(original):
             _check_read(state)
         tables = []
         for name, table in _packed_tables(model).items():
-            # An embedding without adapter here may have had one where it was stored, or none.
+            # The embedding may have had an adapter when it was stored, whether or not it has now.
             plain = name.removesuffix(".base_layer")
             for key in (f"{plain}.weight", f"{plain}.base_layer.weight"):
                 if key in state and state[key].is_floating_point():
@@ -159,7 +159,7 @@ def _set_state_dict(original):
 
 
 def _check_swapped(original):
-    """Wraps `hotswap_adapter_from_state_dict`: nothing is swapped if a value is not finite."""
+    """Wraps `hotswap_adapter_from_state_dict`. It swaps nothing if a value is not finite."""
 
     @functools.wraps(original)
     def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
@@ -173,7 +173,7 @@ def _check_swapped(original):
 
 
 def _check_read(state: dict[str, torch.Tensor], op: str = "set_peft_model_state_dict") -> None:
-    """ValueError for a tensor of an adapter with a NaN or Inf."""
+    """Raises ValueError if a tensor of an adapter has a NaN or Inf."""
     for key, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             continue
@@ -182,7 +182,7 @@ def _check_read(state: dict[str, torch.Tensor], op: str = "set_peft_model_state_
 
 
 def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
-    """ValueError for a table of another size than the model's."""
+    """Raises ValueError if a table has another size than the model's."""
     N, K = table._shape
     if tuple(dense.shape) != (N, K):
         raise ValueError(
@@ -193,21 +193,21 @@ def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
 
 
 def load_adapters(path: str | Path, base: Any = None, is_trainable: bool = False, **kwargs: Any):
-    """A saved adapter on its 4-bit base, in one call, for a fresh process.
+    """Loads a saved adapter and its 4-bit base in one call.
 
     Args:
         path: folder that `save_pretrained` of a PEFT model wrote.
-        base: the loaded base model, or its folder or hub name; None takes the name that the
-            adapter's config recorded.
+        base: the loaded base model, or its folder or hub name; None takes the name in the adapter's
+            config.
         is_trainable: continue training the adapter.
-        kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, e.g. dtype, device_map or
-            quantization_config=QLoraExtConfig() where the base is an unquantized model.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, e.g. dtype, device_map, or
+            quantization_config=QLoraExtConfig() if the base is an unquantized model.
 
     Returns:
         the `peft.PeftModel`.
 
     Raises:
-        ValueError: no base was given and the config names none.
+        ValueError: no base was given and the config does not name one.
     """
     config = peft.PeftConfig.from_pretrained(path)
     base = base if base is not None else config.base_model_name_or_path

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers over packed weights, through our fused op."""
+"""PEFT's LoRA and AdaLoRA layers on packed weights; plain LoRA runs through our fused op."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from .stand_in import (
 
 
 class _FiniteScales:
-    """Of a LoRA layer: no scale that is not finite, which would make NaNs of all outputs."""
+    """A mixin for LoRA layers that refuses scales that are not finite: all outputs would be NaN."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """As PEFT's. ValueError for a scale that is not finite or does not fit float32."""
+        """As PEFT's. Raises ValueError for a scale that is not finite or does not fit float32."""
         check_scaling(f"set_scale: {self._name}", scale, "scale")
         super().set_scale(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
-        """As PEFT's. ValueError for a scale that is not finite or does not fit float32."""
+        """As PEFT's. Raises ValueError for a scale that is not finite or does not fit float32."""
         check_scaling(f"scale_layer: {self._name}", scale, "scale")
         super().scale_layer(scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """As PEFT's. ValueError for a scale that is zero, not finite or does not fit float32."""
+        """As PEFT's. Raises ValueError for a scale that is zero, not finite or too big for fp32."""
         if scale is not None:
             check_scaling(f"unscale_layer: {self._name}", scale, "scale")
             check_scaling(
@@ -58,7 +58,7 @@ class _FiniteScales:
         super().unscale_layer(scale)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, *args, **kwargs) -> None:
-        """As PEFT's. ValueError for a lora_alpha that is not finite or does not fit float32."""
+        """As PEFT's. Raises ValueError if lora_alpha is not finite or does not fit float32."""
         check_scaling(f"LoraConfig: {self._name}", lora_alpha, "lora_alpha")
         super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
 
@@ -66,9 +66,9 @@ class _FiniteScales:
 class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
     """PEFT's LoRA layer on a `Linear4bit`.
 
-    Plain adapters go through the fused op: y = W x + s B A x in one pass over the packed weight, in
-    the dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with
-    hooks take PEFT's general path.
+    Plain adapters use the fused op: y = W x + s B A x in one pass over the packed weight, in the
+    dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with hooks
+    use PEFT's own forward.
     """
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
@@ -81,15 +81,15 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
         return {key: value for key, value in super().lora_variants.items() if key in supported}
 
     def _fused_adapters(self) -> list[str] | None:
-        """The active adapters if the fused op computes them, else None.
+        """The active adapters if the fused op can compute them, else None.
 
-        Reads nn.Module's dicts: through __getattr__ this would cost more than a small product.
+        It reads nn.Module's dicts, because __getattr__ would take longer than a small product.
         """
         modules = self._modules
         base = modules["base_layer"]
         if self._disable_adapters or self.merged_adapters or not isinstance(base, Linear4bit):
             return None
-        # A hook on a submodule (offloading, sharding, a user's) is only run if that is called.
+        # Hooks on submodules (offloading, sharding, a user's) only run if the submodule is called.
         if base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__:
             return None
         lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -101,13 +101,13 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
             A, B = lora_A[name], lora_B[name]
             if A._forward_hooks or A._forward_pre_hooks or B._forward_hooks or B._forward_pre_hooks:
                 return None
-        # With one x A^T for several adapters there is one dropout mask.
+        # Several adapters in one x A^T would share one dropout mask.
         if len(names) != 1 and any(self._dropout(name) for name in names):
             return None
         return names or None
 
     def _dropout(self, name: str) -> float:
-        """The probability with which the adapter's input is dropped now."""
+        """The dropout probability of the adapter's input, 0 in evaluation."""
         if not self.training:
             return 0.0
         dropout = self._modules["lora_dropout"]._modules[name]
@@ -126,7 +126,7 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
             base = self._modules["base_layer"]
             if not self.lora_variant or not is_offloaded(base):
                 return super().forward(x, *args, **kwargs)
-            with loaded(base):  # PEFT's variants read the bias when the base layer has run
+            with loaded(base):  # PEFT's variants read the bias after the base layer has run
                 return super().forward(x, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._fused(x, names, True)
@@ -137,7 +137,7 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
             raise
 
     def _fused(self, x: torch.Tensor, names: list[str], is_traced: bool) -> torch.Tensor:
-        """The layer and its active adapters in one op."""
+        """Computes the layer and its active adapters in one op."""
         lora_A, lora_B, scaling = self._stacked(names)
         base = self._modules["base_layer"]
         bias = base._parameters["bias"]
@@ -146,8 +146,8 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
         return ops.lora_linear(base._input(x), w4, lora_A, lora_B, scaling, bias, dropout)
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling, a number
-        or the 0-d tensor that PEFT's `prepare_model_for_compiled_hotswap` makes of it."""
+        """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling. That is a
+        number, or a 0-d tensor after PEFT's `prepare_model_for_compiled_hotswap`."""
         A, B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
         if len(names) == 1:
             (name,) = names
@@ -158,8 +158,8 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
 
     @contextlib.contextmanager
     def _dense_base(self):
-        """For initialisations that read and change the base weight: a dense layer within, its
-        weight packed again at the end if it changed."""
+        """A context with a dense base layer, for initialisations that read and change the base
+        weight. At the end the weight is packed again if it changed."""
         packed = _packed_base(self)
         holder = _innermost(self)
         dense = dense_linear(packed, dequantize(packed))
@@ -173,7 +173,7 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
             holder.base_layer = Linear4bit.from_linear(dense, packed.config).to(packed.dtype)
 
     def olora_init(self, adapter_name: str) -> None:
-        """OLoRA: B A takes the weight's leading QR part, and what remains is packed again."""
+        """OLoRA: B A takes the leading part of the weight's QR, and the rest is packed again."""
         with self._dense_base():
             super().olora_init(adapter_name)
 
@@ -183,21 +183,21 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
             super().orthogonal_init(adapter_name)
 
     def loftq_init(self, adapter_name: str, config) -> None:
-        """Refused: PEFT's would take the packed bytes for weights."""
+        """Raises ValueError: PEFT's would read the packed bytes as weights."""
         raise ValueError(
             "init_lora_weights='loftq' needs the unquantized weight; on a 4-bit layer use "
             "peft.replace_lora_weights_loftq(model, folder of the unquantized model)"
         )
 
     def lora_ga_init(self, adapter_name: str, lora_ga_config) -> None:
-        """Refused where gradients were gathered: PEFT's would subtract from the packed bytes."""
+        """Raises ValueError if gradients were gathered: PEFT would subtract from packed bytes."""
         if hasattr(self.get_base_layer(), "_peft_loraga_grad"):
             raise ValueError("init_lora_weights='lora_ga' needs the unquantized weight")
         super().lora_ga_init(adapter_name, lora_ga_config)
 
 
 class _DoraEmbedding(DoraEmbeddingLayer):
-    """PEFT's layer of magnitudes, whose forward reads the table of the base layer."""
+    """PEFT's DoRA magnitudes. Their forward gets the dequantized table of the base layer."""
 
     def forward(self, x, *, base_layer, **kwargs):
         table = types.SimpleNamespace(weight=dequantize(base_layer))
@@ -208,15 +208,15 @@ class _DoraEmbeddingVariant(DoraEmbeddingVariant):
     @staticmethod
     def init(module, adapter_name: str, **kwargs):
         DoraEmbeddingVariant.init(module, adapter_name, **kwargs)
-        # PEFT's init makes its own class and gives no way to name another.
+        # PEFT's init makes its own class, and there is no way to choose another.
         module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
 
 
 class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
-    """PEFT's LoRA layer on an `Embedding4bit`: its forward as it is, merging as in LoRA.
+    """PEFT's LoRA layer on an `Embedding4bit`, with PEFT's forward and our merging.
 
-    The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]; the
-    table is W + scaling A^T B^T.
+    The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]. The
+    adapted table is W + scaling A^T B^T.
     """
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
@@ -228,8 +228,8 @@ class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
         return {(): None, ("use_dora",): _DoraEmbeddingVariant}
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Several adapters as one, in the roles of a [num_embeddings, dim] layer's: A [sum of r,
-        dim], B [num_embeddings, sum of r], and the scaling."""
+        """Several adapters as one, as A and B of a [num_embeddings, dim] layer: A [sum of r, dim],
+        B [num_embeddings, sum of r], and the scaling."""
         A, B = self.lora_embedding_B, self.lora_embedding_A
         if len(names) == 1:
             (name,) = names
@@ -239,7 +239,7 @@ class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
         return lora_A, lora_B, 1.0
 
     def loftq_init(self, adapter_name: str, *args) -> None:
-        """Refused: PEFT's would take the packed bytes for weights."""
+        """Raises ValueError: PEFT's would read the packed bytes as weights."""
         raise ValueError(
             f"init_lora_weights='loftq' on {self._name} needs the unquantized weight; a packed "
             "embedding starts with init_lora_weights=True, or stays dense without "
@@ -248,14 +248,14 @@ class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
 
 
 class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
-    """PEFT's AdaLoRA layer on a `Linear4bit`: its forward as it is, merging as in LoRA."""
+    """PEFT's AdaLoRA layer on a `Linear4bit`, with PEFT's forward and our merging."""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
         self._name = target_name or type(self).__name__
         super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As `LoraLinear4bit.merge`."""
+        """As PeftLoraLinear4bit's merge."""
         check_whole(f"merge: {self._name}", self)
         check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
         for name in check_adapters_to_merge(self, adapter_names):
@@ -287,7 +287,7 @@ def _create_lora_module(original):
         if isinstance(base, Embedding4bit):
             return LoraEmbedding4bit(target, adapter_name, config=lora_config, **kwargs)
         if lora_config.fan_in_fan_out:
-            # A GPT-2 layer is a Conv1D, [in, out]; packed it is an ordinary [out, in] layer.
+            # GPT-2's layers are Conv1D, [in, out]. Packed they are ordinary [out, in] layers.
             lora_config.fan_in_fan_out = False
         if lora_config.peft_type == peft.PeftType.ADALORA:
             kwargs.pop("device_map", None)

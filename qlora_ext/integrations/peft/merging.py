@@ -1,4 +1,4 @@
-"""PEFT's merges of adapters on packed layers: into 16 bits, and into 4."""
+"""PEFT's merges of adapters on packed layers, into 16 bits and into 4 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .stand_in import _check_whole, _merge_to_4bit
 
 
 def _refuse_merged(model: torch.nn.Module) -> None:
-    """ValueError where a dense layer stands in: without its adapters it would stay for good."""
+    """Raises ValueError if a dense layer stands in for a packed one: unload() would leave it there
+    for good, with its adapters merged."""
     for name, module in model.named_modules():
         if "_qlora_ext_packed" not in module.__dict__ or isinstance(module.base_layer, _Packed4bit):
             continue
@@ -33,7 +34,7 @@ def _refuse_merged(model: torch.nn.Module) -> None:
 
 
 def _check_mergeable(op: str, model: torch.nn.Module) -> None:
-    """ValueError for a sharded or offloaded model with packed layers."""
+    """Raises ValueError for a sharded or offloaded model with packed layers."""
     _check_whole(op, model)
     if any(isinstance(module, _Packed4bit) for module in model.modules()):
         check_in_memory(op, model, IN_MEMORY)
@@ -60,7 +61,7 @@ def _merge_and_unload(original):
             if any(isinstance(m, _Packed4bit) for m in self.model.modules()):
                 _check_unadapted(self.model, self.prefix)
                 if len(args) < 2:
-                    kwargs["safe_merge"] = True  # of the dense layers too, which PEFT merges
+                    kwargs["safe_merge"] = True  # for the dense layers too, which PEFT merges
         else:
             _refuse_merged(self.model)
         model = original(self, merge, *args, **kwargs)
@@ -72,8 +73,8 @@ def _merge_and_unload(original):
 
 
 def _check_unadapted(model: torch.nn.Module, prefix: str) -> None:
-    """ValueError, before PEFT changes anything, for a value without adapter that its dtype cannot
-    hold: of a norm, a bias, or a packed layer that becomes dense. Merging checks the others."""
+    """Raises ValueError, before PEFT changes anything, if a weight without an adapter does not fit
+    its dtype: a norm, a bias, or a packed layer that becomes dense. Merging checks the others."""
     adapters = {name for name, _ in model.named_parameters() if prefix in name}
     try:
         check_parameters("merge_and_unload", model, skipped=adapters)
@@ -89,7 +90,7 @@ def _check_unadapted(model: torch.nn.Module, prefix: str) -> None:
 
 
 def adapted_model(model: torch.nn.Module) -> AdaptedModel | None:
-    """The adapters of a PeftModel on packed layers, for merge_into_4bit; None for another model."""
+    """The adapters of a PeftModel on packed layers, for merge_into_4bit; None for other models."""
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return None
 
@@ -136,7 +137,7 @@ def _adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             )
         if active:
             A, B, scaling = module._stacked(active)
-            # A number, also where PEFT's hot-swapping made it a tensor.
+            # float(): PEFT's hot-swapping may have made the scaling a tensor.
             lora = (A.detach().float(), B.detach().float(), float(scaling))
             layers.append(AdaptedLayer(name, module, module.get_base_layer(), lora))
     return layers
@@ -150,7 +151,7 @@ def _unload(model: nn.Module) -> nn.Module:
         if isinstance(module, BaseTunerLayer)
         and not isinstance(module.get_base_layer(), Linear4bit)
     ]
-    before = []  # safe_merge puts new tensors into the parameters: the old ones stay what they are
+    before = []  # the old tensors; safe_merge puts new ones into the parameters
     try:
         for module in dense:
             weights = [(p, p.data) for p in module.get_base_layer().parameters()]

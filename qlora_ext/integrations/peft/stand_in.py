@@ -1,6 +1,6 @@
-"""The dense layer that stands in for a packed one while adapters of PEFT are merged.
+"""Puts a dense layer in a packed layer's place (a stand-in) while PEFT's adapters are merged.
 
-The packed layer is kept as it was: unmerging puts the same bytes back.
+The packed layer is kept, so unmerging puts the same bytes back.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _merge_to_4bit = contextvars.ContextVar("qlora_ext_merge_to_4bit", default=False
 
 @contextlib.contextmanager
 def merging_to_4bit():
-    """Within this context PEFT's merges requantize the result instead of leaving 16 bits.
+    """A context in which PEFT's merges requantize the result instead of leaving it in 16 bits.
 
-    Requantizing a short fine-tune's weights was measured to keep 5 to 10% of its gain: the change
-    of a weight is far below the distance of two 4-bit levels. Each merge warns of it.
+    Requantizing keeps only 5 to 10% of a short fine-tune's gain (measured), because the fine-tune
+    changes a weight by far less than the distance between two 4-bit levels. Each merge warns.
     """
     token = _merge_to_4bit.set(True)
     try:
@@ -42,7 +42,7 @@ def merging_to_4bit():
 
 
 def _innermost(layer: BaseTunerLayer) -> BaseTunerLayer:
-    """The tuner layer that holds the base layer itself (tuners can be nested)."""
+    """The tuner layer that holds the base layer itself. Tuner layers can be nested."""
     while isinstance(layer.base_layer, BaseTunerLayer):
         layer = layer.base_layer
     return layer
@@ -56,7 +56,8 @@ def _packed_base(layer: BaseTunerLayer) -> _Packed4bit:
 
 
 def _dense(packed: _Packed4bit, dtype: torch.dtype, weight=None) -> torch.nn.Module:
-    """The packed layer as a frozen nn.Linear or nn.Embedding; weight: None dequantizes its own."""
+    """The packed layer as a frozen nn.Linear or nn.Embedding with weight, or with its own
+    dequantized weight if None."""
     weight = dequantize_4bit(packed.quantized, dtype) if weight is None else weight
     make = dense_linear if isinstance(packed, Linear4bit) else dense_embedding
     return make(packed, weight)
@@ -70,7 +71,8 @@ def _repacked(dense: torch.nn.Module, packed: _Packed4bit) -> _Packed4bit:
 
 
 def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
-    """Puts `weight` in the packed layer's place: dense, or packed again if asked for."""
+    """Puts a layer with `weight` in the packed layer's place. It is dense, or packed again within
+    merging_to_4bit()."""
     packed = _packed_base(layer)
     stand_in = _dense(packed, weight.dtype, weight)
     if _merge_to_4bit.get():
@@ -81,13 +83,14 @@ def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
         )
         stand_in = _repacked(stand_in, packed)
     holder = _innermost(layer)
-    # In a list, so that it is no submodule: state_dict and parameters() are the stand-in's.
+    # Keep it in a list, so that it is not a submodule: state_dict and parameters() are then the
+    # stand-in's.
     holder.__dict__["_qlora_ext_packed"] = [packed]
     holder.base_layer = stand_in
 
 
 def _restore(layer: BaseTunerLayer) -> None:
-    """Puts the packed layer back, byte for byte as it was."""
+    """Puts the packed layer back with the same bytes."""
     holder = _innermost(layer)
     aside = holder.__dict__.pop("_qlora_ext_packed", None)
     if not aside:
@@ -105,8 +108,8 @@ def _check_finite(
     dtype: torch.dtype,
     exact: Callable[[], torch.Tensor] | None = None,
 ) -> None:
-    """ValueError, which is what PEFT's callers expect, for a merged weight that dtype cannot hold;
-    exact makes it before it was rounded."""
+    """Raises ValueError, which PEFT's callers expect, if a merged weight does not fit dtype. exact
+    computes the weight before rounding."""
     try:
         check_finite(f"{layer}.weight", weight, dtype, exact)
     except OverflowError as error:
@@ -116,20 +119,21 @@ def _check_finite(
 
 
 class _MergesIntoDense:
-    """Merging and unmerging of LoRA on a packed layer, for a class of PEFT's whose `_stacked` gives
-    several adapters as one. A dense layer stands in for the packed one while adapters are merged.
+    """A mixin with merging and unmerging of LoRA on a packed layer, for a PEFT class whose
+    `_stacked` gives several adapters as one. While adapters are merged, a dense layer stands in for
+    the packed one.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
 
         Args:
-            safe_merge: makes no difference: values that are not finite are always refused.
-            adapter_names: None means the active ones.
+            safe_merge: has no effect, because values that are not finite are always refused.
+            adapter_names: None means the active adapters.
 
         Raises:
-            ValueError: a merged value is not finite, or overflows the dtype; a sharded layer. The
-                layer is then as before.
+            ValueError: a merged value is not finite or overflows the dtype, or the layer is sharded
+                or offloaded. The layer then stays as it was.
         """
         check_whole(f"merge: {self._name}", self)
         check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
@@ -140,7 +144,8 @@ class _MergesIntoDense:
         dtype = _packed_base(self).dtype
         merged = self.merged_adapters + names
         if not any(name in self.lora_variant for name in merged):
-            # All of them at once from the packed weight: one rounding, whatever the order.
+            # Merge all at once into the packed weight: it is rounded once, in whatever order they
+            # were merged.
             lora_A, lora_B, scaling = self._stacked(merged)
             sum_in = functools.partial(
                 merge_lora_4bit,
@@ -168,7 +173,7 @@ class _MergesIntoDense:
             for name in names
             if self.lora_bias[name]
         ]
-        bias = getattr(self.get_base_layer(), "bias", None)  # an embedding has none
+        bias = getattr(self.get_base_layer(), "bias", None)  # an embedding has no bias
         if bias_change and bias is None:
             raise RuntimeError(
                 "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
@@ -182,10 +187,10 @@ class _MergesIntoDense:
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Puts the packed layer back, byte for byte as it was before the first merge.
+        """Puts the packed layer back with the bytes it had before the first merge.
 
         Raises:
-            ValueError: a layer that was sharded while the dense one stood in; it is as before.
+            ValueError: the layer was sharded while adapters were merged. It stays as it was.
         """
         check_whole(f"unmerge: {self._name}", self)
         if not self.merged:
@@ -196,8 +201,8 @@ class _MergesIntoDense:
 
 
 def dequantize(module: torch.nn.Module) -> torch.Tensor:
-    """The weight [out, in] of a linear layer, or the table of an embedding: of a packed one in
-    fp32, else as it is."""
+    """The weight [out, in] of a linear layer, or an embedding's table: dequantized to fp32 if it is
+    packed, else as it is."""
     if isinstance(module, _Packed4bit):
         with loaded(module):
             return dequantize_4bit(module.quantized, torch.float32)
@@ -205,8 +210,8 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
 
 
 def _check_whole(op: str, model: torch.nn.Module, only: str = "") -> None:
-    """ValueError for a sharded model with packed layers, or with dense ones that stand in; of the
-    parameters, those with `only` in their names are looked at."""
+    """Raises ValueError for a sharded model with packed layers or with stand-ins. It looks only at
+    parameters with `only` in their name."""
     if any(
         isinstance(module, _Packed4bit) or "_qlora_ext_packed" in module.__dict__
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""PEFT's preparation for training, and LoftQ's start, on packed layers."""
+"""PEFT's preparation for training, and LoftQ's initialisation, for packed layers."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
-    """Freezes a packed model and turns gradient checkpointing on, with inputs that need gradients.
+    """Freezes a packed model, and turns on gradient checkpointing and gradients of the inputs.
 
-    PEFT's function of this name also makes fp32 copies of norms, embeddings and head; ours leaves
-    dtypes alone, since adapters are fp32 and each op accumulates in fp32.
+    PEFT's function of this name also makes fp32 copies of norms, embeddings and head. Ours leaves
+    dtypes alone, because adapters are fp32 and each op accumulates in fp32.
 
     Args:
         model: a transformers model with `Linear4bit` layers; changed in place and returned.
@@ -47,8 +47,8 @@ def prepare_model_for_kbit_training(
     """
     model.requires_grad_(False)
     if use_gradient_checkpointing:
-        # Reentrant checkpointing drops the gradient of a block whose inputs need none, and the
-        # inputs of the first block are the outputs of a frozen embedding.
+        # Reentrant checkpointing drops the gradients of a block whose inputs need none. The first
+        # block's inputs come from a frozen embedding.
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {"use_reentrant": False}
@@ -86,9 +86,9 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[torch.nn.Module, str], bool] | None = None,
 ) -> None:
-    """Starts LoRA from what quantizing took away: B A nearest to W - dequantize(W4), by SVD.
+    """Starts LoRA from the quantization error: B A is nearest to W - dequantize(W4), by SVD.
 
-    The packed weights stay as they are, so the adapter fits any copy of the 4-bit model. Source:
+    The packed weights do not change, so the adapter fits any copy of the 4-bit model. Source:
     LoftQ (arXiv 2310.08659), one step of its iteration, as PEFT does for bitsandbytes.
 
     Args:
@@ -96,13 +96,13 @@ def replace_lora_weights_loftq(
         model_path: folder or file with the unquantized weights in safetensors; None takes the
             folder that the base was loaded from.
         adapter_name: the adapter to write.
-        callback: called with (peft_model, layer name) after each layer; returning False takes that
-            layer's change back.
+        callback: called with (peft_model, layer name) after each layer. If it returns False, that
+            layer's change is undone.
 
     Raises:
-        ValueError: no LoRA on a packed layer, a sharded model, or the file holds something else
-            than its weight.
-        FileNotFoundError: no safetensors file there.
+        ValueError: the model has no LoRA on a packed layer or is sharded, or the file does not hold
+            a layer's weight.
+        FileNotFoundError: there is no safetensors file.
     """
     check_whole("replace_lora_weights_loftq", peft_model)
     prefix = "base_model.model."
@@ -117,14 +117,14 @@ def replace_lora_weights_loftq(
         )
     model_path = model_path or peft_model.get_base_model().config._name_or_path
     if not any(Path(model_path).glob("*.safetensors")) and not Path(model_path).is_file():
-        # A sharded model of the hub.
+        # model_path is a sharded model on the hub.
         loader = loftq_utils._SafetensorLoader(peft_model, str(model_path))
         model_path = Path(next(iter(loader.weight_map.values()))).parent
     unquantized = OriginalWeights(model_path, peft_model, "replace_lora_weights_loftq")
     for name, layer in layers.items():
         packed = _packed_base(layer)
         lost = unquantized.weight(prefix + name, packed) - dequantize(packed)
-        # The seed of the random projection: the same start in every run.
+        # Fix the seed of svd_lowrank's random projection, so that every run starts the same.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             r = layer.r[adapter_name]

@@ -1,4 +1,4 @@
-"""Which tuners of PEFT can work on packed layers, and how they read them; others are refused."""
+"""Lets those tuners of PEFT that can work on packed layers read them, and refuses the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...nn.offload import check_can_adapt, check_in_memory, loaded
 from ...nn.packed import _Packed4bit
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
 
-# Tuners whose layers train and merge on a packed weight; test_integration_peft.py has each.
+# Tuners whose layers train and merge on a packed weight. The tests cover each.
 _SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
 
 _KEEP_TABLE = (
@@ -33,18 +33,19 @@ _KEEP_TABLE = (
 
 
 class PackedBackend(quantization_utils.QuantizationBackend):
-    """How BOFT, MiSS, OFT, SHiRA and VeRA read a packed weight, and where they merge."""
+    """Reads a packed weight for BOFT, MiSS, OFT, SHiRA and VeRA, and takes what they merge."""
 
     supports_merge = True
     backend_name = "qlora_ext 4bit"
     layer_type = "linear"
 
     def get_base_weight(self, base_layer: torch.nn.Module) -> torch.Tensor:
-        """The weight [out, in] of the packed layer, or of the dense one that stands in for it."""
+        """The weight [out, in] of the packed layer, or of the dense layer in its place."""
         return dequantize(base_layer)
 
     def set_base_weight(self, peft_layer: BaseTunerLayer, weight_data: torch.Tensor) -> None:
-        """Merging puts a dense layer in; taking the last adapter out puts the packed one back."""
+        """Puts a dense layer with weight_data in the packed one's place. When the last adapter is
+        unmerged, it puts the packed layer back instead."""
         is_merged = "_qlora_ext_packed" in _innermost(peft_layer).__dict__
         if is_merged and not peft_layer.merged_adapters:
             _restore(peft_layer)
@@ -79,7 +80,7 @@ def _dequantize_module(original):
 
 
 def _tuner(layer: BaseTunerLayer) -> str:
-    """The name of the method that a tuner layer belongs to."""
+    """The name of the tuner layer's method, such as LORA."""
     if isinstance(layer, AdaLoraLayer):
         return "ADALORA"
     if isinstance(layer, LoraLayer):
@@ -88,15 +89,15 @@ def _tuner(layer: BaseTunerLayer) -> str:
 
 
 def _refuse_packed(original):
-    """Wraps a tuner's `_create_and_replace`: such a tuner would train on a packed weight and then
-    fail to merge, or add to its bytes."""
+    """Wraps a tuner's `_create_and_replace`. It refuses tuners that would train on a packed weight
+    and then fail to merge, or add to its bytes."""
 
     @functools.wraps(original)
     def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if isinstance(base, _Lora):
-            # PEFT's forward and merge would read the base weight alone and lose A and B.
+            # PEFT's forward and merge would read only the base weight and lose A and B.
             raise ValueError(
                 f"PEFT's {method} on {kwargs.get('current_key', args[-1] if args else 'a layer')}: "
                 "it has an adapter of qlora_ext.add_lora already; merge it with "
@@ -115,7 +116,7 @@ def _refuse_packed(original):
                     f"{', '.join(sorted(_SUPPORTED))}, or load the model unquantized"
                 )
             if isinstance(target, BaseTunerLayer) and _tuner(target) != method:
-                # Merging two kinds into one weight depends on an order that neither knows.
+                # Merging two kinds into one weight depends on their order, which neither knows.
                 raise ValueError(
                     f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
                     "of one kind only"
@@ -125,11 +126,11 @@ def _refuse_packed(original):
             if not config.inference_mode:
                 layer = kwargs.get("current_key", args[-1] if args else "a layer")
                 check_trainable(f"PEFT's {method} on {layer}", base)
-        # PEFT puts an adapter where the base weight is, and starts some of them from its values.
+        # PEFT puts an adapter on the base weight's device, and some adapters start from its values.
         with loaded(base) if isinstance(base, _Packed4bit) else contextlib.nullcontext():
             original(self, config, adapter_name, target, *args, **kwargs)
         if isinstance(base, _Packed4bit):
-            watch(self)  # PEFT calls the model's forward, past the hook on the model
+            watch(self)  # PEFT calls the model's forward directly, without the model's hook
         given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
         name, parent = given.get("target_name"), given.get("parent")
         if parent is not None and name in parent._modules:
@@ -140,8 +141,8 @@ def _refuse_packed(original):
 
 
 def _all_or_nothing(original):
-    """Wraps a tuner's `inject_adapter`: where one layer of a model with packed layers is refused,
-    those that were wrapped before it are put back, and what was trainable is again."""
+    """Wraps a tuner's `inject_adapter`. If one layer of a model with packed layers is refused, it
+    restores the layers that were wrapped before it, and which parameters were trainable."""
 
     @functools.wraps(original)
     def inject_adapter(self, model, *args, **kwargs):
@@ -156,15 +157,15 @@ def _all_or_nothing(original):
             undo = [functools.partial(_put_back, *entry) for entry in before]
             undo += [functools.partial(_set_requires_grad, *entry) for entry in trained]
             for step in undo:
-                with contextlib.suppress(Exception):  # the first error says more, and all else
-                    step()  # is still put back
+                with contextlib.suppress(Exception):  # go on restoring; the first error says more
+                    step()
             raise
 
     return inject_adapter
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute, and where it is a container a copy of it: children, adapters' settings."""
+    """Each attribute, and a copy of it if it is a container (of children, adapters' settings)."""
     return {
         name: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
         for name, value in module.__dict__.items()
@@ -172,11 +173,11 @@ def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def _put_back(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    """Undoes changes since `_attributes`; containers stay the same objects."""
+    """Undoes changes since `_attributes`. Containers stay the same objects."""
     module.__dict__.clear()
     module.__dict__.update((name, value) for name, (value, _) in attributes.items())
     for value, content in attributes.values():
-        # Not compared with what they were: `==` of two tensors is no bool.
+        # Restore without comparing first: `==` of two tensors is not a bool.
         if isinstance(value, list):
             value[:] = content
         elif isinstance(value, (dict, set)):
@@ -185,14 +186,14 @@ def _put_back(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -
 
 
 def _set_requires_grad(parameter: torch.nn.Parameter, requires_grad: bool) -> None:
-    """Sets it where it differs; a tensor of inference mode takes no setting at all."""
+    """Sets it only if it differs, because an inference tensor raises on any setting."""
     if parameter.requires_grad != requires_grad:
         parameter.requires_grad_(requires_grad)
 
 
 def _refuse_packed_layer(original, what: str):
-    """Wraps the `__init__` of PEFT's `ModulesToSaveWrapper` and `TrainableTokensLayer`, the setting
-    `what`: neither a packed layer nor rows of it can be trained."""
+    """Wraps the `__init__` of PEFT's `ModulesToSaveWrapper` and `TrainableTokensLayer`. It refuses
+    a packed layer, because neither it nor its rows can be trained. `what` is the setting's name."""
 
     @functools.wraps(original)
     def __init__(self, base_layer, *args, **kwargs):

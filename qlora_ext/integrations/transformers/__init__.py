@@ -1,6 +1,6 @@
 """The plug-in for transformers: `from_pretrained(quantization_config=QLoraExtConfig())`.
 
-Importing it registers the config and the quantizer.
+Importing it registers the config and the quantizer with transformers.
 """
 
 from .classes import attach

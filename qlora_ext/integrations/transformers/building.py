@@ -1,4 +1,4 @@
-"""config.json and the model class made of it, with errors that name the key at fault."""
+"""Makes a config and a model from config.json, with errors that name the key at fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from ...text import CheckpointError, first_few, first_line, plural, printable, s
 
 @contextlib.contextmanager
 def reading_in_order():
-    """transformers reads ahead in threads, which would hold more than one module's tensors."""
+    """A context in which transformers does not read ahead in threads, which would hold the tensors
+    of several modules in memory."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -38,15 +39,15 @@ def reading_in_order():
             os.environ[name] = before
 
 
-CULPRIT_SECONDS = 5.0  # for finding the key of config.json that is at fault
+CULPRIT_SECONDS = 5.0  # time to find the key of config.json that is at fault
 
 
 def read_config(folder: Path, files: SafetensorsFiles | None = None):
     """transformers' config of a checkpoint.
 
     Args:
-        folder: its config.json is read; nothing in it is run.
-        files: the folder's, where they are known: they bound what is made.
+        folder: its config.json is read; no code in it is run.
+        files: the folder's files if they are known. They limit the numbers of layers and experts.
     """
     raw = read_raw_config(folder, files)
     return _naming_the_key(
@@ -58,13 +59,13 @@ def read_config(folder: Path, files: SafetensorsFiles | None = None):
 
 
 def _config_of(raw: dict):
-    """A config made of raw values, as from_pretrained makes it of a file's."""
+    """A config made from raw values, as from_pretrained makes it from a file's."""
     return _usable(transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw))
 
 
 def _usable(config):
-    """A config whose text part is one too, and whose methods are its class's: transformers takes
-    any value for some names, and keeps every key of the file as an attribute."""
+    """Returns config. Raises TypeError if its text part is not a config, or if a value hides one of
+    its methods: transformers keeps every key of the file as an attribute."""
     inner = [v for v in vars(config).values() if isinstance(v, transformers.PreTrainedConfig)]
     for part in (config, *inner):
         for key in vars(part):
@@ -77,7 +78,7 @@ def _usable(config):
 
 
 def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
-    """make(); where it fails, the error names the value of `raw`, the object in `path`, without
+    """Returns make(). If it fails, the error names the key of `raw`, the object in `path`, without
     which make_of succeeds, if there is one."""
     try:
         with reading(path):
@@ -94,10 +95,10 @@ def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
 
 
 def _culprit(raw: dict, make_of: Callable) -> str | None:
-    """The key without whose value make_of(raw) works, if one is found within CULPRIT_SECONDS.
+    """The key without which make_of(raw) works, if one is found within CULPRIT_SECONDS.
 
-    Keys that the architecture's config does not know are halved until one is left, however many
-    there are. Those that it knows may need each other, so they are left out one at a time.
+    There may be many keys that the architecture's config does not know, so they are halved until
+    one is left. Known keys may need each other, so they are left out one at a time.
     """
     end = time.monotonic() + CULPRIT_SECONDS
 
@@ -106,7 +107,7 @@ def _culprit(raw: dict, make_of: Callable) -> str | None:
             return False
         try:
             make_of(copy.deepcopy(values))
-        except Exception:  # whatever it was before, or another consequence
+        except Exception:  # the same error as before, or another
             return False
         return True
 
@@ -116,7 +117,7 @@ def _culprit(raw: dict, make_of: Callable) -> str | None:
 
     few = {key: min(value, 1) for key, value in raw.items() if key in LAYER_COUNTS
            and isinstance(value, int)}  # fmt: skip
-    raw = {**raw, **few}  # quick to build
+    raw = {**raw, **few}  # with few layers, so that building is quick
     known = _known_keys(raw.get("model_type"))
     unknown = [key for key in raw if key not in known]
     if unknown and works(without(unknown)):
@@ -133,7 +134,7 @@ def _culprit(raw: dict, make_of: Callable) -> str | None:
 
 
 def _known_keys(model_type: object) -> set[str]:
-    """What the config of an architecture has names for."""
+    """The keys that the config of an architecture knows."""
     try:
         cls = transformers.CONFIG_MAPPING[model_type]
     except (KeyError, TypeError):
@@ -143,8 +144,8 @@ def _known_keys(model_type: object) -> set[str]:
 
 
 def model_class(config, path: Path | str = "config.json") -> type:
-    """The class that was saved, or the causal language model of the config's architecture; path is
-    how errors call the config's file."""
+    """The class that was saved, or else the causal language model of the config's architecture.
+    Errors call the config's file `path`."""
     for name in config.architectures or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -170,7 +171,7 @@ def stored_method(config) -> str | None:
         return None
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method", "unknown")
-    return str(getattr(method, "value", method))  # transformers has members of an enum for some
+    return str(getattr(method, "value", method))  # transformers has an enum for some methods
 
 
 def unquantized(config):
@@ -183,11 +184,11 @@ def unquantized(config):
 
 
 def build(config, dtype: torch.dtype, cls: type | None = None) -> nn.Module:
-    """The model on the meta device, in the classes and dtypes that from_pretrained makes."""
+    """The model on the meta device, with the classes and dtypes that from_pretrained gives it."""
     cls = cls or model_class(config)
     with ContextManagers(cls.get_init_context(dtype, False, False, None)):
         model = cls(copy.deepcopy(config))
-    if plan := model._get_dtype_plan(dtype):  # of parts that stay in fp32
+    if plan := model._get_dtype_plan(dtype):  # the parts that stay in fp32
         protected, pattern_of_group, _ = build_glob_alternation(list(plan))
         for name, parameter in model.named_parameters():
             if match := protected.search(name):
@@ -198,10 +199,10 @@ def build(config, dtype: torch.dtype, cls: type | None = None) -> nn.Module:
 def build_folder(
     folder: Path, config, dtype: torch.dtype, find_class: Callable = model_class
 ) -> nn.Module:
-    """As `build`, of a config that was read from a folder: an error names the value at fault.
+    """As `build`, for a config that was read from a folder. An error names the value at fault.
 
     Args:
-        find_class: the class for (config, path of its file).
+        find_class: gives the class for (config, path of its file).
     """
     path = folder / "config.json"
 
@@ -220,12 +221,12 @@ def loading(
     config=None,
     keywords: Container[str] = (),
 ):
-    """Within it transformers loads the model of a folder: what it raises is a CheckpointError.
+    """A context in which transformers loads the model of a folder. Errors become CheckpointErrors.
 
     Args:
-        files: of the folder, where they are read: the error names the one at fault.
-        config: of the folder; where no model can be made of it, the error names the key at fault.
-        keywords: names of those that the caller gave: an error about one is his, a TypeError.
+        files: the folder's files if they are read; the error names the file at fault.
+        config: the folder's config; if no model can be made from it, the error names the key.
+        keywords: the caller's keywords. An error about one of them stays a TypeError.
     """
     try:
         with reading(folder, "cannot be loaded as a model"):
@@ -248,8 +249,8 @@ def loading(
 
 
 def _reported(error: RuntimeError) -> tuple[str | None, str]:
-    """A tensor that transformers' loader could not use, and why; (None, "") where it says of none.
-    Its error refers to a report in its log, which is made of a variable of its own."""
+    """A tensor that transformers' loader could not use, and why; (None, "") if it reports none. Its
+    error only refers to a report in its log, so this reads the report's variable from the frame."""
     trace = error.__traceback__
     while trace is not None:
         info = trace.tb_frame.f_locals.get("loading_info")
@@ -262,17 +263,17 @@ def _reported(error: RuntimeError) -> tuple[str | None, str]:
 
 
 def last_words(text: str) -> str:
-    """The sentence of an error of which transformers keeps the traceback as a text."""
-    before, _, _ = text.rpartition("\nError")  # then come the operation and the tensor's name
-    words = (before or text).rpartition("\n")[2].strip(" \"'")  # a KeyError quotes its own
+    """The message of an error, from the text of the traceback that transformers keeps."""
+    before, _, _ = text.rpartition("\nError")  # followed by the operation and the tensor's name
+    words = (before or text).rpartition("\n")[2].strip(" \"'")  # a KeyError quotes its message
     return first_line(ValueError(words or text))
 
 
 def check_nothing_anew(folder: Path | str, model: nn.Module, missing: Iterable[str]) -> None:
-    """CheckpointError if transformers made tensors anew, at random, that a folder lacks.
+    """Raises CheckpointError if transformers initialised tensors at random that a folder lacks.
 
     Args:
-        missing: `missing_keys` of from_pretrained's loading info; tied ones are not among them.
+        missing: `missing_keys` of from_pretrained's loading info, which leaves out tied ones.
     """
     missing = sorted(missing)
     if missing:

@@ -1,9 +1,9 @@
-"""A transformers checkpoint read module by module.
+"""Reads a transformers checkpoint module by module.
 
-transformers decides what a tensor in a file means: names change and experts are fused on loading
-(its `conversion_mapping`). Here its own loader runs on the tensors of one module at a time, on a
-model that otherwise stays on the meta device, so what is read is what `from_pretrained` would have
-put there, and which layers are packed is asked of the same model class.
+transformers decides what a tensor in a file means: it renames tensors and fuses experts on loading
+(its `conversion_mapping`). So this file runs transformers' own loader on the tensors of one module
+at a time, with the rest of the model on the meta device. The result is what `from_pretrained` would
+have read, and the same model class decides which layers are packed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .quantizer import QLoraExtHfQuantizer
 
 
 class Unit:
-    """Modules that are read together because their tensors lie in the same ones of the files."""
+    """Modules that must be read together, because they are made from the same stored tensors."""
 
     def __init__(self):
         self.modules: list[str] = []  # names in the model
@@ -55,13 +55,13 @@ class Unit:
 
 
 class Checkpoint:
-    """A model on the meta device, and for each of its modules the tensors of the files it needs.
+    """A model on the meta device, and the stored tensors that each of its modules needs.
 
     Args:
-        folder: config.json and safetensors files.
-        untie: names of parameters to read a copy of where the config ties them.
-        like: a transformers model whose class and config are taken, instead of the folder's; it may
-            be packed. Tensors that the folder lacks are then left out of `sources`.
+        folder: has config.json and safetensors files.
+        untie: names of parameters to read as copies if the config ties them.
+        like: a transformers model whose class and config are used instead of the folder's; it may
+            be packed. Then `sources` leaves out tensors that the folder lacks.
     """
 
     def __init__(self, folder: Path, *, untie: tuple[str, ...] = (), like: nn.Module | None = None):
@@ -70,7 +70,7 @@ class Checkpoint:
         self.may_lack = like is not None
         path = folder / "config.json"
         if like is None:
-            check_file(path)  # before the weights: a folder without it is no checkpoint
+            check_file(path)  # before the weights: a folder without it is not a checkpoint
         self.files = SafetensorsFiles(safetensors_files(folder))
         if like is None:
             self.config = read_config(folder, self.files)
@@ -90,12 +90,12 @@ class Checkpoint:
             self.model = build(self.config, self.dtype, self.cls)
         else:
             self.model = build_folder(folder, self.config, self.dtype)
-        # From here on names and shapes of the files meet a model that config.json describes.
+        # From here on, errors mean that the files do not fit the model in config.json.
         with reading(folder):
             self._match(paths, untie)
 
     def _match(self, paths: list[str], untie: tuple[str, ...]) -> None:
-        """Which tensors of the files make what of the model."""
+        """Finds which stored tensors make which parameters, and ties the model."""
         if self.quantizer is not None:
             self._pack(paths)
         self.conversions = get_model_conversion_mapping(self.model, None, self.quantizer)
@@ -139,7 +139,7 @@ class Checkpoint:
     # names
 
     def _find_sources(self) -> None:
-        """Which tensors of the files make which parameters of the model."""
+        """Finds which stored tensors make which parameters of the model."""
         state = self.model.state_dict()
         renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
@@ -157,7 +157,7 @@ class Checkpoint:
             groups[name].append(key)
             if pattern is not None:
                 used[name] = by_pattern[pattern]
-        # model parameter -> tensors of the files
+        # model parameter -> names of the stored tensors
         self.sources: dict[str, list[str]] = {}
         for name, keys in groups.items():
             for target in self._targets(name, keys, used.get(name)):
@@ -168,7 +168,7 @@ class Checkpoint:
         ]
 
     def _targets(self, name: str, keys: list[str], converter) -> list[str]:
-        """The parameters that transformers' loader makes of some tensors."""
+        """The parameters that transformers' loader makes from some tensors."""
         if converter is None:
             self._check_shape(name, keys)
             return [name]
@@ -206,7 +206,7 @@ class Checkpoint:
     def _tie(self, untie: tuple[str, ...]) -> None:
         """Ties the model as from_pretrained does: by the config, unless both are stored and differ.
 
-        `copies`: parameter -> the parameter that it is read as.
+        It sets `copies`: parameter -> the parameter that it is a copy of.
         """
         tied = self.model.all_tied_weights_keys
         missing = {name for name in self.names if name not in self.sources}
@@ -238,7 +238,7 @@ class Checkpoint:
         self.tied = dict(tied)
 
     def same_model(self, config=None, dtype: torch.dtype | None = None) -> nn.Module:
-        """Another dense model on meta, tied as this one is."""
+        """Another dense model on meta, tied like this one."""
         model = build(config or self.config, dtype or self.dtype, self.cls)
         tied = model.all_tied_weights_keys
         for target in list(tied):
@@ -250,8 +250,8 @@ class Checkpoint:
 
     @property
     def used_conversions(self) -> list:
-        """What transformers reverses when it saves: the conversions this checkpoint needed. Those
-        that read bitsandbytes' layout are no part of the result."""
+        """The conversions that this checkpoint needed, which transformers reverses when it saves.
+        Those that read bitsandbytes' format are left out."""
         return [
             c
             for c in self.conversions
@@ -262,10 +262,10 @@ class Checkpoint:
     # reading
 
     def units(self, wholes: set[str]) -> list[Unit]:
-        """The model in pieces to be read one after another, in the model's order.
+        """The model in pieces to read one after another, in the model's order.
 
         Args:
-            wholes: names of modules to be read with everything inside them.
+            wholes: names of modules to read with everything inside them.
         """
         self.wholes = wholes
 
@@ -283,7 +283,7 @@ class Checkpoint:
         for name in self.names:
             keys = self.sources.get(name)
             if keys is None:
-                continue  # tied to one that is read
+                continue  # it is tied to a parameter that is read
             module = owner(name)
             found = unit_of.get(module) or unit_of_source.get(keys[0])
             if found is None:
@@ -314,7 +314,8 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def loaded(self, unit: Unit):
-        """The modules of a unit with their values, by name; on leaving they are on meta again."""
+        """A context with the modules of a unit and their values, by name. Afterwards they are on
+        meta again."""
         modules = {name: self.model.get_submodule(name) for name in unit.modules}
         before = [
             (part, dict(part._parameters), dict(part._buffers))
@@ -359,8 +360,8 @@ class Checkpoint:
         self._check_cast(unit)
 
     def _check_cast(self, unit: Unit) -> None:
-        """CheckpointError where config.json names a narrower dtype than the files have, and it
-        does not hold what they do."""
+        """Raises CheckpointError if config.json names a narrower dtype than the files have, and a
+        value does not fit it."""
         stored = {self.files.dtypes[key] for key in unit.sources} & set(FLOATS)
         for name in unit.modules:
             module = self.model.get_submodule(name)
@@ -389,5 +390,5 @@ class Checkpoint:
                     ) from None
 
     def fingerprint(self) -> list:
-        """Of the input files: name, bytes and time of the last change."""
+        """Name, bytes and time of the last change of each input file."""
         return fingerprint([self.folder / "config.json", *self.files.paths])

@@ -1,4 +1,4 @@
-"""What is changed in transformers' own classes, and the hooks of qlora_ext.hosts."""
+"""Registers our config and quantizer, sets the hooks, and wraps methods of transformers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _count_logical_weights(original):
 
 
 def _write_what_is_given(original):
-    """Wraps `PreTrainedModel.save_pretrained`, which for a quantized model drops the `state_dict`
-    that it is given, and writes the model's."""
+    """Wraps `PreTrainedModel.save_pretrained`, so that it writes the `state_dict` it is given. For
+    a quantized model, transformers would ignore it and write the model's own."""
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kw):
@@ -57,16 +57,16 @@ def _write_what_is_given(original):
 
 def _refuse_packed_resize(original):
     """Wraps `PreTrainedModel._get_resized_embeddings` and `_get_resized_lm_head`, which would copy
-    rows of bytes. The head is looked at with the embedding, before that is replaced."""
+    rows of bytes. It checks the head together with the embedding, before that is replaced."""
 
     @functools.wraps(original)
     def get_resized(self, old, new_num_tokens=None, *args, **kwargs):
         layers = [old]
         if old is self.get_input_embeddings():
             layers.append(output_embeddings(self))
-        # PEFT's layers hold the model's own.
+        # A PEFT layer holds the model's own layer.
         bases = [x.get_base_layer() if hasattr(x, "get_base_layer") else x for x in layers]
-        # The second positional argument is the multiple of embeddings only.
+        # Only for embeddings is the next positional argument pad_to_multiple_of.
         given = args[0] if args and isinstance(bases[0], torch.nn.Embedding) else None
         multiple = kwargs.get("pad_to_multiple_of", given)
         for packed in bases:
@@ -93,8 +93,8 @@ def _refuse_packed_resize(original):
 
 
 def _keep_what_was_asked(original):
-    """Wraps `AutoHfQuantizer.merge_quantization_configs`, which drops the caller's config where
-    the checkpoint has one."""
+    """Wraps `AutoHfQuantizer.merge_quantization_configs`, which drops the caller's config if the
+    checkpoint has one. It keeps the names that the caller wanted dense, for a warning."""
 
     @functools.wraps(original)
     def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):
@@ -111,7 +111,7 @@ def attach() -> None:
     """Registers the config and the quantizer with transformers. Idempotent.
 
     Raises:
-        AttributeError, ImportError: a transformers that lacks what is hooked.
+        AttributeError, ImportError: this transformers lacks something that is wrapped.
     """
     if QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
         return

@@ -1,4 +1,4 @@
-"""QLoraExtConfig: the settings of packing, as transformers stores them in config.json."""
+"""QLoraExtConfig: the settings for packing, as transformers stores them in config.json."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ class QLoraExtConfig(QuantizationConfigMixin):
 
     Args:
         quant_type: as in QuantConfig: 'nf4', 'fp4', ... or 'custom' (with `codebook`).
-        blocksize: weights per scale, a power of two from 32 to 4096; None is one scale a weight.
+        blocksize: elements per scale, a power of two from 32 to 4096. None: one scale for each
+            whole weight.
         double_quant: store the scales in 8 bits (4.127 bits per weight at block 64, else 4.5).
         modules_to_not_convert: names of layers to leave alone, or one such name: full names,
             dotted parts of them ("lm_head", "layers.0.mlp"), containers ("vision_tower"), or
-            regular expressions for these. What quantize_model always leaves alone need not be
-            named: heads, tied weights, what the model class protects in fp32. One that matches
-            nothing is named in a warning.
-        checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed, which
-            `qlora_ext.from_pretrained` sets by itself; what we save is in 'qlora_ext'.
+            regular expressions for these. Layers that quantize_model always leaves alone need no
+            name: heads, tied weights, layers that the model class keeps in fp32. A warning lists
+            names that match nothing.
+        checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed;
+            `qlora_ext.from_pretrained` sets it. What we save is in 'qlora_ext'.
         settings: the other fields of `QuantConfig`: normalization, codebook, companding,
             companding_k, std_factor.
 
     Raises:
-        ValueError: a setting that is unknown or out of range, named.
+        ValueError: a setting is unknown or out of range; the error names it.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class QLoraExtConfig(QuantizationConfigMixin):
         checkpoint_format: str = "qlora_ext",
         **settings: Any,
     ):
-        settings.pop("quant_method", None)  # config.json carries it
+        settings.pop("quant_method", None)  # config.json has it
         known = {field.name for field in dataclasses.fields(QuantConfig)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"QLoraExtConfig: got unknown settings {unknown}")
@@ -61,10 +62,10 @@ class QLoraExtConfig(QuantizationConfigMixin):
         vars(self).update(config.to_dict())
 
     def to_quant_config(self) -> QuantConfig:
-        """The same settings as the `QuantConfig` that `Linear4bit` takes.
+        """The same settings as a `QuantConfig`, which `Linear4bit` takes.
 
         Raises:
-            ValueError: an attribute that was set to a value out of range.
+            ValueError: an attribute was set to a value out of range.
         """
         names = [field.name for field in dataclasses.fields(QuantConfig)]
         return QuantConfig(**{name: getattr(self, name) for name in names})
@@ -73,20 +74,20 @@ class QLoraExtConfig(QuantizationConfigMixin):
     def from_bnb(cls, config: Any) -> QLoraExtConfig:
         """The settings of a `BitsAndBytesConfig` (or the dict in a config.json) as ours.
 
-        `bnb_4bit_compute_dtype` and `bnb_4bit_quant_storage` have no counterpart: we compute in the
-        dtype of the activations, and store bytes. transformers' bitsandbytes packs blocks of 64.
+        `bnb_4bit_compute_dtype` and `bnb_4bit_quant_storage` are ignored, because we compute in the
+        activations' dtype and store bytes. transformers' bitsandbytes packs blocks of 64.
 
         Raises:
-            ValueError: a config that does not ask for 4 bits.
+            ValueError: the config does not ask for 4 bits.
         """
         settings = config if isinstance(config, dict) else config.to_dict()
         four_bit = settings.get("load_in_4bit", settings.get("_load_in_4bit", False))
         if not four_bit:
             raise ValueError("QLoraExtConfig.from_bnb: load_in_4bit got False, want True")
         return cls(
-            # The defaults are BitsAndBytesConfig's, for keys that an old config.json lacks.
+            # An old config.json may lack keys; these defaults are BitsAndBytesConfig's.
             quant_type=settings.get("bnb_4bit_quant_type", "fp4"),
-            # Not bitsandbytes' key: `save_pretrained` adds it, stock transformers ignores it.
+            # This key is ours: `save_pretrained` adds it, and stock transformers ignores it.
             blocksize=settings.get("bnb_4bit_blocksize", 64),
             double_quant=settings.get("bnb_4bit_use_double_quant", False),
             modules_to_not_convert=settings.get("llm_int8_skip_modules"),

@@ -1,4 +1,4 @@
-"""What is done to tensors while transformers loads them: packing, reading bitsandbytes' bytes."""
+"""Converts tensors while transformers loads them: packs weights, reads bitsandbytes' bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...tensor.quantized import QuantizedTensor
 
 
 class Quantize(ConversionOps):
-    """Packs one weight that transformers has just read, on the device it was read to."""
+    """Packs one weight that transformers has just read, on the weight's device."""
 
     def __init__(self, hf_quantizer):
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict, *args, model=None, **kwargs):
-        """input_dict: full parameter name -> dense weight [out, in] (or [in, out] of a Conv1D).
+        """input_dict: full parameter name -> dense weight [out, in] (a Conv1D's is [in, out]).
 
-        Returns the packed weight and its statistics under the names they have in the model.
+        Returns the packed weight and its statistics under their names in the model.
         """
         result = {}
         for name, value in input_dict.items():
@@ -34,7 +34,7 @@ class Quantize(ConversionOps):
             want = (module.out_features, module.in_features)
             if tuple(value.shape) != want:
                 raise ValueError(f"{name}: shape got {tuple(value.shape)}, want {want}")
-            if value.is_meta:  # device_map="meta": packed in shape only
+            if value.is_meta:  # device_map="meta": only shapes are packed
                 module._set_empty(value.device)
                 packed = {key: module._parameters[key] for key in module._sizes()}
                 packed["weight_codebook"] = module._parameters["weight_codebook"]
@@ -44,7 +44,8 @@ class Quantize(ConversionOps):
                 except RuntimeError:
                     if value.isfinite().all():
                         raise
-                    # What is raised here ends in a report of transformers' that names no file.
+                    # An error raised here would end in transformers' report, which names no file.
+                    # So note it; the quantizer raises after loading.
                     self.hf_quantizer.not_finite.append((name, value.dtype))
                     q = quantize_tensor(torch.zeros_like(value), module.config)
                 packed = module._as_parameters(q)
@@ -60,16 +61,16 @@ class ReadBitsandbytes(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
-        """input_dict: `weight`, `weight.absmax`, ... -> tensors of the layer of `full_layer_name`.
+        """input_dict: `weight`, `weight.absmax`, ... -> the tensors of layer `full_layer_name`.
 
         Raises:
-            ValueError, KeyError: statistics that are missing, damaged, or of other settings than
-                config.json says.
+            ValueError, KeyError: statistics are missing or damaged, or have other settings than
+                config.json.
         """
         tensors = {key: t[0] if isinstance(t, list) else t for key, t in input_dict.items()}
         layer, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, Linear4bit):
-            # An unpacked weight, of a norm say. transformers does not cast what goes through an op.
+            # The weight is not packed (a norm, say). transformers does not cast what an op returns.
             dtype = model.get_parameter_or_buffer(full_layer_name).dtype
             return {full_layer_name: tensors["weight"].to(dtype)}
         q = QuantizedTensor.from_state_dict(tensors, "weight")

@@ -1,5 +1,4 @@
-"""What the files of a checkpoint hold of a model's layers, and errors that name a file and
-tensor."""
+"""Finds a model's layers in its checkpoint's files, and makes errors that name file and tensor."""
 
 from __future__ import annotations
 
@@ -23,15 +22,15 @@ from ...nn.linear import is_plain_linear
 from ...nn.packed import _PACKED_KEYS
 from ...text import CheckpointError
 
-_ALWAYS = ("weight", "weight_absmax", "weight_codebook")  # of every packed layer
+_ALWAYS = ("weight", "weight_absmax", "weight_codebook")  # every packed layer has these
 
 
 def _headers(checkpoint_files) -> dict[str, tuple[str, int, Path]]:
-    """Key -> dtype as safetensors names it, bytes and file, of every tensor of a checkpoint.
+    """Key -> (safetensors' name of the dtype, bytes, file) for every tensor of a checkpoint.
 
     Raises:
-        CheckpointError: a safetensors file that is damaged. Of another file that cannot be read
-            transformers' loader says what is wrong.
+        CheckpointError: a safetensors file is damaged. Other files that cannot be read are left to
+            transformers' loader, which reports them.
     """
     paths = [Path(file) for file in checkpoint_files or []]
     others = [path for path in paths if path.suffix != ".safetensors"]
@@ -53,14 +52,14 @@ def _headers(checkpoint_files) -> dict[str, tuple[str, int, Path]]:
 
 def check_loaded(model, checkpoint_files) -> None:
     """Checks the dense weights and saved buffers of a model that was just read: norms, biases,
-    embeddings, heads. Packed statistics are checked by their layers.
+    embeddings, heads. Packed layers check their own statistics.
 
     Args:
         checkpoint_files: the paths it was read from, or None; for the error.
 
     Raises:
-        CheckpointError: one holds a NaN or an infinity, in the file or after the cast to the
-            model's dtype; names file and tensor. Infinities of a buffer's mask are none.
+        CheckpointError: one has a NaN or an infinity, in the file or after the cast to the model's
+            dtype. The error names file and tensor. Buffers may hold infinities, for masks.
     """
     buffers = {
         f"{name}.{key}".lstrip("."): buffer
@@ -78,7 +77,8 @@ def check_loaded(model, checkpoint_files) -> None:
 
 
 def check_read(model, name: str, values: torch.Tensor, checkpoint_files) -> None:
-    """CheckpointError, as `not_held`, for values of a tensor of a model that are not finite."""
+    """Raises the error that `not_held` makes if values, of the model's tensor `name`, are not
+    finite."""
     try:
         check_finite(name, values, values.dtype)
     except OverflowError as error:
@@ -86,11 +86,11 @@ def check_read(model, name: str, values: torch.Tensor, checkpoint_files) -> None
 
 
 def not_held(model, name: str, dtype: torch.dtype, error, checkpoint_files) -> CheckpointError:
-    """The error for a tensor of a model that was read in a dtype and is not finite there: it names
-    file and tensor, and says whether another dtype helps or the file itself is damaged.
+    """The error for a tensor that is not finite in the dtype it was read in. It names file and
+    tensor, and says whether another dtype helps or the file itself is damaged.
 
     Args:
-        error: what is said where the file's tensor is not known.
+        error: the text to use if the file's tensor is not known.
     """
     files, keys = sources_of(model, name, checkpoint_files)
     for key in keys:
@@ -111,13 +111,13 @@ def not_held(model, name: str, dtype: torch.dtype, error, checkpoint_files) -> C
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a DTensor; another tensor as it is."""
+    """This process's part of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sources_of(model, name: str, checkpoint_files) -> tuple[SafetensorsFiles, list[str]]:
-    """The files of a model, and the names there of what makes one of its tensors; no names where
-    they are not known."""
+    """The files of a model, and the names of the tensors in them that make one of its tensors. No
+    names if they are not known."""
     paths = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
     files = SafetensorsFiles([])
     try:
@@ -131,27 +131,27 @@ def sources_of(model, name: str, checkpoint_files) -> tuple[SafetensorsFiles, li
             for key in files
             if rename_source_key(key, renamings, converters, prefix, state)[0] == name
         ]
-    except Exception:  # an error is being reported, which says more than this one
+    except Exception:  # the error that is being reported matters more than this one
         return files, []
 
 
 def file_of(model, name: str, checkpoint_files) -> str:
-    """The file that a tensor of a model comes from, "" where it is not known."""
+    """The file that a tensor of a model comes from, "" if it is not known."""
     files, keys = sources_of(model, name, checkpoint_files)
     return str(files.where[keys[0]]) if keys else ""
 
 
 def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
-    """What a checkpoint holds of a model's layers, under the names that they have in the model;
-    None where its tensors cannot be told.
+    """The layers of a model that a checkpoint holds, under their names in the model; None if the
+    checkpoint's tensors are not known.
 
     Args:
         model: the unpacked model, on meta.
         packed: whether the checkpoint's config says that it is packed.
 
     Raises:
-        ValueError: a tensor of a packed layer that is not bytes. transformers would cast it.
-        CheckpointError: a layer of which some packed tensors are there and others are not.
+        ValueError: a tensor of a packed layer is not uint8. transformers would cast it.
+        CheckpointError: some packed tensors of a layer are there and others are not.
     """
     headers = _headers(checkpoint_files)
     if not headers:
@@ -199,7 +199,7 @@ def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
             if _holds_experts(ours, name):
                 sizes[name] = 0
         elif name not in sizes and name not in dense and is_plain_linear(module):
-            # A name that transformers' renaming does not know (`key_mapping`): by its end.
+            # transformers' renaming does not know the name (`key_mapping`): match by its end.
             ends = [one for one in unknown if _same_end(one, name)]
             if ends and ends[0] in all_packed:
                 sizes[name] = headers[f"{ends[0]}.weight"][1]
@@ -219,7 +219,7 @@ def _same_end(one: str, other: str) -> bool:
 
 
 def _targets(model, keys) -> dict[str, list[str]]:
-    """Tensor of a checkpoint -> the weights of model that transformers' loader makes of it."""
+    """Tensor of a checkpoint -> the weights of model that transformers' loader makes from it."""
     conversions = get_model_conversion_mapping(model, None, None)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -239,10 +239,10 @@ def _targets(model, keys) -> dict[str, list[str]]:
 
 
 def checkpoint_names(model) -> list[dict[str, str]]:
-    """Layer of a transformers model -> its name in the files that the class is saved in, where
-    that is another one: LLaVA's files say `language_model.model` for `model.language_model`. A
-    model that was loaded has a second mapping, for the file that it was read from. Empty for a
-    model that isn't transformers'."""
+    """Mappings of layer -> its name in files, for layers of a transformers model whose names differ
+    there. LLaVA's files say `language_model.model` for `model.language_model`. The first mapping is
+    for the files that the class writes; a loaded model has a second one, for the file it was read
+    from. Empty if it is not a transformers model."""
     if not isinstance(model, transformers.PreTrainedModel):
         return []
     of_file = getattr(model, "_weight_conversions", None)
@@ -256,7 +256,7 @@ def _saved_names(model, conversions: list) -> dict[str, str]:
     for conversion in conversions[::-1]:
         try:
             back.append(conversion.reverse_transform())
-        except (ValueError, NotImplementedError):  # one that has no way back
+        except (ValueError, NotImplementedError):  # it cannot be reversed
             continue
     renamings = [c for c in back if isinstance(c, WeightRenaming)]
     converters = [c for c in back if isinstance(c, WeightConverter)]
@@ -267,7 +267,7 @@ def _saved_names(model, conversions: list) -> dict[str, str]:
             if pattern is None and key != f"{name}.weight":
                 found[name] = key.removesuffix(".weight")
         elif is_fused_experts(module):
-            # A file has a tensor per expert and name: `block_sparse_moe.experts.*.w1.weight`.
+            # A file has one tensor per expert and name: `block_sparse_moe.experts.*.w1.weight`.
             own = f"{name}.{weight_names(module)[0]}"
             key, _ = rename_source_key(own, renamings, converters, reverse=True)
             stored = key.partition(".*")[0] if ".*" in key else key.rpartition(".")[0]
@@ -277,8 +277,8 @@ def _saved_names(model, conversions: list) -> dict[str, str]:
 
 
 def _holds_experts(stored: set[str], name: str) -> bool:
-    """Whether packed experts are among the `stored` layers under the end of `name`, in the same
-    layer of the stack: a checkpoint may spell what is before it in another way (Mixtral's
+    """Whether the `stored` layers include packed experts with the same last part as `name`, in the
+    same layer of the stack. The parts before may differ in a checkpoint (Mixtral's
     `block_sparse_moe.experts`)."""
     first = f"{name.rpartition('.')[2]}.packed.0.up"
     places = (key.removesuffix(first) for key in stored if f".{key}".endswith(f".{first}"))

@@ -1,6 +1,6 @@
-"""What tells transformers that the weights of a model are packed: set, and removed.
+"""Sets and removes the marks that tell transformers that a model's weights are packed.
 
-These functions are hooks of qlora_ext.hosts. Each leaves alone what is no model of transformers.
+These functions are hooks of qlora_ext.hosts. They do nothing to other models than transformers'.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .quantizer import QLoraExtHfQuantizer
 
 
 def own_config(model: nn.Module) -> None:
-    """Gives a transformers model a config of its own, where other models were made from it too."""
+    """Gives a transformers model a copy of its config, which other models may share."""
     copies: dict[int, object] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -27,8 +27,8 @@ def own_config(model: nn.Module) -> None:
 
 
 def mark_packed(model: nn.Module, config: QuantConfig, kept: list[str]) -> None:
-    """Marks a model as from_pretrained marks one that it packs: it saves, and so reloads, as a
-    quantized one, and its own code knows that its weights are packed."""
+    """Marks a model as from_pretrained does when it packs one. It then saves and reloads as a
+    quantized model, and its own code knows that its weights are packed."""
     inside: set[int] = set()
     for part in list(model.modules()):
         if isinstance(part, transformers.PreTrainedModel) and id(part) not in inside:
@@ -44,14 +44,14 @@ def mark_packed(model: nn.Module, config: QuantConfig, kept: list[str]) -> None:
 
 
 def mark_adapted(model: nn.Module, trains: bool) -> None:
-    """Tells Trainer, which asks the model's quantizer whether there is anything to train."""
+    """Tells the model's quantizer whether there is anything to train. Trainer asks it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.has_adapters = trains
 
 
 def mark_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Removes the marks from a model that has no packed layer any more, and notes its dtype."""
+    """Removes the marks from a model that has no packed layer any more, and sets its dtype."""
     for attribute in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(attribute, None)
     if not isinstance(model, transformers.PreTrainedModel):
@@ -68,7 +68,7 @@ def mark_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def mark_untied(model: nn.Module) -> None:
-    """Tells transformers that the head has a weight of its own now."""
+    """Tells transformers that the head no longer shares its weight."""
     if isinstance(model, transformers.PreTrainedModel):
         own_config(model)
         for config in (model.config, model.config.get_text_config()):

@@ -1,4 +1,4 @@
-"""The parameters of an unquantized folder under the names of a packed model."""
+"""Reads the parameters of an unquantized folder under the names they have in a packed model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .checkpoint import Checkpoint, Unit
 
 
 class OriginalParameters(Mapping):
-    """The unquantized parameters of a folder under the names that they have in a model, each read
-    when asked for, as its transformers class reads them: renamed, stacked, transposed.
+    """The unquantized parameters of a folder under the names they have in a model. Each is read
+    when asked for, and renamed, stacked and transposed as transformers does for the model's class.
 
     Args:
-        folder: safetensors files.
-        model: the transformers model they are for; it may be packed.
+        folder: has the safetensors files.
+        model: the transformers model that they are for; it may be packed.
 
     Raises:
-        CheckpointError: the folder's tensors cannot be read as those of such a model.
+        CheckpointError: the folder's tensors cannot be read as those of this model.
     """
 
     def __init__(self, folder: Path, model: nn.Module):
@@ -31,7 +31,7 @@ class OriginalParameters(Mapping):
         dtypes = checkpoint.files.dtypes
         for name, parameter in checkpoint.model.named_parameters():
             for key in checkpoint.sources.get(name, ()):
-                # Of bytes and float8 the scale may lie in a tensor that is not known here.
+                # For bytes and float8, the scale may be in another tensor, unknown here.
                 if parameter.is_floating_point() and dtypes[key] not in FLOATS:
                     raise CheckpointError(f"{folder} has {key} in {dtypes[key]}, want float values")
         self.checkpoint = checkpoint
@@ -43,7 +43,7 @@ class OriginalParameters(Mapping):
             raise KeyError(name)
         unit = self.units[name.rpartition(".")[0]]
         if self.last is None or self.last[0] is not unit:
-            self.last = None  # before the next is read
+            self.last = None  # free it before the next is read
             with self.checkpoint.loaded(unit) as modules:
                 tensors = {
                     f"{module}.{key}": parameter.detach()
@@ -54,7 +54,7 @@ class OriginalParameters(Mapping):
             self.last = unit, tensors
         return self.last[1][name]
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self.checkpoint.sources
 
     def __iter__(self):
@@ -65,7 +65,7 @@ class OriginalParameters(Mapping):
 
 
 def original_parameters(folder: Path, model: nn.Module) -> OriginalParameters | None:
-    """The parameters of a folder as those of model; None for a model that isn't transformers'."""
+    """OriginalParameters of folder for model; None if model is not a transformers model."""
     if not isinstance(model, transformers.PreTrainedModel):
         return None
     return OriginalParameters(folder, model)

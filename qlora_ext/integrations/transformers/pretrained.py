@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained, for our files and bitsandbytes'."""
+"""from_pretrained and save_pretrained for 4-bit models, in our format and in bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .quantizer import QLoraExtHfQuantizer
 
 
 def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any):
-    """Loads a 4-bit model, ours or one that transformers and bitsandbytes saved.
+    """Loads a 4-bit model that we saved, or that transformers and bitsandbytes saved.
 
-    bitsandbytes itself is not needed. Its packed bytes are used as they are, so the dequantized
+    bitsandbytes itself is not needed. Its packed bytes are used unchanged, so the dequantized
     weights are the same bit for bit.
 
     Args:
         path: folder or hub name.
         model_class: an Auto class or model class; None is AutoModelForCausalLM.
-        kwargs: for its from_pretrained: dtype, device_map, ...; or settings of the model's config
-            that are to be others than the checkpoint's: num_labels, use_cache, ...
+        kwargs: for its from_pretrained (dtype, device_map, ...), or settings of the model's config
+            that replace the checkpoint's (num_labels, use_cache, ...).
 
     Raises:
-        TypeError: a keyword that neither knows.
-        ValueError: a checkpoint in neither format, or 8 bits; a folder whose files are damaged,
-            hold a NaN or an infinity, or say what no model can be made of (CheckpointError, which
-            names the file).
+        TypeError: a keyword is unknown to both.
+        ValueError: the checkpoint is in neither format or in 8 bits. If the folder's files are
+            damaged, hold a NaN or an infinity, or do not describe a model, it is a CheckpointError,
+            which names the file.
     """
     from .building import check_nothing_anew, loading, read_config, stored_method
 
@@ -49,10 +49,10 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     files = stored_config = None
     if config is None and local:
         files = SafetensorsFiles(safetensors_files(Path(path)), any_dtype=True)
-        # Its errors are the file's; those below, the keywords'.
+        # Errors here are the file's fault; those below are the keywords'.
         stored_config = read_config(Path(path), files)
     if config is None:
-        # What the model's from_pretrained sets itself, and would not find any more.
+        # Keep these for the model's from_pretrained; AutoConfig would take them.
         own = ("dtype", "torch_dtype", "quantization_config", "attn_implementation")
         own = {key: kwargs.pop(key) for key in own if key in kwargs}
         config, unused = transformers.AutoConfig.from_pretrained(
@@ -82,7 +82,7 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
     kwargs["output_loading_info"] = True
     with loading(path, files, stored_config, kwargs) if local else contextlib.nullcontext():
         model, info = model_class.from_pretrained(path, config=config, **kwargs)
-        # Another class than the saved one may have a head of its own, made anew to be trained.
+        # A class other than the saved one may have a new head, which is still to be trained.
         if type(model).__name__ in (config.architectures or ()):
             check_nothing_anew(path, model, info["missing_keys"])
     return (model, info) if want_info else model
@@ -91,7 +91,7 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
 def save_pretrained(
     model: torch.nn.Module, path: str | Path, *, format: str = "qlora_ext", **kwargs: Any
 ) -> None:
-    """Saves a 4-bit transformers model in our layout or in bitsandbytes'.
+    """Saves a 4-bit transformers model in our format or in bitsandbytes'.
 
     Args:
         model: a model with `Linear4bit` layers.
@@ -100,9 +100,9 @@ def save_pretrained(
         kwargs: for `model.save_pretrained`: max_shard_size, ...
 
     Raises:
-        ValueError: an unknown format, a model that is not packed, or settings that bitsandbytes
-            has no name for (another codebook, one scale a weight, means, packed embeddings), or
-            layers that transformers does not pack for it (Falcon's).
+        ValueError: the format is unknown; the model is not packed, or has PEFT's adapters; or
+            bitsandbytes lacks its settings (another codebook, one scale for a whole weight, means,
+            packed embeddings) or transformers does not pack its layers for bitsandbytes (Falcon's).
     """
     if format not in CHECKPOINT_FORMATS:
         raise ValueError(
@@ -135,7 +135,7 @@ def save_pretrained(
 
 
 def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
-    """What BitsAndBytesConfig writes into config.json, for these settings."""
+    """The dict that BitsAndBytesConfig would write into config.json for these settings."""
     unknown_there = (
         config.quant_type not in ("nf4", "fp4")
         or config.normalization != "absmax"
@@ -175,10 +175,10 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
 
 
 def _skip_modules(model, kept: list[str]) -> list[str]:
-    """The names that keep `kept` and no other layer dense in stock transformers, which takes a
-    name for every layer whose own name ends with it, in the midst of a word too."""
+    """Names that keep exactly the layers in `kept` dense in stock transformers. There a name means
+    every layer whose name ends with it, even in the middle of a word."""
     packed = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-    # With "$" it is a regular expression there, for the whole name.
+    # With "$" at its end, transformers reads it as a regular expression for the whole name.
     return [
         f"{name}$" if any(not should_convert_module(p, [name]) for p in packed) else name
         for name in kept

@@ -1,9 +1,9 @@
-"""Quantizing while loading: transformers' `from_pretrained(quantization_config=QLoraExtConfig())`.
+"""Packs a model while transformers' from_pretrained(quantization_config=QLoraExtConfig()) loads it.
 
-transformers reads a checkpoint tensor by tensor into a model on the meta device. The quantizer here
-swaps the linear layers of that model for `Linear4bit` and turns each of their weights into packed
-bytes as it arrives, so the peak stays near one layer above the result. A saved model carries
-`quant_method: qlora_ext` in its config and is read back without being told.
+transformers reads a checkpoint tensor by tensor into a model on the meta device. This quantizer
+replaces that model's linear layers by `Linear4bit` and packs each weight as it arrives, so peak
+memory is about that of the result and one layer. A saved model has `quant_method: qlora_ext` in its
+config, so from_pretrained reads it back without further settings.
 
 Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
 """
@@ -47,13 +47,13 @@ class QLoraExtHfQuantizer(HfQuantizer):
     """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
 
     requires_calibration = False
-    saves_as = "qlora_ext"  # what save_pretrained writes; `save_pretrained` below changes it
+    saves_as = "qlora_ext"  # the format to write; qlora_ext.save_pretrained can change it
     given_state = None  # the state_dict that save_pretrained was given
 
     def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
-        # A copy: the list of kept layers is filled in per model, and the caller's object may be
-        # meant for several models.
-        # Names given for a packed checkpoint are no setting of the model: they are not saved.
+        # Copy the config: each model fills in its own list of kept layers, and the caller may use
+        # the object for several models.
+        # Names given for a packed checkpoint are not a setting of the model, so they are not saved.
         self.asked = quantization_config.__dict__.pop("_asked", [])
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.quant_config = self.quantization_config.to_quant_config()
@@ -71,14 +71,14 @@ class QLoraExtHfQuantizer(HfQuantizer):
             )
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        # False for a packed checkpoint: transformers then checks the tensors against the shapes.
+        # False for a packed checkpoint; then transformers checks the tensors against the shapes.
         module, attribute = get_module_from_name(model, param_name)
         return not self.pre_quantized and isinstance(module, Linear4bit) and attribute == "weight"
 
     def get_quantize_ops(self):
         return Quantize(self)
 
-    # The tensors under each `weight` of a bitsandbytes checkpoint.
+    # The tensors that a bitsandbytes checkpoint has for each `weight`.
     serialized_names: ClassVar = {
         "weight": [
             "weight",
@@ -106,17 +106,17 @@ class QLoraExtHfQuantizer(HfQuantizer):
         for name, tensor in floats.items():
             if ".lora_" not in name:
                 check_finite(f"save_pretrained: {name}", local_part(tensor.detach()), tensor.dtype)
-        # With a distributed_config transformers gathers what it sharded itself.
+        # With a distributed_config, transformers gathers the tensors that it sharded itself.
         is_whole = given is not None and not any(hasattr(t, "to_local") for t in given.values())
         if not is_whole and getattr(model.config, "distributed_config", None) is None:
             check_whole("save_pretrained", model)
-            # Adapters are for the one who trains them; a checkpoint of a run is not refused.
+            # Adapters are not checked, so that a checkpoint of a training run is never refused.
             adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
             check_parameters("save_pretrained", model, skipped=adapters)
         if self.saves_as == "bitsandbytes":
             return _bitsandbytes_state_dict(model), {}
         if any(isinstance(module, _Lora) for module in model.modules()):
-            # They are kept: a checkpoint of Trainer's is resumed from this file.
+            # Adapters stay in the file, because Trainer resumes from it.
             warnings.warn(
                 "save_pretrained: the file holds the quantized base and the adapters of add_lora; "
                 "from_pretrained reads the base of it alone. qlora_ext.save_adapter(model, path) "
@@ -155,11 +155,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             elif self.pre_quantized:
                 layer = Experts4bit.from_experts(module, self.quant_config)
             else:
-                packed += 1  # when their values are there
+                packed += 1  # _pack_experts packs them when their values are there
                 continue
             layer.requires_grad_(False)
-            # transformers initialises what it finds missing with normal_, which bytes do not have;
-            # what is missing here is refused below.
+            # transformers initialises missing tensors with normal_, which uint8 lacks. Missing
+            # tensors are refused after loading.
             for part in layer.modules():
                 part._is_hf_initialized = True
             replace_module(model, module, layer, places)
@@ -172,7 +172,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             raise ValueError(f"{sentence} {type(model).__name__}. {why}")
 
     def _tell_packed(self, model, plan: Plan) -> None:
-        """Warns of layers that the caller wanted dense and a packed checkpoint has packed."""
+        """Warns about layers that the caller wanted dense but a packed checkpoint has packed."""
         packed = [name for name in plan.names if plan.spelled.matches(name, self.asked)]
         if packed:
             rest = f" and {len(packed) - 8} more" if len(packed) > 8 else ""
@@ -186,7 +186,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         warn_unmatched("QLoraExtConfig", model, plan.unmatched(self.asked))
 
     def _check_distribution(self, config) -> None:
-        """ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
+        """Raises ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
         if config is None:
             return
         sizes = {
@@ -206,10 +206,10 @@ class QLoraExtHfQuantizer(HfQuantizer):
             )
 
     def _pack_experts(self, model) -> None:
-        """Packs the fused experts of a checkpoint that was not packed, one layer after another.
+        """Packs the fused experts of an unpacked checkpoint, one layer after another.
 
-        transformers assembles them from several tensors of a checkpoint, so they are packed when
-        the model is complete: until then they are in memory as they were stored.
+        transformers assembles them from several tensors, so they can only be packed when the model
+        is complete. Until then they are dense in memory.
         """
         dry_run = all(p.is_meta for p in model.parameters())  # device_map="meta"
         for name in self.plan.names:
@@ -236,7 +236,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             for name, module in model.named_modules()
             if isinstance(module, (Linear4bit, Embedding4bit))
         }
-        # transformers assigns what it reads, past load_state_dict and its checks.
+        # transformers assigns tensors without load_state_dict and its checks.
         missing = [
             f"{name}.{key}"
             for name, layer in layers.items()
@@ -254,7 +254,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 f"{', '.join(missing)}; {advice}"
             )
         if self.quantization_config.checkpoint_format == "bitsandbytes":
-            # From here on the model is in our layout, and saving has nothing to convert back.
+            # From here on the model is in our format, so saving must not convert it back.
             self.quantization_config.checkpoint_format = "qlora_ext"
             model._weight_conversions = [
                 conversion
@@ -282,7 +282,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None):
-        if isinstance(dtype, str):  # what a saved config holds
+        if isinstance(dtype, str):  # from a saved config
             dtype = getattr(torch, dtype)
         leave_no_packed_layer(model, dtype)
         return model
@@ -294,11 +294,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    has_adapters = False  # add_lora's; Trainer knows PEFT's by itself
+    has_adapters = False  # whether add_lora's adapters are trained; Trainer knows about PEFT's
 
     @property
     def is_qat_trainable(self) -> bool:
-        # Trainer's question whether a quantized model that is no PeftModel has weights to train.
+        # Trainer asks this of a quantized model that is not a PeftModel: has it weights to train?
         return self.has_adapters
 
     @property
