@@ -1,8 +1,9 @@
-"""Builds qlora_ext against the torch that is installed: `pip install --no-build-isolation .`
+"""Builds qlora_ext against the installed torch: `pip install --no-build-isolation .`. With `-e .`
+it builds in place, keeps its object files and compiles only what changed (`make build`).
 
-The CPU backend and the ops' schemas go into qlora_ext/_C; the CUDA backend is a second library,
-qlora_ext/_C_cuda, built when nvcc and a CUDA torch are both there (no GPU is needed, or asked for).
-USE_CUDA=0|1 overrides; TORCH_CUDA_ARCH_LIST chooses architectures.
+qlora_ext/_C holds the CPU backend and the ops' schemas. qlora_ext/_C_cuda holds the CUDA backend.
+It is built if nvcc and a CUDA torch are there (no GPU is needed). USE_CUDA=0|1 overrides that, and
+TORCH_CUDA_ARCH_LIST chooses architectures.
 """
 
 import os
@@ -12,11 +13,12 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from sysconfig import get_path
 
 from setuptools import setup
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# Ampere (its binaries run on Ada too), Hopper, and PTX that the driver compiles for what is newer.
+# Ampere (its binaries also run on Ada), Hopper, and PTX that the driver compiles for newer GPUs.
 DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
 
 try:
@@ -29,8 +31,8 @@ except ImportError:
 
 
 def toolkit_root():
-    """The CUDA toolkit that nvcc itself uses, or None. nvcc on the PATH may be a wrapper script,
-    so its own dry run is asked for TOP instead of taking the folder it lies in."""
+    """The CUDA toolkit that nvcc uses, or None. nvcc on the PATH may be a wrapper script, so TOP is
+    taken from nvcc's dry run and not from its own folder."""
     in_home = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=in_home)
     if nvcc is None:
@@ -41,14 +43,15 @@ def toolkit_root():
 
 
 def toolkit_version(root):
-    """(major, minor) that the toolkit's nvcc states; (0, 0) if it states none."""
+    """(major, minor) of the toolkit's nvcc; (0, 0) if it prints none."""
     nvcc = os.path.join(root, "bin", "nvcc")
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return tuple(map(int, (re.findall(r"release (\d+)\.(\d+)", said) or [(0, 0)])[0]))
 
 
 def wants_cuda(toolkit):
-    """Whether to build the CUDA backend; ends with one sentence if it was asked for in vain."""
+    """Whether to build the CUDA backend. Exits with a message if it was requested but cannot be
+    built."""
     asked = os.environ.get("USE_CUDA", "")
     if asked not in ("", "0", "1"):
         sys.exit(f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1, or unset for what can be built")
@@ -74,10 +77,11 @@ def wants_cuda(toolkit):
 
 
 def architectures():
-    """TORCH_CUDA_ARCH_LIST, or the default, with Turing if seen; older ones end the build."""
+    """TORCH_CUDA_ARCH_LIST, or the default, plus Turing if such a GPU is seen. Exits with a message
+    for older architectures."""
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;" * ((7, 5) in gpus) + DEFAULT_ARCHS
-    # The PTX of 7.5 would run on 8.0, without the kernels that dispatch wants there.
+    # The PTX of 7.5 would also run on 8.0, but it lacks the kernels that dispatch chooses there.
     if older := re.search(r"(?<![\d.])([1-6]\.\d|7\.[0-4]|7\.5\+PTX)[^; ]*", archs):
         want = "7.5, 8.0 or newer, and +PTX from 8.0 on"
         sys.exit(f"qlora_ext: TORCH_CUDA_ARCH_LIST has {older[0]}, want {want}")
@@ -85,7 +89,7 @@ def architectures():
 
 
 def sources(*folders):
-    """Every C++ and CUDA file of these csrc folders: the one list; CMakeLists.txt globs alike."""
+    """Every C++ and CUDA file in these csrc folders. CMakeLists.txt uses the same globs."""
     patterns = [f"csrc/{folder}/**/*.{ext}" for folder in folders for ext in ("cpp", "cu")]
     return sorted(p for pattern in patterns for p in glob(pattern, root_dir=ROOT, recursive=True))
 
@@ -97,6 +101,7 @@ def extensions():
     cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
     cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, as of 2.11
     cxx += [f'-DQLORA_EXT_CUDA_ARCHS="{archs}"']
+    cxx += [f'-DQLORA_EXT_CUDA_VERSION="{torch.version.cuda if CUDA else ""}"']
     links = [f"-fsanitize={s}"] if (s := os.environ.get("QLORA_EXT_SANITIZE")) else []
     if links:  # for tests/fuzz, e.g. address,undefined
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *links]
@@ -112,9 +117,35 @@ def extensions():
 TOOLKIT = toolkit_root()
 CUDA = wants_cuda(TOOLKIT)
 if CUDA:
-    os.environ["CUDA_HOME"] = TOOLKIT  # before cpp_extension is imported, which reads it once
+    os.environ["CUDA_HOME"] = TOOLKIT  # cpp_extension reads it once, when it is imported below
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
 
+# pip puts ninja here. With this on the PATH, the environment need not be activated.
+os.environ["PATH"] = os.pathsep.join([get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension  # noqa: E402
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+
+class BuildLibraries(BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:  # pip install -e uses a new folder each time, so would compile everything
+            self.build_temp = f"build/in-place-{sys.implementation.cache_tag}-{torch.__version__}"
+            self.build_lib = os.path.join(self.build_temp, "lib")
+
+    def copy_extensions_to_source(self):
+        for library in glob(os.path.join(ROOT, "qlora_ext", "_C*.so")):
+            os.remove(library)  # it is from an earlier build, perhaps for another Python or CUDA
+        super().copy_extensions_to_source()
+
+
+class CopyModules(build_py):
+    def run(self):  # an earlier build may have left modules that no longer exist
+        for folder in (os.path.join(self.build_lib, "qlora_ext"), *glob("build/bdist.*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+
+
+COMMANDS = {"build_ext": BuildLibraries, "build_py": CopyModules}
+setup(ext_modules=extensions(), cmdclass=COMMANDS)

@@ -6,8 +6,8 @@ process of its own:
 
 - `native`: every contender with what this CPU has;
 - `avx2`: every contender limited to AVX2 (ours by QLORA_EXT_CPU, torch's by its libraries' own
-  switches, bitsandbytes by its own cached answer to "is there AVX-512?"), the machine that the bars
-  were written for. Left out where the CPU has nothing beyond AVX2.
+  switches, bitsandbytes by its own cached answer to "is there AVX-512?"), the machine that the
+  targets were written for. Left out where the CPU has nothing beyond AVX2.
 
 The result is one JSON and one PNG, bench/results/cpu-<machine>-<date>. On a machine that others
 use, `--cpu-time` counts one thread's CPU time instead of the clock's.
@@ -37,33 +37,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))  # peers.py knows how to limit bitsandbytes
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # peers.py knows how to limit bitsandbytes
 AVX2 = {
     "QLORA_EXT_CPU": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
 }
-# Freed memory is kept and used again: all outputs lie in pages that were touched before.
+# malloc keeps freed memory and uses it again, so all outputs are in pages touched before.
 TOUCHED = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 SLOW = 5.0  # seconds: a call that takes longer is timed once
-BUDGET = 2.0  # seconds for a row: fewer rounds where calls are long, but three at least
+BUDGET = 2.0  # seconds for a row: long calls get fewer rounds, but at least three
 OURS, BNB, AO, DENSE = "ours", "bitsandbytes", "torchao", "dense"
-TABLE_SHAPE = (4096, 4096)  # the shape that has bars
+TABLE_SHAPE = (4096, 4096)  # the shape that has targets
 
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table: milliseconds by contender, and the ratios that are asked of us."""
+    """One line of the table: milliseconds by contender, and the ratios that we want to reach."""
 
     case: str
     shape: str
     ms: dict[str, float]
-    bars: dict[str, float]  # contender -> how many times faster than it we are to be
+    targets: dict[str, float]  # contender -> how many times faster we want to be
     note: str = ""
 
     def ratio(self, contender: str) -> float:
@@ -71,13 +71,17 @@ class Row:
         return self.ms[contender] / self.ms[OURS]
 
     def held(self) -> dict[str, bool]:
-        """Whether each bar is met, of those whose contender ran."""
-        return {name: self.ratio(name) >= bar for name, bar in self.bars.items() if name in self.ms}
+        """Contender -> whether its target is met, for contenders that ran."""
+        return {
+            name: self.ratio(name) >= target
+            for name, target in self.targets.items()
+            if name in self.ms
+        }
 
     def verdict(self) -> str:
-        """'met', or what was reached where a bar is not; nothing for a row without bars."""
+        """'met', or the ratios that missed their targets; '' for a row without targets."""
         missed = [
-            f"{name} {self.ratio(name):.2f}x of {self.bars[name]:.2f}x"
+            f"{name} {self.ratio(name):.2f}x of {self.targets[name]:.2f}x"
             for name, met in self.held().items()
             if not met
         ]
@@ -88,7 +92,7 @@ clock = time.perf_counter
 
 
 def interleave(contenders: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; they take turns, so that a busy spell hits them alike."""
+    """Median milliseconds of each. They take turns, so that a busy moment affects all alike."""
     times = {name: [] for name in contenders}
     warm = {}
     for name, call in contenders.items():
@@ -108,7 +112,7 @@ def interleave(contenders: dict[str, Callable], rounds: int) -> dict[str, float]
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
+    """The processor's name if the system gives it, else the machine type."""
     for line in (
         Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
     ):
@@ -118,14 +122,14 @@ def cpu_name() -> str:
 
 
 class Others:
-    """How busy the machine was with other processes: the share of its CPU time they took."""
+    """Measures the share of the machine's CPU time that other processes took."""
 
     def __init__(self):
         self.busy, self.own, self.start = self._busy(), self._own(), time.perf_counter()
 
     @staticmethod
     def _busy() -> float:
-        """Seconds that all CPUs were busy, since boot."""
+        """Seconds that all CPUs together were busy since boot."""
         stat = Path("/proc/stat")
         if not stat.exists():
             return 0.0
@@ -138,14 +142,14 @@ class Others:
         return sum(os.times()[:4])
 
     def share(self) -> float:
-        """Of all CPUs' time since the beginning."""
+        """The other processes' share of all CPUs' time since this was made."""
         spent = self._busy() - self.busy - (self._own() - self.own)
         return max(0.0, spent / ((time.perf_counter() - self.start) * os.cpu_count()))
 
 
 def limit_bitsandbytes() -> str:
-    """Makes bitsandbytes take its path for CPUs without AVX-512. Returns what it uses from then
-    on."""
+    """Makes bitsandbytes use its code for CPUs without AVX-512. Returns a text that says what it
+    uses from then on."""
     from peers import hide_from_bitsandbytes
 
     try:
@@ -156,7 +160,7 @@ def limit_bitsandbytes() -> str:
 
 
 def torchao_nf4():
-    """torchao's module for NF4, or None; it moved between versions."""
+    """torchao's module for NF4, or None. Its name differs between versions."""
     import importlib
 
     for name in ("quantization.quantize_.workflows.nf4.nf4_tensor", "dtypes.nf4tensor"):
@@ -188,7 +192,7 @@ class Ops:
         self.w4 = qlora_ext.quantize_4bit(self.weight).op_args()
         self.packed, self.state = self.bnb_quantize()
         self.ops = torch.ops.qlora_ext
-        # torchao is slow enough that the table's shape in fp32 will do.
+        # torchao is so slow that it only runs the table's shape in fp32.
         self.ao = torchao_nf4() if self.fp32 and (N, K) == TABLE_SHAPE else None
         self.nf4 = self.ao and self.ao.to_nf4(self.weight, 64, 256)
 
@@ -197,14 +201,14 @@ class Ops:
             self.weight, blocksize=64, quant_type="nf4", compress_statistics=True
         )
 
-    def row(self, case: str, contenders: dict[str, Callable], bars: dict[str, float]) -> Row:
-        """Times one case; `bars` apply to the table's own shape."""
+    def row(self, case: str, contenders: dict[str, Callable], targets: dict[str, float]) -> Row:
+        """Times one case. `targets` only apply to the table's shape."""
         ms = interleave(contenders, self.rounds)
-        bars = bars if (self.N, self.K) == TABLE_SHAPE else {}
-        return Row(f"{case} {self.name}", f"{self.N}x{self.K}", ms, bars)
+        targets = targets if (self.N, self.K) == TABLE_SHAPE else {}
+        return Row(f"{case} {self.name}", f"{self.N}x{self.K}", ms, targets)
 
     def quantize(self) -> Row:
-        """Packing and double quantization."""
+        """Packs, with double quantization."""
 
         def ours():
             _, absmax, _ = self.ops.quantize_4bit(
@@ -218,7 +222,8 @@ class Ops:
         return self.row("quantize", contenders, {BNB: 10})
 
     def dequantize(self) -> Row:
-        """Into touched memory; bitsandbytes takes no `out=` on a CPU, the allocator keeps its."""
+        """Dequantizes into touched memory. bitsandbytes takes no `out=` on a CPU, but the allocator
+        gives it touched memory too."""
         out, other = self.torch.empty_like(self.weight), self.torch.empty_like(self.weight)
         contenders = {
             OURS: lambda: self.ops.dequantize_4bit.out(*self.w4, out=out),
@@ -230,7 +235,7 @@ class Ops:
         return self.row("dequantize", contenders, {BNB: 3})
 
     def linear(self, M: int) -> Row:
-        """y = x W^T, no gradient."""
+        """y = x W^T without gradients."""
         torch, F = self.torch, self.torch.nn.functional
         import bitsandbytes
 
@@ -248,37 +253,37 @@ class Ops:
             contenders["ours fp32"] = lambda: self.ops.gemm_4bit(x32, *self.w4)
             contenders["dense fp32"] = lambda: F.linear(x32, w32)
         if M == 1:
-            bars = {BNB: 20, DENSE: 2} if self.fp32 else {BNB: 12, DENSE: 1}
+            targets = {BNB: 20, DENSE: 2} if self.fp32 else {BNB: 12, DENSE: 1}
         elif M == 16:
-            bars = {BNB: 5, DENSE: 1} if self.fp32 else {BNB: 5, "dense fp32": 1}
+            targets = {BNB: 5, DENSE: 1} if self.fp32 else {BNB: 5, "dense fp32": 1}
         elif self.fp32:
-            bars = {BNB: 1.15, DENSE: 1 / 1.1} if M in (256, 512) else {}
+            targets = {BNB: 1.15, DENSE: 1 / 1.1} if M in (256, 512) else {}
         else:
-            bars = {}
+            targets = {}
         if not self.fp32 and M >= 16:
-            bars["ours fp32"] = 1 / 1.15
-        return self.row(f"linear M={M}", contenders, bars)
+            targets["ours fp32"] = 1 / 1.15
+        return self.row(f"linear M={M}", contenders, targets)
 
     def backward(self, M: int) -> Row:
-        """dX = dY W; bitsandbytes decodes the whole weight for it."""
+        """dX = dY W. bitsandbytes decodes the whole weight for it."""
         torch = self.torch
         dY = torch.randn(M, self.N).to(self.dtype)
         contenders = {
             OURS: lambda: self.ops.gemm_4bit_backward(dY, *self.w4),
             DENSE: lambda: dY @ self.weight,
         }
-        # Where torch's product takes a minute, one contender that waits for it is enough.
+        # If torch's product takes a minute, one contender that uses it is enough.
         if self.fp32 or not slow_bf16():
             contenders[BNB] = lambda: dY @ self.bnb.dequantize_4bit(self.packed, self.state)
-        bars = {}
+        targets = {}
         if not self.fp32:
             dY32 = dY.float()
             contenders["ours fp32"] = lambda: self.ops.gemm_4bit_backward(dY32, *self.w4)
-            bars = {"ours fp32": 1 / 1.15, **({DENSE: 20} if slow_bf16() else {})}
-        return self.row(f"dX M={M}", contenders, bars)
+            targets = {"ours fp32": 1 / 1.15, **({DENSE: 20} if slow_bf16() else {})}
+        return self.row(f"dX M={M}", contenders, targets)
 
     def lora(self, M: int, r: int = 8) -> Row:
-        """y = x W^T + s (x A^T) B^T against the three products of an unfused layer."""
+        """y = x W^T + s (x A^T) B^T, compared with the three products of an unfused layer."""
         torch, F = self.torch, self.torch.nn.functional
         import bitsandbytes
 
@@ -299,7 +304,7 @@ class Ops:
         return self.row(f"linear + LoRA r={r} M={M}", contenders, {})
 
     def lora_backward(self, M: int, r: int = 8) -> Row:
-        """dX, dA and dB of that layer."""
+        """dX, dA and dB of the layer in lora()."""
         torch = self.torch
         x, dY = torch.randn(M, self.K).to(self.dtype), torch.randn(M, self.N).to(self.dtype)
         A, B = torch.randn(r, self.K), torch.randn(self.N, r)
@@ -337,7 +342,7 @@ class Ops:
 
 
 def has_bf16() -> bool:
-    """Whether torch multiplies bf16 with instructions for it here."""
+    """Whether torch has instructions for bf16 products on this CPU."""
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -349,7 +354,7 @@ def slow_bf16() -> bool:
 
 
 def op_rows(quick: bool, part: str, rounds: int):
-    """The table's shape in full, then real layers' shapes with whatever this CPU has."""
+    """All cases of the table's shape, then real layers' shapes with this CPU's instructions."""
     import torch
 
     Ms = (1, 16, 256) if quick else (1, 4, 16, 64, 256, 512, 2048)
@@ -378,7 +383,7 @@ def op_rows(quick: bool, part: str, rounds: int):
 
 
 def overhead_rows(rounds: int):
-    """What a call costs beside its arithmetic: a tiny layer at M = 1."""
+    """The overhead of a call besides its arithmetic: a tiny layer at M = 1."""
     import torch
 
     import qlora_ext
@@ -392,19 +397,19 @@ def overhead_rows(rounds: int):
         with torch.no_grad():
             layer(x)
 
-    for case, bar, call in (
+    for case, target, call in (
         ("tiny layer, no_grad", 1 / 2, under_no_grad),
         ("tiny layer, with gradients", 1 / 2.5, lambda layer: layer(x_grad)),
     ):
         contenders = {OURS: lambda c=call: c(packed), "dense": lambda c=call: c(plain)}
-        yield Row(case, "64x64", interleave(contenders, 5 * rounds), {"dense": bar})
+        yield Row(case, "64x64", interleave(contenders, 5 * rounds), {"dense": target})
 
 
 # A whole model -----------------------------------------------------------------------------------
 
 
 def smollm2(dtype):
-    """A model of SmolLM2-135M's shape; its weights are random, which time does not depend on."""
+    """A model of SmolLM2-135M's shape. Its weights are random, which does not change the time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -423,7 +428,7 @@ def smollm2(dtype):
 
 
 def load_as(name: str, folder: str, dtype):
-    """The saved model as a contender loads it: 'ours', 'bitsandbytes', or 'dense'."""
+    """The saved model, loaded by a contender: 'ours', 'bitsandbytes', or 'dense'."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     import qlora_ext
@@ -442,7 +447,7 @@ def load_as(name: str, folder: str, dtype):
 
 
 def with_adapters(model):
-    """PEFT's LoRA on every linear layer but the head, for all contenders alike."""
+    """PEFT's LoRA on every linear layer except the head, the same for all contenders."""
     import peft
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -492,15 +497,15 @@ def model_rows(rounds: int, dtypes: tuple[str, ...]):
             )
 
             steps = {name: training_step(with_adapters(model)) for name, model in models.items()}
-            bars = {BNB: 1.0, DENSE: 1.0} if label == "fp32" else {}
+            targets = {BNB: 1.0, DENSE: 1.0} if label == "fp32" else {}
             if label == "bf16" and slow_bf16():
-                bars = {BNB: 15.0}
+                targets = {BNB: 15.0}
                 del steps[DENSE]  # as slow as bitsandbytes: a minute or two
             times = interleave(steps, max(3, rounds // 2))
             times.update(our_fp32)
             our_fp32 = {"ours fp32": times[OURS]}
             tokens = ", ".join(f"{name} {2 * 192e3 / ms:.0f}" for name, ms in times.items())
-            yield Row(f"training step {label}", shape, times, bars, f"tokens/s: {tokens}")
+            yield Row(f"training step {label}", shape, times, targets, f"tokens/s: {tokens}")
 
             # Loaded again: for eval() bitsandbytes repacks its weights, and then cannot train.
             del steps
@@ -532,7 +537,7 @@ def measure_memory(name: str, folder: str) -> None:
     import torch
 
     training_step(with_adapters(load_as(name, folder, torch.float32)))()
-    # Not getrusage, whose maximum survives exec: it would be the parent's.
+    # Not getrusage: its maximum survives exec, so it would be the parent's.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
 
@@ -550,7 +555,7 @@ def memory_table() -> dict[str, float]:
 
 
 def profile(rounds: int) -> dict[str, float]:
-    """Bandwidth and arithmetic reached, beside what plain copies and products reach here."""
+    """Bandwidth and arithmetic of our ops, next to those of plain copies and products here."""
     import torch
 
     from qlora_ext import build_info, quantize_4bit
@@ -590,8 +595,8 @@ def profile(rounds: int) -> dict[str, float]:
 
 
 def instructions_per_weight(path: str) -> dict[int, float]:
-    """Instructions a weight in the loop of the dot product with 1 and with 4 rows of x, read from
-    the disassembled library; empty where there is no objdump, or no such loop."""
+    """Instructions per weight in the dot product's loop with 1 and with 4 rows of x, counted in the
+    disassembled library. Empty if there is no objdump or no such loop."""
     import qlora_ext
 
     if shutil.which("objdump") is None or not path.startswith("avx"):
@@ -599,7 +604,7 @@ def instructions_per_weight(path: str) -> dict[int, float]:
     library = next(Path(qlora_ext.__file__).parent.glob("_C.*.so"))
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)]
     text = subprocess.run(command, capture_output=True, text=True).stdout
-    # The look-up that is each path's own, and the weights that one turn of its loop decodes.
+    # A word that marks the path's table look-up, and the weights that one turn of its loop decodes.
     mark, weights = ("zmm", 128) if path.startswith("avx512") else ("vpshufb", 64)
     result = {}
     for rows in (1, 4):
@@ -617,7 +622,7 @@ def instructions_per_weight(path: str) -> dict[int, float]:
                 innermost = not any(first <= f and e < last for f, e in jumps)
                 whole = all(any(w in code for code in loop) for w in (mark, "prefetch", "vfmadd"))
                 groups = sum("prefetch" in code for code in loop)
-                # dot_any decodes 32 weights a turn, and has fewer look-ups than a group.
+                # dot_any decodes 32 weights per turn, and has fewer look-ups than a group.
                 lookups = sum(bool(re.match("vpshufb|vpermps", code)) for code in loop)
                 if innermost and whole and lookups == 8 * groups:
                     result[rows] = len(loop) / (weights * groups)
@@ -637,7 +642,7 @@ def print_row(row: Row) -> None:
 
 
 def plot(parts: dict[str, dict], title: str, path: Path) -> None:
-    """Ratios as bars: how many times faster than bitsandbytes and than torch's dense layer."""
+    """Ratios as targets: how many times faster than bitsandbytes and than torch's dense layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -675,12 +680,12 @@ def as_rows(part: dict) -> list[Row]:
 
 
 def verdicts(rows: list[Row]) -> str:
-    """How many bars were met, and which were not."""
+    """How many targets were met, and which were not."""
     held = [met for row in rows for met in row.held().values()]
     missed = [
         f"{row.case}: {row.verdict()[8:]}" for row in rows if row.verdict() not in ("", "met")
     ]
-    return "\n".join([f"{sum(held)} of {len(held)} bars met", *missed])
+    return "\n".join([f"{sum(held)} of {len(held)} targets met", *missed])
 
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -692,7 +697,7 @@ def number(ms: float) -> str:
 
 
 def markdown(record: dict, source: str) -> str:
-    """The tables of a results file: bars first, then all other rows, then the profile."""
+    """The tables of a results file: targets first, then all other rows, then the profile."""
     machine = record["parts"]["native"]["machine"]
     lines = [
         f"{machine['cpu']}, threads: {machine['threads']} ({machine['clock']} time), "
@@ -707,7 +712,7 @@ def markdown(record: dict, source: str) -> str:
         uses = part["machine"]["bitsandbytes uses"]
         lines += ["", f"### {name}: {limit} (our path: {path}; bitsandbytes: {uses})", ""]
         lines += [f"{verdicts(rows).splitlines()[0]}.", ""]
-        lines += ["| case | shape | ours | bitsandbytes | dense | others | bars |"]
+        lines += ["| case | shape | ours | bitsandbytes | dense | others | targets |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for row in rows:
             cells = {
@@ -716,12 +721,12 @@ def markdown(record: dict, source: str) -> str:
                 if other != OURS
             }
             rest = ", ".join(f"{k} {v}" for k, v in cells.items() if k not in (BNB, DENSE))
-            bars = ", ".join(
-                f"{'' if met else '**'}{other} {round(row.bars[other], 2):g}x"
+            targets = ", ".join(
+                f"{'' if met else '**'}{other} {round(row.targets[other], 2):g}x"
                 f"{' met' if met else f': {row.ratio(other):.2f}x**'}"
                 for other, met in row.held().items()
             )
-            columns = (cells.get(BNB, ""), cells.get(DENSE, ""), rest, bars)
+            columns = (cells.get(BNB, ""), cells.get(DENSE, ""), rest, targets)
             lines.append(
                 f"| {row.case} | {row.shape} | {number(row.ms[OURS])} | "
                 + " | ".join(columns)
@@ -749,7 +754,7 @@ def write_table(results: Path, document: Path) -> None:
 
 
 def run_part(args: argparse.Namespace) -> dict:
-    """One part's rows, in this process, whose libraries have been limited already."""
+    """One part's rows, measured in this process, whose libraries have been limited already."""
     import bitsandbytes
     import torch
 
@@ -808,7 +813,7 @@ def version(package: str) -> str:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Every part in a process of its own; one JSON and one PNG of all."""
+    """Runs every part in its own process, and writes one JSON and one PNG of all."""
     import torch
 
     others, start = Others(), time.perf_counter()

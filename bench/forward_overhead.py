@@ -1,9 +1,10 @@
 """What the look at the packed bytes (docs/models.md, averaging) takes of a layer's forward pass.
 
-First in the layer: with and without it, in turns of ten calls with one row of x. The difference
-between equal percentiles of both is what counts: on a busy machine single runs differ by more than
-it is. Then by itself, called in a loop, as the cost of a line of Python is usually given: in the
-layer it takes more, since other code has passed through the caches.
+First it measures the look (the check of the bytes) in the layer: with and without it, in turns of
+ten calls with one row of x. Compare equal percentiles of both, because on a busy machine single
+runs differ by more than the look takes. Then it measures the look alone, called in a loop, as one
+usually gives the time of a line of Python. In the layer it takes longer, because other code has
+used the caches.
 
     python bench/forward_overhead.py [--size 64] [--rounds 10000] [--device cpu] [--adapted]
 """
@@ -16,14 +17,15 @@ import timeit
 
 import torch
 
-from qlora_ext.nn import Linear4bit, LoraLinear4bit, _Packed4bit
+from qlora_ext.nn import Linear4bit, LoraLinear4bit
+from qlora_ext.nn.packed import _Packed4bit
 
 CALLS = 10
 PERCENTILES = (1, 5, 10, 25)
 
 
 def bare(self, is_traced):
-    """_w4 as it would be without the look."""
+    """_w4 without the look."""
     d = self.__dict__
     p = d["_parameters"]
     try:
@@ -34,7 +36,7 @@ def bare(self, is_traced):
 
 
 def seconds_by_way(layer: torch.nn.Module, x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call, sorted, with the look, without it, and without it again: the noise."""
+    """Sorted seconds per call: with the look, without it, and without it again (the noise)."""
     look = _Packed4bit._w4
     seconds = {"with": [], "without": [], "again": []}
     ways = list(seconds)
@@ -54,7 +56,7 @@ def seconds_by_way(layer: torch.nn.Module, x: torch.Tensor, rounds: int) -> dict
 
 
 def seconds_alone(layer: torch.nn.Module, rounds: int) -> float:
-    """Seconds that the look takes in a loop of nothing else: the least of 20 differences."""
+    """Seconds that the look takes alone in a loop: the least of 20 differences."""
 
     def least(call) -> float:
         return min(timeit.repeat(lambda: call(layer, False), number=rounds, repeat=5)) / rounds
@@ -63,7 +65,7 @@ def seconds_alone(layer: torch.nn.Module, rounds: int) -> float:
 
 
 def main() -> None:
-    """Prints microseconds a call at several percentiles."""
+    """Prints microseconds per call at several percentiles."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=64, help="in and out features")
     parser.add_argument("--rounds", type=int, default=10000)

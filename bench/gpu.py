@@ -59,17 +59,17 @@ LAYERS = {
     "Llama-70B mlp up": (28672, 8192),
     "Qwen2.5-7B mlp up": (18944, 3584),
 }
-FOCUS = ("Llama-8B mlp up", "Llama-70B q", "Llama-8B q")  # the bars' shapes, measured first
+FOCUS = ("Llama-8B mlp up", "Llama-70B q", "Llama-8B q")  # the targets' shapes, measured first
 # (experts E, N, K, experts per token) of real mixtures.
 EXPERTS = {
     "Mixtral-8x7B gate": (8, 14336, 4096, 2),
     "Qwen3-30B-A3B gate and up": (128, 1536, 2048, 8),
 }
-COPY_BYTES, MATMUL_SIZE = 1 << 30, 8192  # what this run's own ceilings are measured with
+COPY_BYTES, MATMUL_SIZE = 1 << 30, 8192  # sizes for measuring this run's own ceilings
 
 WINDOW_MS = 2.0  # the least time between two events
-SPIN_UP_MS = 100.0  # of work before each case
-CYCLES_PER_S = 2.0e9  # of torch.cuda._sleep: near the highest clock, so the sleep is no shorter
+SPIN_UP_MS = 100.0  # milliseconds of work before each case
+CYCLES_PER_S = 2.0e9  # for torch.cuda._sleep: near the highest clock, so it sleeps long enough
 LONGEST_HEAD_START = 10e-3  # seconds
 
 Function = Callable[[int], object]
@@ -79,11 +79,11 @@ Function = Callable[[int], object]
 
 
 class Contender:
-    """What is timed: `run` does `copies` calls."""
+    """A function to time; `run` does `copies` calls."""
 
     def __init__(self, run: Callable[[], object]):
         self.run = run
-        self.repeats = 1  # of run between two events
+        self.repeats = 1  # how many runs between two events
         self.head_start = 1e-3  # seconds that the device sleeps while the host queues them
 
     def once(self) -> float:
@@ -101,7 +101,7 @@ class Contender:
         return begin.elapsed_time(end)
 
     def window(self) -> float:
-        """The same, of a measurement that took WINDOW_MS or more: repeats grow until it does."""
+        """As once(), but raises `repeats` until a measurement takes WINDOW_MS or more."""
         while (ms := self.once()) < WINDOW_MS:
             growth = 1.25 * WINDOW_MS / ms if ms > 0 else 100
             self.repeats = math.ceil(self.repeats * min(max(growth, 1.25), 100))
@@ -113,8 +113,8 @@ class Contender:
 def capture(function: Function, copies: int):
     """A replayable graph of `copies` calls, or None if something in it refuses capture.
 
-    Every call is made once before: it may compile, load a module or ask for a workspace, which a
-    capture would record or refuse. Results stay alive to the end, so that each has its own memory.
+    Every call is made once before, because it may compile, load a module or ask for a workspace,
+    which a capture would record or refuse. Results stay alive, so that each has its own memory.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -136,7 +136,7 @@ def capture(function: Function, copies: int):
 
 
 def loop(function: Function, copies: int) -> Callable[[], None]:
-    """`copies` calls; a result is freed when the next turn has replaced it."""
+    """A function that makes `copies` calls. A result is freed when the next turn replaces it."""
     kept: list[object] = [None] * copies
 
     def run():
@@ -147,7 +147,7 @@ def loop(function: Function, copies: int) -> Callable[[], None]:
 
 
 def sm_clock() -> int | None:
-    """The SMs' clock now, MHz; None where neither NVML for Python nor nvidia-smi tells."""
+    """The SMs' clock now in MHz; None if neither NVML for Python nor nvidia-smi gives it."""
     try:
         return int(torch.cuda.clock_rate())
     except Exception:  # its errors depend on what is missing
@@ -161,7 +161,7 @@ def sm_clock() -> int | None:
 
 
 def spin_up(contenders: list[Contender]) -> int | None:
-    """Keeps the GPU busy for SPIN_UP_MS with the case's own work; the clock it then has."""
+    """Keeps the GPU busy for SPIN_UP_MS with the case's own work. Returns the clock it then has."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     while True:
@@ -171,7 +171,7 @@ def spin_up(contenders: list[Contender]) -> int | None:
         end.synchronize()
         if begin.elapsed_time(end) >= SPIN_UP_MS:
             break
-    for contender in contenders:  # the clock is read while the device works
+    for contender in contenders:  # so that the clock is read while the device works
         contender.run()
     clock = sm_clock()
     torch.cuda.synchronize()
@@ -180,17 +180,17 @@ def spin_up(contenders: list[Contender]) -> int | None:
 
 @dataclasses.dataclass
 class Times:
-    """What compare() found, by contender's name."""
+    """The results of compare(), by contender's name."""
 
     us: dict[str, float]  # per call
-    window_ms: dict[str, float]  # the shortest measurement
+    window_ms: dict[str, float]  # of the shortest measurement
     not_graphed: list[str]
-    failed: dict[str, str]  # why
+    failed: dict[str, str]  # name -> error
     sm_mhz: list[int | None]  # after the spin-up, after the last round
 
 
 def compare(contenders: dict[str, Function], copies: int, rounds: int, graphs=True) -> Times:
-    """Times each contender: medians over interleaved rounds."""
+    """Times each contender. The figures are medians over interleaved rounds."""
     runs: dict[str, Contender] = {}
     marked, failed = [], {}
     for name, function in contenders.items():
@@ -226,7 +226,7 @@ def compare(contenders: dict[str, Function], copies: int, rounds: int, graphs=Tr
 
 
 def extra_bytes(function: Function) -> int:
-    """Most memory that a call has beside its results."""
+    """The most memory that a call uses besides its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     results = function(0)  # noqa: F841 (alive until the difference is taken)
@@ -234,14 +234,14 @@ def extra_bytes(function: Function) -> int:
     return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
-# ---------------------------------------------------------------- bars
+# ---------------------------------------------------------------- targets
 
 
 def missed(row: dict) -> list[str]:
-    """The bars that a row's times miss, as sentences: the floors of the GPU table that this project
-    set itself. M = 512 forward may take 1.65x of plain bf16 until there is a wgmma kernel."""
+    """One message for each target that a row misses. The targets are this project's own. Forward
+    with M = 512 may take 1.65x of plain bf16 until there is a wgmma kernel."""
     us, op, M = row["us"], row["op"], row["M"]
-    speed = {name: t / us["ours"] for name, t in us.items()}  # how many times as fast ours is
+    speed = {name: t / us["ours"] for name, t in us.items()}  # how many times faster ours is
     two_passes = [n for n in ("bitsandbytes", "dequantize+cuBLAS") if n in us]
     wanted: list[tuple[str, float]] = []  # (contender, least speed)
     if op == "dequantize":
@@ -276,12 +276,12 @@ class Bench:
         self.copy, self.matmul = self.ceilings()
         try:
             import bitsandbytes.functional as bnb
-        except Exception:  # absent, or built for another CUDA
+        except Exception:  # it is missing, or built for another CUDA
             bnb = None
         self.bnb = bnb
 
     def ceilings(self):
-        """Bytes per second of a device copy (read plus written), flops of a bf16 matmul."""
+        """Bytes per second of a device copy (read plus written), and flops of a bf16 matmul."""
         n = MATMUL_SIZE
         a = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
         b = torch.empty_like(a)
@@ -294,8 +294,8 @@ class Bench:
         return 1e6 * max(moved / self.copy, flops / self.matmul)
 
     def copies(self, moved: float) -> int:
-        """How many sets of tensors, for calls that move at least `moved` bytes each: all but one
-        of them exceed three times L2."""
+        """How many sets of tensors to use, if each call moves at least `moved` bytes: without one
+        of them, the others still exceed three times L2."""
         return 1 + math.ceil(3 * self.l2 / moved)
 
     def is_over(self) -> bool:
@@ -330,8 +330,8 @@ class Bench:
         )
         for name, why in found.failed.items():
             print(f"    LEFT OUT {name}: {why}", flush=True)
-        for bar in row["missed"]:
-            print(f"    MISSED {bar}", flush=True)
+        for target in row["missed"]:
+            print(f"    MISSED {target}", flush=True)
         if self.out:
             self.save()
 
@@ -359,12 +359,12 @@ class Bench:
 
 
 def several(count: int, *shape: int, dtype=BF16, factor: float = 1.0) -> list[torch.Tensor]:
-    """`count` random tensors: one for each call before an address comes round again."""
+    """`count` random tensors, one for each call, so that addresses repeat only after `count`."""
     return [torch.randn(*shape, device="cuda", dtype=dtype) * factor for _ in range(count)]
 
 
 def packed(dense: torch.Tensor, count: int) -> list[tuple]:
-    """The weight, packed, as op arguments: `count` copies."""
+    """`count` copies of the packed weight, as op arguments."""
     args = qlora_ext.quantize_4bit(dense).op_args()
     return [tuple(t.clone() if torch.is_tensor(t) else t for t in args) for _ in range(count)]
 
@@ -378,7 +378,7 @@ class Weights:
         dense = torch.randn(N, K, device="cuda", dtype=BF16) * 0.02
         self.ours = packed(dense, self.count)
         self.dense = [dense.clone() for _ in range(self.count)]
-        self.buffer = torch.empty_like(dense)  # where unsloth's chain dequantizes every layer
+        self.buffer = torch.empty_like(dense)  # unsloth's chain dequantizes every layer into it
         self.bnb, self.peer = bench.bnb, None
         if bench.bnb is not None:
             self.peer = [
@@ -389,7 +389,7 @@ class Weights:
             ]
 
     def into_buffer(self, i: int) -> torch.Tensor:
-        """The weight in the one buffer: by bitsandbytes where it is there, else by our op."""
+        """The weight, dequantized into the buffer by bitsandbytes if installed, else by our op."""
         if self.peer:
             weight, state = self.peer[i]
             self.bnb.dequantize_4bit(weight, state, out=self.buffer)
@@ -420,7 +420,7 @@ def quantizers(bench: Bench, layer: str, w: Weights):
         contenders["bitsandbytes"] = lambda i: bench.bnb.quantize_4bit(
             w.dense[i], blocksize=64, compress_statistics=True, quant_type="nf4"
         )
-    # Not in a graph: the quantizer reads its NaN flag back.
+    # Not in a graph, because the quantizer reads its NaN flag back.
     floor = bench.floor(moved)
     bench.add("quantize", layer, w.shape, 0, floor, contenders, copies, graphs=False)
 
@@ -447,7 +447,7 @@ def forward(bench: Bench, w: Weights, layer: str, M: int):
 def lora(bench: Bench, w: Weights, layer: str, M: int):
     """Forward with a bypass of rank 16, and the whole backward: dX, dA, dB.
 
-    The peers get A and B in bf16, which spares them the casts that a trainer's fp32 adapters need.
+    The peers get A and B in bf16, so they need not cast a trainer's fp32 adapters.
     """
     moved = w.N * w.K * PACKED + 2 * M * (w.K + w.N)
     copies = bench.copies(moved)
@@ -463,8 +463,8 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
         return base + SCALING * ((x[i] @ A16[i].T) @ B16[i].T)
 
     def unsloth(i):
-        """unsloth's matmul_lora: W dequantized into a buffer that all layers share, y = x W^T, then
-        (x A^T)(s B^T) added in place."""
+        """unsloth's matmul_lora: it dequantizes W into a buffer that all layers share, computes
+        y = x W^T, and adds (x A^T)(s B^T) in place."""
         y = x[i] @ w.into_buffer(i).t()
         return y.addmm_(x[i] @ A16[i].t(), B16[i].t(), alpha=SCALING)
 
@@ -521,8 +521,8 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
 
 
 def experts(bench: Bench, layer: str, tokens: int):
-    """A mixture's product, tokens sent to random experts: ours, one gemm_4bit an expert, against
-    torch._grouped_mm over the stack of dequantized experts and over a bf16 stack."""
+    """A mixture's product with tokens sent to random experts. Ours is one gemm_4bit per expert. The
+    others are torch._grouped_mm over the dequantized experts, and over a bf16 stack."""
     E, N, K, top_k = EXPERTS[layer]
     M = tokens * top_k
     chosen = torch.randint(E, (M,), generator=torch.Generator().manual_seed(0))
@@ -559,19 +559,19 @@ def experts(bench: Bench, layer: str, tokens: int):
 
 
 def first_call(in_a_graph: bool) -> None:
-    """The smallest products that reach the fused kernels: M = 1, nested scales, forward and
-    backward, bf16 and fp16. Ends the process with a message where the library has no CUDA
-    half, a call fails or a result is wrong. Each call is named before it is made.
+    """Runs the smallest products that reach the fused kernels: M = 1, nested scales, forward and
+    backward, bf16 and fp16. Exits with a message if the CUDA library is not loaded, a call fails or
+    a result is wrong. It prints each call's name before it makes the call.
 
-    in_a_graph: the first call of each op in this process is made while a graph is captured.
+    in_a_graph: make the first call of each op in this process while a graph is captured.
     """
     info = qlora_ext.build_info()
     print(*(f"{key}: {value}" for key, value in info.items()), sep="\n", flush=True)
     if not info["cuda_live"]:
-        sys.exit(f"first call: the CUDA half is not live: {info['cuda_why_not']}")
+        sys.exit(f"first call: the CUDA library is not live: {info['cuda_why_not']}")
     N, K = 128, 512
     for dtype, bits in ((BF16, 8), (torch.float16, 11)):
-        # Packed on the CPU, and dense there: the GPU does nothing but the call.
+        # Pack and dequantize on the CPU, so that the GPU only does the call.
         q = qlora_ext.quantize_4bit(torch.randn(N, K).to(dtype))
         w4 = [t.to("cuda") if torch.is_tensor(t) else t for t in q.op_args()]
         W = qlora_ext.dequantize_4bit(q, dtype).double()
@@ -595,8 +595,8 @@ def first_call(in_a_graph: bool) -> None:
             except RuntimeError as error:
                 sys.exit(f"{name}: died: {str(error).splitlines()[0]}")
             want = x.double() @ weight
-            # Each output is rounded once, to `bits` bits: by at most 2^-bits of its size, a norm of
-            # less than that. Four times it leaves room for the order of sums, for nothing else.
+            # Each output is rounded once, to `bits` bits, so by at most 2^-bits of its size. Four
+            # times that leaves room for the order of sums, but for nothing else.
             off = ((got - want).norm() / want.norm()).item()
             if not off <= 4 * 2.0**-bits:
                 sys.exit(
@@ -610,10 +610,10 @@ def first_call(in_a_graph: bool) -> None:
 
 
 def touch_every_op():
-    """Each op at small shapes, tails included: what compute-sanitizer runs.
+    """Runs each op at small shapes, tails included, for compute-sanitizer.
 
-    Every kernel and, between them, the ranks' and rows' tiles, split K, chunks and an unaligned
-    weight; not every instantiation, which the tests launch.
+    The cases launch every kernel. Together they cover the tiles of ranks and rows, split K, chunks
+    and an unaligned weight, but not every instantiation; the tests launch those.
     """
     torch.manual_seed(0)
     cases = (
@@ -623,13 +623,14 @@ def touch_every_op():
         (33, 65, {"quant_type": "fp4"}, 5, (1, 9, 70)),
         (40, 96, {"normalization": "standard", "blocksize": 32}, 5, (1, 40)),
         (24, 64, {"blocksize": None}, 5, (1, 17)),
-        # One scale: sums and maxima of more than one block.
+        # One scale for the whole tensor: sums and maxima over more than one block.
         (136, 128, {"blocksize": None, "normalization": "standard"}, 5, (1,)),
         (24, 64, {"quant_type": "linear", "normalization": "none"}, 5, (1,)),
     )
     for case, (N, K, config, rank, rows) in enumerate(cases):
         for dtype in (BF16, torch.float16, torch.float32):
-            # How far a sanitizer got that ran out of time: what was launched before has ended.
+            # If a sanitizer runs out of time, this shows how far it got: all calls before this line
+            # have ended.
             torch.cuda.synchronize()
             print(f"case {case + 1} of {len(cases)}, {dtype}", flush=True)
             weight = torch.randn(N * K + 1, device="cuda", dtype=dtype)
@@ -693,7 +694,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=240, help="no case starts after this")
-    parser.add_argument("--quick", action="store_true", help="the bars' shapes only")
+    parser.add_argument("--quick", action="store_true", help="the targets' shapes only")
     parser.add_argument("--touch-every-op", action="store_true")
     parser.add_argument("--first-call", action="store_true")
     parser.add_argument("--in-a-graph", action="store_true", help="with --first-call")

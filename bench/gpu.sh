@@ -22,7 +22,7 @@
 # with a log of each step, and while a step runs its log (four while the sanitizers run). The build
 # goes where builds go.
 #
-# NOT YET RUN on a GPU; tests/test_bench_gpu.py runs it with stand-ins for the tools.
+# NOT YET RUN on a GPU; tests/tools/test_bench_gpu.py runs it with stand-ins for the tools.
 set -u
 cd "$(dirname "$0")/.."
 if [ $# -ne 1 ]; then
@@ -135,7 +135,7 @@ step capture 20 "$python" bench/gpu.py --first-call --in-a-graph
 step parity 45 "$python" bench/parity.py
 # The shared op tests' cuda backend. Without an import of transformers or peft they need little.
 step tests 80 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider -k 'cuda and not simt' \
-  tests/test_ops.py tests/test_cuda_kernels.py tests/test_devices.py
+  tests/ops/test_ops.py tests/ops/test_cuda_kernels.py tests/nn/test_devices.py
 
 # What compute-sanitizer prints that is no finding: its own heading, empty lines, a count of zero, and
 # what the signal at the time limit makes it say.

@@ -2,14 +2,14 @@
 main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
 
     python bench/kernel_report.py                     # compiles csrc/cuda/*.cu, prints the table
-    python bench/kernel_report.py --write             # and replaces it in docs/kernel_report.md
+    python bench/kernel_report.py --write             # and replaces it in its page
     python bench/kernel_report.py --arch 8.0 --only gemm_4bit
 
-The main loop is the shortest run of SASS from a branch's target up to that branch that holds the
-most tensor-core instructions (in a kernel without any, the longest). "SASS per weight" counts every
-instruction in it (loads of x, scales, addressing and barriers included) over the weights that one
-thread decodes in one turn of it. A branch that skips a part of the loop counts as taken through:
-the figure is an upper bound.
+A loop is the SASS from a branch's target to that branch. The main loop is the one with the most
+tensor-core instructions, and of those the shortest (in a kernel without such instructions, the
+longest). "SASS per weight" divides all its instructions (also loads of x, scales, addressing and
+barriers) by the weights that one thread decodes in one turn. Skipped parts of the loop count as
+run, so the figure is an upper bound.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from sass_flow import find_tool, run
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "kernel_report"
-PAGE = ROOT / "docs" / "kernel_report.md"
-ARCHS = ("7.5", "8.0", "9.0a")  # of the table
-FLOW_ARCHS = (*ARCHS, "10.0", "12.0")  # of the data-flow check
+PAGE = ROOT / "docs" / "generated" / "kernel_report.md"
+ARCHS = ("7.5", "8.0", "9.0a")  # in the table
+FLOW_ARCHS = (*ARCHS, "10.0", "12.0")  # in the data-flow check
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
 PTXAS_FLAGS = ["--warn-on-spills", "--warning-as-error"]
 
-# What SASS does not say: threads per block, the shared-memory struct, and the weights that a thread
-# decodes in one turn of the main loop. {0}, {1}, ... are the kernel's template arguments; both may
-# be C++ expressions over csrc/cuda's own constants.
+# Facts that SASS does not contain: threads per block, bytes of shared memory, and the weights that
+# a thread decodes in one turn of the main loop. {0}, {1}, ... are the kernel's template arguments.
+# Each may be a C++ expression with csrc/cuda's own constants.
 FUSED, BACKWARD = "FusedTraits<{0}, {2}>", "BackwardTraits<{0}, {2}>"
 KERNELS = {
     "dequantize_4bit_vector": ("kDequantizeThreads", "sizeof(DequantizeSmem)", "kChunk"),
@@ -74,8 +74,8 @@ KERNELS = {
     "merge_lora_4bit_tile": ("kTileThreads", "sizeof(TileSmem)", None),
 }
 
-# Of one SM: registers, threads, shared bytes, blocks; and the shared bytes that each block costs
-# beside its own.
+# Limits of one SM: registers, threads, shared bytes, blocks; and the shared bytes that each block
+# takes besides its own.
 SM_LIMITS = {
     "7.5": (65536, 1024, 65536, 16, 0),
     "8.0": (65536, 2048, 167936, 32, 1024),
@@ -87,7 +87,7 @@ SM_LIMITS = {
 
 
 def missing_tools():
-    """A sentence that says what this script lacks here, or None."""
+    """A message that says which tools are missing, or None."""
     if shutil.which("nvcc") is None:
         return "kernel_report: nvcc is not on the PATH"
     sentence = sass_flow.missing_tools()
@@ -96,20 +96,20 @@ def missing_tools():
 
 @dataclasses.dataclass(frozen=True)
 class Ptxas:
-    """One ptxas; without a path it is the one that nvcc calls."""
+    """One ptxas. Without a path it is the one that nvcc calls."""
 
     version: str
     path: Path | None = None
 
     def assemble(self, ptx, arch, cubin):
-        """Its messages; the cubin is written."""
+        """Writes the cubin and returns ptxas' messages."""
         target = f"-arch=sm_{arch.replace('.', '')}"
         if self.path is None:
             options = ",".join(PTXAS_FLAGS)
             return run("nvcc", target, "-O3", f"-Xptxas={options}", "-cubin", ptx, "-o", cubin)
         if int(self.version.split(".")[0]) >= 13:
             return run(self.path, target, "-O3", *PTXAS_FLAGS, ptx, "-o", cubin)
-        # 12.9 and older know PTX up to 8.8, in which ours says the same.
+        # 12.9 and older only know PTX up to 8.8, in which our PTX means the same.
         lowered = cubin.with_suffix(".lowered.ptx")
         text = ptx.read_text()
         lowered.write_text(re.sub(r"^\.version 9\.\d+$", ".version 8.8", text, flags=re.M))
@@ -120,7 +120,7 @@ class Ptxas:
 
 
 def version_of(program):
-    """The release of nvcc or of a ptxas, 13.0.88 say."""
+    """The release of nvcc or of a ptxas, such as 13.0.88."""
     return re.search(r"release [\d.]+, V([\d.]+)", run(program, "--version"))[1]
 
 
@@ -130,7 +130,7 @@ def nvcc_ptxas():
 
 
 def made(name, digest, suffix, make):
-    """build/kernel_report/<name>-<digest><suffix>; make(partial) writes it where it is missing."""
+    """build/kernel_report/<name>-<digest><suffix>. make(partial) writes it if it is missing."""
     path = BUILD / f"{name}-{digest}{suffix}"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def digest_of(*texts, files=()):
 
 
 def compile_ptx(source, arch):
-    """csrc/cuda/<source>.cu as PTX for one architecture, cached by the text of csrc."""
+    """csrc/cuda/<source>.cu as PTX for one architecture, cached by the contents of csrc."""
     files = [
         path
         for path in sorted([*CUDA.iterdir(), *(ROOT / "csrc").glob("*.h")])
@@ -177,8 +177,8 @@ def compile_ptx(source, arch):
 
 
 def compile_cubin(source, arch, ptxas=None):
-    """The PTX of csrc/cuda/<source>.cu through one ptxas (default: nvcc's). Beside it lies what
-    ptxas said, NAME.cubin.txt."""
+    """The cubin of csrc/cuda/<source>.cu from one ptxas (default: nvcc's). NAME.cubin.txt, next to
+    it, has ptxas' messages."""
     ptxas = ptxas or nvcc_ptxas()
     ptx = compile_ptx(source, arch)
 
@@ -192,8 +192,8 @@ def compile_cubin(source, arch, ptxas=None):
 
 
 def messages(cubin):
-    """What ptxas said about this cubin that is worth a line: it serialized wgmma (C7510, C7511),
-    which it calls information."""
+    """ptxas' important messages about this cubin: that it serialized wgmma (C7510, C7511). ptxas
+    marks them as information only."""
     said = Path(f"{cubin}.txt").read_text()
     return tuple(line for line in said.splitlines() if re.search(r"\bC751[01]\b", line))
 
@@ -208,7 +208,7 @@ class Kernel:
     name: str
     arch: str
     registers: int
-    stack: int  # bytes per thread: spills, indexed arrays, what a printf prints
+    stack: int  # bytes per thread: spills, indexed arrays, arguments of printf
     code: list
     threads: int = 0
     shared: int = 0
@@ -225,13 +225,13 @@ class Kernel:
 
     @property
     def is_empty(self):
-        """A variant for another architecture: its body is a trap."""
+        """Whether it is a variant for another architecture, whose body is only a trap."""
         return len([i for _, i in self.code if opcode(i) not in ("NOP", "BRA")]) <= 3
 
     @property
     def spills(self):
-        """Whether anything is read back from the stack. The arguments of the sentence that an
-        index out of range prints are only written there."""
+        """Whether anything is read back from the stack. The arguments of the message about an index
+        out of range are only written there."""
         return self.stack > 0 and count([i for _, i in self.code], "LDL") > 0
 
     @property
@@ -248,8 +248,8 @@ class Kernel:
         return self.blocks_per_sm * self.threads / SM_LIMITS[self.arch][1]
 
     def main_loop(self):
-        """Instructions of the loop with the most MMA (of those, the shortest); without MMA, of the
-        longest loop of a kernel whose weights are known; else an empty list."""
+        """Instructions of the loop with the most MMA (of those, the shortest). Without MMA: of the
+        longest loop if the kernel's weights are known, else an empty list."""
         loops = []
         for address, text in self.code:
             target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)\s*$", text)
@@ -318,7 +318,8 @@ def disassemble(cubin, arch):
 
 
 def cpp_expressions(kernels):
-    """Fills in threads, shared and weights, printed by a host program over the kernels' headers."""
+    """Sets threads, shared and weights. A host program that includes the kernels' headers prints
+    them."""
     lines = []
     for k in kernels:
         threads, shared, weights = (e.format(*k.arguments) if e else "-1" for e in KERNELS[k.base])
@@ -354,13 +355,13 @@ def all_sources():
 
 
 def in_parallel(function, jobs):
-    """[function(*job)], MAX_JOBS (2) at a time: for what waits for other programs."""
+    """[function(*job) for each job], MAX_JOBS (2) at a time, for jobs that wait for programs."""
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         return list(pool.map(lambda job: function(*job), jobs))
 
 
 def report(archs=ARCHS, sources=None):
-    """All kernels of the given files (default: all of csrc/cuda/*.cu), empty variants left out."""
+    """All kernels of the given files (default: csrc/cuda/*.cu), without empty variants."""
     jobs = [(source, arch) for source in sources or all_sources() for arch in archs]
     cubins = in_parallel(compile_cubin, jobs)
     seen, kernels = set(), []
@@ -377,7 +378,7 @@ def report(archs=ARCHS, sources=None):
 
 
 def flow(archs=FLOW_ARCHS, sources=None, ptxas=None):
-    """{architecture: (functions, sentences)}: what sass_flow finds and what messages() gives."""
+    """{architecture: (number of functions, findings of sass_flow and messages())}."""
     jobs = [(source, arch, ptxas) for source in sources or all_sources() for arch in archs]
     cubins = in_parallel(compile_cubin, jobs)
     kernels = in_parallel(disassemble, [(c, a) for c, (_, a, _) in zip(cubins, jobs, strict=True)])
@@ -440,7 +441,7 @@ def markdown(kernels):
 
 
 def table(header, rows):
-    """A table in Markdown; a cell of None is a dash."""
+    """A table in Markdown. A cell that is None becomes a dash."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         "| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |"
@@ -452,7 +453,7 @@ BEGIN, END = "<!-- table: bench/kernel_report.py --write -->", "<!-- end of tabl
 
 
 def write_table(begin, end, table):
-    """Into docs/kernel_report.md, between two of its lines."""
+    """Writes a table into docs/generated/kernel_report.md, between two of its lines."""
     before, opened, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not opened or not closed:
@@ -465,7 +466,7 @@ def main():
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all of them")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
     parser.add_argument(
-        "--write", action="store_true", help="replace the table in docs/kernel_report.md"
+        "--write", action="store_true", help="replace the table in docs/generated/kernel_report.md"
     )
     parser.add_argument(
         "--flow", action="store_true", help="check the data flow instead, of newer ones too"

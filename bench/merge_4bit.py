@@ -4,9 +4,9 @@
     python bench/merge_4bit.py --adapter runs/demo/adapter
 
 Prints the table of docs/merging.md and writes bench/results/merge-4bit-<machine>-<date>.json. All
-rows have one held-out set; the calibration text is from the training side, whose modules are not in
-it. Where the model writes the text, that is part of the seconds. Rows measured before with the same
-settings are taken over from --output.
+rows use the same held-out set. The calibration text is from the training set, which has no module
+in common with it. If the model writes the text, the seconds include that. Rows measured before with
+the same settings are taken from --output.
 """
 
 import argparse
@@ -28,9 +28,9 @@ import torch
 import transformers
 
 import qlora_ext
-from qlora_ext.merge import dense_layer
-from qlora_ext.models import replace_module
+from qlora_ext.models.walk import replace_module
 from qlora_ext.nn import Linear4bit, LoraLinear4bit
+from qlora_ext.nn.dense import dense_layer
 
 ROWS = {
     "base": "unquantized base",
@@ -40,8 +40,6 @@ ROWS = {
     "requantized": "merged, requantized without either",
     "from_base": "merged into 4 bits, `base=`",
     "calibrated": "merged into 4 bits, `calibration=`",
-    "from_base_calibrated": "merged into 4 bits, both",
-    "from_base_own_text": "merged into 4 bits, `base=` and text that the model wrote",
     "own_text": "merged into 4 bits, text that the model wrote",
 }
 
@@ -129,12 +127,12 @@ def texts(tokenizer, args) -> tuple[list[dict], list[dict]]:
 
 
 def make(name: str, base, quantized, adapted, calibration, tokenizer, args):
-    """The model of a row, in its own memory where it is merged."""
+    """The model of a row. A merged one is a copy."""
     if name in ("base", "base_4bit", "adapter"):
         return {"base": base, "base_4bit": quantized, "adapter": adapted}[name]
     model = copy.deepcopy(adapted)
     if name == "merged_16bit":
-        # Rounded to fp16, computed as the other rows are.
+        # Round to fp16, but compute in fp32 like the other rows.
         return qlora_ext.merge_and_unload(model, torch.float16).float()
     if name == "requantized":
         for module in [m for m in model.modules() if isinstance(m, LoraLinear4bit)]:
@@ -146,8 +144,6 @@ def make(name: str, base, quantized, adapted, calibration, tokenizer, args):
     sources = {
         "from_base": {"base": base},
         "calibrated": {"calibration": calibration},
-        "from_base_calibrated": {"base": base, "calibration": calibration},
-        "from_base_own_text": {"base": base, "calibration": calibration},
         "own_text": {"calibration": calibration},
     }[name]
     return qlora_ext.merge_into_4bit(model, **sources, hessian_bytes=args.hessian_bytes)
@@ -181,7 +177,7 @@ def machine(args) -> dict:
 
 
 def default_output() -> Path:
-    """bench/results/merge-4bit-<machine>-<date>.json; the machine is its processor's name."""
+    """bench/results/merge-4bit-<machine>-<date>.json, where machine is the processor's name."""
     cpu = finetune.machine()["cpu"] or platform.machine()
     if torch.cuda.is_available():
         cpu = torch.cuda.get_device_name()

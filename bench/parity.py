@@ -2,31 +2,32 @@
 
     python bench/parity.py [--device cuda]
 
-Prints both sides' losses step by step, and the peak memory of a larger model's training step beside
-what `qlora-ext estimate` says. Ends with 1 if the two sides differ by more than BOUNDS. Memory is
-shown and not judged. Needs transformers.
+Prints both sides' losses step by step, and the peak memory of a larger model's training step next
+to the figure of `qlora-ext estimate`. Exits with status 1 if the two sides differ by more than
+BOUNDS. Memory is only shown. Needs transformers.
 
-The model is a Llama of two layers, packed to NF4 with nested scales, with an adapter on every
-linear layer. Its B is not zero, so every gradient is there from the first step. Batches of 8 and of
-288 tokens alternate: in bf16 the first takes the fused kernels, the second dequantizes in chunks.
-The optimizer is plain SGD. AdamW divides a gradient by its own size, which hides a wrong factor.
+The model is a Llama with two layers, packed to NF4 with nested scales, with an adapter on every
+linear layer. The adapters' B is not zero, so every gradient exists from the first step. Batches of
+8 and of 288 tokens alternate: in bf16 the first uses the fused kernels, the second dequantizes in
+chunks. The optimizer is plain SGD, because AdamW divides a gradient by its size and so would hide a
+wrong factor.
 
-Compared are the loss of each step, and each parameter's gradient at the first step of each batch,
-by |gpu - cpu| / |cpu| (norms; the largest counts).
+It compares the loss of each step, and each parameter's gradient at the first step of each batch, by
+|gpu - cpu| / |cpu| (norms; the largest counts).
 
 Where the bounds come from. Both sides start from the same bytes and compute in the same dtype.
 They differ in the order of sums, and so in what some sums are rounded to. The CPU's own paths
 differ from each other in the same way, so they were measured: portable, AVX2 and AVX-512 with its
-bf16 instructions, this model, these 10 steps. The largest differences were
+bf16 instructions, with this model and these 10 steps. The largest differences were
 
            of a loss   of a gradient
     fp32        2e-7            2e-6
     bf16        3e-4            3e-2     (between bf16 and fp32: 4e-4 and 9e-2)
 
-The bf16 bounds are about three times that. The fp32 bounds are 50 times that, as the GPU's exp and
-its long sums have other roundings; 2^-13 for a gradient still notices TF32, which keeps 10 bits.
-The learning rate is small enough for a smooth descent. At ten times the rate one rounding grows
-until the two sides have nothing in common.
+The bf16 bounds are about three times that. The fp32 bounds are 50 times that, because the GPU's exp
+and its long sums round differently; 2^-13 for a gradient still notices TF32, which keeps 10 bits.
+The learning rate is small enough for a smooth descent. At ten times the rate, one rounding
+difference grows until the two sides have nothing in common.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ STEPS, RATE = 10, 0.1
 # dtype -> the largest relative difference of a loss, of a parameter's gradient
 BOUNDS = {torch.float32: (1e-5, 2.0**-13), torch.bfloat16: (1e-3, 0.1)}
 
-# The model whose memory is measured: large enough for its parts to count beside workspaces.
+# The model whose memory is measured. It is large enough that workspaces matter little.
 LARGE = {
     **TINY,
     "vocab_size": 32000,
@@ -72,7 +73,7 @@ LARGE_SEQ = 2048
 
 
 def build(dtype: torch.dtype, device: str):
-    """The tiny model, made on the CPU and moved: the same bytes on every device."""
+    """The tiny model, made on the CPU and then moved, so that every device gets the same bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def build(dtype: torch.dtype, device: str):
 
 
 def train(model, device: str) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
-    """Losses by step; gradients by name, of the first step of each batch."""
+    """The losses of all steps, and the gradients (by name) of the first step of each batch."""
     generator = torch.Generator().manual_seed(1)
     data = [torch.randint(16, shape, generator=generator).to(device) for shape in BATCHES]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -110,7 +111,7 @@ def off(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def parity(dtype: torch.dtype, device: str) -> bool:
-    """Trains on both sides and prints the table; whether they stay within the bounds."""
+    """Trains on both sides and prints the table. Returns whether they stay within the bounds."""
     (want, wanted), (got, found) = (train(build(dtype, side), side) for side in ("cpu", device))
     of_loss, of_gradient = BOUNDS[dtype]
     good = True
@@ -137,7 +138,7 @@ def parity(dtype: torch.dtype, device: str) -> bool:
 
 
 def peak_of_a_step(checkpointing: bool, device: str) -> int:
-    """Most bytes that torch has allocated during a training step of the large model."""
+    """The most bytes that torch had allocated during a training step of the large model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     gc.collect()  # the model before this one
@@ -162,7 +163,7 @@ def peak_of_a_step(checkpointing: bool, device: str) -> int:
 
 
 def memory(device: str) -> None:
-    """Prints the measured peak beside the estimate, with and without checkpointing."""
+    """Prints the measured peak next to the estimate, with and without checkpointing."""
     from transformers import LlamaConfig
 
     print("\n| peak memory of a step | measured, MiB | estimate, MiB | ratio |")

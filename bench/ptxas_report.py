@@ -1,12 +1,12 @@
 """The same PTX through every ptxas that is here: a driver that compiles it has one of them inside.
 
     python bench/ptxas_report.py FOLDER    # nvcc's ptxas, triton's two, and those under FOLDER
-    python bench/ptxas_report.py FOLDER --write   # also into docs/kernel_report.md
+    python bench/ptxas_report.py FOLDER --write   # also into docs/generated/kernel_report.md
 
-csrc/cuda for 9.0a goes through each version once, and bench/sass_flow.py checks the data flow of
-every kernel that comes out. A kernel whose main loop one ptxas makes more than 10% longer than
-another is a row of the table. What ptxas says about wgmma that it serialized (C7510, C7511) is
-printed. The exit status is 1 where there is a finding.
+It compiles csrc/cuda for 9.0a with each version once. bench/sass_flow.py then checks the data flow
+of every kernel. The table has a row for each kernel whose main loop one ptxas makes more than 10%
+longer than another. ptxas' messages about serialized wgmma (C7510, C7511) are printed. The exit
+status is 1 if there is a finding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BEGIN, END = "<!-- table: bench/ptxas_report.py --write -->", "<!-- end of ptxas
 
 
 def find_ptxas(folder=None):
-    """nvcc's first, then one of each other version: of triton's wheel and under `folder`."""
+    """nvcc's ptxas, then one of each other version found in triton's wheel and under `folder`."""
     places = []
     spec = importlib.util.find_spec("triton")
     for place in spec.submodule_search_locations if spec else ():
@@ -43,8 +43,8 @@ def find_ptxas(folder=None):
 
 
 def differing(lengths):
-    """Of {kernel: [its main loop's instructions by each ptxas]}: those that differ by more than
-    TOLERANCE, or that are missing from some."""
+    """The kernels that differ by more than TOLERANCE or are missing from some ptxas. lengths is
+    {kernel: [its main loop's instructions, for each ptxas]}."""
     return {
         name: row
         for name, row in lengths.items()
@@ -53,7 +53,7 @@ def differing(lengths):
 
 
 def compare(versions, sources=None):
-    """(sentences of what is wrong, sentences to know of, {kernel: main loop by each version})."""
+    """(messages about faults, other messages, {kernel: main loop for each version})."""
     sources = sources or kernel_report.all_sources()
     weights, lengths, findings, notices = {}, {}, [], []
     for column, ptxas in enumerate(versions):
@@ -91,7 +91,7 @@ def main():
     parser.add_argument("folder", nargs="?", type=Path, help="with more of them, at any depth")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
     parser.add_argument(
-        "--write", action="store_true", help="replace the table in docs/kernel_report.md"
+        "--write", action="store_true", help="replace the table in docs/generated/kernel_report.md"
     )
     arguments = parser.parse_args()
     if sentence := kernel_report.missing_tools():

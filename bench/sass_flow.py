@@ -2,25 +2,25 @@
 
     python bench/sass_flow.py FILE...    # cubins, libraries with device code, or listings (*.sass)
 
-The check walks the control flow of each function and asks which registers may have been written on
-some path from its entry. It reports
+The check walks the control flow of each function and computes which registers may have been written
+on some path from its entry. It reports
 
-- a uniform register (UR) or a predicate (P, UP) that is read where no path wrote it;
-- a vector register (R) that is part of an address, names a branch's target or becomes uniform
-  (R2UR) where no path wrote it. Arithmetic may read such a register and drop what it read (ptxas
-  makes LOP3 and PRMT that do), so other reads of R are not reported. For the same reason ULOP3 and
-  UPRMT may read the register that they write;
+- a uniform register (UR) or a predicate (P, UP) that is read although no path wrote it;
+- a vector register (R) that no path wrote and that is part of an address, names a branch's target
+  or becomes uniform (R2UR). Arithmetic may read such a register and drop the value (ptxas makes
+  LOP3 and PRMT that do), so other reads of R are not reported. For the same reason ULOP3 and UPRMT
+  may read the register that they write;
 - code that no path reaches;
-- an instruction that is not in OPCODES below, for nobody then knows what it writes.
+- an instruction that is not in OPCODES below, because then nobody knows what it writes.
 
-A write under a predicate counts as a write. A subroutine starts with what may be written at its
-callers' calls; after a call, what it and its callees write may be written too (of a function
-elsewhere, vprintf say, all of R). Indirect branches may go to every block. Each of these can hide a
-finding; none invents one. A function that is not a kernel starts with all of R: it is one whose RET
-takes a register that no path wrote.
+A write under a predicate counts as a write. A subroutine starts with the registers that may be
+written at its callers' calls. After a call, the registers that it and its callees write may also be
+written (for a function elsewhere, such as vprintf, all of R). Indirect branches may go to every
+block. Each of these can hide a finding, but none invents one. A function whose RET takes a register
+that no path wrote is not a kernel, and starts with all of R.
 
-This is how `LDGSTS [R90+UR0+0xc080], desc[UR1][...]` was seen, which ptxas 12.9.86 to 13.3 makes of
-`cp.async` with an L2 policy, and whose UR0 and UR1 nothing writes.
+This check found `LDGSTS [R90+UR0+0xc080], desc[UR1][...]`, whose UR0 and UR1 nothing writes. ptxas
+12.9.86 to 13.3 makes it from `cp.async` with an L2 policy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pathlib import Path
 
 
 def _width(*, pair=(), quad=(), eight=(), otherwise=1):
-    """Registers of the result by modifier."""
+    """A function that gives the number of result registers for an instruction's modifiers."""
 
     def width(modifiers):
         for names, count in ((eight, 8), (quad, 4), (pair, 2)):
@@ -80,9 +80,9 @@ ONE = _fixed(1)
 ALU = _width(pair=("64", "S64", "U64", "WIDE"))
 LOAD = _width(pair=("64",), quad=("128",), eight=("256",))
 
-# How many of the first operands are results: AUTO is any predicates, one register and any
-# predicates (a carry, say); ALL_BUT_LAST is a vote's; MASK is R2P's, whose last operand says which
-# predicates it writes.
+# How many of the first operands are results. AUTO: any predicates, one register and any predicates
+# (a carry, say). ALL_BUT_LAST: a vote. MASK: R2P, whose last operand says which predicates it
+# writes.
 AUTO, ALL_BUT_LAST, MASK = "auto", "all but last", "mask"
 # name: (results, registers of a result by modifier)
 OPCODES = {}
@@ -133,7 +133,8 @@ GLOBAL_MEMORY = {"LDG", "STG", "LD", "ST", "ATOM", "ATOMG", "RED", "REDG", "CCTL
 BULK = {"UBLKCP", "UBLKPF", "UBLKRED", "UTMALDG", "UTMASTG", "UTMAREDG", "UTMAPF", "UTMACCTL"}
 INDIRECT = {"BRX", "BRXU", "JMX", "JMXU"}
 MAY_READ_ITS_RESULT = {"ULOP3", "UPRMT"}
-# Whose plain uniform sources are pairs: all, where the modifier says 64 bits; of WIDE the addend.
+# Opcodes whose plain uniform sources are pairs if the modifier says 64 bits. With WIDE, only the
+# addend is a pair.
 WIDE_SOURCES = {"IADD", "UIADD3", "MOV", "UMOV", "SEL", "USEL", "IMNMX", "UIMNMX"}
 WIDE_SOURCES |= {"ISETP", "UISETP", "I2F", "UI2F"}
 DOUBLES = {"DADD", "DMUL", "DFMA", "DSETP"}
@@ -148,7 +149,7 @@ class UnknownInstruction(ValueError):
 
 
 def register_names(registers):
-    """The names of a set's registers."""
+    """The names of the registers in a set."""
     found = []
     for name, first, count in (("R", R, 255), ("UR", UR, 255), ("P", P, 7), ("UP", UP, 7)):
         found += [f"{name}{i}" for i in range(count) if registers >> (first + i) & 1]
@@ -156,7 +157,8 @@ def register_names(registers):
 
 
 def _bits(name, count=1):
-    """The set of `count` registers from R4, UR4, P0 or UP0 on; none for RZ, URZ, PT and UPT."""
+    """The set of `count` registers starting at `name` (R4, UR4, P0, ...); empty for RZ, URZ, PT,
+    UPT."""
     file, number = re.fullmatch(r"(U?[RP])(\d+|Z|T)", name).groups()
     if number in "ZT":
         return 0
@@ -215,8 +217,8 @@ def _results(opcode, modifiers, operands):
 
 @dataclasses.dataclass(frozen=True)
 class Effects:
-    """Sets of registers: what an instruction writes, and of what it reads those that must have been
-    written."""
+    """Two sets of registers: those that an instruction writes, and those that it reads and that
+    must have been written before."""
 
     writes: int
     reads: int
@@ -224,7 +226,7 @@ class Effects:
 
 @functools.cache
 def effects(text):
-    """Effects of one instruction, whose text is as cuobjdump prints it, without the semicolon."""
+    """The Effects of one instruction. Its text is as cuobjdump prints it, without the semicolon."""
     guard, opcode, modifiers, operands = split_instruction(text)
     if opcode not in OPCODES:
         raise UnknownInstruction(f"{opcode} is not in OPCODES")
@@ -254,7 +256,7 @@ def effects(text):
 
 
 def _read(opcode, modifiers, position, operand, wide):
-    """Of one operand that is a source: the registers that must have been written."""
+    """The registers of one source operand that must have been written before."""
     reads = 0
     if "[" not in operand:
         for name, _ in REGISTER.findall(operand):
@@ -276,7 +278,7 @@ def _read(opcode, modifiers, position, operand, wide):
             parts = suffixes.split(".")
             if "P" in name:
                 count = 1
-            elif kind == "gdesc":  # A's descriptor, then B's; A may be in registers
+            elif kind == "gdesc":  # A's descriptor, then B's; A may also be in registers
                 four = _bits(name, 4)
                 reads |= four if position == 1 else four & ~_bits(name, 2)
                 continue
@@ -294,7 +296,7 @@ def _read(opcode, modifiers, position, operand, wide):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong in one function."""
+    """One fault in one function."""
 
     function: str
     address: int
@@ -312,13 +314,13 @@ def _target(operands):
 
 
 class Graph:
-    """Where each instruction of a function may go next."""
+    """The instructions that may follow each instruction of a function."""
 
     def __init__(self, code):
         self.code = code
         index = {address: i for i, (address, _) in enumerate(code)}
         self.next = [set()] * len(code)  # successors by index
-        self.calls = {}  # index of a call: index of what it calls, None if that is elsewhere
+        self.calls = {}  # index of a call: index of the callee, None if that is elsewhere
         self.returns = set()
         self.problems = []  # (index, sentence)
         blocks, indirect = set(), []
@@ -338,7 +340,8 @@ class Graph:
                     self.problems.append((i, "a branch to where there is no instruction"))
                 else:
                     goes.add(index[target])
-                    # DIV and CONV ask whether the warp's lanes are together; 7.5 names no operand.
+                    # DIV and CONV test whether the warp's lanes are together. On 7.5 they have no
+                    # operand.
                     may_pass = conditional or len(operands) > 1 or {"DIV", "CONV"} & {*modifiers}
                     if opcode != "WARPSYNC" and not may_pass:
                         goes = {index[target]}
@@ -363,7 +366,7 @@ class Graph:
             self.next[i] = self.next[i] | blocks
 
     def reached_from(self, entry):
-        """Instructions that run before the function at `entry` returns, but for its callees'."""
+        """Instructions that run before the function at `entry` returns, without its callees'."""
         seen, todo = {entry}, [entry]
         while todo:
             fresh = self.next[todo.pop()] - seen
@@ -373,7 +376,7 @@ class Graph:
 
 
 def written_by_callees(graph, writes):
-    """{index of a callee: what it and its own callees write}; None stands for what is elsewhere."""
+    """{index of a callee: registers that it and its callees write}; None means one elsewhere."""
     bodies = {c: graph.reached_from(c) for c in set(graph.calls.values()) if c is not None}
     written = {None: ALL_VECTOR}
     for callee, body in bodies.items():
@@ -391,8 +394,8 @@ def written_by_callees(graph, writes):
 
 
 def may_be_written(graph, writes, start):
-    """{index: registers that some path may have written before it}, of what a path reaches, where
-    `start` is written at the entry."""
+    """{index: registers that some path may have written before it}, for instructions that a path
+    reaches. `start` is written at the entry."""
     written = written_by_callees(graph, writes)
     before = {0: start}
     todo = [0]
@@ -414,7 +417,7 @@ def may_be_written(graph, writes, start):
 
 
 def check_function(name, code):
-    """Findings in one function: `code` is its (address, instruction) pairs."""
+    """The Findings in one function; `code` is its (address, instruction) pairs."""
     if not code:
         return [Finding(name, 0, "", "no code")]
     try:
@@ -425,7 +428,8 @@ def check_function(name, code):
     graph = Graph(code)
     writes = [e.writes for e in effect]
     before = may_be_written(graph, writes, 0)
-    # What returns to where no path said is called from elsewhere, by an ABI of vector registers.
+    # A function that returns to an address from no path is called from elsewhere, with an ABI that
+    # passes vector registers.
     if any(i in before and effect[i].reads & ~before[i] & ALL_VECTOR for i in graph.returns):
         before = may_be_written(graph, writes, ALL_VECTOR)
 
@@ -471,7 +475,7 @@ def find_tool(name):
 
 
 def missing_tools():
-    """A sentence that says that there is no disassembler here, or None."""
+    """A message if there is no disassembler here, else None."""
     if find_tool("cuobjdump") is None or find_tool("nvdisasm") is None:
         return (
             "cuobjdump and nvdisasm are not on the PATH, and triton, whose wheel has them, is not "
@@ -481,7 +485,7 @@ def missing_tools():
 
 
 def run(*command):
-    """What a program printed, both streams; an error says what it was."""
+    """A program's output, of both streams. If it fails, the error contains the output."""
     env = dict(os.environ)
     env["PATH"] = os.pathsep.join(
         [str(Path(find_tool("nvdisasm") or ".").parent), env.get("PATH", "")]

@@ -27,8 +27,8 @@ template <class... Parts>
 
 }  // namespace qlora_ext
 
-// A macro, so that the message's parts are evaluated only when the check fails: host time counts
-// at M = 1.
+// A macro, so that the message's parts are evaluated only if the check fails. At M = 1 the host's
+// time matters.
 #define QLORA_CHECK(condition, op, ...)   \
   do {                                    \
     if (!(condition)) [[unlikely]]        \

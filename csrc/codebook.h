@@ -29,7 +29,7 @@ constexpr double kLinear[16] = {-1.0, -0.87, -0.73, -0.60, -0.47, -0.33, -0.20, 
 
 struct NamedCodebook {
   const char* name;
-  const double* levels;  // [16], by code; values are these rounded to fp32
+  const double* levels;  // [16], by code; kernels get them rounded to fp32
   bool sign_magnitude;
 };
 
@@ -39,12 +39,12 @@ constexpr NamedCodebook kNamedCodebooks[] = {
     {"linear", kLinear, false},
 };
 
-// Companding maps [-1, 1] to itself before the nearest level is taken, k > 0 is its constant:
+// Companding maps a weight in [-1, 1] to [-1, 1] before its nearest level is chosen. With k > 0:
 //   logarithmic: f(w) = sign(w) * log(1 + k|w|) / log(1 + k), finer near zero;
 //   exponential: f(w) = sign(w) * (exp(k|w|) - 1) / (exp(k) - 1), finer near one.
 enum class Companding { kNone, kLogarithmic, kExponential };
 
-// f^-1 in double: each companding is the other's inverse, up to its constant.
+// f^-1, in double.
 inline double inverse_companding(double level, Companding companding, double k) {
   const double magnitude = std::fabs(level);
   double w = magnitude;
@@ -53,13 +53,13 @@ inline double inverse_companding(double level, Companding companding, double k) 
   return std::copysign(w, level);
 }
 
-// Builds the decision rule for 16 levels: the midpoints of neighbours in the companded domain,
-// mapped back. `values` become the effective ones, so that nothing below this line knows of
-// companding. The levels need not be sorted; NaN and Inf are for the caller to refuse.
+// Builds the decision rule for 16 levels. The thresholds are the midpoints between neighbours in
+// the companded domain, mapped back. `values` are mapped back too, so kernels need not know about
+// companding. The levels may come in any order. The caller refuses NaN and Inf.
 //
-// A midpoint that fp32 cannot hold is rounded to nearest where the levels are fp32 numbers (NF4,
-// FP4: bitsandbytes' rule), and down where they are decimals (linear): x > threshold then decides
-// as x > midpoint does exactly. 0.8 lies between 0.73 and 0.87, and fp32's 0.8 is above it.
+// If fp32 cannot hold a midpoint, it is rounded: to nearest if the levels are fp32 numbers (NF4,
+// FP4, as in bitsandbytes), down if they are decimals (linear). Rounded down, x > threshold gives
+// the same answer as x > midpoint. Example: 0.73 and 0.87 meet at 0.8, and fp32's 0.8 is above it.
 inline Codebook make_codebook(const double* levels, bool sign_magnitude,
                               Companding companding = Companding::kNone, double k = 1.0) {
   Codebook book;
@@ -98,8 +98,8 @@ inline const NamedCodebook* find_codebook(const std::string& name) {
 
 // The signed dynamic map for 8-bit scales (Dettmers, arXiv 2110.02861): for i = 0..6 the
 // midpoints of linspace(0.1, 1, 2^i + 1) times 10^(i-6), both signs, plus 0 and 1, sorted.
-// The bits are those of torch's fp32 linspace, which bitsandbytes' checkpoints carry.
-// A macro, because device code needs it as the initializer of a __constant__ array.
+// The bits are those of torch's fp32 linspace, as in bitsandbytes' checkpoints.
+// A macro, because device code needs it as the initializer of a __device__ array.
 // clang-format off
 #define QLORA_EXT_DYNAMIC_MAP \
   -0.99296874f, -0.9789063f, -0.96484375f, -0.9507812f, -0.93671876f, -0.92265624f, -0.9085938f, -0.89453125f, \

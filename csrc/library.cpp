@@ -1,7 +1,7 @@
 // The extension module: defines the ops' schemas (schemas.h) and a few plain functions.
-// pybind11 serves these functions alone; ops go through torch's stable ABI, so that one build
-// keeps working when torch is upgraded.
-// torch 2.11 has a copy of pybind11 that refuses files which target the stable ABI.
+// pybind11 binds only these functions. Ops go through torch's stable ABI, so that one build keeps
+// working when torch is upgraded.
+// The pybind11 in torch 2.11 refuses files that target the stable ABI, so hide the macro from it.
 #pragma push_macro("TORCH_TARGET_VERSION")
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
@@ -25,7 +25,7 @@ namespace {
 namespace py = pybind11;
 using qlora_ext::Codebook;
 
-// {name: its 16 values in fp32} for every quant_type with a table of its own.
+// {name: its 16 values in fp32} for every named codebook.
 py::dict codebooks() {
   py::dict result;
   for (const auto& entry : qlora_ext::kNamedCodebooks) {
@@ -56,7 +56,7 @@ std::string cpu_path() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "qlora_ext's compiled half: registers torch.ops.qlora_ext.* when imported";
+  m.doc() = "qlora_ext's compiled library: registers torch.ops.qlora_ext.* when imported";
   m.def("codebooks", &codebooks, "{quant_type: its 16 values, by code}");
   m.def("resolve_codebook", &resolve_codebook, py::arg("quant_type"), py::arg("codebook"),
         py::arg("companding"), py::arg("companding_k"),
@@ -65,7 +65,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_path", &cpu_path,
       "The instruction set that the CPU kernels run on: 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
+  m.attr("cpu_paths") = qlora_ext::cpu::cpu_paths();  // all paths in this build, the best first
   m.attr("torch_target_version") = "2.11";
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_archs") = QLORA_EXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA library, or ""
+  m.attr("cuda_version") = QLORA_EXT_CUDA_VERSION;  // CUDA version of its torch, or ""
 }

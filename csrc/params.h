@@ -1,5 +1,5 @@
-// The seam between host and device code: plain structs that kernels read, and the
-// launchers that each backend defines. No torch header is included here or below it.
+// The boundary between host and device code: plain structs that kernels read, and the launchers
+// that each backend defines. Neither this header nor device code includes a torch header.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,8 @@ struct Quantize4bitParams {
   uint8_t* packed;     // [ceil(numel / 2)]
   float* absmax;       // [num_blocks]: absmax; std_factor * std; or 1
   float* mean;         // [num_blocks], kStandard only; or null
-  int64_t* bad_index;  // one element, holds numel before the launch; receives the lowest flat
-                       // index of a NaN or Inf weight if there is one
+  int64_t* bad_index;  // one element: numel before the launch, then the lowest flat index of a
+                       // NaN or Inf weight if there is one
   int64_t numel;
   int64_t blocksize;
   int64_t num_blocks;
@@ -59,7 +59,8 @@ struct Quantize4bitParams {
   void* workspace;  // workspace_quantize_4bit() bytes, 256-byte aligned
 };
 
-// offset = mean(absmax); code = nearest of the signed dynamic map to (absmax - offset) / absmax2.
+// offset = mean(absmax). code = index of the entry of the signed dynamic map that is nearest to
+// (absmax - offset) / absmax2.
 struct QuantizeAbsmaxParams {
   const float* absmax;  // [num_blocks]
   uint8_t* code;        // [num_blocks]
@@ -81,7 +82,7 @@ struct Dequantize4bitParams {
   int64_t row_end;
   void* out;  // [row_end - row_begin, columns], contiguous, dtype
   DType dtype;
-  int64_t col_begin = 0;  // columns [col_begin, col_end) of those rows; 0, 0: all K
+  int64_t col_begin = 0;  // columns [col_begin, col_end) of those rows; both 0: all K
   int64_t col_end = 0;
 
   int64_t columns() const { return col_end == 0 ? weight.K : col_end - col_begin; }
@@ -165,7 +166,7 @@ struct LoraExpandBackwardParams {
   int64_t N;
   int64_t dY_stride;
   int64_t S_stride;
-  float scaling;  // of dS alone: 1 for S's own gradient
+  float scaling;  // multiplies dS only; 1 gives the gradient of S itself
   DType dtype;
   DType lora_dtype;
   void* workspace;
@@ -188,13 +189,13 @@ struct Embedding4bitParams {
   PackedWeight weight;
   const int64_t* indices;  // [M], each in [0, N); checked on the CPU, never clamped
   void* out;               // [M, K], dtype, contiguous
-  int64_t* bad_index;  // CPU: as in Quantize4bitParams; CUDA: null, a bad index traps the kernel
+  int64_t* bad_index;      // CPU: position of the first bad index, or M; CUDA: null, it traps
   int64_t M;
   DType dtype;
 };
 
-// y = x W^T + bias with a dense W, accumulated in fp32 and rounded once to dtype. The CPU backend
-// alone has it, for bf16 and fp16 layers that stay unquantized: torch's matmul is slow there.
+// y = x W^T + bias with a dense W, accumulated in fp32 and rounded once to dtype. Only the CPU
+// backend has it, for bf16 and fp16 layers that stay unquantized: torch's matmul is slow for them.
 struct LinearParams {
   const void* x;       // [M, K], dtype, rows x_stride apart
   const void* weight;  // [N, K], weight_dtype, contiguous
@@ -226,7 +227,7 @@ struct LinearBackwardParams {
 
 // Each backend defines these. A launcher returns null, or an error that says what went wrong
 // (CUDA: the failed call and its error). `stream` is a cudaStream_t, null on the CPU.
-// A workspace_ function returns the bytes of scratch its launcher needs, 0 for none.
+// A workspace_ function returns how many bytes of scratch its launcher needs; 0: none.
 namespace launch {
 const char* quantize_4bit(const Quantize4bitParams&, void* stream);
 const char* quantize_absmax(const QuantizeAbsmaxParams&, void* stream);
@@ -253,9 +254,9 @@ int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams&);
 int64_t workspace_linear(const LinearParams&);
 int64_t workspace_linear_backward(const LinearBackwardParams&);
 
-// Rows (forward) or columns (backward) of W to decode at a time into a dense chunk that torch's
-// matmul (cuBLAS) then multiplies, or 0: the launcher does it all. Either way a chunk yields whole
-// columns of the result. Named heuristics on (M, N, K, dtype, SM count, architecture).
+// How many rows (forward) or columns (backward) of W to decode at a time into a dense chunk that
+// torch's matmul (cuBLAS) multiplies. 0: the launcher does the whole op. A chunk yields whole
+// columns of the result. Chosen from shapes, dtype and device (CUDA: heuristics.cuh).
 int64_t chunk_rows_gemm_4bit(const Gemm4bitParams&);
 int64_t chunk_columns_gemm_4bit_backward(const Gemm4bitBackwardParams&);
 }  // namespace launch

@@ -1,5 +1,5 @@
-// Every op's schema on one screen. Schemas are a contract: they change only by appended,
-// defaulted arguments.
+// Every op's schema on one screen. Schemas are a contract: the only allowed change is a new last
+// argument with a default.
 //
 // W4 is a 4-bit weight of `shape` (N = product of all but the last dimension, K = the last):
 //   packed    uint8, ceil(N * K / 2) bytes, flat row-major, high nibble = even element
@@ -25,8 +25,8 @@ constexpr const char* kSchemas[] = {
     "dequantize_absmax(Tensor code, Tensor nested) -> Tensor",
     "dequantize_4bit(" QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
     "dequantize_4bit.out(" QLORA_EXT_W4 ", *, Tensor(a!) out) -> ()",
-    // y = x W^T + bias + S B^T. Layers that share an input (q, k, v) share one lora_shrink with
-    // their A's stacked, and each takes its columns of S.
+    // y = x W^T + bias + S B^T. Layers that share an input (q, k, v) can share one lora_shrink over
+    // their stacked A's; each then takes its columns of S.
     "gemm_4bit(Tensor x, " QLORA_EXT_W4
     ", Tensor? bias=None, Tensor? lora_S=None, Tensor? lora_B=None) -> Tensor",
     // dX = dY W + dS A.
@@ -38,8 +38,8 @@ constexpr const char* kSchemas[] = {
     "lora_shrink_backward(Tensor dS, Tensor x, Tensor lora_A, float scaling, bool need_dx) -> (Tensor dx, Tensor dA)",
     // dS = dY B, dB = dY^T S: two products.
     "lora_expand_backward(Tensor dY, Tensor lora_S, Tensor lora_B) -> (Tensor dS, Tensor dB)",
-    // y = x W^T + bias + scaling (x A^T) B^T; S is returned for the backward. lora_S is S where the
-    // caller has it already (columns of one lora_shrink for q, k and v); the S returned is then [0].
+    // y = x W^T + bias + scaling (x A^T) B^T. Also returns S for the backward. A caller that has S
+    // already (columns of one lora_shrink for q, k and v) passes it as lora_S; S comes back as [0].
     "lora_gemm_4bit(Tensor x, " QLORA_EXT_W4
     ", Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None, Tensor? lora_S=None) "
     "-> (Tensor y, Tensor S)",

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from qlora_ext.experts import Experts4bit
+from qlora_ext.nn import Experts4bit
 
 
 def start(device: str) -> None:

@@ -1,31 +1,28 @@
 """qlora_ext: the low-level 4-bit backend for QLoRA.
 
-Importing it needs torch alone; the plug-ins for transformers and PEFT attach when those load.
+Importing it needs only torch. The plug-ins for transformers and PEFT attach when those load.
 """
 
 from . import integrations
 from . import nn as nn  # not in __all__: a star import would hide torch.nn
+from .adapters.add import add_lora, print_trainable_parameters
+from .adapters.config import LoraConfig
+from .adapters.files import load_adapter, save_adapter
 from .build_info import build_info
-from .lora import (
-    LoraConfig,
-    add_lora,
-    load_adapter,
-    print_trainable_parameters,
-    save_adapter,
-)
-from .merge import merge_and_unload
-from .merge_4bit import merge_into_4bit
-from .models import memory_report, num_parameters, quantize_model
-from .own_text import write_calibration
-from .quantized_tensor import (
-    QuantConfig,
-    QuantizedTensor,
+from .merging.calibration_text import write_calibration
+from .merging.dense import merge_and_unload
+from .merging.into_4bit import merge_into_4bit
+from .models.quantize import quantize_model
+from .models.report import memory_report, num_parameters
+from .tensor.config import QuantConfig
+from .tensor.functions import (
     dequantize_4bit,
     linear_4bit,
     lora_linear_4bit,
     merge_lora_4bit,
     quantize_4bit,
 )
+from .tensor.quantized import QuantizedTensor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,7 +48,7 @@ __all__ = [
 ]
 
 
-# On first use: they need transformers.
+# Imported on first use, because they need transformers.
 _LAZY = {"QLoraExtConfig", "from_pretrained", "save_pretrained"}
 
 

@@ -1,4 +1,4 @@
-"""`python -m qlora_ext`: what was built and what is live; with arguments it is `qlora-ext`."""
+"""`python -m qlora_ext` prints what was built and what runs; with arguments it is `qlora-ext`."""
 
 import sys
 

@@ -1,22 +1,46 @@
-"""What was built and what is live: `python -m qlora_ext`."""
+"""Loads the compiled libraries, and reports what was built and what runs (python -m qlora_ext)."""
 
 import platform
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
-from . import _C
+_FOLDER = Path(__file__).parent
+_BUILD = "build it in this environment: `make build`, or `pip install --no-build-isolation .`"
 
-_CUDA_LIBRARIES = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
+try:
+    from . import _C
+except ImportError as error:
+    if any((_FOLDER / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        _reason = f"the compiled library does not load under torch {torch.__version__}: {error}"
+    else:
+        _found = ", ".join(sorted(p.name for p in _FOLDER.glob("_C.*"))) or "none"
+        _reason = (
+            f"{_FOLDER} has no compiled library for this Python: "
+            f"found {_found}, want _C{EXTENSION_SUFFIXES[0]}"
+        )
+    raise ImportError(f"qlora_ext: {_reason}; {_BUILD}") from error
+
+_CUDA_LIBRARIES = sorted(_FOLDER.glob("_C_cuda*.so"))
 _cuda_error: str | None = None
 
 
 def _load_cuda_backend() -> None:
-    """Loads the CUDA half where this torch has CUDA; a CPU torch lacks the symbols it links to."""
+    """Loads the CUDA library if this torch has CUDA; a CPU torch lacks the symbols it links to.
+
+    Raises ImportError if it was built for another major version of CUDA.
+    """
     global _cuda_error
     if not _CUDA_LIBRARIES or torch.version.cuda is None:
         return
+    built, here = _C.cuda_version, torch.version.cuda
+    if built.split(".")[0] != here.split(".")[0]:
+        raise ImportError(
+            f"qlora_ext: the CUDA library was built for CUDA {built}, want CUDA {here} like torch "
+            f"{torch.__version__}; {_BUILD}"
+        )
     try:
         torch.ops.load_library(str(_CUDA_LIBRARIES[0]))
     except OSError as error:
@@ -24,12 +48,12 @@ def _load_cuda_backend() -> None:
 
 
 def build_info() -> dict[str, object]:
-    """What was built, for which architectures, and which CPU path is live.
+    """What was built, for which architectures, and which CPU path runs.
 
     Keys: version, torch (the running one), torch_target (oldest torch whose stable ABI the build
-    uses), python, machine, compiler, cpu_path ("portable", "avx2", "avx512" or "avx512_bf16"),
-    cpu_threads, cuda_built, cuda_archs, cuda_live (the CUDA library is loaded, whether or not there
-    is a GPU), cuda_gpus (how many torch sees), cuda_why_not (why it is not live, or None).
+    uses), python, machine, compiler, cpu_path (docs/cpu.md lists them), cpu_threads, cuda_built,
+    cuda_archs, cuda_live (whether the CUDA library is loaded, with or without a GPU), cuda_gpus
+    (how many torch sees), cuda_why_not (why it is not loaded, or None).
     Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.
     """
     live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
@@ -60,7 +84,7 @@ def build_info() -> dict[str, object]:
 
 
 def in_words(info: dict[str, object]) -> dict[str, str]:
-    """build_info() for people: yes and no for bools, and whether a GPU was seen."""
+    """build_info() as text for people: yes and no for bools, and a note if no GPU was seen."""
     words = {None: "no", True: "yes", False: "no"}
     shown = {
         key: words[value] if isinstance(value, (bool, type(None))) else str(value)

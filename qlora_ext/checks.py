@@ -1,32 +1,22 @@
-"""What values from a config or a file are judged by, and how a sentence shows them."""
+"""Validates untrusted values: arguments, and values and tensors from configs and files."""
 
 from __future__ import annotations
 
 import math
 import numbers
-import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .text import plural, shorten
+
 FLOAT_MAX = torch.finfo(torch.float32).max
 
 
-def short(value) -> str:
-    """repr, cut where it is long; an integer of too many digits for repr by its size."""
-    try:
-        text = repr(value)
-    except ValueError:
-        if not isinstance(value, int):
-            return f"a {type(value).__name__} with integers of thousands of digits"
-        text = f"an integer of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
 def is_number(value) -> bool:
-    """Whether it is a number, infinities and NaN too, that float() takes: not 10**400."""
+    """Whether it is an int or float that fits a float (not 10**400). Infinities and NaN are."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= FLOAT_MAX
     return isinstance(value, float)
@@ -38,9 +28,9 @@ def is_integer(value) -> bool:
 
 
 def check_scaling(function: str, scaling, argument: str = "scaling"):
-    """The scaling: a float, or a tensor as it was given. ValueError unless it is a number, or a
-    tensor of one, that fp32 can hold."""
-    if torch.compiler.is_compiling():  # a traced value has no number to look at
+    """Returns the scaling: a number as a float, a tensor unchanged. Raises ValueError unless it is
+    a number, or a tensor of one number, that fp32 can hold."""
+    if torch.compiler.is_compiling():  # the value of a traced number is not known
         return scaling
     if isinstance(scaling, torch.Tensor):
         is_good = scaling.numel() == 1 and not scaling.is_meta
@@ -51,16 +41,16 @@ def check_scaling(function: str, scaling, argument: str = "scaling"):
         is_good = is_good and abs(scaling) <= FLOAT_MAX
     if not is_good:
         raise ValueError(
-            f"{function}: {argument} is {short(scaling)}, want a finite number that fits float32"
+            f"{function}: {argument} is {shorten(scaling)}, want a finite number that fits float32"
         )
     return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
 
 
 def check_input(function: str, **tensors) -> None:
-    """TypeError unless each is a tensor of a layout that the ops take. Nothing is asked under
-    torch.compile, which cannot trace some of the questions.
+    """Raises TypeError unless each value is a tensor of a kind that the ops take. Checks nothing
+    under torch.compile, which cannot trace some of the checks.
 
-    Functions ask before they compute. Layers, where that would cost time, ask when that failed.
+    Functions check before they compute. Layers check only after their op failed, to save time.
     """
     if torch.compiler.is_compiling():
         return
@@ -77,10 +67,10 @@ def check_input(function: str, **tensors) -> None:
 
 
 def not_plain(value) -> str | None:
-    """What a value from outside is, where it is no dense tensor in plain memory; else None.
+    """Describes a value from outside if it is not a dense tensor in plain memory; else None.
 
-    Tensors of such kinds are refused: their memory does not hold their values, or they have none.
-    Which of them a call takes all the same (meta tensors, subclasses) is for the caller to say.
+    Such tensors are refused, because their memory does not hold their values. The caller decides
+    about meta tensors, subclasses and other layouts, for which this returns None.
     """
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
@@ -89,7 +79,7 @@ def not_plain(value) -> str | None:
     if value.is_quantized:
         return f"a quantized tensor of torch ({value.dtype})"
     if value.layout != torch.strided:
-        return None  # which the callers name
+        return None  # the callers report the layout
     if value.is_conj():
         return "a conjugate view (resolve_conj() makes a tensor of it)"
     if value.is_neg():
@@ -98,8 +88,8 @@ def not_plain(value) -> str | None:
 
 
 def not_stored(value) -> str | None:
-    """As not_plain, for an entry of a state dict: a tensor whose storage does not hold its elements
-    is told too, since reading it ends the process."""
+    """As not_plain, for an entry of a state dict. It also describes a tensor whose storage is too
+    small for its elements, because reading that would crash the process."""
     got = not_plain(value)
     if got is not None or type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta:
         return got
@@ -118,8 +108,7 @@ NO_DATA = "a tensor without data (on the meta device, or a FakeTensor)"
 
 
 def not_readable(value) -> str | None:
-    """As not_plain, and of what it leaves to the callers: a layout without strides, and a tensor
-    that has a shape and no values."""
+    """As not_plain. It also describes a tensor with a layout without strides, or without values."""
     got = not_plain(value)
     if got is None and value.layout != torch.strided:
         return f"a tensor of layout {value.layout}"
@@ -129,26 +118,12 @@ def not_readable(value) -> str | None:
 
 
 def lacks_data(tensor: torch.Tensor) -> bool:
-    """Whether it has a shape and no values."""
+    """Whether it has a shape but no values."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 shard", "2 shards"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the largest binary unit that leaves a number of 1 or more."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:,.2f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
-
-
 def narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a float dtype has a smaller range than another."""
+    """Whether a float dtype has a smaller range than the other."""
     return torch.finfo(dtype).max < torch.finfo(other).max
 
 
@@ -159,17 +134,17 @@ def check_finite(
     exact: Callable[[], torch.Tensor] | None = None,
     advice: str = "",
 ) -> None:
-    """The one check of weights before they are written or put into a model.
+    """Checks that weights are finite in dtype, before they are written or put into a model.
 
     Args:
-        name: of the weight, with its layer's, for the error.
-        values: of any float dtype; they are to become `dtype`, or have been rounded to it.
-        exact: makes the values before they were rounded, for the error; called only for that.
-        advice: what to do, where a wider dtype would hold them; it is said of finite values alone.
+        name: the name of the weight and its layer, for the error.
+        values: of any float dtype; they will be cast to `dtype`, or have been rounded to it.
+        exact: computes the values as they were before rounding. Called only for the error.
+        advice: what to do if a wider dtype would hold the values. Used only if all are finite.
 
     Raises:
-        OverflowError: a value is a NaN, or beyond the range of dtype; names the layer and the dtype
-            and says how many values those are, and what the largest magnitude is.
+        OverflowError: a value is a NaN or beyond the range of dtype. The error gives name, dtype,
+            the number of such values and the largest magnitude.
     """
     if values.numel() == 0 or lacks_data(values):
         return
@@ -178,13 +153,13 @@ def check_finite(
         return
     source = (values if exact is None else exact()).detach()
     bad = int((~source.to(dtype).isfinite()).sum())
-    if not bad:  # rounded once from what is not here
+    if not bad:  # exact has no bad value, so count those after rounding
         source, bad = values.detach(), int((~values.isfinite()).sum())
     finite = source.double()
     nans = int(finite.isnan().sum())
     largest = finite.abs().nan_to_num(nan=0.0, posinf=math.inf).max().item()
-    kinds = f"{count(bad, 'value')} of {values.numel():,} that {dtype} cannot hold"
-    kinds += f", {count(nans, 'NaN')} among them" if nans else ""
+    kinds = f"{plural(bad, 'value')} of {values.numel():,} that {dtype} cannot hold"
+    kinds += f", {plural(nans, 'NaN')} among them" if nans else ""
     raise OverflowError(
         f"{name} holds {kinds}; the largest magnitude is {largest:g}, want at most "
         f"{torch.finfo(dtype).max:g}"
@@ -193,7 +168,7 @@ def check_finite(
 
 
 def without_mask(buffer: torch.Tensor) -> torch.Tensor:
-    """The values of a buffer that are to be finite: it may be a mask, whose infinities stay."""
+    """The values of a buffer without infinities: it may be a mask, which may hold them."""
     return buffer[~buffer.isinf()]
 
 
@@ -203,8 +178,8 @@ def check_parameters(
     dtype: torch.dtype | None = None,
     skipped: Container[str] = (),
 ) -> None:
-    """OverflowError unless `dtype` (None: its own) holds each float parameter of a model, but for
-    those whose names are skipped."""
+    """Raises OverflowError unless `dtype` (None: its own dtype) holds each float parameter of a
+    model. It does not check the names in skipped."""
     for name, parameter in model.named_parameters():
         if name in skipped:
             continue
@@ -212,112 +187,8 @@ def check_parameters(
             check_finite(f"{op}: {name}", parameter, dtype or parameter.dtype)
 
 
-def some(names, limit: int = 4) -> str:
-    """The first names of a list and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(printable(name) for name in names[:limit]) + more
-
-
-def printable(text: str) -> str:
-    """Text for a message: line breaks, a terminal's escapes and halves of characters as escapes,
-    and cut where it is long."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
-    return text if len(text) <= 300 else f"{text[:280]}... ({len(text)} characters or more)"
-
-
-def first_line(error: BaseException, with_type: bool = False) -> str:
-    """What an error says, in one line that is not too long; with its type, where its text alone
-    does not say what went wrong."""
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    if len(lines) > 1 and lines[0].endswith(":"):  # a heading
-        lines[0] += f" {lines[1].strip()}"
-    text = printable(lines[0]) if lines else ""
-    with_type |= not isinstance(error, (ValueError, RuntimeError, OSError, ImportError))
-    return ": ".join([type(error).__name__] * (with_type or not text) + [text] * bool(text))
-
-
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that no memory could be had, on the CPU or a GPU."""
+    """Whether an error says that memory ran out, on the CPU or a GPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator" in str(error)
     )
-
-
-class SentenceError(ValueError):
-    """An error whose text is one sentence for the user; the commands print it and end."""
-
-
-class CheckpointError(SentenceError):
-    """Files of a checkpoint or adapter that cannot be read as what they should be."""
-
-
-# Regular expressions ------------------------------------------------------------------------------
-
-_NAME_LENGTH = 64
-_MAX_STEPS = 10**6  # tens of milliseconds
-_LOOK = ("(?=", "(?!", "(?<=", "(?<!")
-# An escape, a set, the head of a group, or one character.
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:<?[=!]|:)|.", re.DOTALL)
-
-
-def _steps(pattern: str) -> float:
-    """A bound of the steps in which `re` fails to match a name of 64 characters; infinite where
-    there is none to tell: a group that repeats, which can take 2^64, or syntax beyond groups."""
-    alternatives, choices, repeats, looks = [1], 1, 0, False
-    last = ""
-    for token in _TOKEN.findall(pattern):
-        if token in ("(", "(?:", *_LOOK):
-            alternatives.append(1)
-            looks |= token in _LOOK
-        elif token == ")":
-            choices *= alternatives.pop()
-        elif token == "|":
-            alternatives[-1] += 1
-        elif token == "?":
-            if last == "(":  # flags, names, comments
-                return math.inf
-            choices *= 2
-        elif token in ("*", "+", "{"):
-            if last == ")":
-                return math.inf
-            repeats += 1
-        last = token
-    # Repeats share the name's characters, but for those that look ahead.
-    ways = _NAME_LENGTH**repeats if looks else math.comb(_NAME_LENGTH + repeats, repeats)
-    return ways * choices * alternatives[0]
-
-
-def is_regex(text: str) -> bool:
-    """Whether `re` compiles it."""
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-_QUICK = (
-    "a name, or a regular expression that is quick to match: no group repeated by * + or {}, no (? "
-    "but (?: and lookarounds (so no flags, as in (?i)), and few of * + ? { |"
-)
-
-
-def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
-    """The first pattern that is not to be matched with names, and what is wanted; or None.
-
-    `re` goes back and tries again, so a pattern from a file could keep a program busy for years:
-    all of them together get a budget of steps, which names and what one writes for them (`.*`,
-    `[0-9]+`, `(q|k|v)_proj`) are far below.
-    """
-    total = 0.0
-    for pattern in patterns:
-        in_group = is_regex(f"({pattern})")
-        if not in_group and not is_regex(pattern):
-            return pattern, "a regular expression"
-        if not in_group:  # flags, which must come first
-            return pattern, _QUICK
-        total += _steps(f"({pattern})")
-        if total > _MAX_STEPS:
-            return pattern, _QUICK
-    return None

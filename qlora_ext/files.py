@@ -1,8 +1,8 @@
-"""The files of a checkpoint or adapter: the one place where what comes from a folder is judged.
+"""Reads and checks the files of a checkpoint or adapter, which nobody has to trust.
 
-A folder may come from anyone. JSON goes through `read_json`, tensors through `SafetensorsFiles`,
-and a library that reads a file by itself runs within `reading`. Whatever is wrong is a
-CheckpointError that names the file.
+A folder may come from anyone. `read_json` reads JSON, and `SafetensorsFiles` reads tensors. A
+library that reads a file itself is called within `reading`. Every fault raises a CheckpointError
+that names the file.
 """
 
 from __future__ import annotations
@@ -19,16 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .checks import (
-    CheckpointError,
-    SentenceError,
-    count,
-    first_line,
-    out_of_memory,
-    printable,
-    short,
-    some,
-)
+from .checks import out_of_memory
+from .text import CheckpointError, SentenceError, first_few, first_line, plural, printable, shorten
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -51,17 +43,17 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 NOT_COPIED = {
     *("config.json", "README.md", ".gitattributes", "quantize_config.json"),
-    "adapter_config.json",  # without its weights no loader takes the folder
-    # What trainers keep next to a model (transformers, accelerate, DeepSpeed).
+    "adapter_config.json",  # a folder with it but without the adapter's weights does not load
+    # Files that trainers keep next to a model (transformers, accelerate, DeepSpeed).
     *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
     *("latest", "zero_to_fp32.py"),
 }
-OPEN_FILES = 2  # a module may lie across two shards
+OPEN_FILES = 2  # a module's tensors may be in two shards
 
-# Bounds of what is taken from a file; real ones are far below.
+# Limits for values from files; real files are far below them.
 MAX_JSON = 2**26  # bytes
-MAX_DEPTH = 64  # of lists and objects in each other
-MAX_HEADER = 10**8  # bytes; safetensors' own
+MAX_DEPTH = 64  # nested lists and objects
+MAX_HEADER = 10**8  # bytes; safetensors' own limit
 MAX_NAME = 1000  # characters of a tensor's name
 MAX_DIMENSIONS = 16
 MAX_NUMEL = 2**50
@@ -69,16 +61,16 @@ MAX_NUMEL = 2**50
 
 @contextlib.contextmanager
 def reading(source: Path | str, what: str = "cannot be read"):
-    """Within it a library reads `source`: what it raises is the file's fault, and says so.
+    """A context in which a library reads `source`. It turns errors into errors about the file.
 
     Raises:
-        CheckpointError: "source what (reason)" in place of any other error, which is its cause.
+        CheckpointError: "source what (reason)" instead of any other error, which is its cause.
     """
     try:
         yield
     except (SentenceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a Rust library's panic is not an Exception
         why = "memory is used up" if out_of_memory(error) else first_line(error)
         raise CheckpointError(f"{source} {what} ({why})") from error
 
@@ -87,9 +79,9 @@ def reading(source: Path | str, what: str = "cannot be read"):
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a model or adapter given as a folder or a hub name (then it is downloaded)."""
+    """The folder of a model or adapter. `name` is a folder, or a hub name that is downloaded."""
     name = str(name)
-    if os.path.isdir(name):  # False for what is no path at all, where Path.is_dir raises
+    if os.path.isdir(name):  # False for a string that cannot be a path; Path.is_dir would raise
         return Path(name)
     if os.path.lexists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(
@@ -117,16 +109,16 @@ _KINDS = {
 
 
 def check_file(path: Path) -> int:
-    """Bytes of a file that can be opened without waiting: no pipe, device or folder.
+    """The size of a regular file in bytes. A pipe or device could make the reader wait for ever.
 
     Raises:
-        CheckpointError: it is one of those, or missing, or may not be read.
+        CheckpointError: it is a pipe, device or folder, is missing, or may not be read.
     """
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:  # a circle of links, a name that is none
+    except (OSError, ValueError) as error:  # a loop of links, or a string that cannot be a path
         raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from None
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "thing of another kind")
@@ -137,7 +129,7 @@ def check_file(path: Path) -> int:
 
 
 def read_text(path: Path, limit: int = MAX_JSON) -> str:
-    """A file of at most `limit` bytes of UTF-8."""
+    """The text of a UTF-8 file of at most `limit` bytes."""
     nbytes = check_file(path)
     if nbytes > limit:
         raise CheckpointError(f"{path} has {nbytes:,} bytes, want at most {limit:,}")
@@ -146,7 +138,7 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
 
 
 def read_prefix(path: Path, limit: int) -> str:
-    """The start of a file of UTF-8, at most `limit` bytes, cut between two characters."""
+    """The start of a UTF-8 file, at most `limit` bytes, cut between two characters."""
     check_file(path)
     with reading(path, "cannot be read as text"), open(path, "rb") as file:
         raw = file.read(limit)
@@ -180,23 +172,23 @@ def _check_depth(path: Path, value) -> None:
 
 
 def _odd_name(name: object, limit: int) -> str | None:
-    """What is wrong with a name that goes into messages and paths; None where nothing is."""
+    """What is wrong with a name that goes into messages and paths, or None."""
     if not isinstance(name, str):
         return f"a {type(name).__name__}"
     if not name:
         return "empty"
     if len(name) > limit:
         return f"{len(name):,} characters long, want at most {limit:,}"
-    if not name.isprintable():  # NUL, a terminal's escapes, half a character
+    if not name.isprintable():  # NUL, a terminal's escapes, half a surrogate pair
         return "not printable"
-    if any(c.isdigit() and not c.isdecimal() for c in name):  # transformers takes it for a number
+    if any(c.isdigit() and not c.isdecimal() for c in name):  # transformers reads it as a number
         return "spelled with a digit that is no decimal"
     return None
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The checkpoint's files: its only one, or those its index names. Where both are there,
-    transformers reads model.safetensors and no index, so that is the checkpoint."""
+    """The checkpoint's files: model.safetensors, or the files that the index names. If both exist,
+    transformers reads model.safetensors and ignores the index, and so does this."""
     index = folder / INDEX
     single = folder / "model.safetensors"
     if os.path.lexists(index) and not single.is_file():
@@ -211,21 +203,22 @@ def safetensors_files(folder: Path) -> list[Path]:
                 odd = "not a .safetensors file"
             if odd is not None:
                 raise CheckpointError(
-                    f"{index}: weight_map[{short(key)}] is {short(name)}, which is {odd}: want "
+                    f"{index}: weight_map[{shorten(key)}] is {shorten(name)}, which is {odd}: want "
                     "names of safetensors files in its own folder"
                 )
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {count(len(missing), 'shard')} of {len(names)}: {some(missing)}"
+                f"{folder} lacks {plural(len(missing), 'shard')} of {len(names)}: "
+                f"{first_few(missing)}"
             )
         return [folder / name for name in names]
     if os.path.lexists(single):
         return [single]
     with reading(folder):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS[1:])
-    hint = f" (it holds {some(others)}; transformers' save_pretrained writes safetensors)"
+    hint = f" (it holds {first_few(others)}; transformers' save_pretrained writes safetensors)"
     raise CheckpointError(
         f"{folder} has no model.safetensors nor {INDEX}, want a safetensors checkpoint"
         f"{hint if others else ''}"
@@ -233,7 +226,7 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def extra_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation settings, templates, licence: all but weights and config.json."""
+    """The files besides weights and config.json: tokenizer, generation settings, licence etc."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -253,19 +246,19 @@ def fingerprint(paths: list[Path]) -> list:
 
 
 def _open(path: Path):
-    """safetensors' handle; it checks the header against the file: kinds, sizes, overlaps, gaps.
-    Reads by pread: a mapped file would count as memory of this process."""
-    from safetensors import safe_open  # `import qlora_ext` needs torch alone
+    """A safetensors handle. It checks the header against the file: types, sizes, overlaps, gaps. It
+    reads with pread, because a mapped file would count as this process's memory."""
+    from safetensors import safe_open  # here, because `import qlora_ext` needs only torch
 
     with reading(path, "is damaged or not a safetensors file"):
         return safe_open(path, framework="pt", backend="pread")
 
 
 def _read_header(path: Path) -> dict[str, dict]:
-    """Name -> what a header says of the tensor: dtype, shape, data_offsets.
+    """Name -> the tensor's dtype, shape and data_offsets, from a safetensors header.
 
-    safetensors' own reader checks the header against the file and does not tell of names that are
-    there twice, of which it takes the last.
+    safetensors' own reader checks the header against the file. But if a name is there twice, it
+    silently takes the last; this raises CheckpointError.
     """
     nbytes = check_file(path)
     if path.suffix in PICKLES:
@@ -279,7 +272,7 @@ def _read_header(path: Path) -> dict[str, dict]:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path} has {short(twice)} twice in its header, want it once")
+            raise CheckpointError(f"{path} has {shorten(twice)} twice in its header, want it once")
         return found
 
     _open(path)
@@ -293,21 +286,20 @@ def _read_header(path: Path) -> dict[str, dict]:
 
 
 class SafetensorsFiles(Mapping):
-    """The tensors of several safetensors files by name, each read when it is asked for.
+    """The tensors of several safetensors files by name. A tensor is read when it is asked for.
 
     Args:
         paths: the files.
-        any_dtype: take dtypes that torch has no name for here; such a tensor has no entry in
-            `dtypes`, and is not to be read.
+        any_dtype: accept dtypes that TORCH_DTYPES lacks. Such a tensor has no entry in `dtypes` and
+            must not be read.
 
     Attributes:
-        where: name -> file. shapes: name -> shape. stored: name -> dtype as safetensors calls it.
-        dtypes: name -> torch dtype. total_numel: elements of all of them.
+        where: name -> file. shapes: name -> shape. stored: name -> safetensors' name of the dtype.
+        dtypes: name -> torch dtype. total_numel: the number of elements of all tensors.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, no safetensors file, or something to wait
-            for; a name that is there twice, not printable or too long; a shape that no tensor has;
-            an unknown dtype.
+        CheckpointError: a file is missing, damaged, not a regular file or not safetensors; a name
+            is there twice, not printable or too long; a shape is too large; a dtype is unknown.
     """
 
     def __init__(self, paths: Iterable[Path], *, any_dtype: bool = False):
@@ -326,12 +318,12 @@ class SafetensorsFiles(Mapping):
     def _add(self, path: Path, key: str, tensor: dict, any_dtype: bool) -> None:
         shape, dtype = tuple(tensor["shape"]), tensor["dtype"]
         if odd := _odd_name(key, MAX_NAME):
-            raise CheckpointError(f"{path}: the name of a tensor, {short(key)}, is {odd}")
+            raise CheckpointError(f"{path}: the name of a tensor, {shorten(key)}, is {odd}")
         if key in self.where:
             raise CheckpointError(f"{key} is in {self.where[key]} and in {path}, want it once")
-        # Of a tensor without elements, too, whose other sides nothing else bounds.
+        # Also for tensors without elements, because nothing else limits their other dimensions.
         if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
-            raise CheckpointError(f"{path}: {short(key)} has shape {short(list(shape))}")
+            raise CheckpointError(f"{path}: {shorten(key)} has shape {shorten(list(shape))}")
         if dtype in TORCH_DTYPES:
             self.dtypes[key] = TORCH_DTYPES[dtype]
         elif not any_dtype:
@@ -344,12 +336,12 @@ class SafetensorsFiles(Mapping):
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self.where:
             raise KeyError(key)
-        if not self.numel(key) and key in self.dtypes:  # safetensors slices nothing without rows
+        if not self.numel(key) and key in self.dtypes:  # safetensors cannot slice an empty tensor
             return torch.empty(self.shapes[key], dtype=self.dtypes[key])
         with reading(f"{self.where[key]}: {key}"):
             return self.slice(key)[...]
 
-    def __contains__(self, key: object) -> bool:  # Mapping's own would read it
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
         return key in self.where
 
     def __iter__(self) -> Iterator[str]:
@@ -365,7 +357,7 @@ class SafetensorsFiles(Mapping):
         return math.prod(self.shapes[key])
 
     def slice(self, key: str):
-        """safetensors' slice; only what is indexed is read."""
+        """A safetensors slice. Indexing it reads only the indexed part."""
         path = self.where[key]
         if path not in self._handles:
             while len(self._handles) >= OPEN_FILES:
@@ -375,7 +367,7 @@ class SafetensorsFiles(Mapping):
         return self._handles[path].get_slice(key)
 
     def float_dtype(self) -> torch.dtype:
-        """The dtype of all float tensors, or float32 where they have several or none."""
+        """The dtype of all float tensors; float32 if there are several dtypes or none."""
         found = {dtype for dtype in self.dtypes.values() if dtype in FLOATS}
         return found.pop() if len(found) == 1 else torch.float32
 

@@ -1,23 +1,26 @@
-"""torch.ops.qlora_ext.*: for each op its wrapper, fake and autograd formula, side by side.
+"""torch.ops.qlora_ext.*: each op's Python wrapper, fake and autograd formula.
 
 `w4` is the argument tuple of a 4-bit weight, `QuantizedTensor.op_args()`: (packed, absmax, nested,
 mean, shape, blocksize, quant_type, codebook); csrc/schemas.h documents each. Sizes below: x
 [..., K], weight [N, K], y [..., N], lora_A [r, K], lora_B [N, r], S [..., r].
 
-Two routes lead to the same kernels. The public ops carry an autograd formula through the
-dispatcher, which torch.compile and torch.export trace. In eager mode the dispatcher's detour
-through Python would cost more than a small layer, so the wrappers here go straight to an
-autograd.Function when a gradient is needed, and below autograd when none is.
+There are two ways to the same kernels. torch.compile and torch.export trace the public ops, whose
+autograd formula is registered with the dispatcher. In eager mode the dispatcher's way through
+Python would take longer than a small layer. So the wrappers here call an autograd.Function directly
+if a gradient is needed, and the op below autograd if not.
+
+This file is longer than others, so that everything about an op is in one place.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _C  # noqa: F401  (importing it registers the schemas and the CPU kernels)
+from .build_info import _C  # noqa: F401  (importing it registers the schemas and the CPU kernels)
 
 _ops = torch.ops.qlora_ext
 _lib = torch.library.Library("qlora_ext", "IMPL")
@@ -26,28 +29,29 @@ W4 = tuple[Any, ...]
 
 
 def _register_fake(name: str) -> Callable[..., Any]:
-    """torch.library.register_fake for a function that computes shapes. Tensors on several devices
-    are refused: one on meta would otherwise bring the call here, and memory that nothing wrote
-    would come out of it."""
+    """torch.library.register_fake for a function that computes shapes from the op's arguments,
+    named as in its schema. It refuses tensors on several devices: a single one on meta would bring
+    the call here, and the caller would get uninitialized memory."""
     op, _, overload = name.removeprefix("qlora_ext::").partition(".")
     arguments = getattr(getattr(_ops, op), overload or "default")._schema.arguments
     names = [a.name for a in arguments]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     required = {a.name for a in arguments if str(a.type) == "Tensor"}
 
-    def register(fake: Callable[..., Any]) -> None:
+    def register(fake: Callable[[SimpleNamespace], Any]) -> None:
         def checked(*args, **kwargs):
-            given = [*zip(names, args), *kwargs.items()]
-            for key, value in given:
+            given = {**dict(zip(names, args)), **kwargs}
+            for key, value in given.items():
                 if value is None and key in required:
                     raise RuntimeError(f"{op}: {key} is None, want a tensor")
-            tensors = [(key, value) for key, value in given if isinstance(value, Tensor)]
+            tensors = [(key, value) for key, value in given.items() if isinstance(value, Tensor)]
             for key, tensor in tensors[1:]:
                 if tensor.device != tensors[0][1].device:
                     raise RuntimeError(
                         f"{op}: {key} is on {tensor.device}, want {tensors[0][1].device} like "
                         f"{tensors[0][0]} (every tensor of a call on one device)"
                     )
-            return fake(*args, **kwargs)
+            return fake(SimpleNamespace(**{**defaults, **given}))
 
         torch.library.register_fake(name, checked)
 
@@ -55,8 +59,9 @@ def _register_fake(name: str) -> Callable[..., Any]:
 
 
 def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
-    """Puts `eager`, which takes x and a w4 tuple apart from the rest, on the op's Autograd key.
-    (torch.library.register_autograd costs 50 us a call; csrc/schemas.h has the argument order.)"""
+    """Registers `eager` for the op's Autograd key. It gets the weight's eight arguments as one w4
+    tuple. (torch.library.register_autograd would cost 50 us a call; csrc/schemas.h has the argument
+    order.)"""
     arguments = getattr(_ops, name).default._schema.arguments
     defaults = [a.default_value for a in arguments]
     names = [a.name for a in arguments]
@@ -65,7 +70,7 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
 
     def autograd(*args):
         for i in required:
-            if args[i] is None:  # the dispatcher takes it for an undefined tensor
+            if args[i] is None:  # the dispatcher would pass it on as an undefined tensor
                 raise RuntimeError(f"{name}: {names[i]} is None, want a tensor")
         args = (*args, *defaults[len(args) :])
         if first is None:
@@ -76,9 +81,9 @@ def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
 
 
 def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply without its Python wrapper, which takes 3 us of a tiny layer's 15 to look for
-    functorch's tensors. Under its transforms (vmap, torch.func.grad), which these functions do not
-    support, the wrapper is called: it raises."""
+    """function.apply without its Python wrapper. The wrapper looks for functorch's tensors, which
+    takes 3 us of a tiny layer's 15. Under functorch's transforms (vmap, torch.func.grad), which
+    these functions do not support, it calls the wrapper, which raises."""
     direct = super(torch.autograd.Function, function).apply
 
     def apply(*args):
@@ -92,8 +97,8 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
                     f"{function.op}: torch.jit.trace records no autograd.Function; trace under "
                     "torch.no_grad(), or export the model with torch.export"
                 ) from error
-            # torch saves what forward gave it when that has returned, and names neither an op nor
-            # what made the tensor.
+            # torch saves tensors after forward has returned, so its error names neither the op nor
+            # the cause.
             if not str(error).startswith("Inference tensors cannot be saved"):
                 raise
             raise RuntimeError(
@@ -109,14 +114,14 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
 
 
 @_register_fake("qlora_ext::quantize_4bit")
-def _(weight, blocksize, quant_type, codebook, normalization, std_factor, companding, companding_k):
-    numel = weight.numel()
-    num_blocks = 1 if blocksize == 0 else (numel + blocksize - 1) // blocksize
-    mean_blocks = num_blocks if normalization == "standard" else 0
+def _(a):
+    numel = a.weight.numel()
+    num_blocks = 1 if a.blocksize == 0 else (numel + a.blocksize - 1) // a.blocksize
+    mean_blocks = num_blocks if a.normalization == "standard" else 0
     return (
-        weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
-        weight.new_empty(4 * num_blocks, dtype=torch.uint8),
-        weight.new_empty(4 * mean_blocks, dtype=torch.uint8),
+        a.weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
+        a.weight.new_empty(4 * num_blocks, dtype=torch.uint8),
+        a.weight.new_empty(4 * mean_blocks, dtype=torch.uint8),
     )
 
 
@@ -124,34 +129,34 @@ def _(weight, blocksize, quant_type, codebook, normalization, std_factor, compan
 
 
 @_register_fake("qlora_ext::quantize_absmax")
-def _(absmax):
-    num_blocks = absmax.numel() // 4
+def _(a):
+    num_blocks = a.absmax.numel() // 4
     return (
-        absmax.new_empty(num_blocks),
-        absmax.new_empty(4 * (1 + (num_blocks + 255) // 256)),
+        a.absmax.new_empty(num_blocks),
+        a.absmax.new_empty(4 * (1 + (num_blocks + 255) // 256)),
     )
 
 
 @_register_fake("qlora_ext::dequantize_absmax")
-def _(code, nested):
-    return code.new_empty(4 * code.numel())
+def _(a):
+    return a.code.new_empty(4 * a.code.numel())
 
 
 # dequantize_4bit ----------------------------------------------------------------------------
 
 
 @_register_fake("qlora_ext::dequantize_4bit")
-def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
-    return packed.new_empty(shape, dtype=dtype)
+def _(a):
+    return a.packed.new_empty(a.shape, dtype=a.dtype)
 
 
 @_register_fake("qlora_ext::dequantize_4bit.out")
-def _(packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, *, out):
+def _(a):
     return None
 
 
 def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The weight as a dense `dtype` tensor of its logical shape, or written into `out`."""
+    """The weight as a dense tensor of its logical shape and `dtype`, in `out` if that is given."""
     if out is None:
         return _ops.dequantize_4bit.default(*w4, dtype)
     _ops.dequantize_4bit.out(*w4, out=out)
@@ -162,43 +167,19 @@ def dequantize_4bit(w4: W4, dtype: torch.dtype, out: Tensor | None = None) -> Te
 
 
 @_register_fake("qlora_ext::gemm_4bit")
-def _(
-    x,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    bias=None,
-    lora_S=None,
-    lora_B=None,
-):
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _(a):
+    return a.x.new_empty((*a.x.shape[:-1], a.shape[0]))
 
 
 @_register_fake("qlora_ext::gemm_4bit_backward")
-def _(
-    dY,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_dS=None,
-    lora_A=None,
-):
-    return dY.new_empty((*dY.shape[:-1], shape[1]))
+def _(a):
+    return a.dY.new_empty((*a.dY.shape[:-1], a.shape[1]))
 
 
 class _Gemm4bit(torch.autograd.Function):
-    """y = x W^T + bias + S B^T. Saved: the packed weight and its statistics (so that checkpointing
-    with offload sees them), S and B. w4 is one argument, since each costs time at M = 1."""
+    """y = x W^T + bias + S B^T. It saves the packed weight and its statistics (so that
+    checkpointing with offload sees them), S and B. w4 is one argument because each argument takes
+    time at M = 1."""
 
     op = "gemm_4bit"
 
@@ -230,7 +211,7 @@ def _bias_gradient(dY: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gemm_4bit_eager(x, w4, bias=None, lora_S=None, lora_B=None):
-    """gemm_4bit for a caller that knows that no graph is traced: at M = 1 that question counts."""
+    """gemm_4bit for a caller that knows that no graph is traced. Asking takes time at M = 1."""
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -256,8 +237,8 @@ def gemm_4bit(
 ) -> Tensor:
     """y = x W^T + bias + S B^T, accumulated in fp32 and rounded once to x's dtype.
 
-    x [..., K] fp32, bf16 or fp16; bias [N]; lora_S [..., r] fp32 as `lora_shrink` gives it (it
-    carries the scaling; a column slice is read in place); lora_B [N, r].
+    x [..., K] fp32, bf16 or fp16; bias [N]; lora_S [..., r] fp32 from `lora_shrink` (it includes
+    the scaling; a slice of columns is read in place); lora_B [N, r].
     """
     if torch.compiler.is_compiling():
         return _ops.gemm_4bit.default(x, *w4, bias, lora_S, lora_B)
@@ -268,22 +249,24 @@ def gemm_4bit(
 
 
 @_register_fake("qlora_ext::lora_shrink")
-def _(x, lora_A, scaling):
-    return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=torch.float32)
+def _(a):
+    return a.x.new_empty((*a.x.shape[:-1], a.lora_A.shape[0]), dtype=torch.float32)
 
 
 @_register_fake("qlora_ext::lora_shrink_backward")
-def _(dS, x, lora_A, scaling, need_dx):
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(
-        0
-    ), torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+def _(a):
+    return torch.empty_like(
+        a.x, memory_format=torch.contiguous_format
+    ) if a.need_dx else a.x.new_empty(0), torch.empty_like(
+        a.lora_A, memory_format=torch.contiguous_format
+    )
 
 
 @_register_fake("qlora_ext::lora_expand_backward")
-def _(dY, lora_S, lora_B):
+def _(a):
     return (
-        dY.new_empty((*dY.shape[:-1], lora_B.shape[1]), dtype=torch.float32),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        a.dY.new_empty((*a.dY.shape[:-1], a.lora_B.shape[1]), dtype=torch.float32),
+        torch.empty_like(a.lora_B, memory_format=torch.contiguous_format),
     )
 
 
@@ -326,10 +309,11 @@ def _scaled(S: Tensor, scaling: Tensor) -> Tensor:
 
 
 def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float | Tensor) -> Tensor:
-    """S = scaling x A^T in fp32. Layers that share x stack their A's and share one call.
+    """S = scaling x A^T in fp32. Layers that share x can stack their A's for one call.
 
-    scaling: a number, or a 0-d tensor, which a compiled graph reads anew at each call (PEFT's
-    hot-swapping writes into it). The op takes a number, so a tensor multiplies S after it.
+    scaling: a number, or a 0-d tensor, which a compiled graph reads again at each call (PEFT's
+    hot-swapping writes into it). The op takes only numbers, so S is multiplied by a tensor after
+    the op.
     """
     if isinstance(scaling, Tensor):
         return _scaled(lora_shrink(x, lora_A, 1.0), scaling)
@@ -342,55 +326,24 @@ def lora_shrink(x: Tensor, lora_A: Tensor, scaling: float | Tensor) -> Tensor:
 
 
 @_register_fake("qlora_ext::lora_gemm_4bit")
-def _(
-    x,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_A,
-    lora_B,
-    scaling,
-    bias=None,
-    lora_S=None,
-):
-    S_shape = (*x.shape[:-1], lora_A.shape[0]) if lora_S is None else (0,)
-    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(S_shape, dtype=torch.float32)
+def _(a):
+    S_shape = (*a.x.shape[:-1], a.lora_A.shape[0]) if a.lora_S is None else (0,)
+    return a.x.new_empty((*a.x.shape[:-1], a.shape[0])), a.x.new_empty(S_shape, dtype=torch.float32)
 
 
 @_register_fake("qlora_ext::lora_gemm_4bit_backward")
-def _(
-    dY,
-    x,
-    lora_S,
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_A,
-    lora_B,
-    scaling,
-    need_dx,
-):
-    dX = dY.new_empty((*dY.shape[:-1], shape[1])) if need_dx else dY.new_empty(0)
+def _(a):
+    dX = a.dY.new_empty((*a.dY.shape[:-1], a.shape[1])) if a.need_dx else a.dY.new_empty(0)
     return (
         dX,
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        torch.empty_like(a.lora_A, memory_format=torch.contiguous_format),
+        torch.empty_like(a.lora_B, memory_format=torch.contiguous_format),
     )
 
 
 class _LoraGemm4bit(torch.autograd.Function):
-    """One node for the layer and its bypass, so that the backward is the fused
-    dX = [dY | dS] [W; A] beside dB = dY^T S and dA = dS^T x."""
+    """One autograd node for the layer and its bypass, so that the backward can compute the fused
+    dX = [dY | dS] [W; A], together with dB = dY^T S and dA = dS^T x."""
 
     op = "lora_gemm_4bit"
 
@@ -417,7 +370,7 @@ class _LoraGemm4bit(torch.autograd.Function):
             dX, dA, dB = _ops.lora_gemm_4bit_backward.default(
                 dY, x, S, *w4, A, B, ctx.scaling, need[0]
             )
-        elif need[0]:  # a frozen adapter
+        elif need[0]:  # the adapter is frozen
             dS, _ = _ops.lora_expand_backward.default(dY, S, B)
             dX = _ops.gemm_4bit_backward.default(dY, *w4, dS * ctx.scaling, A)
         if need[5]:
@@ -450,16 +403,16 @@ def lora_gemm_4bit(
     bias: Tensor | None = None,
     lora_S: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling (x A^T) B^T, the bypass as extra K of the same accumulator.
+    """y = x W^T + bias + scaling (x A^T) B^T, with the bypass as extra K of the same accumulator.
 
-    x [..., K] fp32, bf16 or fp16; lora_A [r, K] and lora_B [N, r] of one dtype (fp32 is what
-    fine-tuning wants); the bypass is accumulated and kept in fp32. lora_S is scaling x A^T where
-    the caller has it (fp32 [..., r]; columns of one `lora_shrink` over several layers' A's are read
-    in place). It stands for that function of x and A, whose gradients are the same as without it:
-    it gets no gradient of its own, and another value in it would make them wrong.
+    x [..., K] fp32, bf16 or fp16; lora_A [r, K] and lora_B [N, r] of one dtype (use fp32 for
+    fine-tuning). The bypass is accumulated and kept in fp32. lora_S is scaling x A^T, if the caller
+    has it already (fp32 [..., r]; columns of one `lora_shrink` over several layers' A's are read in
+    place). It must have exactly this value. It gets no gradient; x and A get the same gradients as
+    without it, and with another value these would be wrong.
 
-    scaling: a number, or a 0-d tensor as for `lora_shrink`: the bypass's input is then a product of
-    its own, and so is its part of the backward pass (lora_S is not used).
+    scaling: a number, or a 0-d tensor as for `lora_shrink`. With a tensor, x A^T and its backward
+    are separate products, and lora_S is not used.
     """
     if isinstance(scaling, Tensor):
         return gemm_4bit(x, w4, bias, lora_shrink(x, lora_A, scaling), lora_B)
@@ -468,25 +421,34 @@ def lora_gemm_4bit(
     return _lora_gemm_4bit_eager(x, w4, lora_A, lora_B, scaling, bias, lora_S)[0]
 
 
+def lora_linear(
+    x: Tensor,
+    w4: W4,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    lora_S: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. Every layer with an adapter calls this.
+
+    The arguments are lora_gemm_4bit's, and dropout: the probability of a zero in the bypass's
+    input, applied if not 0. The bypass then sees another x than the weight, so x A^T is a separate
+    product.
+    """
+    if not dropout:
+        return lora_gemm_4bit(x, w4, lora_A, lora_B, scaling, bias, lora_S)
+    dropped = torch.nn.functional.dropout(x, dropout)
+    return gemm_4bit(x, w4, bias, lora_shrink(dropped, lora_A, scaling), lora_B)
+
+
 # merge_lora_4bit ----------------------------------------------------------------------------
 
 
 @_register_fake("qlora_ext::merge_lora_4bit")
-def _(
-    packed,
-    absmax,
-    nested,
-    mean,
-    shape,
-    blocksize,
-    quant_type,
-    codebook,
-    lora_A,
-    lora_B,
-    scaling,
-    dtype,
-):
-    return packed.new_empty(shape, dtype=dtype)
+def _(a):
+    return a.packed.new_empty(a.shape, dtype=a.dtype)
 
 
 def merge_lora_4bit(
@@ -503,8 +465,8 @@ def merge_lora_4bit(
 
 
 @_register_fake("qlora_ext::embedding_4bit")
-def _(indices, packed, absmax, nested, mean, shape, blocksize, quant_type, codebook, dtype):
-    return indices.new_empty((*indices.shape, shape[1]), dtype=dtype)
+def _(a):
+    return a.indices.new_empty((*a.indices.shape, a.shape[1]), dtype=a.dtype)
 
 
 def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
@@ -516,17 +478,17 @@ def embedding_4bit(indices: Tensor, w4: W4, dtype: torch.dtype) -> Tensor:
 
 
 @_register_fake("qlora_ext::linear")
-def _(x, weight, bias=None):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(a):
+    return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]))
 
 
 @_register_fake("qlora_ext::linear_backward")
-def _(dY, weight):
-    return dY.new_empty((*dY.shape[:-1], weight.shape[1]))
+def _(a):
+    return a.dY.new_empty((*a.dY.shape[:-1], a.weight.shape[1]))
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + bias with a dense W, which is frozen as a rule: its own gradient is torch's."""
+    """y = x W^T + bias with a dense W. W is usually frozen; torch computes its gradient if not."""
 
     op = "linear"
 
@@ -569,8 +531,8 @@ _register_autograd("linear", _linear_eager)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a dense weight [N, K] on the CPU, accumulated in fp32 and rounded once.
 
-    x [..., K] and weight each fp32, bf16 or fp16; y has x's dtype. Where a CPU lacks bf16
-    instructions, torch's own bf16 and fp16 products run at a fraction of its fp32 speed.
+    x [..., K] and weight may each be fp32, bf16 or fp16; y has x's dtype. It is for CPUs without
+    bf16 or fp16 instructions, on which torch's products of these dtypes are much slower than fp32.
     """
     if torch.compiler.is_compiling():
         return _ops.linear.default(x, weight, bias)

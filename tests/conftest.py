@@ -4,9 +4,10 @@ import dataclasses
 import os
 import types
 
-import peers
 import pytest
 import torch
+
+import peers
 
 
 def pytest_configure():

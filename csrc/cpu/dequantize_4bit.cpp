@@ -12,7 +12,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // weights a task decodes per call
-constexpr int64_t kGrain = 8;     // chunks that repay waking a thread
+constexpr int64_t kGrain = 8;     // chunks worth waking a thread for
 
 }  // namespace
 }  // namespace cpu

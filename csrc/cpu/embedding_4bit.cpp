@@ -11,9 +11,9 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // weights that repay waking a thread
+constexpr int64_t kGrain = 32768;  // weights worth waking a thread for
 
-// Position of the first index that names no row, or M.
+// Position of the first index that is out of range, or M.
 int64_t first_bad_index(const Embedding4bitParams& p) {
   int64_t i = 0;
   while (i < p.M && p.indices[i] >= 0 && p.indices[i] < p.weight.N) ++i;

@@ -1,8 +1,8 @@
 // y = x W^T + bias + S B^T with W in 4 bits; fp32 accumulation, one rounding.
 //
-// Few rows of x: W streams through once, decoded in registers, in dot products with each row of W
-// (docs/cpu.md says what bounds them). More rows: W is decoded, transposed, into panels that stay in
-// L1, and the LoRA bypass is one more contraction block after the weight's.
+// Few rows of x: dot products with each row of W, which is read once and decoded in registers
+// (docs/cpu.md says what limits them). More rows: W is decoded, transposed, into panels that stay
+// in L1, and the LoRA bypass is added as one more block of the contraction.
 #include "matmul.h"
 #include "scales.h"
 
@@ -10,9 +10,9 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;     // up to here dot products
-constexpr int64_t kDotRegion = 32;  // rows of W a task, for few rows of x
-constexpr int64_t kDotAlign = 128;  // x is cut where every instruction set's groups end
+constexpr int64_t kFewRows = 8;     // up to here: dot products
+constexpr int64_t kDotRegion = 32;  // rows of W per task, for few rows of x
+constexpr int64_t kDotAlign = 128;  // x is cut at multiples of this: whole groups of any path
 
 // The bias of columns [n, n + count), in fp32; zeros without one.
 void load_bias(const Gemm4bitParams& p, int64_t n, int64_t count, float* bias) {
@@ -69,7 +69,8 @@ void dot_rows_region(const Gemm4bitParams& p, const Region& region, int64_t row,
   }
 }
 
-// The region's weights are decoded once for each kMaxDotRows rows; after the first they are cached.
+// Decodes the region's weights once for each kMaxDotRows rows of x; after the first time their
+// bytes come from the cache.
 void few_rows_region(const Gemm4bitParams& p, const Region& region) {
   for (int64_t row = 0; row < p.M; row += kMaxDotRows) {
     dot_rows_region(p, region, row, std::min(kMaxDotRows, p.M - row));
@@ -78,7 +79,7 @@ void few_rows_region(const Gemm4bitParams& p, const Region& region) {
 
 // ---- many rows of x ----
 
-// `x` and `lora_S` hold the chunk's rows from `row` on; region rows count from the chunk's start.
+// `x` and `lora_S` start at row `row`, where the chunk starts; the region's rows count from there.
 void many_rows_region(const Gemm4bitParams& p, const LeftOperand& x, const LeftOperand& lora_S,
                       const Region& region, int64_t row) {
   Accumulators sums;
@@ -104,7 +105,7 @@ LeftOperand all_rows(const Gemm4bitParams& p) {
   return rows_of(p.x, p.dtype, p.x_stride, p.weight.K);
 }
 
-// Two passes of dot products beat panels, but not panels multiplied in bf16.
+// Two passes of dot products (8 rows) beat fp32 panels; only one pass beats panels in bf16.
 bool has_few_rows(const Gemm4bitParams& p) {
   return p.M <= (multiplies_bf16(all_rows(p)) ? kMaxDotRows : kFewRows);
 }

@@ -1,7 +1,7 @@
 // dX = dY W + dS A with W in 4 bits: the contraction runs over the rows of W.
 //
-// W's rows are decoded as they lie into panels [n, 16 columns] that stay in L1; the bypass is one
-// more contraction block after the weight's.
+// W's rows are decoded, without a transpose, into panels [n, 16 columns] that stay in L1. The
+// bypass is added as one more block of the contraction.
 #include "matmul.h"
 
 namespace qlora_ext {
@@ -12,7 +12,7 @@ LeftOperand all_rows(const Gemm4bitBackwardParams& p) {
   return rows_of(p.dY, p.dtype, p.dY_stride, p.weight.N);
 }
 
-// `dY` and `dS` hold the chunk's rows from `row` on; region rows count from the chunk's start.
+// `dY` and `dS` start at row `row`, where the chunk starts; the region's rows count from there.
 void backward_region(const Gemm4bitBackwardParams& p, const LeftOperand& dY, const LeftOperand& dS,
                      const Region& region, int64_t row) {
   const int64_t K = p.weight.K;

@@ -1,4 +1,4 @@
-// fp16 and bf16 as bit patterns: scalar conversions that agree with F16C and with torch.
+// Scalar conversions of fp16 and bf16 as bit patterns, with the same results as F16C and torch.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,8 @@ inline uint16_t fp16_from_float(float value) {
   }
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
   if (magnitude < 0x38800000u) {
-    // Subnormal results are multiples of 2^-24: adding 0.5 leaves them in the low mantissa bits,
-    // rounded to nearest even by the addition itself.
+    // Subnormal results are multiples of 2^-24. Adding 0.5 rounds to nearest even and leaves the
+    // result in the low mantissa bits.
     const float shifted = float_from_bits(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (float_bits(shifted) - 0x3f000000u));
   }
@@ -60,7 +60,7 @@ inline uint16_t fp16_from_float(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-// Element `index` of a buffer that holds `dtype`.
+// Address of element `index` in a buffer of `dtype`.
 inline const void* element(const void* data, DType dtype, int64_t index) {
   return static_cast<const char*>(data) + index * dtype_size(dtype);
 }

@@ -1,15 +1,15 @@
-// y = x W^T + bias and dX = dY W with a dense W in fp32, bf16 or fp16: fp32 accumulation, one
-// rounding, for the layers of a model that stay unquantized.
+// y = x W^T + bias and dX = dY W with a dense W in fp32, bf16 or fp16, for the layers of a model
+// that stay unquantized. fp32 accumulation, one rounding.
 //
-// torch multiplies bf16 and fp16 at a fraction of its fp32 speed on a CPU without instructions for
-// them. Here W is converted to fp32 a panel at a time, as gemm_4bit decodes its own.
+// On a CPU without bf16 or fp16 instructions, torch multiplies those types at a fraction of its
+// fp32 speed. Here W is converted to fp32 a panel at a time, just as gemm_4bit decodes a 4-bit W.
 #include "matmul.h"
 
 namespace qlora_ext {
 namespace cpu {
 namespace {
 
-// out [M, columns] = left * right + bias, which may be null; fill delivers panels of `right`.
+// out [M, columns] = left * right + bias, which may be null; `fill` writes panels of `right`.
 template <class Fill>
 void multiply(const LeftOperand& left, int64_t M, int64_t columns, const Fill& fill,
               const void* bias, DType bias_dtype, DType dtype, void* out, void* workspace) {

@@ -1,7 +1,7 @@
 // The products of the LoRA bypass: S = scaling x A^T, and the gradients of x, A, S and B.
 //
-// With R of 8 to 64 columns each of these is bound by reading x or dY (M x K) once; A, B and S
-// stay in cache. All sums have one fixed order, so gradients repeat bit for bit.
+// At ranks of 8 to 64 each of these is limited by reading x or dY (M x K) once; A, B and S stay in
+// cache. All sums have one fixed order, so gradients repeat bit for bit.
 #include "matmul.h"
 
 namespace qlora_ext {
@@ -9,8 +9,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kShrinkRows = 48;       // rows a task converts and multiplies by all of A or B
-constexpr int64_t kShrinkColumns = 64;    // columns of A^T or B a task takes
-constexpr int64_t kGradientColumns = 64;  // columns of dA or dB^T a task takes
+constexpr int64_t kShrinkColumns = 64;    // columns of A^T or B per task
+constexpr int64_t kGradientColumns = 64;  // columns of dA or dB^T per task
 
 void scale_by(float scaling, int64_t width, float* values) {
   for (int64_t c = 0; c < width; ++c) values[c] *= scaling;
@@ -31,8 +31,8 @@ void shrink(const LeftOperand& left, const Right& right, int64_t M, int64_t R, f
                   });
 }
 
-// The gradient of a factor: sums = left^T [R, M] * right [M, columns], a region at a time.
-// finish(region, sums) stores it.
+// The gradient of A or B, region by region: sums = left^T [R, M] * right [M, columns].
+// finish(region, sums) stores a region.
 template <class Finish>
 void factor_gradient(const float* left, int64_t left_stride, const RowPanels& right, int64_t M,
                      int64_t R, int64_t columns, const Finish& finish) {

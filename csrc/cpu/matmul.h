@@ -3,8 +3,8 @@
 // A task owns a region of C and keeps it in fp32 accumulators on its stack. It walks the
 // contraction in blocks of kDepth; for each block it fills a panel [kDepth, 16] of the right
 // operand (decoded from 4 bits, or converted) that stays in the L1 cache, and multiplies the
-// block's left rows by it. So W is decoded once per region, no dense copy of it ever exists,
-// and each element is summed in one fixed order, whatever the number of threads.
+// block's left rows by it. So W is decoded once per region and never has a dense copy, and each
+// element is summed in one fixed order with any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -16,15 +16,15 @@
 
 namespace qlora_ext::cpu {
 
-constexpr int64_t kGrainMacs = 65536;          // multiplies that repay waking a thread
-constexpr int64_t kRegionTiles = 2;            // 32 columns of the result a task
-constexpr int64_t kUnpackedRows = 16;          // up to here the left operand is used where it lies
+constexpr int64_t kGrainMacs = 65536;          // multiplies worth waking a thread for
+constexpr int64_t kRegionTiles = 2;            // 32 columns of the result per task
+constexpr int64_t kUnpackedRows = 16;          // up to here the left operand is read in place
 constexpr int64_t kMaxAccumulatorRows = 1024;  // rows x tiles of a region: 64 KB of stack
 constexpr int64_t kMaxConvertedRows = 64;  // rows a task converts to fp32 itself: 64 KB of stack
 constexpr int64_t kMaxRegionColumns = 256;
 constexpr int64_t kMaxWorkspace = int64_t{16} << 20;
 
-// How many regions of `macs` multiplies each repay waking a thread.
+// How many regions of `macs` multiplies each are worth waking a thread for.
 inline int64_t grain_of(int64_t macs) {
   return std::max<int64_t>(1, kGrainMacs / std::max<int64_t>(1, macs));
 }
@@ -35,7 +35,7 @@ struct LeftOperand {
   const void* data;
   DType dtype;
   int64_t row_stride;
-  int64_t depth_stride;  // other than 1 only for fp32
+  int64_t depth_stride;  // 1, or anything for fp32
   int64_t block_stride;
   int64_t depth;
 
@@ -56,7 +56,7 @@ inline LeftOperand rows_of(const void* data, DType dtype, int64_t row_stride, in
           .depth = depth};
 }
 
-// The transpose of `data` [depth, rows] fp32, depth_stride elements from row to row.
+// The transpose of fp32 `data` [depth, rows], whose rows are depth_stride elements apart.
 inline LeftOperand columns_of(const float* data, int64_t depth_stride, int64_t depth) {
   return {.data = data,
           .dtype = DType::kFloat32,
@@ -78,7 +78,7 @@ struct RowPanels {
   }
 };
 
-// The same of its transpose: right[d, c] = source[c, d].
+// The same for the transpose: right[d, c] = source[c, d].
 struct ColumnPanels {
   const void* source;
   DType dtype;
@@ -130,7 +130,7 @@ void for_each_region(int64_t rows, int64_t columns, int64_t region_rows, int64_t
 }
 
 // sums += left[region.row :, :] * right[:, region.column :].
-// fill(column, width, d, depth, panel) delivers right[d : d + depth, column : column + width].
+// fill(column, width, d, depth, panel) writes right[d : d + depth, column : column + width].
 template <class Fill>
 void add_product(const LeftOperand& left, const Region& region, const Fill& fill,
                  Accumulators& sums) {
@@ -155,19 +155,19 @@ void add_product(const LeftOperand& left, const Region& region, const Fill& fill
   }
 }
 
-// Whether `left` can be multiplied in bf16 here. Only for right operands that may be rounded to
-// bf16, as W is and LoRA's fp32 factors are not.
+// Whether this CPU can multiply `left` in bf16. Ask only if the right operand may be rounded to
+// bf16: W may be, LoRA's fp32 factors may not.
 inline bool multiplies_bf16(const LeftOperand& left) {
   return left.dtype == DType::kBFloat16 && kernels().multiply_bf16 != nullptr &&
          left.depth % 2 == 0;
 }
 
-// Whether a product of M rows packs `left`, which takes a workspace: few rows are not worth it.
+// Whether a product of M rows packs `left` into a workspace. For few rows it does not pay.
 inline bool packs(int64_t M, const LeftOperand& left) {
   return M > kUnpackedRows && !multiplies_bf16(left);
 }
 
-// add_product with the right operand rounded to bf16 and left, bf16, used where it lies.
+// add_product with the right operand rounded to bf16. `left` is bf16 and read in place.
 template <class Fill>
 void add_product_bf16(const LeftOperand& left, const Region& region, const Fill& fill,
                       Accumulators& sums) {
@@ -207,8 +207,8 @@ void store(const Region& region, Accumulators& sums, DType dtype, int64_t out_st
   }
 }
 
-// A left operand packed to fp32 blocks [depth / kDepth][rows][kDepth]: converted once instead of
-// once per region, and free of the cache conflicts of a large power-of-two row stride.
+// A left operand packed to fp32 blocks [depth / kDepth][rows][kDepth]. It is converted once instead
+// of once per region, and avoids the cache conflicts of a large power-of-two row stride.
 inline int64_t packed_bytes(int64_t rows, int64_t depth) {
   return rows * ceil_div(depth, kDepth) * kDepth * static_cast<int64_t>(sizeof(float));
 }
@@ -234,8 +234,8 @@ inline LeftOperand pack(const LeftOperand& left, int64_t row, int64_t rows, floa
           .depth = left.depth};
 }
 
-// Rows of a product to take at a time, so that they fit the accumulators and, packed, the
-// workspace. Many rows repay the decoding of W: at 512 it costs about 2% of the arithmetic.
+// How many rows of a product to take at a time: as many as fit the accumulators and, if packed, the
+// workspace. With more rows decoding W costs less: at 512 about 2% of the arithmetic.
 inline int64_t chunk_rows(int64_t rows, int64_t depth, int64_t tiles) {
   const int64_t fitting = kMaxWorkspace / std::max<int64_t>(1, packed_bytes(1, depth));
   const int64_t limit = std::max<int64_t>(1, std::min(fitting, kMaxAccumulatorRows / tiles));

@@ -1,16 +1,16 @@
 // out = dequantize(W) + scaling B A, summed in fp32 and rounded once.
 //
-// Moves 0.516 bytes in and 2 or 4 out per weight, and R multiplies each: bound by writing the
-// output up to a rank of about 16, then by arithmetic.
+// Moves 0.516 bytes in and 2 or 4 out per weight, with R multiplies each. Limited by writing the
+// output up to a rank of about 16, by arithmetic above.
 #include "matmul.h"
 
 namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kRegionRows = 64;      // rows of W a task
-constexpr int64_t kRegionColumns = 256;  // columns of W a task
-constexpr int64_t kGrain = 2;            // regions that repay waking a thread
+constexpr int64_t kRegionRows = 64;      // rows of W per task
+constexpr int64_t kRegionColumns = 256;  // columns of W per task
+constexpr int64_t kGrain = 2;            // regions worth waking a thread for
 
 void merge_region(const MergeLora4bitParams& p, const Region& region) {
   const int64_t K = p.weight.K;

@@ -1,7 +1,7 @@
 // Weights -> 4-bit codes and one scale per block.
 //
-// Moves: reads the weight once (twice for blocks larger than kChunk), writes half a byte a weight
-// and 4 bytes a block. A block's statistics and its codes are taken while it is in L1.
+// Reads the weight once (twice for blocks larger than kChunk), writes half a byte per weight and
+// 4 bytes per block. Computes a block's statistics and its codes while it is in L1.
 #include <cmath>
 
 #include "half.h"
@@ -14,15 +14,15 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // weights converted to fp32 at a time; the largest block size
-constexpr int64_t kMaxBlocks = kChunk / 32;  // of the smallest block size
-constexpr int64_t kGrain = 32768;            // weights that repay waking a thread
+constexpr int64_t kMaxBlocks = kChunk / 32;  // blocks of the smallest size in a chunk
+constexpr int64_t kGrain = 32768;            // weights worth waking a thread for
 
 struct Statistics {
   float scale;
   float mean;
 };
 
-// Zero where no finite reciprocal exists: all codes of the block are then those of zero.
+// Zero if the reciprocal is not finite. Every weight of the block then gets the code of zero.
 float inverse_or_zero(float scale) {
   const float inverse = 1.0f / scale;
   return std::isfinite(inverse) ? inverse : 0.0f;
@@ -48,7 +48,7 @@ const float* load(const Quantize4bitParams& p, int64_t first, int64_t n, float* 
   return buffer;
 }
 
-// Lowers *lowest to index: the smallest of all threads' indices stays, whatever their order.
+// *lowest = min(*lowest, index), atomically: the order of the threads does not matter.
 void report_bad_index(int64_t index, int64_t* lowest) {
   int64_t seen = __atomic_load_n(lowest, __ATOMIC_RELAXED);
   while (index < seen && !__atomic_compare_exchange_n(lowest, &seen, index, true, __ATOMIC_RELAXED,
@@ -56,7 +56,8 @@ void report_bad_index(int64_t index, int64_t* lowest) {
   }
 }
 
-// Reports the first NaN or Inf of a block at flat index `first`, whose max |w| is `largest`.
+// Reports the first NaN or Inf of a block, which starts at flat index `first`; `largest` is its
+// max |w|.
 void check_finite(const Quantize4bitParams& p, const float* w, int64_t first, float largest) {
   if (std::isfinite(largest)) return;
   int64_t i = 0;
@@ -73,7 +74,7 @@ Statistics standard_statistics(const Quantize4bitParams& p, double sum, double s
           .mean = static_cast<float>(sum / static_cast<double>(n))};
 }
 
-// Statistics of a block that is in fp32 already.
+// Statistics of a block that is already in fp32.
 Statistics block_statistics(const Quantize4bitParams& p, const float* w, int64_t n, float largest) {
   if (p.normalization == Normalization::kAbsmax) return {.scale = largest, .mean = 0.0f};
   if (p.normalization == Normalization::kNone) return {.scale = 1.0f, .mean = 0.0f};
@@ -86,7 +87,7 @@ Statistics block_statistics(const Quantize4bitParams& p, const float* w, int64_t
   return standard_statistics(p, sum, squares, n);
 }
 
-// Whole blocks, at most kChunk weights of them: statistics and codes while they are in L1.
+// Quantizes whole blocks, at most kChunk weights, so that they stay in L1 from statistics to codes.
 void quantize_blocks(const Quantize4bitParams& p, int64_t first_block, int64_t num_blocks) {
   alignas(64) float buffer[kChunk];
   float largest[kMaxBlocks];
@@ -131,7 +132,7 @@ void for_each_chunk(const Quantize4bitParams& p, int64_t begin, int64_t end, con
   });
 }
 
-// Raises *largest to value >= 0; magnitudes compare as integers.
+// *largest = max(*largest, value), atomically. value >= 0, so its bits compare as an integer.
 void raise(float value, uint32_t* largest) {
   const uint32_t bits = float_bits(value);
   uint32_t seen = __atomic_load_n(largest, __ATOMIC_RELAXED);
@@ -169,7 +170,7 @@ Statistics wide_block_statistics(const Quantize4bitParams& p, int64_t begin, int
   return standard_statistics(p, sum, squares, n);
 }
 
-// Blocks larger than kChunk, one scale per tensor above all: one after another, each in parallel.
+// Blocks larger than kChunk, mostly one scale per tensor: one after another, each in parallel.
 void quantize_wide_blocks(const Quantize4bitParams& p) {
   for (int64_t block = 0; block < p.num_blocks; ++block) {
     const int64_t begin = block * p.blocksize;

@@ -1,7 +1,7 @@
-// Double quantization: fp32 scales <-> 8-bit codes of the signed dynamic map, 256 to a group,
-// around their common mean.
+// Double quantization: fp32 scales <-> 8-bit codes of the signed dynamic map, in groups of 256,
+// around the mean of all scales.
 //
-// Moves 4 bytes in and 1 out per scale (and back); a scale serves a whole block of weights.
+// Moves 4 bytes in and 1 out per scale (and back); a whole block of weights shares a scale.
 #include <cmath>
 
 #include "parallel.h"
@@ -14,7 +14,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kGroup = 256;  // scales that share one absmax2
-constexpr int64_t kGrain = 16;   // groups that repay waking a thread
+constexpr int64_t kGrain = 16;   // groups worth waking a thread for
 
 float mean_of(const QuantizeAbsmaxParams& p) {
   const double sum = parallel_tree_sum(
@@ -29,7 +29,7 @@ float max_deviation(const float* absmax, int64_t n, float offset) {
   return largest;
 }
 
-// Zero where no finite reciprocal exists: the group's codes are then those of zero.
+// Zero if the reciprocal is not finite. Every scale of the group then gets the code of zero.
 float inverse_or_zero(float scale) {
   const float inverse = 1.0f / scale;
   return std::isfinite(inverse) ? inverse : 0.0f;

@@ -1,4 +1,4 @@
-// The CPU backend's registration, and what host/common.h asks of a backend.
+// Registers the CPU backend and defines what host/common.h needs from a backend.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../host/common.h"

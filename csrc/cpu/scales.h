@@ -5,7 +5,7 @@
 
 namespace qlora_ext::cpu {
 
-// fp32 multiply, then fp32 add: the format forbids contraction (-ffp-contract=off).
+// fp32 multiply, then fp32 add: the format forbids an FMA (-ffp-contract=off).
 inline float nested_scale(uint8_t code, const float* nested, int64_t block) {
   const float scaled = kDynamicMap[code] * nested[1 + (block >> 8)];
   return scaled + nested[0];
@@ -16,8 +16,8 @@ inline float block_scale(const PackedWeight& weight, int64_t block) {
   return nested_scale(weight.absmax_code[block], weight.nested, block);
 }
 
-// The 16 values that a block's codes stand for. Looking a code up here gives the same bits as
-// scaling after the look-up, at 16 multiplies a block instead of one a weight.
+// The 16 values that a block's codes stand for. Looking up a code here gives the same bits as
+// scaling after the look-up, with 16 multiplies per block instead of one per weight.
 inline void scaled_codebook(const PackedWeight& weight, int64_t block, float table[16]) {
   const float scale = block_scale(weight, block);
   for (int code = 0; code < 16; ++code) table[code] = weight.values[code] * scale;

@@ -1,7 +1,7 @@
 // The canonical fp64 sum behind means and standard deviations. Values are zero-padded to a
-// multiple of 256; each group of 256 is summed by halving; the group sums are the next level's
-// values, until one is left. Every backend adds in this order, so every backend gets these bits,
-// for any number of threads.
+// multiple of 256, and each group of 256 is summed by halving. The group sums are the next level's
+// values, until one is left. Every backend adds in this order, so all get the same bits with any
+// number of threads.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +39,8 @@ inline double tree_sum(double* values, int64_t n) {
   return values[0];
 }
 
-// Sums at most kTreeChunk values. load(begin, count, out) delivers `count` of them, from `begin`.
-// Levels above a lone value only add zeros to it, so chunks combine as the whole tree would.
+// Sums at most kTreeChunk values. load(begin, count, out) writes `count` of them, from `begin` on.
+// Once one value is left, further levels only add zeros, so chunks combine as the whole tree would.
 template <class Load>
 double tree_sum_chunk(int64_t begin, int64_t end, const Load& load) {
   double sums[kTreeGroup];

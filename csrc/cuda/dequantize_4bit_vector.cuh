@@ -50,8 +50,8 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4], int lane
   }
 }
 
-// Decodes the weight's chunk `source` into the output's chunk `target`, for all lanes together:
-// the lanes of a warp hold 32 consecutive targets. Targets from num_targets on are skipped.
+// Decodes chunk `source` of the weight into chunk `target` of the output. The whole warp calls it,
+// with 32 consecutive targets. Targets from num_targets on are skipped.
 template <class T, bool kMean>
 __device__ __forceinline__ void decode_chunk(const DequantizeSmem& s, const uint8_t* packed,
                                              const Scales& scales, int64_t source, int64_t target,
@@ -83,8 +83,8 @@ __device__ __forceinline__ void decode_chunk(const DequantizeSmem& s, const uint
   }
 }
 
-// `range` starts at a multiple of 32 and, with a gap, skips and keeps multiples of 32; out is
-// 16-byte aligned.
+// `range` starts at a multiple of 32. If it has a gap, its width and gap are multiples of 32 too.
+// `out` is 16-byte aligned.
 template <class T, bool kMean>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_4bit_vector(PackedWeight w, Scales scales, ColumnRange range, T* out) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     decode_chunk<T, kMean>(s, w.packed, scales, chunks.source(chunk), chunk, num_chunks, out);
   }
   const int64_t tail = num_chunks * kChunk + threadIdx.x;
-  if (blockIdx.x == 0 && tail < range.count) {  // without a gap
+  if (blockIdx.x == 0 && tail < range.count) {  // only if there is no gap
     out[tail] = from_float<T>(decode_weight(w.packed, scales, w.values, range.source(tail)));
   }
 }

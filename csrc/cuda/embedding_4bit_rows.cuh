@@ -1,10 +1,10 @@
-// embedding_4bit_rows: looks rows of a packed weight up by index and decodes them.
+// embedding_4bit_rows: looks up rows of a packed weight by index and decodes them.
 //
 // Moves   K * 0.516 B in and K * sizeof(T) out per index. Floor: those bytes over bandwidth.
-// Layout  as dequantize_4bit_vector (K a multiple of 32, so rows start on a 16-byte chunk); the
-//         output's chunks are consecutive, each comes from the row its index names.
-// Checks  an index outside [0, N) prints an error and traps, as torch's own embedding does: no
-//         synchronization, and nothing is read through it.
+// Layout  as dequantize_4bit_vector (K a multiple of 32, so rows start on a 16-byte chunk). Chunks
+//         of the output are consecutive; each comes from the row that its index names.
+// Checks  an index outside [0, N) prints an error and traps, as in torch's own embedding, without a
+//         synchronization. Such an index is never used to read.
 #pragma once
 
 #include "cuda/dequantize_4bit_vector.cuh"

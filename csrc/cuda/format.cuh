@@ -1,6 +1,6 @@
 // The format as kernels read it: conversions that round once, scales, single weights.
-// Everything here is bit-exact with the CPU backend, so products and sums are __f*_rn, which the
-// compiler does not contract into an FMA.
+// Everything here is bit-exact with the CPU backend. So products and sums are __f*_rn, which the
+// compiler never contracts into an FMA.
 #pragma once
 
 #include "codebook.h"
@@ -38,8 +38,8 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return bits;
 }
 
-// Stores eight consecutive values, 16-byte aligned. __stcg, because nvcc cuts a plain uint4 store
-// into four where it loses sight of the alignment.
+// Stores eight consecutive values, 16-byte aligned. __stcg, because nvcc splits a plain uint4 store
+// into four if it cannot prove the alignment.
 template <class T>
 __device__ __forceinline__ void store_eight(T* out, const float (&v)[8]) {
   uint4* vectors = reinterpret_cast<uint4*>(out);
@@ -61,12 +61,12 @@ decltype(auto) visit_cuda_dtype(DType dtype, F&& f) {
   return visit_dtype<float, __half, __nv_bfloat16>(dtype, f);
 }
 
-// The signed dynamic map. Not __constant__: lanes look up different codes, which the constant
-// cache serves one address at a time; kernels that look up often copy it to shared memory.
+// The signed dynamic map. Not __constant__: the constant cache serves one address at a time, and
+// lanes look up different codes. Kernels that look up often copy it to shared memory.
 static __device__ const float kDeviceDynamicMap[256] = {QLORA_EXT_DYNAMIC_MAP};
 
-// What a kernel needs of a weight's scales: weight element i has block i >> shift.
-// shift is 63 for one scale per tensor (or per less than one block).
+// What a kernel needs to find a weight's scales: element i is in block i >> shift.
+// If the weight has only one block, shift is 63.
 struct Scales {
   const uint8_t* code;  // [num_blocks], or null: absmax is given
   const float* absmax;  // [num_blocks], or null: nested
@@ -113,10 +113,11 @@ __device__ __forceinline__ float decode_weight(const uint8_t* packed, const Scal
   return scales.mean == nullptr ? v : __fadd_rn(v, __ldg(scales.mean + block));
 }
 
-// Which flat elements a dequantizer reads, in order: `width` of every `width + gap` from `first`.
+// The flat elements that a dequantizer reads, in order: from `first` on, `width` of every
+// `width + gap`.
 struct ColumnRange {
   int64_t first;
-  int64_t count;  // in all
+  int64_t count;  // of elements to read
   int64_t width;
   int64_t gap;  // 0: whole rows
 
@@ -125,7 +126,7 @@ struct ColumnRange {
   }
 };
 
-// 1 / scale as the quantizer uses it: `usable` is false where values are coded as zeros.
+// 1 / scale as the quantizer uses it. If it is not `usable`, all values get the code of zero.
 struct Reciprocal {
   float value;
   bool usable;
@@ -141,12 +142,12 @@ inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Grids have at most 2^31 - 1 blocks along x; kernels with more work than that stride over it.
+// Grids have at most 2^31 - 1 blocks along x; kernels with more work than that loop over it.
 inline unsigned grid_blocks(int64_t blocks, int64_t limit = 2147483647) {
   return static_cast<unsigned>(blocks < limit ? blocks : limit);
 }
 
-// A launcher runs kernels in turn until one fails.
+// For launchers that run several kernels: returns the launch's error if it failed.
 #define QLORA_EXT_TRY(launch_call)                       \
   do {                                                   \
     if (const char* error = (launch_call)) return error; \

@@ -12,13 +12,13 @@ enum class Variant {
   kFused2,
   kFused4,
   kFused8,
-  // kWgmma: sm_90a, M of about 128 to 4096: producer warps decode W into swizzled shared memory,
-  //         consumers run wgmma on it. A later file, gemm_4bit_wgmma.cuh; its place is here.
-  kChunks,  // decode a few rows of W at a time, multiply by cuBLAS: the host does it
+  // kWgmma: planned as gemm_4bit_wgmma.cuh, for sm_90a and M of about 128 to 4096. Producer warps
+  //         decode W into swizzled shared memory, consumers run wgmma on it.
+  kChunks,  // the host decodes a few rows of W at a time, cuBLAS multiplies them
   kAny,     // FFMA, any shape
 };
 
-// What the fused kernel asks of its operands.
+// What the fused kernel requires of its operands.
 bool fused_can_run(const Gemm4bitParams& p, const DeviceInfo& device) {
   const PackedWeight& w = p.weight;
   return has_tensor_cores(p.dtype, device) && has_uniform_runs(w) && is_aligned(p.x, 16) &&
@@ -32,13 +32,14 @@ Variant choose(const Gemm4bitParams& p) {
   if (p.M > fused_max_rows(device)) return Variant::kChunks;
   if (p.M <= 8) return Variant::kFused1;
   if (p.M <= 16) return Variant::kFused2;
-  // 64 rows at a time need 131 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
+  // 64 rows at a time need 131 KiB of shared memory: A100, H100 and B200, but not sm_86, 89, 120.
   const bool wide = !turing && device.shared_bytes >= static_cast<int>(sizeof(FusedSmem<Sm80, 8>));
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
-// One block's stage of 16384 weights alone on its SM: 631, 733, 1013 and 1657 cycles, simulated, at
-// 1.7 GHz. Two blocks fit an SM with 228 KiB of shared memory, but for the registers of 32 rows on.
+// Simulated time of a stage (16384 weights) of a block alone on its SM: 631, 733, 1013 and 1657
+// cycles at 1.7 GHz. Two blocks fit an SM with 228 KiB of shared memory; from 32 rows on they need
+// too many registers.
 template <int kTilesM>
 BlockCost fused_cost(const DeviceInfo& device) {
   constexpr float kStage = kTilesM == 1   ? 0.37f
@@ -54,8 +55,8 @@ BlockCost fused_cost(const DeviceInfo& device) {
           .start = 1.2f};
 }
 
-// Splits of K. The launch and its workspace both ask here, so it must not depend on the
-// architecture's variant: Sm75 has the tiles of Sm80.
+// Splits of K. The launch and its workspace must get the same answer on every architecture, and do:
+// Sm75 has the tiles of Sm80.
 template <int kTilesM>
 Splits fused_splits(const Gemm4bitParams& p) {
   using Traits = FusedTraits<Sm80, kTilesM>;
@@ -166,7 +167,7 @@ const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {
     case Variant::kFused2: return gemm_fused<2>(p, stream);
     case Variant::kFused4: return gemm_fused<4>(p, stream);
     case Variant::kFused8: return gemm_fused<8>(p, stream);
-    default:  // kChunks as well, should a caller not ask chunk_rows_gemm_4bit first
+    default:  // also kChunks, if the caller did not ask chunk_rows_gemm_4bit first
       return gemm_any(p, stream);
   }
 }

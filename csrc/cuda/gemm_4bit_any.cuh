@@ -1,11 +1,11 @@
 // gemm_4bit_any: y = x W^T + bias + S B^T for any shape, dtype, block size and statistics, on FFMA.
 // gemm_4bit_backward_any: dX = dY W + dS A likewise, contracting over N.
 //
-// Taken where the tensor-core kernels cannot go: fp32 x, K not a multiple of 64, blocks of 32,
-// means (normalization "standard"), rows that are not 16-byte aligned.
+// Used if the tensor-core kernels cannot run: fp32 x, K not a multiple of 64, blocks of 32, means
+// (normalization "standard"), rows that are not 16-byte aligned.
 // Moves   the packed weight once per 64 rows of x. Floor: 2 M N K flops at the FFMA rate (33 T
 //         products/s on H100); the decode adds ~20 instructions per weight and 64 rows.
-// Layout  tile.cuh's 64x64x16; the weight is decoded one by one on its way to shared memory.
+// Layout  tile.cuh's 64x64x16; weights are decoded one by one on their way to shared memory.
 // Bits    weights are exact fp32 (value * scale + mean); sums are fp32 in a fixed order.
 #pragma once
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ void any_product(const AnyProduct& p) {
     TileAccumulators acc;
     tile_clear(acc);
     tile_product(s, p.x, w, row0, col0, begin, end, acc);
-    if (blockIdx.z == 0 && p.R > 0) {  // the bypass is more of the same sum
+    if (blockIdx.z == 0 && p.R > 0) {  // the bypass adds to the same sums
       tile_product(s, p.lora_a, p.lora_b, row0, col0, 0, p.R, acc);
     }
     tile_for_each(acc, row0, col0, rows, p.cols, [&](int64_t row, int64_t col, float v) {
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kTileThreads) gemm_4bit_backward_any(AnyProduc
   any_product<true>(p);
 }
 
-// A block's step of 64x64x16 and at least 256 of the depth in each part. Estimated, not simulated.
+// A step is 64x64x16, and each part has a depth of at least 256. Estimated, not simulated.
 constexpr BlockCost kAnyCost{
     .resident = 2, .least_stages = 16, .stage = 0.5f, .share = 0.3f, .start = 1.0f};
 
@@ -92,7 +92,7 @@ inline int64_t any_product_workspace(int64_t rows, int64_t cols, int64_t depth) 
   return parts > 1 ? parts * rows * cols * 4 : 0;
 }
 
-// Launches the product and, where the contraction is split, its reduction.
+// Launches the product and, if the contraction is split, its reduction.
 template <auto kernel>
 const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
   const int64_t rows = p.x.rows;

@@ -10,8 +10,8 @@ namespace {
 enum class Variant {
   kFused4,  // gemm_4bit_backward_fused with 4 or 8 mma tiles of 8 rows of dY
   kFused8,
-  // kWgmma: sm_90a, the transposed twin of the forward's; gemm_4bit_backward_wgmma.cuh, later.
-  kChunks,  // decode a few columns of W at a time, multiply by cuBLAS: the host does it
+  // kWgmma: planned as gemm_4bit_backward_wgmma.cuh, the transposed twin of the forward's (sm_90a).
+  kChunks,  // the host decodes a few columns of W at a time, cuBLAS multiplies them
   kAny,     // FFMA, any shape
 };
 
@@ -25,14 +25,14 @@ Variant choose(const Gemm4bitBackwardParams& p) {
   const bool turing = device.arch < 80;
   if (!fused_can_run(p, device)) return p.M <= kAnyMaxRows ? Variant::kAny : Variant::kChunks;
   if (p.M > fused_max_rows(device)) return Variant::kChunks;
-  // 64 rows at a time need 114 KiB of shared memory: A100, H100, B200; not sm_86, 89, 120.
+  // 64 rows at a time need 114 KiB of shared memory: A100, H100 and B200, but not sm_86, 89, 120.
   const bool wide =
       !turing && device.shared_bytes >= static_cast<int>(sizeof(BackwardSmem<Sm80, 8>));
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
-// A stage of 64 rows of W and 256 columns alone on its SM, where its registers leave no room for a
-// second block: 1154 cycles with 32 rows of dY, 1653 with 64, simulated, at 1.7 GHz.
+// Simulated time of a stage (64 rows of W, 256 columns): 1154 cycles with 32 rows of dY, 1653 with
+// 64, at 1.7 GHz. The registers leave room for one block per SM.
 template <int kTilesM>
 constexpr BlockCost kFusedCost{.resident = 1,
                                .least_stages = 4,
@@ -40,7 +40,7 @@ constexpr BlockCost kFusedCost{.resident = 1,
                                .share = 0.0f,
                                .start = 1.2f};
 
-// Splits of N: a tile is 256 columns, so K = 4096 alone gives 16 blocks.
+// Splits of N. A tile is 256 columns wide, so without splits K = 4096 gives only 16 blocks.
 template <int kTilesM>
 Splits fused_splits(const Gemm4bitBackwardParams& p) {
   using Traits = BackwardTraits<Sm80, kTilesM>;  // Sm75's tiles are the same
@@ -144,7 +144,7 @@ const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {
   switch (choose(p)) {
     case Variant::kFused4: return backward_fused<4>(p, stream);
     case Variant::kFused8: return backward_fused<8>(p, stream);
-    default:  // kChunks as well, should a caller not ask chunk_columns_gemm_4bit_backward first
+    default:  // also kChunks, if the caller did not ask chunk_columns_gemm_4bit_backward first
       return backward_any(p, stream);
   }
 }

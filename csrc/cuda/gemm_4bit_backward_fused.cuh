@@ -8,12 +8,12 @@
 //         transposed. fp32 accumulators.
 // Order   rows and contraction are permuted inside the tile: lane (g, t) of a warp owns the 8
 //         columns k = 8g .. 8g + 7 of the warp's 64, and the 8 rows n = 8t .. 8t + 7 of its 32. So
-//         a 4-byte load holds the lane's columns of one row of W, no transpose is needed, and the
-//         lane ends with 8 neighbouring columns of dX: one 16-byte store.
+//         a 4-byte load gets the lane's columns of one row of W without a transpose, and the lane
+//         ends with 8 neighbouring columns of dX: one 16-byte store.
 // Decode  pair table: a whole byte selects two fp32 values; one copy per pair of banks and 256
 //         bytes between entries, so that one PRMT (offset = byte * 256 + lane * 8) and one LDS.64
 //         decode two weights. The scale varies along the contraction, so it multiplies the weight:
-//         value * scale in fp32, rounded once to T, are dequantize_4bit's own bits.
+//         value * scale in fp32, rounded once to T, has the same bits as from dequantize_4bit.
 // Scales  one for 64 columns of a row, decoded once per stage and thread, one stage ahead.
 // Warps   8: four runs of 64 columns by two halves of each stage's 64 rows n, added at the end.
 //         Blocks along n (splits) write parts that reduce_parts adds in order.
@@ -48,7 +48,7 @@ struct BackwardTraits {
   static constexpr int kSumBytes = kTileM * kTileK * 4;
 };
 
-// Table and stages; at the end the sums of one half of the warps, in the same place.
+// Table and stages. At the end the same memory holds the sums of one half of the warps.
 template <class Arch, int kTilesM>
 union BackwardSmem {
   using Traits = BackwardTraits<Arch, kTilesM>;
@@ -80,12 +80,13 @@ struct BackwardTile {
   int length;             // of the contraction in this block; the n below count from n_begin
   int lane, warp_n, run;  // this warp's half of a stage's rows, and its 64 columns
 
-  // Copies: this thread's first 16-byte piece of a stage; the others lie 32 rows below.
+  // Copies: this thread's first 16-byte pieces of W and of dY in a stage. The next ones lie 32 rows
+  // below.
   const uint8_t* w_source;
   const T* y_source;
   uint32_t w_target, y_target;  // shared addresses in stage 0
-  int w_n, y_n;                 // rows of W that the pieces belong to, from the stage's first
-  int y_rows;                   // rows of dY from the first piece's to the last that exists
+  int w_n, y_n;                 // n of the pieces, counted from the stage's first
+  int y_rows;                   // how many rows of dY exist from the first piece's on
   bool w_valid;                 // the piece's columns are below K
 
   ScalePipeline<kNested> scale_pipeline;
@@ -126,7 +127,7 @@ struct BackwardTile {
 
   __device__ __forceinline__ void locate_copies(int tid) {
     const int64_t K = p.gemm.weight.K;
-    const int piece = tid % 8;  // of a row of W: two to a run
+    const int piece = tid % 8;  // of a row of W, two per run
     w_n = tid / 8;
     w_valid = k0 + piece * 32 < K;
     w_source = p.gemm.weight.packed + ((n_begin + w_n) * K + k0 + piece * 32) / 2;
@@ -176,8 +177,8 @@ struct BackwardTile {
     }
   }
 
-  // Starts the copies of the stage whose first row is `n`. dY is zero beyond the contraction; W
-  // may stay as it is there, and beyond K (whose columns are not stored).
+  // Starts the copies of the stage whose first row is `n`. Beyond the contraction dY is filled with
+  // zeros, so W may be anything there; also beyond K, whose columns are not stored.
   __device__ __forceinline__ void copy_stage(int n, int slot) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -294,7 +295,7 @@ struct BackwardTile {
     }
   }
 
-  // Adds the two halves of the warps and stores: rounded dX, or a part for reduce_parts.
+  // Adds the sums of the two halves of the warps and stores rounded dX, or a part for reduce_parts.
   __device__ __forceinline__ void store_tile() {
     const Gemm4bitBackwardParams& gemm = p.gemm;
     const int g = lane / 4, t = lane % 4;
@@ -331,7 +332,8 @@ struct BackwardTile {
     });
   }
 
-  // f(mma tile, 0 or 1) for each row of dX that this lane holds: row m = 8 * tile + 2t + i.
+  // Calls f(mma tile, i) for each row of dX that this lane holds: row m = 8 * tile + 2t + i, with
+  // i = 0 or 1.
   template <class F>
   __device__ __forceinline__ static void for_each_row(F f) {
 #pragma unroll
@@ -354,7 +356,7 @@ struct BackwardTile {
     int slot = 0, buffer = 0;
     for (int n = 0; n < length; n += Traits::kStageN) {
       ptx::cp_async_wait<kAhead - 1>();
-      __syncthreads();  // this stage is there for all; the one before has been read by all
+      __syncthreads();  // all threads see this stage and have read the one before
       copy_stage(n + kAhead * Traits::kStageN, slot == 0 ? kAhead : slot - 1);
       store_scale(buffer ^ 1);
       scale_pipeline.look_up();

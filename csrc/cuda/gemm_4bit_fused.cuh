@@ -1,5 +1,5 @@
 // gemm_4bit_fused: y = x W^T + bias + S B^T on tensor cores, the weight decoded in registers on its
-// way from the checkpoint's bytes to mma fragments. One kernel for decode (M = 1) to a few hundred.
+// way from the checkpoint's bytes to mma fragments. One kernel for M = 1 (decode) to a few hundred.
 //
 // Moves   the packed weight once per kTileM rows of x (0.516 B/weight), x once per kTileN columns.
 // Floor   M <= 16: the weight's bytes over bandwidth: 4096x14336 10.1 us, 8192x8192 11.5 us (H100).
@@ -32,8 +32,8 @@
 
 namespace qlora_ext {
 
-// kTilesM mma tiles of 8 rows of x. A stage is always 16384 weights (8 KiB): few rows of x leave
-// room for long rows of W, many rows of x want more columns per block.
+// kTilesM mma tiles of 8 rows of x. A stage is always 16384 weights (8 KiB). Few rows of x leave
+// room for long rows of W; with many rows, more columns per block pay off.
 template <class Arch, int kTilesM>
 struct FusedTraits {
   static constexpr int kThreads = 256;
@@ -58,7 +58,7 @@ struct FusedTraits {
   static constexpr int kXRowBytes = 2 * kTileK;
   static constexpr int kXStageBytes = kTileM * kXRowBytes;
   static constexpr int kXCopies = kXStageBytes / 16 / kThreads;  // 16-byte copies per thread
-  static constexpr int kXCopyRows = kThreads / (kTileK / 8);     // rows between them
+  static constexpr int kXCopyRows = kThreads / (kTileK / 8);     // rows between two copies
   static constexpr int kScalePitch = kTileN + 32 / kRuns;        // conflict-free writes
 
   // The 32-byte segment of run `run` of row `n`, as a byte offset into a stage: XOR swizzled so
@@ -100,13 +100,13 @@ struct FusedTile {
   int length;             // of the contraction in this block; the k below count from k_begin
   int lane, warp_n, run;  // this warp's 32 rows and run of 64
 
-  // Copies: this thread's 16-byte pieces of a stage, the first of each; the others lie a fixed
-  // number of rows below.
+  // Copies: this thread's first 16-byte pieces of W and of x in a stage. Its other pieces lie a
+  // fixed number of rows below.
   const uint8_t* w_source;
   const T* x_source;
   uint32_t w_target, x_target;  // shared addresses in stage 0
-  int w_k, x_k;                 // of the pieces, from the stage's first k
-  int w_rows, x_rows;           // rows from the first piece's to the last that exists
+  int w_k, x_k;                 // k of the pieces, counted from the stage's first
+  int w_rows, x_rows;           // how many rows exist from the first piece's on
 
   // Scales: this thread's (row, run) of a stage.
   ScalePipeline<kNested> scale_pipeline;
@@ -180,7 +180,7 @@ struct FusedTile {
   }
 
   // Entry b of the pair table: the two values of byte b, the high nibble's (lower k) first.
-  // Rows of x that do not exist are zero in every stage.
+  // Also fills the rows of x beyond M with zeros, in every stage.
   __device__ __forceinline__ void fill_table() {
     constexpr int kLanes = Traits::kCompact ? 4 : 8;  // that write one entry
 #pragma unroll
@@ -205,8 +205,8 @@ struct FusedTile {
     }
   }
 
-  // Starts the copies of the stage whose first k is `k`. Rows of W beyond N stay as they are: what
-  // they contain reaches only columns of y that are not stored.
+  // Starts the copies of the stage whose first k is `k`. Rows of W beyond N are not copied: they
+  // affect only columns of y that are not stored.
   __device__ __forceinline__ void copy_stage(int k, int slot) {
     constexpr int kWCopyRows = Traits::kTileN / 2;
 #pragma unroll
@@ -230,7 +230,7 @@ struct FusedTile {
     ptx::cp_async_commit();
   }
 
-  // Beyond the last run its scale is fetched again, and nobody uses it.
+  // After the last run this fetches its scale again, which nothing uses.
   __device__ __forceinline__ void fetch_scale() {
     scale_pipeline.fetch(min(next_run, last_run));
     next_run += Traits::kRuns;
@@ -315,7 +315,7 @@ struct FusedTile {
     }
   }
 
-  // Adds the warps along k in order and stores the tile: rounded y, or a part for reduce_parts.
+  // Adds the sums of the warps along k in order and stores rounded y, or a part for reduce_parts.
   __device__ __forceinline__ void store_tile() {
     float* sums = reinterpret_cast<float*>(s.table);  // [run][m][n]
     static_assert(Traits::kRuns * Traits::kTileM * Traits::kTileN * 4 <= Traits::kTableBytes,
@@ -368,7 +368,7 @@ struct FusedTile {
       for (int slot = 0; slot < Traits::kStages; ++slot) {  // slots are then immediate offsets
         if (k >= length) break;
         ptx::cp_async_wait<kAhead - 1>();
-        __syncthreads();  // this stage is there for all; the one before has been read by all
+        __syncthreads();  // all threads see this stage and have read the one before
         copy_stage(k + kAhead * Traits::kTileK, (slot + kAhead) % Traits::kStages);
         store_scale((slot + 1) % 2);
         scale_pipeline.look_up();
@@ -382,8 +382,8 @@ struct FusedTile {
   }
 };
 
-// Blocks per SM that registers must allow: two where shared memory lets two in (H100). With 32 rows
-// of x two blocks would spill.
+// Blocks per SM that registers must allow: two, since shared memory has room for two on H100. From
+// 32 rows of x on, two blocks would spill.
 template <int kTilesM>
 constexpr int kFusedBlocksPerSm = kTilesM <= 2 ? 2 : 1;
 

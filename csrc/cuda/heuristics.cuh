@@ -1,7 +1,7 @@
-// Dispatch's arithmetic: which operands tensor cores take, up to how many rows a kernel decodes W
-// itself, into how many blocks a contraction is split, and how much of W is decoded at a time where
-// cuBLAS multiplies. The choices minimise a modelled time. The model's constants come from a simulation
-// of the compiled kernels (docs/kernels.md, "Dispatch").
+// Dispatch's arithmetic. It decides which operands tensor cores take, up to how many rows a kernel
+// decodes W itself, how a contraction is split over blocks, and how much of W is decoded at a time
+// for cuBLAS. The choices minimise a modelled time. The model's constants come from a simulation of
+// the compiled kernels (docs/kernels.md, "Dispatch").
 #pragma once
 
 #include <algorithm>
@@ -17,16 +17,16 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
                                      : false;
 }
 
-// Rows of x (backward: of dY) up to which the kernel decodes W itself; above, W is decoded to memory
-// and cuBLAS multiplies. On Ampere, Ada and consumer Blackwell mma.sync reaches the tensor cores' full
-// rate. Hopper and data-centre Blackwell reach theirs with wgmma and tcgen05, mma.sync about 60% of
-// it: at 128 rows of 14336x4096 on an H200 the model gives the kernel 63 us and two passes 67, at 256
-// rows 124 and 92.
+// Up to this many rows of x (backward: of dY) the kernel decodes W itself. Above, W is decoded to
+// memory and cuBLAS multiplies it. On Ampere, Ada and consumer Blackwell mma.sync reaches the
+// tensor cores' full rate. Hopper and data-centre Blackwell need wgmma and tcgen05 for that;
+// mma.sync reaches about 60%. For 14336x4096 on an H200 the model says, at 128 rows, 63 us for the
+// kernel and 67 for two passes; at 256 rows, 124 and 92.
 inline int64_t fused_max_rows(const DeviceInfo& device) {
   if (device.arch < 80) return 64;
   return device.arch >= 90 && device.arch < 120 ? 128 : 256;
 }
-// FFMA tiles of 64 rows: beyond one of them cuBLAS is far ahead.
+// One FFMA tile has 64 rows. Above that cuBLAS is far ahead.
 constexpr int64_t kAnyMaxRows = 64;
 
 // ---------------------------------------------------------------- splits of a contraction
@@ -34,24 +34,24 @@ constexpr int64_t kAnyMaxRows = 64;
 // What one kernel's blocks cost, in microseconds.
 struct BlockCost {
   int resident;          // blocks that an SM holds at once
-  int64_t least_stages;  // of a split
+  int64_t least_stages;  // that a split must have
   float stage;           // one stage of a block that has its SM to itself
   float share;           // what each further resident block adds to that
-  float start;           // before the first stage: filling a table, the first loads
+  float start;           // time before the first stage: filling a table, the first loads
 };
 
 struct Splits {
   int64_t count;
-  int64_t stages;  // of each but the last
+  int64_t stages;  // per split; the last may have fewer
 };
 
-// Splits add their parts in a second launch, which reads what the first wrote: L2 at 5 TB/s.
+// A second launch adds the parts of the splits. It reads them from L2, at 5 TB/s.
 constexpr float kReduceLaunch = 1.8f;
 constexpr float kReducePart = 8 / 5e6f;  // per element of the result and split
 
-// The split of `stages` for which the kernel and its reduction take least time. Blocks run in waves
-// of SMs x resident, so a grid that spills a little over a full wave costs a whole further one.
-// A function of shapes and the device alone: the order of the sums depends on it.
+// The split of `stages` with the least time for the kernel and its reduction. Blocks run in waves
+// of SMs x resident, so a grid a little larger than a full wave costs a whole extra one. The split
+// sets the order of the sums, so it depends on nothing but shapes and the device.
 inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
                                 const BlockCost& cost) {
   const int64_t sms = device_info().sm_count;
@@ -86,8 +86,8 @@ inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
 
 // ---------------------------------------------------------------- chunks of W for cuBLAS
 
-// What cuBLAS's product and a decoded chunk are bounded by: data sheets, less what measured ceilings
-// of the same family fall short (H100: 788 of 989 TFLOP/s).
+// What limits cuBLAS's product and the decoding of a chunk: numbers from data sheets, reduced as
+// far as measured ceilings of the same family fall short (H100: 788 of 989 TFLOP/s).
 struct DeviceSpeed {
   float sm_mflop_us;  // million flops an SM does in a microsecond (TFLOP/s), 16-bit operands
   float sm_fp32;      // the same for fp32 operands, without TF32
@@ -115,8 +115,8 @@ inline DeviceSpeed device_speed(const DeviceInfo& device) {
   return {.sm_mflop_us = 1.3f, .sm_fp32 = 0.55f, .memory = 1.5f, .l2 = 4.0f};
 }
 
-// cuBLAS's time for [M, lines] over `depth`, in microseconds: the best of its tiles, each with the
-// share of the peak that it reaches, in waves of one tile an SM.
+// cuBLAS's time for [M, lines] over `depth`, in microseconds, with the best of its tiles. Each tile
+// reaches a share of the peak and runs in waves of one tile per SM.
 inline float product_time(int64_t M, int64_t lines, int64_t depth, float sm_mflop_us, int64_t sms) {
   struct Tile {
     int64_t rows, columns;
@@ -139,15 +139,15 @@ inline float product_time(int64_t M, int64_t lines, int64_t depth, float sm_mflo
 
 constexpr int64_t kMostChunkBytes = int64_t{128} << 20;
 constexpr int64_t kLeastChunkBytesPerSm = int64_t{128}
-                                          << 10;  // less is mostly launches: 16 MiB of 132
+                                          << 10;  // less is mostly launches; 132 SMs: 16 MiB
 constexpr int64_t kChunkStep = 128;               // lines: cuBLAS's tiles are 128 or 256 wide
 constexpr float kChunkLaunches = 3.3f;            // microseconds: decode, multiply
-constexpr float kChunkSlack = 1.03f;              // what a chunk of fewer bytes may cost
+constexpr float kChunkSlack = 1.03f;              // how much slower a smaller chunk may be
 
-// How many of the `lines` of W that each make a column of the [M, lines] result go into a chunk: rows
-// of W forward (lines N, depth K), columns of W backward (lines K, depth N). Of the chunks whose
-// modelled time is within 3% of the best, the one of fewest bytes. Small chunks stay in L2 until
-// cuBLAS reads them; large ones fill its waves. Chunks are of equal size, a multiple of 128 lines.
+// How many lines of W go into a chunk. Each line makes one column of the [M, lines] result: it is a
+// row of W forward (lines N, depth K), a column of W backward (lines K, depth N). Takes the
+// smallest chunk whose modelled time is within 3% of the best. Small chunks stay in L2 until cuBLAS
+// reads them; large ones fill its waves. Chunks are of equal size, a multiple of 128 lines.
 inline int64_t chunk_lines(int64_t M, int64_t lines, int64_t depth, DType dtype) {
   const DeviceInfo& device = device_info();
   const DeviceSpeed speed = device_speed(device);
@@ -167,7 +167,7 @@ inline int64_t chunk_lines(int64_t M, int64_t lines, int64_t depth, DType dtype)
       std::max<int64_t>(kMostChunkBytes / line_bytes / kChunkStep * kChunkStep, kChunkStep);
   const int64_t least_lines =
       std::max<int64_t>(kLeastChunkBytesPerSm * device.sm_count / line_bytes, kChunkStep);
-  constexpr int64_t kMostCuts = 64;  // compared: of a huge weight the coarsest
+  constexpr int64_t kMostCuts = 64;  // to compare; for a huge weight, the coarsest ones
   const int64_t first = ceil_div(lines, most_lines);
   const int64_t last = std::max(first, std::min(lines / least_lines, first + kMostCuts));
   const auto size_of = [&](int64_t chunks) {

@@ -1,7 +1,6 @@
-// The only way kernels are launched: launch_kernel<kernel>(grid, block, shared bytes, stream,
-// params...), which checks every status and returns null or an error that names the kernel.
-// Also what dispatch may ask of the current device. tests/simt/include/cuda/launch.cuh is the
-// host twin.
+// Kernels are launched only by launch_kernel<kernel>(grid, block, shared bytes, stream, params...),
+// which checks every status and returns null or an error that names the kernel. device_info() tells
+// dispatch about the current device. tests/simt/include/cuda/launch.cuh is the host twin.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +18,7 @@ namespace qlora_ext {
 // Properties that dispatch reads; cached per device.
 struct DeviceInfo {
   int arch = 0;          // 10 * major + minor; 0 if the device could not be read
-  int sm_count = 1;      // never 0, so that a grid made of it is launched and its error reported
+  int sm_count = 1;      // never 0, so that a launch happens and reports the error
   int shared_bytes = 0;  // most shared memory that one block may have
   int64_t l2_bytes = 0;
 };
@@ -58,8 +57,8 @@ inline DeviceInfo read_device(int device) {
   return info;
 }
 
-// QLORA_EXT_DEBUG=1: synchronize and check before and after each launch (but not under capture, when
-// nothing runs).
+// QLORA_EXT_DEBUG=1: synchronize and check before and after each launch, except under capture, when
+// nothing runs.
 inline bool debug_launches() {
   static const bool debug = [] {
     const char* value = std::getenv("QLORA_EXT_DEBUG");
@@ -94,14 +93,14 @@ inline const DeviceInfo& device_info() {
   }
   const DeviceInfo* info = cache[device].load(std::memory_order_acquire);
   if (info != nullptr) return *info;
-  const DeviceInfo* fresh = new DeviceInfo(detail::read_device(device));  // kept for good
+  const DeviceInfo* fresh = new DeviceInfo(detail::read_device(device));  // never freed
   if (cache[device].compare_exchange_strong(info, fresh)) return *fresh;
   delete fresh;  // another thread was first
   return *info;
 }
 
-// Whether the stream (a cudaStream_t) is being captured into a graph; also where it is the legacy
-// stream and another one is being captured, which CUDA answers by an error.
+// Whether the stream (a cudaStream_t) is being captured into a graph. Also true for the legacy
+// stream while another one is being captured: CUDA then answers with an error.
 inline bool stream_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
@@ -112,7 +111,7 @@ inline bool stream_is_capturing(void* stream) {
 }
 
 // Launches kernel(args...) with `shared_bytes` of dynamic shared memory on `stream`, a
-// cudaStream_t. A grid with a zero extent is nothing to do. Args are converted to the kernel's
+// cudaStream_t. A grid with a zero extent launches nothing. Args are converted to the kernel's
 // parameter types.
 template <auto kernel>
 struct Launcher;
@@ -133,7 +132,7 @@ struct Launcher<kernel> {
     }
     status = cudaLaunchKernel(address, grid, block, arguments, shared_bytes, cuda_stream);
     if (status != cudaSuccess) {
-      cudaGetLastError();  // reported here, so it does not surface in somebody else's check
+      cudaGetLastError();  // clears the error, so that no later check finds it again
       return detail::launch_error(detail::kernel_name<kernel>(), "launch", status);
     }
     if (debug) status = cudaStreamSynchronize(cuda_stream);
@@ -144,7 +143,7 @@ struct Launcher<kernel> {
   }
 
  private:
-  // Above 48 KiB a kernel must be told once per device.
+  // More than 48 KiB must be allowed once per kernel and device.
   static const char* allow_shared_bytes(const void* address, size_t shared_bytes) {
     if (shared_bytes <= 48 * 1024) return nullptr;
     static std::array<std::atomic<size_t>, detail::kMaxDevices> allowed{};
@@ -155,7 +154,8 @@ struct Launcher<kernel> {
     }
     const bool cached = device >= 0 && device < detail::kMaxDevices;
     if (cached && allowed[device].load(std::memory_order_relaxed) >= shared_bytes) return nullptr;
-    // The device's limit rather than this launch's need: two threads cannot lower each other's.
+    // Allows the device's limit, not just this launch's need, so that two threads cannot lower each
+    // other's.
     int limit = 0;
     status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status == cudaSuccess) {

@@ -9,9 +9,9 @@ namespace qlora_ext::launch {
 
 namespace {
 
-// What a step of a block costs: 16 KiB of the long operand and one more in flight for lora_mma.cuh's
-// kernels, which wait for memory; 64x64x16 FFMA for lora_tile.cuh's. A part has at least 128 of the
-// depth. Estimated, not simulated.
+// What a block's step costs. lora_mma.cuh's kernels wait for memory: a step is 16 KiB of the long
+// operand, with one more in flight. A step of lora_tile.cuh's is 64x64x16 FFMA. A part has a depth
+// of at least 128. Estimated, not simulated.
 constexpr BlockCost kMmaCost{
     .resident = 2, .least_stages = 2, .stage = 0.8f, .share = 0.25f, .start = 1.0f};
 constexpr BlockCost kTileCost{
@@ -35,8 +35,8 @@ Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
           .bytes = splits.count > 1 ? splits.count * numel * 4 : 0};
 }
 
-// Tensor cores take a 16-bit x or dY whose rows are 16-byte aligned; `cols` of it are contiguous.
-// fp16 is multiplied as bf16 too, which 7.5 does not have.
+// Tensor cores take a 16-bit x or dY whose rows, of `cols` contiguous elements, are 16-byte
+// aligned. fp16 is multiplied as bf16 too, which sm_75 lacks.
 bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
   return dtype != DType::kFloat32 && device_info().arch >= 80 && is_aligned(big, 16) &&
          stride % 8 == 0 && cols % 8 == 0;
@@ -45,12 +45,12 @@ bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
 // mma tiles of 8 ranks in a block: 1, 2 or 4; more ranks take more blocks.
 int rank_tiles(int64_t ranks) { return ranks <= 8 ? 1 : ranks <= 16 ? 2 : 4; }
 
-// One product with a long operand big[M, cols] and a rank.
+// One product of a long operand big[M, cols] and a small one that has a row per rank.
 struct Product {
   DenseOperand big;    // by (row, column): x or dY
   int64_t cols;        // of big
   DenseOperand small;  // by (rank, depth)
-  bool over_rows;      // the contraction runs over big's rows: out is by column and rank
+  bool over_rows;      // the contraction runs over big's rows, so out is by column and rank
   float scale;
   void* out;
   DType out_dtype;
@@ -111,7 +111,7 @@ const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream)
   }
 }
 
-// The FFMA tile's out[rows, cols] = scale * A B^T, whatever is long in it.
+// out[rows, cols] = scale * A B^T by FFMA tiles. Any side may be the long one.
 const char* run_tile(const DenseOperand& a, const DenseOperand& b, int64_t depth, float scale,
                      const Plan& plan, void* out, DType out_dtype, void* stream) {
   const LoraProduct p{.a = a,
@@ -252,7 +252,7 @@ int64_t workspace_lora_shrink_backward(const LoraShrinkBackwardParams& p) {
 const char* lora_shrink_backward(const LoraShrinkBackwardParams& p, void* stream) {
   QLORA_EXT_TRY(run(gradient_of_A(p), p.workspace, stream));
   if (p.dx == nullptr || p.M <= 0 || p.K <= 0) return nullptr;
-  // dx[m, k] = scaling * sum over r of dS[m, r] A[r, k]: the rank is the contraction, never split.
+  // dx[m, k] = scaling * sum over r of dS[m, r] A[r, k]. The contraction is the rank, never split.
   const Plan whole{.mma = false,
                    .parts = 1,
                    .depth_per_part = align_up(std::max<int64_t>(p.R, 1), kTileDepth),

@@ -1,5 +1,5 @@
-// lora_rows_mma and lora_columns_mma: the LoRA products with one long operand (x or dY, bf16 or fp16)
-// and one of a small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
+// lora_rows_mma and lora_columns_mma: the LoRA products of one long operand (x or dY, bf16 or fp16)
+// and one of small rank (A, B, S, dS: fp32 or 16-bit), on tensor cores.
 //
 //   rows     out[m, r] = scale * sum over d of big[m, d] small[r, d]    S = x A^T, dS = dY B
 //   columns  out[c, r] = scale * sum over m of big[m, c] small[r, m]    dA = dS^T x, dB = dY^T S
@@ -7,16 +7,16 @@
 // Moves   the long operand once per 32 ranks; the small one once per 128 rows (or columns) of it.
 // Floor   the long operand's bytes over bandwidth: M = 2048, K = 4096 is 5.6 us on H100.
 // MMA     m16n8k16 of bf16: 16 rows (columns) of the long operand by 8 ranks. fp32 accumulators.
-// Rounding none of consequence: the small operand is split into hi + lo, both bf16 (two mma), which
-//         keeps 16 bits of it; fp32 adapters stay nearly fp32. A long operand in bf16 is exact. One
-//         in fp16 is split too, exactly (11 bits in 8 and 3), since fp16 lacks the range for the
-//         small operand's halves: a gradient's lo would vanish, an S beyond 65504 be Inf. That is a
-//         third mma; lo times lo, 2^-17 of the product, is left out. Inf in the small operand has
-//         no lo half and stays Inf; Inf in the long one times lo (zero, or of the other sign) is
-//         NaN.
-// Layout  rows: no shared memory for the long operand: a lane loads 32 consecutive bytes of its two
-//         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused; the
-//         next 64 are in flight meanwhile. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
+// Rounding negligible. The small operand is split into hi + lo, both bf16 (two mma), which keeps 16
+//         of its bits: fp32 adapters stay nearly fp32. A long operand in bf16 is exact. One in fp16
+//         is split too, exactly (11 bits into 8 and 3), because fp16 lacks the range for the small
+//         operand's halves: a gradient's lo would vanish, an S beyond 65504 would be Inf. That is a
+//         third mma; lo times lo, 2^-17 of the product, is left out. An Inf in the small operand
+//         has no lo half and stays Inf. An Inf in the long one times lo (zero, or of the other
+//         sign) is NaN.
+// Layout  rows: no shared memory for the long operand. A lane loads 32 consecutive bytes of its two
+//         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused, while
+//         the next 64 k are in flight. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
 // Order   parts of the contraction are added by reduce_parts in order. No float atomics.
 #pragma once
 
@@ -63,13 +63,13 @@ struct LoraColumnsSmem {
   uint16_t big[kStages][kLoraStep][kLoraTile];  // 16-byte units, unit ^ (row & 7)
 };
 
-// What v's bf16 half leaves of it: nothing of Inf, of NaN or of what rounds to Inf.
+// v minus `high`, its bf16 half. 0 if v is Inf or NaN or rounds to Inf.
 __device__ __forceinline__ float rest_of(float v, float high) {
   const float rest = __fsub_rn(v, high);
   return fabsf(rest) <= 1e38f ? rest : 0.0f;
 }
 
-// A fragment of the long operand as bf16: one that is fp16 as two, whose sum is exact.
+// A fragment of the long operand in bf16. If it is fp16, two of them, whose sum is exact.
 template <class T>
 struct BigFragment {
   static constexpr int kHalves = std::is_same_v<T, __half> ? 2 : 1;
@@ -92,7 +92,8 @@ struct BigFragment {
   }
 };
 
-// acc += the long operand times a half of the small one: its hi (0) meets both of the long one's.
+// acc += the long operand times one half of the small one. Its hi half (0) multiplies both halves
+// of the long one, its lo half only the first.
 template <class Arch, class T>
 __device__ __forceinline__ void multiply_halves(float (&acc)[4], const BigFragment<T>& big,
                                                 const uint32_t (&small)[2], int small_half) {
@@ -102,8 +103,8 @@ __device__ __forceinline__ void multiply_halves(float (&acc)[4], const BigFragme
   }
 }
 
-// This thread's share of the small tiles, in registers between load and store: elements that lie a
-// fixed distance apart, neighbours in memory belonging to neighbouring threads.
+// This thread's share of the small tiles, in registers between load and store. Its elements lie a
+// fixed distance apart; neighbouring threads have neighbouring elements.
 template <int kRankTiles>
 struct SmallLoader {
   static constexpr int kRanks = 8 * kRankTiles;
@@ -130,7 +131,7 @@ struct SmallLoader {
     step = rank_step * small.row_stride + depth_step * small.depth_stride;
   }
 
-  // The next tile, of which `left` of the depth exist.
+  // Loads the next tile. `left` is how much of the depth remains.
   __device__ __forceinline__ void load(int64_t left) {
     const int depths = static_cast<int>(min(left, static_cast<int64_t>(kLoraStep)));
     const bool wide = small.dtype == DType::kFloat32;
@@ -150,8 +151,8 @@ struct SmallLoader {
     first += kLoraStep * small.depth_stride;
   }
 
-  // With T fp16, a value that is not a finite bf16 goes into lo, which meets one half of the long
-  // operand. Hi meets both halves; the second may be zero, and Inf times zero is NaN.
+  // With T fp16, a value that is not a finite bf16 goes into lo, which multiplies one half of the
+  // long operand. Hi multiplies both; the second may be zero, and Inf times zero is NaN.
   template <class T>
   __device__ __forceinline__ void store(SmallTile<kRankTiles>& tile) const {
 #pragma unroll
@@ -170,7 +171,7 @@ struct SmallLoader {
   }
 };
 
-// A bf16 adapter has no lo half; but see store().
+// A bf16 adapter has no lo half, unless T is fp16: see store().
 template <class T>
 __device__ __forceinline__ int halves_of(const DenseOperand& small) {
   if (std::is_same_v<T, __half>) return 2;
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_ro
         }
       }
       loader.template store<T>(
-          s.small[buffer ^ 1]);  // read last before the barrier of the turn before
+          s.small[buffer ^ 1]);  // last read before the previous iteration's barrier
       __syncthreads();
       buffer ^= 1;
     }
@@ -319,8 +320,9 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
       }
       ptx::cp_async_commit();
     };
-    // ldmatrix: lane l gives row l % 8 of matrix l / 8; matrices 0, 1 are rows 0-7 by the warp's
-    // two units of columns, 2, 3 rows 8-15. Transposed, they are the fragment's registers 0 to 3.
+    // ldmatrix: lane l gives row l % 8 of matrix l / 8. Matrices 0 and 1 are rows 0-7 of the warp's
+    // two units of columns, 2 and 3 are rows 8-15. Transposed, they are the fragment's registers
+    // 0 to 3.
     const int read_row = lane % 8 + lane / 16 * 8;
     const int read_unit = (warp * 2 + lane / 8 % 2) ^ (lane % 8);
     const uint32_t read = ptx::shared_address(s.big) + read_row * (kLoraTile * 2) + read_unit * 16;
@@ -334,7 +336,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
     int slot = 0, buffer = 0;
     for (int64_t m0 = begin; m0 < end; m0 += kLoraStep) {
       ptx::cp_async_wait<kAhead - 1>();
-      __syncthreads();  // stage and small tile are there for all; the ones before have been read
+      __syncthreads();  // all threads see stage and small tile and have read the ones before
       copy_stage(m0 + kAhead * kLoraStep, slot == 0 ? kAhead : slot - 1);
       loader.load(end - m0 - kLoraStep);
 #pragma unroll

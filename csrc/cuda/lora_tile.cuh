@@ -1,11 +1,11 @@
 // lora_tile: the small products around a LoRA bypass on FFMA, any dtype and shape. Each is
-// C = scale * A B^T with one small side (the rank), and its long side is cut into parts that are
-// added in order by reduce_parts.
+// C = scale * A B^T with one small side (the rank). Its long side is cut into parts, which
+// reduce_parts adds in order.
 //
 // Moves   x (or dY) once per 64 ranks, the adapter once per 64 rows. Floor: x's bytes over
 //         bandwidth; M = 2048, K = 4096 in bf16 is 5.6 us on H100.
-// Layout  tile.cuh's 64x64 tile: at rank 16 three quarters of it idle, which costs
-//         FFMA time only where M is large.
+// Layout  tile.cuh's 64x64 tile. At rank 16 three quarters of it are idle, which costs FFMA time
+//         only if M is large.
 // Order   fixed: the number of parts depends on shapes and the SM count alone. No float atomics.
 #pragma once
 

@@ -3,7 +3,7 @@
 // Moves   0.516 B/weight in, sizeof(T) out, and A and B once per tile. Floor: those bytes (49 us
 //         for 4096x14336 to bf16 on H100) up to rank ~16, then R FFMA per weight.
 // Layout  tile.cuh's: d is the rank. The weight is decoded in the epilogue.
-// Merging happens once per training run: this is a simple kernel.
+// Merging happens once per training run, so the kernel is simple.
 #pragma once
 
 #include "cuda/tile.cuh"

@@ -1,8 +1,8 @@
-// All inline PTX of this repository, and nothing else. Kernels read like CUDA C++; what CUDA C++
-// cannot say is a function here, named after its instruction.
+// All inline PTX of this repository, and nothing else, so that kernels read like CUDA C++. What
+// CUDA C++ cannot express is a function here, named after its instruction.
 //
 // tests/simt/include/cuda/ptx.cuh has a host twin of every function below, so that the same kernel
-// source runs under g++. A function added here is added there, with a test in tests/simt.
+// source runs under g++. Add a new function to both files, with a test in tests/simt.
 //
 // Rules that let one kernel source serve nvcc and the emulator (docs/kernels.md has the reasons):
 //   - include this file and launch.cuh as "cuda/ptx.cuh" and "cuda/launch.cuh" (never "ptx.cuh":
@@ -12,7 +12,7 @@
 //   - no `<<<>>>`, no `asm`, no `__CUDA_ARCH__`; launch through launch_kernel<kernel>(...);
 //   - a kernel that depends on the architecture takes a tag (Sm75, Sm80, Sm90a) as a template
 //     argument and begins with `if constexpr (!ptx::is_compiled<Arch, Smem>()) ptx::trap();`
-//     (without Smem where it needs no more than 48 KiB);
+//     (without Smem if it needs no more than 48 KiB);
 //   - blocks do not wait for each other: a block may count arrivals (atomicAdd after
 //     __threadfence) and the last one may reduce, but nothing spins;
 //   - lanes exchange values only through *_sync intrinsics, ldmatrix, mma, or shared memory with
@@ -44,11 +44,11 @@ struct Sm90a {  // bulk copies, mbarrier, wgmma: compute_90a only, not newer arc
 
 namespace ptx {
 
-// True where a kernel variant for Arch with this shared memory has a body. Each device binary holds
-// exactly one of Sm75 and Sm80, and Sm90a only if it was compiled for sm_90a; other variants only
-// trap. So do variants that ask for more shared memory than a block may have on any
-// device that runs this binary (those for 8.6 run on 8.7 too, which has as much as 8.0): dispatch,
-// which asks the device, never launches them.
+// Whether a kernel variant for Arch with this shared memory has a body. Each device binary has
+// exactly one of Sm75 and Sm80, and Sm90a only if it was compiled for sm_90a. Other variants only
+// trap. So do variants that need more shared memory than a block may have on any device that runs
+// this binary (8.6's binary also runs on 8.7, which has as much as 8.0). Dispatch never launches
+// them, because it asks the device.
 template <class Arch, class Smem = char>
 __host__ __device__ constexpr bool is_compiled() {
 #if defined(__CUDA_ARCH__)
@@ -100,7 +100,7 @@ __device__ __forceinline__ bool elect_one() {
 // Stops the whole grid with an error ("unspecified launch failure" or "an illegal instruction").
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 
-// Says on the host's standard output, at its next synchronization, which index was out of range,
+// Prints which index was out of range, on the host's standard output at its next synchronization,
 // and stops the grid. Not inlined: the kernel that calls it has no stack for printf's arguments.
 [[noreturn]] static __device__ __noinline__ void trap_index(const char* op, long long index,
                                                             long long position, long long rows) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 
 // Four bytes picked out of the eight of (hi:lo). Nibble i of `selector` picks byte i: its low
 // three bits are the index (0-3 lo, 4-7 hi), its top bit replicates the picked byte's sign.
-// __byte_perm masks those top bits with an instruction of its own.
+// __byte_perm would take an extra instruction to mask those top bits.
 __device__ __forceinline__ uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(lo), "r"(hi), "r"(selector));
@@ -123,7 +123,7 @@ __device__ __forceinline__ uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t sele
 
 // ---------------------------------------------------------------- global loads
 
-// Read-only data that is used once: does not displace what L1 holds.
+// Loads read-only data that is used once, without displacing what L1 holds.
 __device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -143,17 +143,18 @@ __device__ __forceinline__ uint32_t load_streaming(const uint32_t* pointer) {
 }
 
 // ---------------------------------------------------------------- cp.async
-// Global to shared, without registers. The bytes may be read by the issuing thread after
-// cp_async_wait, by others after a barrier as well. Source and destination are aligned to the
-// size. On sm_75 these are plain loads and stores, and commit and wait do nothing.
+// Global to shared, without registers. The issuing thread may read the bytes after cp_async_wait,
+// other threads only after a barrier as well. Source and destination are aligned to the size. On
+// sm_75 these are plain loads and stores, and commit and wait do nothing.
 //
-// None takes an L2 policy (`L2::cache_hint`): for sm_90 and newer ptxas 12.9.86 to 13.3 makes of
-// `cp.async` with one a copy whose address holds uniform registers that nothing wrote (13.4.59 does
-// not). A driver that compiles PTX has the same ptxas inside. bench/sass_flow.py looks for it.
+// None takes an L2 policy (`L2::cache_hint`). For sm_90 and newer, ptxas 12.9.86 to 13.3 compiles
+// `cp.async` with a policy to a copy whose address uses uniform registers that nothing wrote
+// (13.4.59 does not). A driver that compiles PTX has the same ptxas inside. bench/sass_flow.py
+// looks for it.
 
 #if __CUDA_ARCH__ < 800
 namespace detail {
-// Built up by words, whose indices are constants: a byte array would be kept in local memory.
+// Built from words with constant indices: a byte array would be kept in local memory.
 __device__ __forceinline__ void copy_now(uint32_t shared, const void* global, int valid_bytes) {
   uint4 vector;
   if (valid_bytes >= 16) {
@@ -267,7 +268,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
-// The k16 product with the instructions of Arch: on Sm75 (fp16 only) two k8 steps, whose
+// The k16 product with the instructions of Arch. On Sm75 (fp16 only) it is two k8 steps, whose
 // fragments are the two halves of the k16 ones.
 template <class Arch, class T>
 __device__ __forceinline__ void mma_k16(float (&d)[4], const uint32_t (&a)[4],
@@ -292,7 +293,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Makes this thread's writes to shared memory visible to bulk copies and wgmma, and theirs to it.
+// Makes this thread's writes to shared memory visible to bulk copies and wgmma, and vice versa.
 __device__ __forceinline__ void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -362,8 +363,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t mbarrier, uint32_t parity
 #endif
 }
 
-// `bytes` (a multiple of 16) from 16-byte aligned global memory to 16-byte aligned shared memory;
-// they count against the mbarrier's current phase. Issued by one thread.
+// Copies `bytes` (a multiple of 16) from 16-byte aligned global memory to 16-byte aligned shared
+// memory. They count towards the mbarrier's current phase. One thread issues it.
 __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes,
                                           uint32_t mbarrier) {
 #if __CUDA_ARCH__ >= 900

@@ -6,8 +6,8 @@ namespace qlora_ext::launch {
 
 namespace {
 
-// One thread block packs whole blocks of 32 to 4096 elements; anything else (blocksize 0, passed
-// here as numel) has its scale computed by kernels of its own first.
+// A thread block packs whole blocks of 32 to 4096 elements. For anything else (blocksize 0, which
+// arrives here as numel) other kernels compute the scale first.
 bool per_block(const Quantize4bitParams& p) {
   return p.normalization != Normalization::kNone && p.blocksize >= 32 &&
          p.blocksize <= kQuantizeTile && (p.blocksize & (p.blocksize - 1)) == 0;

@@ -1,13 +1,14 @@
 // quantize_4bit_blocks: packs a weight with one scale (and mean) per block of 32 to 4096 elements.
-// quantize_4bit_tensor: packs with one scale for the whole tensor, computed before.
+// quantize_4bit_tensor: packs with one scale for the whole tensor, which is computed before.
 //
 // Moves   2 or 4 B/weight in, 0.5 B + 4 B / blocksize out. Floor: 2.516 B/weight for bf16 with
 //         double quantization; 4096x14336 is 49 us on H100, 34 us on H200.
 // Layout  a thread block packs 4096 elements, a thread 8 neighbours: one or two 16-byte loads and
 //         one 4-byte store. blocksize / 8 threads share a scale: shuffles inside a warp, shared
 //         memory across warps.
-// Decide  rank = number of thresholds below v, by four halvings; look-ups hit one bank a lane.
-// Bits    as format.md says, no FMA; integer maximum of |bits| is absmax and finds NaN and Inf.
+// Decide  rank = number of thresholds below v, by four halvings; each lane reads its own bank.
+// Bits    as docs/format.md says, no FMA. absmax is the integer maximum of |bits|, which also finds
+//         NaN and Inf.
 #pragma once
 
 #include "cuda/format.cuh"
@@ -57,7 +58,7 @@ __device__ __forceinline__ uint32_t encode(const QuantizeSmem& s, const CodeOrde
   return code | (order.sign_magnitude && v < 0.0f ? 8u : 0u);
 }
 
-// Eight neighbours from flat index `first` on, zero beyond `numel`.
+// Loads eight neighbours from flat index `first` on, zeros beyond `numel`.
 template <class T, bool kVector>
 __device__ __forceinline__ void load_eight(const T* x, int64_t first, int64_t numel,
                                            float (&v)[8]) {
@@ -78,7 +79,7 @@ __device__ __forceinline__ void load_eight(const T* x, int64_t first, int64_t nu
   for (int i = 0; i < 8; ++i) v[i] = first + i < numel ? to_float(x[first + i]) : 0.0f;
 }
 
-// Largest |v| as bits: above 0x7f7fffff there is a NaN or an Inf among the values.
+// Largest |v| as bits. Above 0x7f7fffff, one of the values is NaN or Inf.
 __device__ __forceinline__ uint32_t max_magnitude_bits(const float (&v)[8]) {
   uint32_t bits = 0;
 #pragma unroll
@@ -119,20 +120,20 @@ __device__ __forceinline__ void pack_eight(const QuantizeSmem& s, const CodeOrde
   }
 }
 
-// The sum of a block's values, in the format's order, in each of the block's threads.
-// present: groups of 256 that hold elements (the last block may be short).
+// Returns the sum of a block's values, in the format's order, to each of the block's threads.
+// present: how many groups of 256 have elements (the last block may be short).
 __device__ __forceinline__ double block_tree_sum(QuantizeSmem& s, double (&v)[8], int blocksize,
                                                  int present) {
   if (blocksize <= kTreeGroup) return __dadd_rn(tree_sum_group(v, blocksize), 0.0);
   const double group = tree_sum_group(v, kTreeGroup);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __syncthreads();  // the sums of the call before have been read
+  __syncthreads();  // all threads have read the previous call's sums
   if (lane == 0) s.warp_sum[warp] = group;
   __syncthreads();
   const int groups = blocksize / kTreeGroup;  // 2 to 16
   double sum = lane < groups ? s.warp_sum[warp / groups * groups + lane] : 0.0;
   if (present > 1) {
-    sum = __dadd_rn(sum, 0.0);  // the halvings that only meet padding
+    sum = __dadd_rn(sum, 0.0);  // for the halvings that only add padding
 #pragma unroll
     for (int half = 8; half >= 1; half /= 2) {
       const double other = __shfl_down_sync(0xffffffffu, sum, half);
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 1)
     const int64_t count = in_block < blocksize ? (in_block > 0 ? in_block : 0) : blocksize;
     standard_statistics(s, x, valid, count, blocksize, p.std_factor, mean, scale);
   }
-  __syncthreads();  // the thresholds are there
+  __syncthreads();  // all threads see the thresholds
   const Reciprocal inverse = reciprocal(scale);
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = normalize<kNorm>(x[i], mean, inverse);

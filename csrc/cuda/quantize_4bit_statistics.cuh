@@ -16,7 +16,7 @@ struct MaxSmem {
   uint32_t warp_max[kMaxThreads / 32];
 };
 
-// The largest value in any thread of the block, in thread 0.
+// Returns the largest v of the block's threads, in thread 0.
 __device__ __forceinline__ uint32_t block_max(MaxSmem& s, uint32_t v) {
 #pragma unroll
   for (int distance = 16; distance >= 1; distance /= 2) {

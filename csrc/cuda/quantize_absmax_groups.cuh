@@ -1,7 +1,7 @@
-// quantize_absmax_groups: fp32 scales to 8-bit codes of the signed dynamic map, 256 to an absmax2.
+// quantize_absmax_groups: fp32 scales to 8-bit codes of the signed dynamic map, an absmax2 per 256.
 // dequantize_absmax_codes: back to fp32.
 //
-// Moves   4 B in and 1.016 B out per scale: 1/64 of a weight's count, so launches cost more than
+// Moves   4 B in and 1.016 B out per scale, one scale per 64 weights: launches cost more than the
 //         bytes. The offset (mean of all scales) is an fp64 tree sum that ran before.
 // Layout  a warp quantizes one group of 256; lane l holds scales l, l + 32, ...
 // Shared  the map's 255 decision thresholds, fp32 midpoints.
@@ -36,7 +36,7 @@ static __global__ void __launch_bounds__(kAbsmaxThreads)
   const float offset = static_cast<float>(__ddiv_rn(*total, static_cast<double>(p.num_blocks)));
   if (blockIdx.x == 0 && threadIdx.x == 0) p.nested[0] = offset;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * (kAbsmaxThreads / 32) + threadIdx.x / 32;
-  if (group * 256 >= p.num_blocks) return;  // whole warps leave
+  if (group * 256 >= p.num_blocks) return;  // whole warps return
   float v[8];
   float absmax2 = 0;
 #pragma unroll

@@ -1,6 +1,6 @@
 // reduce_parts: out[i] = scale * (part 0 + part 1 + ... in this order) + bias, rounded once.
-// The second half of every product whose contraction is split over blocks: the order of the sum is
-// fixed, so results are the same from run to run, which float atomics would not give.
+// The second step of every product whose contraction is split over blocks. The order of the sum is
+// fixed, so results are the same from run to run. With float atomics they would not be.
 //
 // Moves   4 B per part and element in (from L2, just written), the output once. Floor: a launch.
 #pragma once

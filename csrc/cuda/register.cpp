@@ -1,6 +1,6 @@
-// The CUDA backend's registration, and what host/common.h asks of a backend. It is in a
-// shared library of its own: a CPU-only torch lacks the symbols it links to, so it is loaded only if
-// torch.version.cuda is set.
+// Registers the CUDA backend and defines what host/common.h needs from a backend. This is a shared
+// library of its own, loaded only if torch.version.cuda is set: a CPU-only torch lacks the symbols
+// that it links to.
 #define USE_CUDA  // without it the shim does not declare its CUDA functions
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 

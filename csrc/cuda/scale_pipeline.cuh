@@ -7,14 +7,14 @@ namespace qlora_ext {
 
 constexpr int kRun = 64;  // elements along k that one scale covers in the fused kernels
 
-// Three steps in three iterations, so that none waits for the one before: load the code, look it
-// up in the map, multiply and add. A run is 64 elements from flat index 64 * run.
+// A scale takes three steps in three iterations, so that no step waits for the one before: load the
+// code, look it up in the map, multiply and add. A run is 64 elements from flat index 64 * run.
 template <bool kNested>
 struct ScalePipeline {
   const uint8_t* codes;
   const float* scales;  // absmax2, one for 256 codes; or the fp32 scales
   int run_shift;        // run -> block
-  float factor;         // 1 where the scale's own bits are wanted
+  float factor;         // 1 keeps the scale's own bits
   float offset;
   int code;
   float loaded;
@@ -44,14 +44,14 @@ struct ScalePipeline {
   }
 };
 
-// run -> block for a 32-bit run index, from the element shift (63: one scale per tensor).
+// The shift from a 32-bit run index to its block, from the element's shift (63: one scale in all).
 inline int run_shift(const Scales& scales) {
   const int shift = scales.shift - log2_floor(kRun);
   return shift < 31 ? shift : 31;
 }
 
-// What the fused kernels ask of a weight: runs of 64 that share a scale, no means, 16-byte rows,
-// run indices of 32 bits.
+// What the fused kernels require of a weight: runs of 64 that share a scale, no means, 16-byte
+// rows, run indices of 32 bits.
 inline bool has_uniform_runs(const PackedWeight& w) {
   return w.mean == nullptr && w.K > 0 && w.K % kRun == 0 && w.K < (int64_t{1} << 30) &&
          (w.num_blocks <= 1 || w.blocksize % kRun == 0) && is_aligned(w.packed, 16) &&

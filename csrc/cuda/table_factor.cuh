@@ -1,10 +1,10 @@
-// The factor that a 16-bit codebook table is multiplied by before it is rounded, and the scales are
-// divided by. Host code.
+// A 16-bit codebook table is multiplied by this factor before it is rounded, and the scales are
+// divided by it. Host code.
 //
 // A product with a rounded table makes the same error in every weight of one code. With factor 1
-// bf16 NF4 has a mean error of 4.6e-4 of the weights' RMS, which adds up wherever x has a mean: for
+// bf16 NF4 has a mean error of 4.6e-4 of the weights' RMS, which adds up if x has a mean: for
 // x = |N(0, 1)| and K = 4096 the error is 2.3e-2, against 3.0e-3 for weights that are dequantized
-// to bf16 one by one. Levels times 1.19 happen to lie near bf16 numbers, their errors cancel, and
+// to bf16 one by one. Levels times 1.19 happen to lie near bf16 numbers and their errors cancel:
 // the error is 1.2e-3. (Measured on 2026-11-24 in fp64 on a CPU.)
 #pragma once
 
@@ -16,8 +16,8 @@
 
 namespace qlora_ext {
 
-// The share of each code among normal weights of deviation `sigma`, relative to their block's
-// scale: the mass between the midpoints to its neighbours.
+// The share of each code among normally distributed weights of deviation `sigma`, relative to their
+// block's scale: the probability between the midpoints to its neighbours.
 inline void code_shares(const float* values, double sigma, double* shares) {
   int order[16];
   for (int i = 0; i < 16; ++i) order[i] = i;
@@ -32,7 +32,8 @@ inline void code_shares(const float* values, double sigma, double* shares) {
   }
 }
 
-// Deviation of normal weights relative to the median largest magnitude among n of them.
+// Deviation of normally distributed weights, relative to the median of the largest magnitude among
+// n of them.
 inline double relative_deviation(double n) {
   double low = 0.1, high = 10;
   for (int i = 0; i < 60; ++i) {
@@ -51,11 +52,11 @@ float rounded(float v) {
   }
 }
 
-// Tries 4096 factors that bring the largest value into [1, 2), so that any codebook fits fp16 (from
-// 2^127 on into [2, 4): the factor's reciprocal has to be an fp32 number too), and takes the one
-// whose RMS error + 64 * mean error is least (64: the root of a typical K, by which an error in the
-// mean grows faster than a random one), at three widths of the weights' distribution, since real
-// ones are only roughly normal.
+// Tries 4096 factors that bring the largest value into [1, 2), so that any codebook fits fp16.
+// (From 2^127 on into [2, 4), since the factor's reciprocal must be an fp32 number too.) Takes the
+// one with the least RMS error + 64 * mean error. 64 is the root of a typical K, by which an error
+// in the mean grows faster than a random one. Judges each factor by the worst of three widths of
+// the weights' distribution, since real weights are only roughly normal.
 template <class T>
 float search_table_factor(const float* values, int64_t blocksize) {
   constexpr int kWidths = 3;
@@ -95,8 +96,8 @@ float search_table_factor(const float* values, int64_t blocksize) {
   return best;
 }
 
-// The search takes about a millisecond, so each thread remembers the last few: models use one or
-// two codebooks. Blocks count as the power of two below, and from 2^20 on as one size, so that
+// The search takes about a millisecond, so each thread remembers the last few results. Models use
+// one or two codebooks. The block size is rounded down to a power of two, at most 2^20, so that
 // scales per tensor do not need an entry for each shape.
 template <class T>
 float table_factor(const float* values, int64_t blocksize) {

@@ -3,8 +3,8 @@
 //
 // C[row, col] = sum over d of A(row, d) * B(col, d), a 64x64 tile of C per block of 256 threads
 // (4x4 each), 16 steps of d at a time through shared memory, the next 16 prefetched in registers.
-// Sums run over d in order, so results do not depend on the machine. Bound by FFMA: 64x64x16
-// products take 64 FFMA and 8 16-byte shared loads a thread.
+// Sums run over d in order, so results do not depend on the machine. Limited by FFMA: a step of
+// 64x64x16 takes 256 FFMA and 32 16-byte shared loads per thread.
 #pragma once
 
 #include "cuda/format.cuh"
@@ -69,7 +69,7 @@ struct DenseOperand {
   }
 };
 
-// A packed weight W[n, k] as operand: rows are n and d is k, or (transposed) the other way round.
+// A packed weight W[n, k] as an operand: rows are n and d is k; if transposed, the other way round.
 struct WeightOperand {
   const uint8_t* packed;
   const float* values;  // [16], the codebook
@@ -145,7 +145,7 @@ __device__ __forceinline__ void tile_product(TileSmem& s, const A& a, const B& b
   next_a.load(a, row0, depth_begin, depth_end);
   next_b.load(b, col0, depth_begin, depth_end);
   for (int64_t d0 = depth_begin; d0 < depth_end; d0 += kTileDepth) {
-    __syncthreads();  // the step before has been read
+    __syncthreads();  // all threads have read the previous step
     next_a.store(a, s.a);
     next_b.store(b, s.b);
     __syncthreads();
@@ -166,7 +166,7 @@ __device__ __forceinline__ void tile_product(TileSmem& s, const A& a, const B& b
   }
 }
 
-// f(row, col, value) for each accumulator inside [rows, cols].
+// Calls f(row, col, value) for each accumulator inside [rows, cols].
 template <class F>
 __device__ __forceinline__ void tile_for_each(const TileAccumulators& acc, int64_t row0,
                                               int64_t col0, int64_t rows, int64_t cols, F f) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void tile_for_each(const TileAccumulators& acc, int64
   }
 }
 
-// Tiles of a [rows, cols] output: columns along x, rows along y (strided over where there are
+// Tiles of a [rows, cols] output: columns along x, rows along y (a block takes several if there are
 // more than 65535), parts of the depth along z.
 inline dim3 tile_grid(int64_t rows, int64_t cols, int64_t splits = 1) {
   return dim3(grid_blocks(ceil_div(cols, kTileSize)), grid_blocks(ceil_div(rows, kTileSize), 65535),

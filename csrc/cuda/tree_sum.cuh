@@ -1,9 +1,9 @@
 // The format's one reduction for means: an fp64 sum whose order does not depend on the machine.
 // Values are zero-padded to a multiple of 256; each group of 256 is summed by halving
 // (v[i] += v[i + 128], then 64, ... 1); the group sums are the next level's values, until one is
-// left. 0.0 is added last, as padding or, where every group is full, for the sake of -0.0: all
-// backends end with 0.0. A warp sums a group: lane l holds values 8l .. 8l + 7, so that halving is
-// shuffles first and registers last.
+// left. Last, 0.0 is added: as padding or, if every group is full, to turn -0.0 into 0.0, as all
+// backends do. A warp sums a group: lane l holds values 8l .. 8l + 7, so the first halvings are
+// shuffles and the last ones stay in registers.
 //
 // Moves   the input once; the levels above are 1/256 of it. Floor: bandwidth.
 #pragma once
@@ -15,8 +15,8 @@ namespace qlora_ext {
 
 constexpr int kTreeGroup = 256;
 
-// The sum of a group of `width` values (a power of two from 32 to 256) held by width / 8 lanes,
-// zero-padded to 256; in all of those lanes. The whole warp calls it.
+// The sum of a group of `width` values (a power of two from 32 to 256) in width / 8 lanes,
+// zero-padded to 256. All of those lanes get it. The whole warp calls it.
 __device__ __forceinline__ double tree_sum_group(double (&v)[8], int width) {
 #pragma unroll 1  // unrolled, it takes more registers than a block of 512 threads has
   for (int half = 128; half >= 8; half /= 2) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ double to_double(T v) {
 }
 __device__ __forceinline__ double to_double(double v) { return v; }
 
-// What is summed: x, or (x - mean)^2 in fp64 where a mean is given.
+// What is summed: x, or (x - mean)^2 in fp64 if there is a mean.
 template <class T>
 struct TreeValues {
   const T* x;         // [n]
@@ -71,13 +71,13 @@ template <class T>
 __global__ void __launch_bounds__(kTreeThreads) tree_sum_level(TreeValues<T> values, double* sums) {
   const int64_t groups = (values.n + kTreeGroup - 1) / kTreeGroup;
   const int64_t g = static_cast<int64_t>(blockIdx.x) * (kTreeThreads / 32) + threadIdx.x / 32;
-  if (g >= groups) return;  // whole warps leave
+  if (g >= groups) return;  // whole warps return
   const double sum = values.group(g);
   if (threadIdx.x % 32 == 0) sums[g] = sum;
 }
 
-// All the levels that are left, in one block: the total goes to sums[0]. `sums` has room for
-// tree_sum_doubles(n) values; each level's sums lie behind those of the level before.
+// Sums all the remaining levels in one block; the total goes to sums[0]. `sums` has room for
+// tree_sum_doubles(n) values; each level's sums follow those of the level before.
 template <class T>
 __global__ void __launch_bounds__(kTreeThreads)
     tree_sum_finish(TreeValues<T> values, double* sums) {

@@ -4,7 +4,7 @@
 #include <limits>
 #include <sstream>
 
-// Torch 2.13's; null in an older one.
+// Torch has it since 2.13; null with an older torch.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace qlora_ext::host {
@@ -52,8 +52,8 @@ int64_t element_bytes(ScalarType dtype) {
   }
 }
 
-// Runs `make`, which asks torch for memory. Torch's stable ABI gives an error code and, from 2.13 on,
-// the reason: without it only the sizes can be told.
+// Runs `make`, which asks torch for memory. On failure torch's stable ABI gives an error code and,
+// since 2.13, the reason. Without the reason the message can only give the sizes.
 template <class Make>
 Tensor allocated(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
                  const Make& make) {
@@ -83,7 +83,8 @@ bool is_aligned(const Tensor& tensor, int64_t alignment) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(alignment) == 0;
 }
 
-// Whether x's leading dimensions fold into one of rows with unit stride, as a column slice's do.
+// Whether x can be viewed as rows of unit stride, with its leading dimensions folded into one. A
+// slice of columns can.
 bool folds_into_rows(const Tensor& x) {
   const int64_t dim = x.dim();
   if (dim < 2 || x.stride(dim - 1) != 1 || x.stride(dim - 2) < x.size(dim - 1)) return false;
@@ -97,7 +98,7 @@ bool folds_into_rows(const Tensor& x) {
 
 Tensor empty(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
              const Tensor& like) {
-  // The shim's own call: torch::stable::empty looks the op up by name on every call.
+  // Calls the shim, because torch::stable::empty looks up its op by name on every call.
   std::array<int64_t, 8> strides;
   const auto dim = static_cast<int64_t>(sizes.size());
   if (dim > static_cast<int64_t>(strides.size())) {
@@ -145,7 +146,7 @@ float as_scaling(const char* op, double scaling) {
 
 void check_tensor(const char* op, const char* arg, const Tensor& tensor) {
   QLORA_CHECK(tensor.defined(), op, arg, " is None, want a tensor");
-  int64_t last = tensor.storage_offset();  // element that lies furthest in the storage
+  int64_t last = tensor.storage_offset();  // the tensor's last element in the storage
   if (tensor.is_contiguous()) {
     last += tensor.numel() - 1;
     if (tensor.numel() == 0) return;
@@ -264,7 +265,7 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
     QLORA_CHECK(companding == "none", op, "companding is '", companding,
                 "', want 'none', 'logarithmic' or 'exponential'");
   }
-  // Above ~80 the exponential's fp32 thresholds all collapse to 0 or 1.
+  // Above k = ~80 every fp32 threshold of the exponential is 0 or 1.
   QLORA_CHECK(
       kind == Companding::kNone || (companding_k > 0 && companding_k <= 1e6 &&
                                     (kind != Companding::kExponential || companding_k <= 80)),
@@ -275,8 +276,12 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
                 "', want quant_type 'custom'");
     return make_codebook(named->levels, named->sign_magnitude, kind, companding_k);
   }
-  QLORA_CHECK(quant_type == "custom", op, "quant_type is '", quant_type,
-              "', want 'nf4', 'fp4', 'linear' or 'custom'");
+  if (quant_type != "custom") {
+    std::string names;
+    for (const NamedCodebook& known : kNamedCodebooks)
+      names += std::string("'") + known.name + "', ";
+    QLORA_CHECK(false, op, "quant_type is '", quant_type, "', want one of ", names, "'custom'");
+  }
   QLORA_CHECK(codebook && codebook->size() == 16, op, "codebook has ",
               codebook ? codebook->size() : 0, " values, want 16 for quant_type 'custom'");
   const double* levels = codebook->data();
@@ -297,7 +302,7 @@ const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, i
   QLORA_CHECK(tensor.numel() == bytes, op, arg, " has ", tensor.numel(), " bytes, want ", bytes,
               " (", meaning, ")");
   check_same_device(op, arg, tensor, device_of);
-  keep = contiguous(op, arg, tensor, 16);  // kernels read vectors of it
+  keep = contiguous(op, arg, tensor, 16);  // kernels read vectors of 16 bytes
   return static_cast<const uint8_t*>(keep.data_ptr());
 }
 

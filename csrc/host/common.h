@@ -1,5 +1,5 @@
-// What the ops' host functions share: reading arguments into params, allocating, and the few
-// things about a device that a backend supplies.
+// Shared by the ops' host functions: checking arguments, filling params and allocating. Each
+// backend supplies the few functions that depend on the device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,8 +15,8 @@
 
 namespace qlora_ext::host {
 
-// Makes the tensor's device current while it lives, and knows its current stream. Each backend's
-// register.cpp defines it.
+// Makes the tensor's device current as long as the scope lives, and holds the device's current
+// stream. Each backend's register.cpp defines it.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor);
@@ -25,11 +25,11 @@ class DeviceScope {
   DeviceScope& operator=(const DeviceScope&) = delete;
   void* stream() const { return stream_; }
 
-  // Whether the stream is being captured into a CUDA graph: what waits for the device cannot be.
+  // Whether the stream is being captured into a CUDA graph. A capture cannot wait for the device.
   bool is_capturing() const;
 
-  // The one element of an int64 tensor that the stream's work has written. Waits for the device,
-  // and is the only thing in the library that does.
+  // Waits for the stream's work and reads the one element of an int64 tensor. Nothing else in the
+  // library waits for the device, except under QLORA_EXT_DEBUG.
   int64_t read(const Tensor& flag) const;
 
  private:
@@ -51,16 +51,16 @@ const char* dtype_name(ScalarType dtype);
 // fp32, fp16 or bf16; anything else is an error that names the argument.
 DType float_dtype(const char* op, const char* arg, ScalarType dtype);
 
-// New memory on like's device. If torch has none, the error names the op, `what` the memory is for
-// and its size, and says what torch said.
+// Allocates on like's device. If that fails, the error gives the op, what the memory was for
+// (`what`), its size and torch's reason.
 Tensor empty(const char* op, const char* what, std::initializer_list<int64_t> sizes,
              ScalarType dtype, const Tensor& like);
 Tensor empty(const char* op, const char* what, const Ints& sizes, ScalarType dtype,
              const Tensor& like);
 
-// How an op ends: runs `launcher` with the workspace that it asks for, if any, from torch's
-// allocator. The workspace's memory may be reused as soon as the call returns: the next use of it
-// comes later on the same stream.
+// The last step of an op: runs `launcher` with the workspace that it needs, if any, from torch's
+// allocator. torch may reuse that memory as soon as this returns, because the next use of it comes
+// later on the same stream.
 template <class Params>
 void launch_with_workspace(const char* op, const char* (*launcher)(const Params&, void* stream),
                            int64_t (*workspace_bytes)(const Params&), Params& p, const Tensor& like,
@@ -77,11 +77,11 @@ void launch_with_workspace(const char* op, const char* (*launcher)(const Params&
 // bytes: a view into a larger buffer (a shard, a memory-mapped file) may start anywhere.
 Tensor contiguous(const char* op, const char* arg, const Tensor& tensor, int64_t alignment);
 
-// The scaling as kernels take it: refused if it is not a finite float32.
+// The scaling as a float. An error if it is not a finite float32.
 float as_scaling(const char* op, double scaling);
 
-// Whether there is a tensor, and memory under all of it: torch takes None for a required tensor and
-// passes one that is undefined, and a storage can be freed or cut under its tensors (`resize_`).
+// Checks that the tensor exists and that its storage holds all of it. torch turns a None for a
+// required tensor into an undefined one, and `resize_` can free or shrink a storage in use.
 void check_tensor(const char* op, const char* arg, const Tensor& tensor);
 
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like);
@@ -97,25 +97,25 @@ struct Rows {
 };
 Rows as_rows(const char* op, const char* arg, const Tensor& x);
 
-// What as_rows checks of x, without the copy that it may make; returns the number of rows.
+// Checks x as as_rows does, but never copies it. Returns the number of rows.
 int64_t check_rows(const char* op, const char* arg, const Tensor& x);
 
-// An optional, contiguous tensor of a fixed shape: data is null where absent.
+// An optional, contiguous tensor of a fixed shape; data is null if it is absent.
 struct Dense {
   Tensor tensor;
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
 };
-constexpr int64_t kAnyRank = -1;  // a size of `want` that the tensor may choose, "r" in errors
+constexpr int64_t kAnyRank = -1;  // in `want`: any size; errors print it as "r"
 Dense as_dense(const char* op, const char* arg, const Tensor& tensor,
                std::initializer_list<int64_t> want, const Tensor& device_of);
 
-// A uint8 tensor of exactly `bytes` bytes, contiguous and 16-byte aligned; `keep` owns the copy
-// that alignment or strides made necessary.
+// A uint8 tensor of exactly `bytes` bytes, contiguous and 16-byte aligned. If alignment or strides
+// need a copy, `keep` owns it.
 const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, int64_t bytes,
                         const char* meaning, const Tensor& device_of, Tensor& keep);
 
-// The W4 arguments, checked; `keep` owns the copies that alignment or strides made necessary.
+// The W4 arguments, checked. If alignment or strides need copies, `keep` owns them.
 struct Weight {
   PackedWeight view;
   std::array<Tensor, 4> keep;
@@ -134,13 +134,14 @@ struct LoraPair {
 LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
                       int64_t K, const Tensor& device_of);
 
-// S or dS: fp32, M rows of R in x's leading dimensions; a column slice is read in place.
+// S or dS: fp32, R columns and M rows, which have x's leading dimensions. A slice of columns is
+// read in place.
 Rows as_rank_rows(const char* op, const char* arg, const Tensor& S, int64_t M, int64_t R,
                   const Tensor& device_of);
 
 void check_matrix(const char* op, const Ints& shape);
 
-// Product of sizes, refusing negative sizes and overflow of int64.
+// Product of the sizes. An error if a size is negative or int64 overflows.
 int64_t checked_numel(const char* op, const Ints& shape);
 
 // 0 -> numel; else a power of two from 32 to 4096.

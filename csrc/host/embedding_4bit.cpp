@@ -28,7 +28,7 @@ Tensor embedding_4bit(const Tensor& indices, const Tensor& packed, const Tensor&
   const Tensor out = empty(op, "the result", out_shape, dtype, indices);
   p.out = out.data_ptr();
   if (p.M == 0) return out;
-  // Read back on the CPU only: on a GPU a bad index traps the kernel, as in torch's embedding.
+  // Only the CPU reports a bad index here. On a GPU it traps the kernel, as in torch's embedding.
   int64_t bad_index = p.M;
   p.bad_index = indices.is_cpu() ? &bad_index : nullptr;
   check_launch(op, launch::embedding_4bit(p, scope.stream()));

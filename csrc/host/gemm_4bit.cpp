@@ -1,4 +1,4 @@
-// y = x W^T + bias + S B^T, with or without computing S here.
+// y = x W^T + bias + S B^T; S is given or computed here.
 #include "gemm_4bit.h"
 
 namespace qlora_ext::host {
@@ -12,7 +12,8 @@ int64_t check_input(const char* op, const Tensor& x, const Weight& w) {
 
 namespace {
 
-// [S | 1] and [B | bias], with zeros up to a multiple of 8 ranks: their product is S B^T + bias.
+// [S | 1] and [B | bias], padded with zeros to a multiple of 8 ranks: their product is
+// S B^T + bias.
 struct Bypass {
   Tensor S;  // [M, R], dtype
   Tensor B;  // [N, R], dtype
@@ -28,9 +29,9 @@ Bypass bypass_with_bias(const Tensor& S, const Tensor& B, const Tensor& bias) {
 }
 
 // Decodes the weight a few rows at a time into one chunk and lets torch's matmul multiply it:
-// y[:, rows] = x * chunk^T. The bypass is a second matmul onto y, so it is rounded once more than in
-// the fused kernel, as an unfused LoRA layer would. A bias is one more rank of it: alone it would
-// cost torch another pass over y.
+// y[:, rows] = x * chunk^T. A second matmul adds the bypass to y. So y is rounded twice, as in an
+// unfused LoRA layer; the fused kernel rounds once. The bias is one more rank of the bypass: by
+// itself it would cost torch another pass over y.
 void gemm_in_chunks(const char* op, const Gemm4bitParams& p, int64_t chunk_rows, const Rows& x,
                     const Tensor& y, const Dense& bias, const Rows& lora_S, const Dense& lora_B,
                     const DeviceScope& scope) {
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor> lora_gemm_4bit(
   check_input(op, x, w);
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, x);
   as_scaling(op, scaling);
-  // An op must not return its input. The caller already has S.
+  // An op must not return its input, and the caller already has S.
   if (lora_S) {
     return {gemm_forward(op, x, w, bias, lora_S, lora_B, scope),
             empty(op, "S", {0}, ScalarType::Float, x)};

@@ -1,12 +1,12 @@
-// What the plain and the LoRA ops share. Each takes the name of the op that the user called, so that an
-// error names that one.
+// Shared by the plain and the LoRA ops. Each function takes the name of the op that the user
+// called, for its error messages.
 #pragma once
 
 #include "common.h"
 
 namespace qlora_ext::host {
 
-// That x has rows of the weight's K columns; returns how many.
+// Checks that x's rows have the weight's K columns. Returns the number of rows.
 int64_t check_input(const char* op, const Tensor& x, const Weight& w);
 
 Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,

@@ -1,4 +1,4 @@
-// dX = dY W + dS A, and for the LoRA op dA and dB as well. W is decoded chunk by chunk; it is dense as
+// dX = dY W + dS A, and for the LoRA op also dA and dB. W is decoded chunk by chunk; it is dense as
 // a whole only if it fits in one chunk (heuristics.cuh).
 #include "gemm_4bit.h"
 
@@ -6,8 +6,8 @@ namespace qlora_ext::host {
 
 namespace {
 
-// Decodes the weight a few columns at a time and lets torch's matmul multiply them: each
-// dX[:, columns] = dY * W[:, columns] is whole, so it is rounded once, and once more with a bypass.
+// Decodes the weight a few columns at a time and lets torch's matmul multiply them. Each
+// dX[:, columns] = dY * W[:, columns] is a whole sum, rounded once, or twice with a bypass.
 void backward_in_chunks(const char* op, const Gemm4bitBackwardParams& p, int64_t chunk_columns,
                         const Rows& dY, const Tensor& dX, const Tensor& lora_dS,
                         const Tensor& lora_A, const DeviceScope& scope) {
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_gemm_4bit_backward(
   QLORA_CHECK(x_rows == dY_rows, op, "x has shape ", list_string(x.sizes()), ", want the ", dY_rows,
               " rows of dY, which has shape ", list_string(dY.sizes()));
   as_lora_pair(op, lora_A, lora_B, w.view.N, w.view.K, dY);
-  // S carries the scaling, so dB = dY^T S is final; dS comes back as the gradient of x A^T.
+  // S includes the scaling, so dB = dY^T S is final. The dS returned is the gradient of x A^T.
   const auto [dS, dB] = expand_backward(op, dY, lora_S, lora_B, scaling, scope);
   const auto [no_dx, dA] = shrink_backward(op, dS, x, lora_A, 1.0, /*need_dx=*/false, scope);
   if (!need_dx) return {empty(op, "dX", {0}, dY.scalar_type(), dY), dA, dB};

@@ -1,7 +1,7 @@
 // y = x W^T + bias and dX = dY W with a dense, frozen W: checks, allocation, params.
 //
-// The CPU backend alone has these ops. They are in a header, which its register.cpp includes: every
-// backend compiles the .cpp files of this folder, and would lack the launchers.
+// Only the CPU backend has these ops. They are in a header, which its register.cpp includes: every
+// backend compiles the .cpp files of this folder, and CUDA has no launchers for them.
 #pragma once
 
 #include "common.h"

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
   const Dense A = as_dense(op, "lora_A", lora_A, {kAnyRank, rows.cols}, x);
   const int64_t R = lora_A.size(0);
   const Rows dS_rows = as_rank_rows(op, "dS", dS, rows.rows, R, x);
-  const Tensor dense_dS = contiguous(op, "dS", dS_rows.tensor, 4);  // as kernels read it
+  const Tensor dense_dS = contiguous(op, "dS", dS_rows.tensor, 4);  // kernels take no strides of dS
   Tensor dA = empty(op, "dA", {R, rows.cols}, lora_A.scalar_type(), x);
   const Tensor dx =
       empty(op, "dx", need_dx ? replace_last(x, rows.cols) : Ints{0}, x.scalar_type(), x);

@@ -1,6 +1,6 @@
-// The ops as host functions, one per schema in schemas.h. Each is device-neutral: it checks, allocates
-// from torch, fills the params and calls the backend's launcher. Every backend library compiles
-// these files and links them with its own launchers.
+// The ops as host functions, one per schema in schemas.h. Each serves every device: it checks its
+// arguments, allocates from torch, fills the params and calls the backend's launcher. Every backend
+// library compiles these files and links them with its own launchers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -12,7 +12,8 @@ Normalization as_normalization(const char* op, const std::string& name) {
   return Normalization::kNone;
 }
 
-// A one-element int64 tensor that a kernel may lower to the index of the first bad value.
+// A one-element int64 tensor. It holds `none` until a kernel lowers it to the index of the first
+// bad value.
 struct BadIndex {
   Tensor flag;
   int64_t none;

@@ -1,4 +1,7 @@
-"""The commands, their arguments and what they print."""
+"""Declares the commands, their arguments and what they print.
+
+This file is longer than others, so that all arguments and their help are in one place.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from .. import _C
 from ..build_info import build_info, in_words
-from ..checks import SentenceError, count, size
-from . import INSTALL
-from .errors import CliError
+from ..ops import _C
+from ..text import SentenceError, format_bytes, plural
+from .errors import INSTALL, CliError
 from .screen import bar, console, say, table
 
 app = typer.Typer(
@@ -30,7 +32,7 @@ app = typer.Typer(
 )
 
 
-MOST = 2**31  # of what a user counts: tokens, samples, GiB
+MOST = 2**31  # limit of numbers that a user gives: tokens, samples, GiB
 
 QuantType = Enum("QuantType", {name: name for name in _C.codebooks()}, type=str)
 
@@ -61,14 +63,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 def run() -> None:
-    """The entry point: a failure is one sentence on stderr and exit status 1.
+    """The entry point. A failure prints a message on stderr and exits with status 1.
 
-    Whatever goes wrong because of a file is a SentenceError (files.reading); what is left is a
-    fault of this program and stays a traceback.
+    Faults of files raise a SentenceError (see files.reading). Other errors are bugs of this program
+    and keep their traceback.
     """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A model writes letters that the encoding may lack: as on stderr, they are escaped.
+        # A model may write letters that the encoding lacks. Escape them, as stderr does.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -90,7 +92,7 @@ def run() -> None:
 
 
 def fail(command: str, sentence: str) -> None:
-    """Says why and ends."""
+    """Prints why the command failed, and exits."""
     say(f"qlora-ext {command}: {' '.join(sentence.split())}", stderr=True)
     sys.exit(1)
 
@@ -105,8 +107,8 @@ def parse_size(text: str) -> int:
 
 
 def quant_config(quant_type: QuantType, blocksize: int, double_quant: bool):
-    """The settings, or the sentence that says which is out of range."""
-    from ..quantized_tensor import QuantConfig
+    """The QuantConfig of these settings. Raises CliError if one is out of range."""
+    from ..tensor.config import QuantConfig
 
     try:
         return QuantConfig(quant_type.value, blocksize, double_quant)
@@ -115,7 +117,7 @@ def quant_config(quant_type: QuantType, blocksize: int, double_quant: bool):
 
 
 def quiet() -> None:
-    """transformers' and torch's own remarks are not the command's output."""
+    """Turns off transformers' log messages and progress bars, so that only ours are printed."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -124,7 +126,7 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def output(out: Path, force: bool, restart: bool, *inputs: Path):
-    """The folder that is written; neither it nor an input may hold the other."""
+    """A context with the Output folder. Neither it nor an input may be inside the other."""
     from .output import Output
 
     made = Output(out, force=force, restart=restart, inputs=inputs)
@@ -197,10 +199,10 @@ def quantize(
 
 
 def written(out: Path, job) -> None:
-    """The last line of a command that writes a checkpoint."""
+    """Prints the last line of a command that writes a checkpoint."""
     say(
-        f"{out}: {size(job.nbytes_out)} in {count(len(job.shards), 'shard')}, "
-        f"{size(job.nbytes_in)} before"
+        f"{out}: {format_bytes(job.nbytes_out)} in {plural(len(job.shards), 'shard')}, "
+        f"{format_bytes(job.nbytes_in)} before"
     )
 
 
@@ -246,8 +248,8 @@ def merge(
     limit = parse_size(max_shard_size)
     import torch
 
-    from ..checkpoint import read_config, stored_method
     from ..files import extra_files, find_folder
+    from ..integrations.transformers.building import read_config, stored_method
     from . import merge as work
 
     quiet()
@@ -273,7 +275,7 @@ def merge(
                 f"{base} is in 4 bits and stays as it was packed: --keep, --quant-type, "
                 "--blocksize and --no-double-quant are for an unquantized one"
             )
-        # An adapter's own tokenizer and template are used for text that the model writes.
+        # For text that the model writes, the adapter's own tokenizer and template are used.
         inputs = [folder, adapter_folder]
         inputs += extra_files(adapter_folder) if own_text else [calibration]
         settings = {**config.to_dict(), "keep": keep, "max_shard_size": limit}
@@ -320,7 +322,7 @@ def merge(
     ranks = sorted({pair.r for pair in pairs.values()})
     what = "4 bits" if four_bit else str(job.result.dtype).removeprefix("torch.")
     say(
-        f"{count(len(pairs), 'layer')} merged (rank {', '.join(map(str, ranks))}), "
+        f"{plural(len(pairs), 'layer')} merged (rank {', '.join(map(str, ranks))}), "
         f"weights in {what}"
     )
     written(out, job)
@@ -383,8 +385,8 @@ def estimate(
     config = None if dense else quant_config(quant_type, blocksize, double_quant)
     import torch
 
+    from ..adapters.config import LoraConfig
     from ..files import reading
-    from ..lora import LoraConfig
     from . import estimate as work
 
     quiet()
@@ -398,10 +400,10 @@ def estimate(
         found = work.estimate(
             settings, seq=seq, batch=batch, quant=config, lora=lora, checkpointing=checkpointing
         )
-    rows = [[name, size(nbytes)] for name, nbytes in found.parts.items()]
+    rows = [[name, format_bytes(nbytes)] for name, nbytes in found.parts.items()]
     rows.append([f"CUDA context, and {work.SLACK:.0%} for the allocator",
-                 size(found.total - sum(found.parts.values()))])  # fmt: skip
-    rows.append(["total", size(found.total)])
+                 format_bytes(found.total - sum(found.parts.values()))])  # fmt: skip
+    rows.append(["total", format_bytes(found.total)])
     how = ", gradient checkpointing" if checkpointing else ""
     table(f"Estimate: batch {batch} x {seq} tokens, rank {rank} on {target}{how}", ["", ""], rows)
     say(
@@ -410,7 +412,8 @@ def estimate(
         "attention saved as flash\nkernels save it"
         + (" (checkpointing: one input per layer, and one whole layer)" if checkpointing else "")
         + " + logits and two fp32 gradients)\n"
-        f"x {1 + work.SLACK:.2f} + {size(work.CONTEXT)}. An estimate: kernels' workspaces and "
+        f"x {1 + work.SLACK:.2f} + {format_bytes(work.CONTEXT)}. An estimate: kernels' "
+        "workspaces and "
         "fragmentation differ from run to run.\n"
     )
     sizes = [gpu] if gpu is not None else list(work.GPUS)
@@ -472,5 +475,5 @@ def chat(
         elif text:
             try:
                 talk.answer(text, max_tokens=max_tokens, temperature=temperature, stream=True)
-            except KeyboardInterrupt:  # ends the answer, not the conversation
+            except KeyboardInterrupt:  # it ends the answer, not the conversation
                 say(" ...")

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..checkpoint import (
+from ..adapters.peft_config import NotPlainLora
+from ..checks import check_finite, check_parameters
+from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
+from ..integrations.transformers.building import (
     build_folder,
     check_nothing_anew,
     loading,
@@ -16,26 +19,25 @@ from ..checkpoint import (
     stored_method,
     unquantized,
 )
-from ..checks import bad_regex, check_finite, check_parameters, short
-from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
-from ..lora import NotPlainLora
+from ..models.patterns import bad_regex
+from ..text import shorten
 from .errors import CliError
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Chat:
-    """A model, its tokenizer, and what was said so far.
+    """A model, its tokenizer, and the conversation so far.
 
     Args:
         name: a checkpoint's or adapter's folder or hub name.
-        base: of an adapter; None takes the one that its config names.
+        base: the base of an adapter; None takes the one that its config names.
         four_bit: pack an unquantized base while loading it.
         device: "cpu", "cuda".
     """
 
     def __init__(self, name: str, *, base: str | None, four_bit: bool, device: str):
-        from ..integrations.transformers import QLoraExtConfig
+        from ..integrations.transformers.config import QLoraExtConfig
 
         folder = find_folder(name)
         adapter = folder if os.path.lexists(folder / ADAPTER) else None
@@ -45,7 +47,8 @@ class Chat:
                 raise CliError(f"{folder} does not name its base: give it with --base")
             if not isinstance(base, str):
                 raise CliError(
-                    f"{folder / ADAPTER}: base_model_name_or_path is {short(base)}, want the name "
+                    f"{folder / ADAPTER}: base_model_name_or_path is {shorten(base)}, want "
+                    "the name "
                     "of a folder or model: give it with --base"
                 )
             folder = find_folder(base)
@@ -58,7 +61,8 @@ class Chat:
         self.turns: list[dict[str, str]] = []
 
     def prompt(self, text: str) -> torch.Tensor:
-        """Token ids [1, S]: by the tokenizer's chat template, or the text as it is without one."""
+        """Token ids [1, S] of the conversation with `text`, in the tokenizer's chat template; of
+        `text` alone if it has none."""
         source = getattr(self.tokenizer, "name_or_path", self.folder)
         with reading(source, "has a tokenizer that fails"):
             if self.tokenizer.chat_template is None:
@@ -79,7 +83,7 @@ class Chat:
 
     @torch.no_grad()
     def answer(self, text: str, *, max_tokens: int, temperature: float, stream: bool) -> str:
-        """Continues the conversation; printed as it is made if `stream`."""
+        """Continues the conversation. stream: print the answer while it is made."""
         ids = self.prompt(text)
         if ids.shape[1] == 0:
             raise CliError("the prompt is empty")
@@ -92,7 +96,7 @@ class Chat:
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
-        # What its config.json and generation_config.json ask for is run here.
+        # The settings of config.json and generation_config.json take effect here.
         with reading(self.folder, "has a model that cannot answer"):
             out = self.model.generate(
                 input_ids=ids,
@@ -111,15 +115,16 @@ class Chat:
 
 
 def load_model(folder: Path, packing, device: str):
-    """A model in whatever format its folder is, on a device.
+    """Loads a model of any format onto a device.
 
-    packing: the QLoraExtConfig to pack an unquantized one with, or None.
+    packing: the QLoraExtConfig to pack an unquantized model with, or None.
 
     Raises:
-        CheckpointError, CliError: a folder that is no checkpoint in safetensors files, or whose
+        CheckpointError, CliError: the folder is not a checkpoint in safetensors files, or its
             config.json describes a much larger model than they hold.
     """
-    from ..integrations.transformers import check_loaded, from_pretrained
+    from ..integrations.transformers.files import check_loaded
+    from ..integrations.transformers.pretrained import from_pretrained
 
     if os.path.lexists(folder / ADAPTER):
         raise CliError(f"{folder} is an adapter ({ADAPTER}), want the model that it is for")
@@ -142,23 +147,23 @@ def load_model(folder: Path, packing, device: str):
         elif method is None and packing is not None:
             settings["quantization_config"] = packing
         model, info = load(folder, output_loading_info=True, **settings)
-        # Of whatever class was saved: a head made anew has nothing to say.
+        # Check this whatever class was saved: a random head cannot answer.
         check_nothing_anew(folder, model, info["missing_keys"])
         if method != "qlora_ext" and "quantization_config" not in settings:
-            check_loaded(model, files.paths)  # no quantizer of ours did
+            check_loaded(model, files.paths)  # otherwise our quantizer has checked it
         return model
 
 
 def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:
-    """CliError where config.json describes more weights than the files can hold: those that are
-    missing would be made at random, in memory."""
+    """Raises CliError if config.json describes more weights than the files can hold. The missing
+    ones would be initialised at random and take memory."""
 
     def find_class(config, path):
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
 
     model = build_folder(folder, unquantized(config), torch.bfloat16, find_class)
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    # Two weights a byte, and a tied weight is stored once. Small ones do no harm.
+    # A byte holds two weights, and a tied weight is stored once. Small models do no harm.
     held = sum(files.numel(key) * (2 if files.stored[key] == "U8" else 1) for key in files)
     if wanted > 2 * held + 2**20:
         raise CliError(
@@ -168,8 +173,8 @@ def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:
 
 
 def load_adapter(model, folder: Path) -> None:
-    """Puts an adapter on a model: ours where it is plain LoRA, else PEFT's loader."""
-    from ..lora import load_adapter as ours
+    """Loads an adapter into a model: with our loader if it is plain LoRA, else with PEFT's."""
+    from ..adapters.files import load_adapter as ours
 
     try:
         ours(model, folder)
@@ -179,7 +184,7 @@ def load_adapter(model, folder: Path) -> None:
             import peft
 
             adapted = peft.PeftModel.from_pretrained(model, folder)  # in place
-        except Exception:  # the first sentence is the one that helps
+        except Exception:  # the first error is the one that helps
             raise CliError(str(error)) from None
         try:
             check_parameters(str(folder / ADAPTER_WEIGHTS), adapted)
@@ -190,9 +195,9 @@ def load_adapter(model, folder: Path) -> None:
 
 
 def _check_for_peft(folder: Path) -> None:
-    """CliError unless PEFT may read an adapter: it would unpickle, import a module that the config
-    names, match any regular expression, and make matrices and layers of any size. What is not
-    finite is refused here, by its file."""
+    """Raises CliError unless it is safe to let PEFT read an adapter. PEFT would unpickle, import a
+    module that the config names, match any regular expression, and make matrices and layers of any
+    size. This also refuses values that are not finite."""
     path = folder / ADAPTER
     config = read_json(path)
     files = SafetensorsFiles([folder / ADAPTER_WEIGHTS], any_dtype=True)
@@ -206,20 +211,20 @@ def _check_for_peft(folder: Path) -> None:
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     ranks = [config.get("r"), *(patterns[0].values() if isinstance(patterns[0], dict) else ())]
     if any(isinstance(rank, int) and rank > largest for rank in ranks):
-        raise CliError(f"{path}: r is {short(config.get('r'))}, want the rank of its tensors")
+        raise CliError(f"{path}: r is {shorten(config.get('r'))}, want the rank of its tensors")
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
-            raise CliError(f"{path}: {key} is {short(config[key])}, want an adapter without")
+            raise CliError(f"{path}: {key} is {shorten(config[key])}, want an adapter without")
     names = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern",
                                          "modules_to_save", "target_parameters")]  # fmt: skip
     texts = [text for value in [*names, *patterns] if isinstance(value, (str, list, dict))
              for text in ([value] if isinstance(value, str) else value)]  # fmt: skip
     if bad := bad_regex(text for text in texts if isinstance(text, str)):
-        raise CliError(f"{path} has {short(bad[0])} among its names of layers, want {bad[1]}")
+        raise CliError(f"{path} has {shorten(bad[0])} among its names of layers, want {bad[1]}")
 
 
 def load_tokenizer(folders: list[Path]):
-    """The first tokenizer there is: an adapter may bring one."""
+    """The tokenizer of the first folder that has one. An adapter may bring its own."""
     for folder in folders:
         if (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists():
             with reading(folder, "has a tokenizer that does not load"):

@@ -1,7 +1,9 @@
-"""What a command says when it cannot go on: one sentence, no traceback."""
+"""The error that ends a command with a message and without a traceback."""
 
-from ..checks import SentenceError
+from ..text import SentenceError
+
+INSTALL = "pip install 'qlora_ext[cli]'"
 
 
 class CliError(SentenceError):
-    """Ends the command with exit status 1; its text is the sentence that the user reads."""
+    """Ends the command with exit status 1. The user sees its text."""

@@ -1,7 +1,7 @@
-"""`qlora-ext estimate`: the memory that training or running a model takes, from config.json alone.
+"""`qlora-ext estimate`: the memory that a training step takes, computed from config.json alone.
 
-The model is built, packed and adapted on the meta device, which has shapes and no memory. What
-autograd keeps for the backward pass is counted, not guessed: a forward pass on meta, under hooks
+The model is built, packed and adapted on the meta device, which has shapes but no memory. The
+memory that autograd keeps for the backward pass is counted: a forward pass runs on meta with hooks
 that see every saved tensor.
 """
 
@@ -18,18 +18,20 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoint import build, build_folder, read_config, unquantized
-from ..checks import first_line, printable
-from ..experts import Experts4bit
-from ..lora import LoraConfig, add_lora
-from ..models import memory_report, num_parameters, quantize_model
-from ..quantized_tensor import QuantConfig
-from ..shared_input import hook_that_only_counts
+from ..adapters.add import add_lora
+from ..adapters.config import LoraConfig
+from ..integrations.transformers.building import build, build_folder, read_config, unquantized
+from ..models.quantize import quantize_model
+from ..models.report import memory_report, num_parameters
+from ..nn.experts import Experts4bit
+from ..tensor.config import QuantConfig
+from ..text import first_line, printable
 from .errors import CliError
 
-# Sizes that GPUs are sold in, GiB.
+# Memory sizes of GPUs, in GiB.
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
-# Beside torch's tensors: the CUDA context with its libraries, and what the allocator cannot use.
+# Besides torch's tensors: bytes of the CUDA context with its libraries, and the share of memory
+# that the allocator cannot use.
 CONTEXT = 0.7 * 2**30
 SLACK = 0.05
 
@@ -39,16 +41,16 @@ class Estimate:
     """Bytes by part, for one batch size."""
 
     parts: dict[str, int]
-    per_sample: int  # of the parts that grow with the batch
+    per_sample: int  # bytes per sample of the parts that grow with the batch
     batch: int
 
     @property
     def total(self) -> int:
-        """Bytes of a whole step, context and allocator slack included."""
+        """Bytes of a whole step, including context and allocator slack."""
         return int(sum(self.parts.values()) * (1 + SLACK) + CONTEXT)
 
     def largest_batch(self, gpu: float) -> int:
-        """The largest batch that fits `gpu` bytes, 0 if none does."""
+        """The largest batch that fits in `gpu` bytes, 0 if none does."""
         fixed = sum(self.parts.values()) - self.per_sample * self.batch
         room = (gpu - CONTEXT) / (1 + SLACK) - fixed
         return max(0, int(room // max(self.per_sample, 1)))
@@ -59,14 +61,14 @@ class Saved:
     """Bytes that one forward pass of one sample keeps for the backward pass."""
 
     total: int
-    layer: int  # the largest repeated layer's share
-    layers: int  # how many there are
-    layer_input: int  # what checkpointing keeps per layer
-    logits: int  # bytes of the logits, and of two gradients in fp32: the loss's backward has two
+    layer: int  # the part of the largest repeated layer
+    layers: int  # the number of repeated layers
+    layer_input: int  # what checkpointing keeps for each layer
+    logits: int  # the logits, and two fp32 gradients of them, which the loss's backward has
 
 
 class _SavesLikeFlash(torch.autograd.Function):
-    """Attention as flash kernels save it: q, k, v, the output, and one fp32 per row."""
+    """Attention that saves what flash kernels save: q, k, v, the output, and one fp32 per row."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -85,8 +87,8 @@ def _attention(module, query, key, value, attention_mask=None, **kwargs):
 
 
 def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """Experts on meta, where no token can be sent anywhere: all rows go to the first expert. What
-    is saved depends on how many rows there are, not on who takes them."""
+    """Experts on meta, where routing has no values: all rows go to the first expert. The saved
+    bytes depend on the number of rows, not on the expert that takes them."""
     rows = hidden_states.repeat_interleave(top_k_index.shape[-1], dim=0)
     expert, template = self.packed[0], self.template
     h = expert.up(rows)
@@ -96,9 +98,8 @@ def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
 
 
 @contextlib.contextmanager
-def _counting(model: nn.Module, checkpointing: bool):
-    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it).
-    With checkpointing, layers save what they do in its recomputation: each has its own mask."""
+def _counting(model: nn.Module):
+    """Yields a dict: storage of each tensor saved for backward -> (bytes, layer that saved it)."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     own |= {b.untyped_storage()._cdata for b in model.buffers()}
     found: dict[int, tuple[int, str | None, object]] = {}
@@ -107,7 +108,7 @@ def _counting(model: nn.Module, checkpointing: bool):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own and storage._cdata not in found:
-            # The tensor is kept: a freed storage's address would be another's.
+            # Keep the tensor: another could get the address of a freed storage.
             found[storage._cdata] = (storage.nbytes(), current[-1] if current else None, tensor)
         return tensor
 
@@ -116,8 +117,7 @@ def _counting(model: nn.Module, checkpointing: bool):
         handles.append(layer.register_forward_pre_hook(lambda *_, name=name: current.append(name)))
         handles.append(layer.register_forward_hook(lambda *_: current.pop() and None))
     try:
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with hooks, hook_that_only_counts(None if checkpointing else pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield found
     finally:
         for handle in handles:
@@ -125,20 +125,20 @@ def _counting(model: nn.Module, checkpointing: bool):
 
 
 def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers of the model's longest stack: what gradient checkpointing recomputes."""
+    """The layers of the model's main stack, which gradient checkpointing recomputes."""
     stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not stacks:
         return []
-    # Experts are a list inside each layer: the outermost list with the most weights is the stack.
+    # Experts are a list inside each layer, so the stack is the list with the most weights.
     name, stack = max(stacks, key=lambda item: num_parameters(item[1]))
     return [(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
 
 
-def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
-    """Counts what a forward pass with labels, of one sample of `seq` tokens, keeps for backward.
+def saved_bytes(model: nn.Module, seq: int) -> Saved:
+    """Counts what a forward pass with labels keeps for backward, for one sample of `seq` tokens.
 
     Raises:
-        CliError: an architecture whose forward pass does not run on the meta device.
+        CliError: the architecture's forward pass does not run on the meta device.
     """
     ids = torch.zeros(1, seq, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
@@ -146,13 +146,13 @@ def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["use_cache"] = False
     if (embedding := model.get_input_embeddings()) is not None:
-        # As peft's and transformers' checkpointing does, so that every layer is in the graph.
+        # PEFT's and transformers' checkpointing does this too; it puts every layer in the graph.
         embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     try:
-        with _counting(model, checkpointing) as found, torch.enable_grad():
+        with _counting(model) as found, torch.enable_grad():
             out = model.train()(**inputs)
             logits = out.logits
-    except Exception as error:  # an architecture's forward may do anything
+    except Exception as error:  # an architecture's forward may raise anything
         raise CliError(
             f"the forward pass of {type(model).__name__} does not run without memory "
             f"({first_line(error, with_type=True)}): its activations cannot be counted"
@@ -172,7 +172,7 @@ def saved_bytes(model: nn.Module, seq: int, checkpointing: bool) -> Saved:
 
 
 def load(model: str) -> transformers.PreTrainedConfig:
-    """The config of a folder, a config.json or a hub name (of which only that file is read)."""
+    """The config of a folder, a config.json or a hub name. Only config.json is downloaded."""
     path = Path(model)
     if path.name == "config.json":
         path = path.parent
@@ -207,7 +207,7 @@ def estimate(
     dtype: torch.dtype = torch.bfloat16,
     optimizer_bytes: int = 8,
 ) -> Estimate:
-    """What a training step takes.
+    """The memory that a training step takes.
 
     Args:
         config: transformers' config.
@@ -215,15 +215,15 @@ def estimate(
         quant: how linear layers are packed; None leaves them in dtype.
         lora: the adapter that is trained.
         checkpointing: whether layers are recomputed in the backward pass.
-        dtype: of what is not packed, and of the activations.
-        optimizer_bytes: of state per trained weight (AdamW: two fp32).
+        dtype: of unpacked weights and of activations.
+        optimizer_bytes: bytes of optimizer state per trained weight (AdamW: two fp32).
     """
     config = unquantized(config)
     transformers.AttentionInterface.register("qlora_ext_counting", _attention)
     transformers.AttentionMaskInterface.register("qlora_ext_counting", lambda *a, **k: None)
     model = build(config, dtype)
     model.tie_weights()
-    # Where the class has its own attention code, that is counted as it is.
+    # If the class has its own attention code, that is counted as it is.
     with contextlib.suppress(ValueError, AttributeError):
         model.set_attn_implementation("qlora_ext_counting")
     with warnings.catch_warnings():
@@ -242,10 +242,10 @@ def estimate(
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    saved = saved_bytes(model, seq, checkpointing)
+    saved = saved_bytes(model, seq)
     if checkpointing:
         outside = saved.total - saved.layer * saved.layers
-        # A layer is computed again when the logits' gradients are gone.
+        # A layer is recomputed only after the logits' gradients are freed.
         again = max(saved.layer - saved.logits, 0)
         activations = saved.layers * saved.layer_input + again + max(outside, 0)
     else:

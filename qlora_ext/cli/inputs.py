@@ -1,23 +1,23 @@
-"""The files that a command reads, and whether one of them has changed since it began."""
+"""Watches the files that a command reads: has one changed since the command began?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checks import some
 from ..files import INDEX, extra_files
+from ..text import first_few
 from .errors import CliError
 
 SETTINGS = ("config.json", "adapter_config.json", INDEX)
 
 
 class InputsChanged(CliError):
-    """A file that the command reads is another one than when the command began.
+    """A file that the command reads has changed since the command began.
 
     Args:
-        sentence: which file.
-        stale: the weights that were made so far are not those of the input any more.
+        sentence: the error's text, which names the file.
+        stale: whether the weights made so far no longer match the input.
     """
 
     def __init__(self, sentence: str, stale: bool):
@@ -26,12 +26,11 @@ class InputsChanged(CliError):
 
 
 class Inputs:
-    """Sizes and times of the files in the inputs, as they are when this is made.
+    """Sizes and times of the input files, at the moment when this is made.
 
-    The times are those of the last write and of the last change of the file's entry (ctime). The
-    latter cannot be set by a program, so a file that was replaced by one of the same size and age
-    shows as well. Inode numbers are not compared: several network file systems give a file another
-    number from time to time.
+    The times are those of the last write (mtime) and of the last change of the inode (ctime). A
+    program cannot set ctime, so it also shows a file that was replaced by one of the same size and
+    age. Inode numbers are not compared, because some network file systems change them.
 
     Args:
         paths: folders of checkpoints and adapters, and single files.
@@ -49,20 +48,20 @@ class Inputs:
         return [[path.name, *stamp[:2]] for path, stamp in sorted(self.before.items()) if stamp]
 
     def check(self) -> None:
-        """Raises InputsChanged where a file is not what it was."""
+        """Raises InputsChanged if a file has changed or is gone."""
         now = self._look()
         changed = [p for p in {**self.before, **now} if self.before.get(p) != now.get(p)]
         if not changed:
             return
         left = [path for path in changed if now.get(path) is not None]
         stale = any(_makes_weights(path, self.paths) for path in left)
-        names = some(map(str, changed))
+        names = first_few(map(str, changed))
         if left:
             raise InputsChanged(f"{names} changed during the run", stale)
         raise InputsChanged(f"{names} disappeared during the run", stale)
 
     def holds(self, path: str | Path | None) -> bool:
-        """Whether a path is one of the inputs or lies in one."""
+        """Whether a path is one of the inputs or inside one."""
         if path is None:
             return False
         path = Path(path)
@@ -70,13 +69,13 @@ class Inputs:
 
 
 def _files(source: Path) -> list[Path]:
-    """What a command reads of an input."""
+    """The files that a command reads of an input."""
     try:
         if not source.is_dir():
             return [source]
         found = [source / name for name in SETTINGS if (source / name).exists()]
         found += sorted(source.glob("*.safetensors"))
-        if (source / "config.json").exists():  # of an adapter's folder no other file is used
+        if (source / "config.json").exists():  # an adapter's folder has no other files in use
             found += extra_files(source)
     except OSError:  # the folder is being removed
         return []

@@ -1,4 +1,4 @@
-"""`qlora-ext inspect`: what a checkpoint or adapter holds, read from the headers of its files."""
+"""`qlora-ext inspect`: lists a checkpoint's or adapter's layers, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .. import _C
-from ..checks import count, first_line, printable, short, size
-from ..config_file import check_config
 from ..files import MAX_NUMEL, SafetensorsFiles, read_json, reading, safetensors_files
-from ..quantized_tensor import BLOCKSIZES
+from ..models.config_file import check_config
+from ..ops import _C
+from ..tensor.config import BLOCKSIZES
+from ..text import first_line, format_bytes, plural, printable, shorten
 from .errors import CliError
 
 MARK = ".quant_state.bitsandbytes__"
@@ -29,20 +29,20 @@ class Layer:
 
     name: str
     kind: str  # "nf4, block 64, nested", "BF16", "LoRA r=8"
-    shape: tuple[int, ...] | None  # logical; None where the file does not say
+    shape: tuple[int, ...] | None  # logical; None if the file does not say
     numel: int  # logical weights
     nbytes: int
     packed: bool
 
     @property
     def bits(self) -> float:
-        """Stored bits per weight: codes and statistics; the 64 bytes of codebook are left out."""
+        """Stored bits per weight: codes and statistics, without the 64 bytes of the codebook."""
         return 8 * self.nbytes / max(self.numel, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """Everything in a folder or file."""
+    """What `inspect` found in a folder or file."""
 
     format: str
     files: list[Path]
@@ -52,7 +52,7 @@ class Contents:
 
 
 def read(path: Path) -> Contents:
-    """What is in a checkpoint's or adapter's folder, or in one safetensors file."""
+    """Reads the contents of a checkpoint's or adapter's folder, or of one safetensors file."""
     files, settings, kind = _find(path)
     names = headers = SafetensorsFiles(files, any_dtype=True)
     if kind == "unquantized" and settings:
@@ -135,7 +135,7 @@ def _ours(headers: SafetensorsFiles, settings: dict, name: str, taken: set) -> L
         )
     taken.update(keys)
     packed = headers.shapes[keys[0]]
-    # [N, K / 2] where K is even; else the bytes alone, and the shape is the model's to know.
+    # [N, K / 2] if K is even; otherwise only bytes, and only the model knows the shape.
     flat = len(packed) != 2 or packed[1] == 1
     numel = 2 * headers.numel(keys[0])
     nested = f"{name}.weight_nested" in headers
@@ -164,9 +164,9 @@ def _bitsandbytes(headers: SafetensorsFiles, key: str, keys: list[str], taken: s
     try:
         meta = json.loads(bytes(headers[key].to(torch.uint8).reshape(-1).tolist()))
         shape = tuple(int(n) for n in meta["shape"])
-        # Of a tensor without elements, too, as of safetensors' own shapes.
+        # Also limit tensors without elements, as files.py does for safetensors' own shapes.
         if min(shape, default=0) < 0 or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
-            raise ValueError(f"shape is {short(shape)}")
+            raise ValueError(f"shape is {shorten(shape)}")
         kind = _describe(
             str(meta["quant_type"]), int(meta["blocksize"]), "nested_offset" in meta, False
         )
@@ -199,7 +199,7 @@ def _lora(headers: SafetensorsFiles, settings: dict, key: str, taken: set) -> La
 
 
 def rows(contents: Contents, every: bool) -> list[list[str]]:
-    """Table rows; layers of a stack that are alike share one unless `every`."""
+    """Table rows. Equal layers of a stack share a row unless `every`."""
     groups: dict[tuple, list[Layer]] = defaultdict(list)
     for layer in contents.layers:
         name = layer.name if every else re.sub(r"\b\d+\b", "*", layer.name)
@@ -211,31 +211,32 @@ def rows(contents: Contents, every: bool) -> list[list[str]]:
             "?" if shape is None else " x ".join(map(str, shape)) or "1",
             f"{sum(x.numel for x in layers):,}",
             f"{layers[0].bits:.3f}",
-            size(sum(x.nbytes for x in layers)),
+            format_bytes(sum(x.nbytes for x in layers)),
         ]
         for (name, kind, shape), layers in groups.items()
     ]
 
 
 def summary(contents: Contents) -> list[str]:
-    """Lines above the table."""
+    """The lines above the table."""
     numel = sum(layer.numel for layer in contents.layers)
     packed = [layer for layer in contents.layers if layer.packed]
     weights = sum(layer.numel for layer in packed)
     lines = [
-        f"{contents.format}: {count(numel, 'weight')} in {size(contents.nbytes)}, "
-        f"{count(len(contents.files), 'file')}"
+        f"{contents.format}: {plural(numel, 'weight')} in {format_bytes(contents.nbytes)}, "
+        f"{plural(len(contents.files), 'file')}"
     ]
     if packed:
         bits = 8 * sum(layer.nbytes for layer in packed) / max(weights, 1)
         lines.append(
-            f"packed: {count(len(packed), 'layer')}, {weights / max(numel, 1):.1%} of the weights, "
+            f"packed: {plural(len(packed), 'layer')}, {weights / max(numel, 1):.1%} of the "
+            "weights, "
             f"{bits:.3f} bits per packed weight, {8 * contents.nbytes / max(numel, 1):.3f} over all"
         )
     settings = contents.settings
     if "peft_type" in settings:
         said = {
-            key: value if isinstance(value, str) and len(value) < 80 else short(value)
+            key: value if isinstance(value, str) and len(value) < 80 else shorten(value)
             for key, value in settings.items()
         }
         lines.append(
@@ -253,7 +254,7 @@ def summary(contents: Contents) -> list[str]:
 
 
 def as_json(contents: Contents) -> dict:
-    """The same for programs."""
+    """Contents as JSON values, for programs."""
     return {
         "format": contents.format,
         "files": [path.name for path in contents.files],

@@ -1,4 +1,4 @@
-"""One run at a time writes a folder: the lock, and in its file what the run's last step does."""
+"""The lock that lets one run at a time write a folder; its file records the run's last step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from .errors import CliError
 from .shards import sync_folder
 
-RECORD = b'\n{"qlora_ext_run": '  # how a record begins; on a line of its own
-MAX_BYTES = 2**26  # of all records; a million files in a checkpoint take half of it
+RECORD = b'\n{"qlora_ext_run": '  # the beginning of a record, which is one line
+MAX_BYTES = 2**26  # for all records; a checkpoint with a million files takes half of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What the last step of a run does, written before it is done."""
+    """The last step of a run, written down before it is done."""
 
-    qlora_ext_run: dict  # what the run must have in common with the one that goes on with it
+    qlora_ext_run: dict  # settings that a run which continues this one must share
     new: int  # inode number of the folder that becomes OUT
-    files: dict[str, int]  # its files and their bytes
+    files: dict[str, int]  # its files and their sizes in bytes
     old: int | None  # inode number of the folder that --force replaces
-    emptied: bool = False  # of which nothing is left but the folder: its number may be used again
+    emptied: bool = False  # the old folder is empty; once it is removed, its number may be reused
 
     def __post_init__(self):
         kinds = type(self.qlora_ext_run), type(self.new), type(self.files)
@@ -33,7 +33,7 @@ class Record:
             raise TypeError(f"no record: {kinds}")
 
     def is_new(self, path: Path) -> bool:
-        """Whether a path is the folder that becomes OUT, or has become it, and is whole."""
+        """Whether path is the folder that becomes or became OUT, with all its files."""
         return inode(path) == self.new and self.files.items() <= sizes(path).items()
 
     def is_old(self, path: Path) -> bool:
@@ -41,13 +41,13 @@ class Record:
 
 
 class Lock:
-    """A file that one run at a time holds; it also keeps the record of that run's last step.
+    """A file that one run at a time holds. It also stores the record of that run's last step.
 
-    The holder removes the file before it lets go. Another run may have opened it before that, and
-    then gets the lock of a file without a name: it sees that, and opens the name again.
+    The holder removes the file before it releases the lock. Another run may have opened it before
+    that, and then it gets the lock of a removed file. It notices that and opens the name again.
 
     Raises:
-        CliError: another run holds it, or the file is somebody else's, or cannot be made.
+        CliError: another run holds it, the file is not ours, or it cannot be made.
     """
 
     def __init__(self, path: Path, out: Path):
@@ -91,15 +91,15 @@ class Lock:
         return os.path.samestat(named, os.fstat(self.file))
 
     def record(self) -> Record | None:
-        """The last record that is whole."""
-        size = min(os.fstat(self.file).st_size, MAX_BYTES)  # pread takes memory for all it may read
+        """The last complete record, or None."""
+        size = min(os.fstat(self.file).st_size, MAX_BYTES)  # pread allocates this many bytes
         for line in reversed(os.pread(self.file, size, 0).splitlines()):
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 return Record(**json.loads(line))
         return None
 
     def write(self, record: Record) -> None:
-        """Appends a record; an older one stays whole if this one does not get to the disk."""
+        """Appends a record. An older one stays whole if this one does not reach the disk."""
         text = b"\n" + json.dumps(dataclasses.asdict(record)).encode() + b"\n"
         end = os.fstat(self.file).st_size
         if os.pwrite(self.file, text, end) != len(text):
@@ -118,7 +118,7 @@ class Lock:
 
 
 def inode(path: Path) -> int | None:
-    """Of a folder; None if there is none, or something else."""
+    """The inode number of a folder; None if path is missing or not a folder."""
     with contextlib.suppress(OSError):
         found = os.lstat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -127,7 +127,7 @@ def inode(path: Path) -> int | None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Of the files in a folder, by name."""
+    """Name -> bytes of the files in a folder."""
     with contextlib.suppress(OSError), os.scandir(folder) as found:
         return {f.name: f.stat().st_size for f in found if f.is_file(follow_symlinks=False)}
     return {}

@@ -1,4 +1,4 @@
-"""`qlora-ext merge`: a checkpoint and a LoRA adapter in, a plain or a 4-bit checkpoint out."""
+"""`qlora-ext merge`: merges a LoRA adapter into a checkpoint; the result is dense or in 4 bits."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, read_config, unquantized
+from ..adapters.add import with_adapter
+from ..adapters.config import LoraConfig
+from ..adapters.files import read_pairs
+from ..adapters.peft_config import per_layer, rank_of, read_adapter_config
 from ..checks import check_finite, check_parameters
-from ..experts import is_fused_experts
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
-from ..lora import LoraConfig, _per_layer, _rank, _read_config, _read_pairs, _with_adapter
-from ..merge import WIDER, check_weight, dense_layer
-from ..models import quantize_model, replace_module
-from ..nn import Embedding4bit, Linear4bit, is_conv1d
-from ..quantized_tensor import QuantConfig
+from ..integrations.transformers.building import read_config, unquantized
+from ..integrations.transformers.checkpoint import Checkpoint
+from ..models.quantize import quantize_model
+from ..models.walk import replace_module
+from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import is_fused_experts, up_name
+from ..nn.linear import Linear4bit, is_conv1d
+from ..tensor.config import QuantConfig
 from .errors import CliError
 from .quantize import pack_like, quantized_result
-from .stream import PACKED, Job
+from .stream import PACKED, Job, saving_config_of
 
-# Measured on a short fine-tune of SmolLM2-135M; the routes are compared in docs/merging.md.
+# Measured on a short fine-tune of SmolLM2-135M; docs/merging.md compares the ways to merge.
 REQUANTIZING = (
     "{base} is in 4 bits. Packing its merged weights again keeps 5 to 10% of what a short "
     "fine-tune gained, so a dense model is written. Text like that which the model is for "
     "(--calibration) keeps nearly all in 4 bits, and text that the model writes (--own-text) "
     "nearly as much"
 )
-PART = 2**20  # weights that are added at a time
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -55,39 +60,29 @@ class Pair:
 
     def added_to(self, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
         """weight + scaling B A in fp32; weight is [N, K], or [K, N] if transposed."""
-        total = self.lora_B.float() @ self.lora_A.float()
-        if transposed:
-            total = total.T.contiguous()
-        # Into the product's own memory, a part at a time: no second fp32 matrix.
-        flat, weight = total.view(-1), weight.reshape(-1)
-        for start in range(0, flat.numel(), PART):
-            part = flat[start : start + PART]
-            dense = weight[start : start + PART].float()
-            torch.add(dense, part, alpha=self.scaling, out=part)
-        return total
+        return adapted_weight(weight, self.lora_A, self.lora_B, self.scaling, transposed)
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     """Layer name -> its adapter.
 
     Raises:
-        CliError: what `load_adapter` refuses: files that are missing or damaged; more than a plain
-            LoRA adapter; layers or shapes that the model does not have, or that the adapter's own
-            config contradicts.
+        CliError: as `load_adapter` raises: files are missing or damaged; it is not a plain LoRA
+            adapter; the model lacks its layers or shapes, or the adapter's config contradicts them.
     """
     names = checkpoint.model
     if checkpoint.quantizer is None:
-        # Experts' layers have names of their own only where they are packed.
+        # Experts have separate layers with names only if they are packed.
         try:
             names = quantize_model(checkpoint.same_model(), progress_bar=False)
-        except ValueError:  # nothing to pack: the layers are what they are
+        except ValueError:  # there is nothing to pack, so there are no experts either
             names = checkpoint.model
     try:
-        config = _read_config(folder)
-        pairs = _read_pairs(names, folder, lambda name: torch.float32)  # as they are added
+        config = read_adapter_config(folder)
+        pairs = read_pairs(names, folder, lambda name: torch.float32)  # as they are added
         for name, pair in pairs.items():
-            _rank(folder, config, name, names.get_submodule(name), *pair)
-    except NotImplementedError:  # values of a model on meta were asked for
+            rank_of(folder, config, name, names.get_submodule(name), *pair)
+    except NotImplementedError:  # it asked for values of the model, which is on meta
         raise CliError(
             f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
             "qlora_ext.load_adapter and merge_and_unload merge it"
@@ -96,13 +91,13 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
         raise CliError(str(error).replace("load_adapter: ", "", 1)) from None
     adapter = {}
     for name, (lora_A, lora_B) in pairs.items():
-        alpha = _per_layer(config, "alpha_pattern", name, config["lora_alpha"])
+        alpha = per_layer(config, "alpha_pattern", name, config["lora_alpha"])
         adapter[name] = Pair(lora_A, lora_B, alpha, bool(config.get("use_rslora", False)))
     return adapter
 
 
 def adapted_layers(folder: Path) -> set[str]:
-    """Names of the layers an adapter file changes, as the file spells them."""
+    """Names of the layers that an adapter file changes, as the file spells them."""
     path = folder / FILES[1]
     if not os.path.lexists(path):
         raise CliError(f"{path} is missing, want an adapter's folder, with {' and '.join(FILES)}")
@@ -121,13 +116,13 @@ def _pairs_inside(adapter: dict[str, Pair], name: str) -> dict[str, Pair]:
 
 
 def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtype) -> nn.Module:
-    """A packed module with its adapters as a dense one, one rounding after the sum."""
+    """Turns a packed module and its adapters into a dense one. Sums are rounded once."""
     layers = _pairs_inside(adapter, name)
     if name in adapter:
         layers[name] = adapter[name]
     for layer, pair in layers.items():
         base = module if layer == name else module.get_submodule(layer[len(name) + 1 :])
-        new = _with_adapter(
+        new = with_adapter(
             layer,
             base,
             r=pair.r,
@@ -157,21 +152,20 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
 def _merge_dense(
     name: str, module: nn.Module, adapter: dict, dtype: torch.dtype | None
 ) -> nn.Module:
-    """A dense module whose weights have their adapters added in fp32 and are rounded once to dtype;
-    None leaves the sums in fp32 and all else as it is."""
+    """A copy of a dense module with its adapters added in fp32 and everything rounded once to
+    dtype. With None the sums stay in fp32, and all else keeps its dtype."""
     merged = {}
     if name in adapter:
         merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
     elif is_fused_experts(module) and (inside := _pairs_inside(adapter, name)):
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        for key, side in ((up, "up"), ("down_proj", "down")):
+        for key, side in ((up_name(module), "up"), ("down_proj", "down")):
             stack = module._parameters[key].to(dtype or torch.float32, copy=True)
             for e in range(len(stack)):
                 pair = inside.pop(f"{name}.packed.{e}.{side}", None)
                 if pair is not None:
                     total = pair.added_to(module._parameters[key][e], module.is_transposed)
                     _check(f"{name}.{key}[{e}]", total, stack.dtype)
-                    stack[e] = total  # rounded here
+                    stack[e] = total  # this rounds
             merged[key] = stack
         if inside:
             raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
@@ -189,7 +183,7 @@ def _merge_dense(
             value = merged.get(key, parameter.detach())
             new._parameters[key] = nn.Parameter(cast(key, value, value), requires_grad=False)
     new._buffers = {
-        # A mask's infinities stay what they are.
+        # A mask may hold infinities.
         key: cast(
             key, buffer, buffer if buffer is None or buffer.is_meta else buffer[buffer.isfinite()]
         )
@@ -199,7 +193,7 @@ def _merge_dense(
 
 
 def _check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """CliError unless dtype holds the values."""
+    """Raises CliError unless the values fit dtype."""
     advice = WIDER if dtype == torch.float16 else ""
     _overflow_is_one_sentence(check_finite, name, values, dtype, None, advice)
 
@@ -225,17 +219,17 @@ def plan(
     embeddings: bool,
     max_shard_bytes: int,
 ) -> tuple[Job, dict[str, Pair]]:
-    """The work of merging; nothing is written yet.
+    """The job that merges, and the adapter. Nothing is written yet.
 
     Args:
-        dtype: of a dense result; None is the base's own if that is 16-bit, else float16.
-        four_bit: pack W + scaling B A with these settings; from a 4-bit base the result is dense.
-        keep, embeddings: of a 4-bit result, as in quantize_model.
+        dtype: of a dense result; None is the base's dtype if that has 16 bits, else float16.
+        four_bit: pack W + scaling B A with these settings. A 4-bit base gives a dense result.
+        keep, embeddings: for a 4-bit result, as in quantize_model.
     """
     layers = adapted_layers(adapter_folder)
     checkpoint = Checkpoint(base, untie=tuple(f"{layer}.weight" for layer in layers))
     if checkpoint.quantizer is not None:
-        four_bit = None  # the command says REQUANTIZING
+        four_bit = None  # the command prints REQUANTIZING
     adapter = read_adapter(adapter_folder, checkpoint)
     config = copy.deepcopy(checkpoint.config)
     if checkpoint.copies:
@@ -286,7 +280,7 @@ def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, 
         changed = name in adapter or _pairs_inside(adapter, name)
         if changed and (is_fused_experts(module) or name in adapter):
             packed = isinstance(result.get_submodule(name), PACKED)
-            # Packed from the fp32 sum: rounding it to 16 bits first would gain nothing.
+            # Pack the fp32 sum itself; rounding it to 16 bits first would gain nothing.
             dtype = None if packed else next(module.parameters()).dtype
             module = _merge_dense(name, module, adapter, dtype)
         return pack(name, module)
@@ -300,9 +294,9 @@ def adapter_fingerprint(folder: Path) -> list:
 
 # With calibration text ----------------------------------------------------------------------------
 
-CALIBRATION_TOKENS = 8192  # some 5,000 do (docs/merging.md)
-CALIBRATION_LENGTH = 512  # of each sample
-CALIBRATION_BYTES = 2**20  # of the file's start: 128 for each token
+CALIBRATION_TOKENS = 8192  # 5,000 are enough (docs/merging.md)
+CALIBRATION_LENGTH = 512  # tokens of each sample
+CALIBRATION_BYTES = 2**20  # bytes read from the start of the file: 128 for each token
 
 
 def calibrated(
@@ -314,19 +308,19 @@ def calibrated(
     keep: list[str],
     max_shard_bytes: int,
 ) -> int:
-    """Merges into 4 bits by what the layers see on a text; docs/merging.md.
+    """Merges into 4 bits with calibration text; see docs/merging.md.
 
-    The model runs, so it is in memory whole, in 4 bits. Returns how many tokens were used.
+    The model runs, so the whole model is in memory, in 4 bits. Returns the number of tokens used.
 
     Args:
         text: a file, or None for text that the adapted model writes.
-        folder: an empty one, to write to.
-        settings, keep: to pack an unquantized base with, as in quantize_model.
+        folder: an empty folder to write to.
+        settings, keep: for packing an unquantized base, as in quantize_model.
     """
-    from ..integrations.transformers import QLoraExtConfig
-    from ..lora import load_adapter
-    from ..merge_4bit import merge_into_4bit
-    from ..own_text import context_length, write_calibration
+    from ..adapters.files import load_adapter
+    from ..integrations.transformers.config import QLoraExtConfig
+    from ..merging.calibration_text import context_length, write_calibration
+    from ..merging.into_4bit import merge_into_4bit
     from .chat import load_model, load_tokenizer
 
     tokenizer = load_tokenizer([base] if text else [adapter_folder, base])
@@ -342,20 +336,21 @@ def calibrated(
             "want the tokenizer of this model"
         )
     try:
-        check_parameters(str(base), model)  # read in the dtype of its config.json
+        check_parameters(str(base), model)  # the dtype of config.json may be too narrow
         model = load_adapter(model, adapter_folder)
         with reading(base, "has a model or tokenizer that writes no text"):
             batches = samples or write_calibration(model, tokenizer)
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
     except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
-    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    with saving_config_of(base):
+        model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # safetensors makes files that only their owner may read, whatever the umask says.
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
     for path in extra_files(base):
         shutil.copyfile(path, folder / path.name)
-    if text is None and len(tokenizer) <= rows:  # perhaps the adapter's
+    if text is None and len(tokenizer) <= rows:  # it may be the adapter's tokenizer
         tokenizer.save_pretrained(folder)
     if text is None:
         return sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -363,9 +358,9 @@ def calibrated(
 
 
 def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
-    """The token ids of a text file, samples of at most `length`; CliError if there is none."""
+    """Token ids of a text file, in samples of at most `length`. Raises CliError if it is empty."""
     words = read_prefix(text, CALIBRATION_BYTES)
-    tokenizer.model_max_length = 10**9  # no warning: samples are cut below
+    tokenizer.model_max_length = 10**9  # so that it does not warn; samples are cut below
     with reading(tokenizer.name_or_path, "has a tokenizer that fails"):
         ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
     samples = [part for part in ids.split(length, dim=1) if part.numel()]

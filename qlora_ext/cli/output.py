@@ -1,15 +1,17 @@
-"""The folder OUT of a command: made as `OUT.partial`, put into place when it is whole.
+"""Makes the folder OUT of a command as `OUT.partial`, and renames it when it is complete.
 
-Next to OUT a run uses these names, and no others:
+Next to OUT a run uses only these names:
 
-    OUT.partial       what is being made; STATE in it says by which run
+    OUT.partial       the unfinished folder; STATE in it says which run makes it
     OUT.partial.lock  held by the run from start to end; see Lock
-    OUT.partial.old   what --force replaces, for a moment, where names cannot be exchanged
+    OUT.partial.old   the folder that --force replaces, briefly, if names cannot be exchanged
 
-A run can be killed between any two file operations, and the next run into OUT puts things right.
-It tells folders by their inode numbers, which a folder keeps when it is renamed: before the last
-step the numbers of the new folder and of the one it replaces are written into the lock's file (a
-`record`). So what it removes is what --force replaced, and never a folder that someone else made.
+A run can be killed between any two file operations; the next run into OUT then repairs the state.
+It recognises folders by their inode numbers, which do not change when a folder is renamed. Before
+the last step, the numbers of the new folder and of the replaced one are written into the lock's
+file (a `record`). So a run only removes the folder that --force replaced, never someone else's.
+
+This file is longer than others: it writes and recovers each state of the folders.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..checks import CheckpointError, count, size, some
 from ..files import read_json
+from ..text import CheckpointError, first_few, format_bytes, plural
 from .errors import CliError
 from .inputs import Inputs, InputsChanged
 from .lock import Lock, Record, inode, sizes
@@ -37,22 +39,22 @@ from .shards import Shard, sync_folder, write_text
 
 STATE = "qlora_ext_progress.json"
 MAX_LINKS = 40  # Linux's own
-# Of a checkpoint: transformers' templates, and what model hubs put next to the weights.
+# Subfolders of a checkpoint: transformers' templates, and those that model hubs add.
 SUBFOLDERS = {"additional_chat_templates", "original", "onnx", "openvino", ".cache"}
 
 
 class Output:
-    """The folder `OUT.partial`, which becomes `OUT` when everything is in it.
+    """The folder `OUT.partial`, which becomes `OUT` when it is complete.
 
-    What it holds after an interruption is used again if the run is the same one: same command,
-    settings, versions, input files and layout.
+    After an interruption, the same run (same command, settings, versions, input files and layout)
+    uses its contents again.
 
     Args:
         out: the folder to make; its parents are made too.
         force: replace a checkpoint that is there.
-        restart: use nothing of an interrupted run.
-        inputs: folders and files that the command reads. They are looked at now, so this must be
-            made before any of them is read; see check_inputs.
+        restart: use nothing from an interrupted run.
+        inputs: folders and files that the command reads. Their state is recorded now, so make this
+            before any of them is read; see check_inputs.
 
     Raises:
         CliError: OUT cannot be made or replaced, or another run is writing it.
@@ -65,14 +67,14 @@ class Output:
         lock = self.out.with_name(f"{self.out.name}.partial.lock")
         self.force, self.restart = force, restart
         self.lock: Lock | None = None
-        self.run: dict = {}  # what this run must have in common with the one it goes on with
-        self.in_place = False  # OUT is the whole result of a run, as the lock's file has it
-        self.taken = False  # OUT.partial is this run's
+        self.run: dict = {}  # settings that must equal those of the run it continues
+        self.in_place = False  # whether OUT is a complete result, according to the lock's file
+        self.taken = False  # whether OUT.partial belongs to this run
         self.made_parents: list[Path] = []
         self.inputs = Inputs(inputs)
         for source in self.inputs.paths:
             self._check_apart(source)
-        if not os.path.lexists(lock):  # else OUT may be what an interrupted run has just made
+        if not os.path.lexists(lock):  # otherwise an interrupted run may just have made OUT
             self._check_out()
         self._make_parents()
         try:
@@ -102,7 +104,8 @@ class Output:
                         )
 
     def _check_out(self) -> int | None:
-        """The inode number of the folder at OUT, if it may be replaced; None if there is none."""
+        """The inode number of OUT; None if it does not exist. Raises CliError if it must not be
+        replaced."""
         try:
             mode = os.lstat(self.out).st_mode
         except FileNotFoundError:
@@ -129,7 +132,7 @@ class Output:
         return inode(self.out)
 
     def _check_is_checkpoint(self) -> None:
-        """CliError unless OUT is empty or holds a checkpoint, and no folder that none has."""
+        """Raises CliError unless OUT is empty, or holds a checkpoint and only usual subfolders."""
         with os.scandir(self.out) as found:
             entries = list(found)
         if not entries:
@@ -152,8 +155,9 @@ class Output:
         folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
         if strange := folders - SUBFOLDERS:
             raise CliError(
-                f"{self.out} holds {count(len(strange), 'folder')} that no checkpoint has "
-                f"({some(strange)}), so --force does not replace it: move what is yours out of it, "
+                f"{self.out} holds {plural(len(strange), 'folder')} that no checkpoint has "
+                f"({first_few(strange)}), so --force does not replace it: move what is yours "
+                "out of it, "
                 "or name another folder"
             )
 
@@ -170,12 +174,12 @@ class Output:
             self.made_parents.append(parent)
 
     def _recover(self) -> None:
-        """Ends what a run that was killed in its last step has begun."""
+        """Finishes the last step of a run that was killed in it."""
         record = self.lock.record()
         if record is None:
             return
         if record.is_old(self.aside) and not record.is_new(self.out):
-            # It was killed between the two renames: OUT is missing.
+            # It was killed between the two renames, so OUT is missing.
             source = self.folder if record.is_new(self.folder) else self.aside
             try:
                 rename_new(source, self.out)
@@ -191,18 +195,18 @@ class Output:
             self.in_place = True
 
     def open(self, shards: list[Shard], run: dict, *, reuse: bool = True) -> list[Shard]:
-        """Makes or takes up the folder; returns the shards that are still to be written.
+        """Makes the folder, or takes over an interrupted run's. Returns the shards still to write.
 
-        Where the same run was killed in its last step, this ends it: `in_place` is True, and
+        If the same run was killed in its last step, this finishes it. Then `in_place` is True, and
         nothing is left to do.
 
         Args:
-            run: what this run must have in common with an interrupted one, JSON values by name.
-            reuse: False for a run that goes on from nothing: of an interrupted run only the
-                command must be the same.
+            run: settings that must equal those of an interrupted run, JSON values by name.
+            reuse: False for a run that uses nothing of an interrupted one. Then only the command
+                must be the same.
         """
         layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
-        # As it comes back from a file.
+        # Through JSON, so that it equals what is read back from a file.
         self.run = json.loads(json.dumps({**run, "layout": layout}))
         record = self.lock.record()
         same = record is not None and not _differences(record.qlora_ext_run, self.run)
@@ -224,14 +228,15 @@ class Output:
             if not kept:
                 self.discard()
             raise CliError(
-                f"{self.out} needs {size(need)} more and its disk has {size(free)} free{kept}"
+                f"{self.out} needs {format_bytes(need)} more and its disk has "
+                f"{format_bytes(free)} free{kept}"
             )
         return todo
 
     def _take_folder(self, keys: list[str] | None) -> None:
-        """OUT.partial with STATE in it and nothing that is half written.
+        """Makes OUT.partial or takes it over, with STATE in it and no half-written files.
 
-        keys: of the run, what must be the same as in an interrupted one; None is all.
+        keys: the settings that must equal those of an interrupted run; None means all.
         """
         state = self.folder / STATE
         try:
@@ -263,14 +268,14 @@ class Output:
                 if name in os.listdir(self.folder):
                     (self.folder / name).unlink()
         elif then is not None:
-            if not (self.folder / STATE).exists():  # so that it is known until the end whose it is
+            if not (self.folder / STATE).exists():  # so that the folder's owner stays known
                 write_text(self.folder / STATE, json.dumps(then))
             self._empty()
         for leftover in self.folder.glob(".*.draft"):
             leftover.unlink()
 
     def _is_ours(self) -> bool:
-        """Whether OUT.partial was made by a run: by what it holds, or by the record."""
+        """Whether a run made OUT.partial, judged by its contents or by the record."""
         if inode(self.folder) is None:  # a file or a link
             return False
         names = set(os.listdir(self.folder))
@@ -280,26 +285,26 @@ class Output:
         return record is not None and self._is_finished(record)
 
     def _is_finished(self, record: Record) -> bool:
-        """Whether OUT.partial is the whole result of the record's run."""
+        """Whether OUT.partial is the complete result of the record's run."""
         return record.is_new(self.folder) and not (self.folder / STATE).exists()
 
     def _interrupted_run(self) -> dict | None:
-        """The run that OUT.partial is of; None if it came to nothing."""
+        """The settings of the run that made OUT.partial; None if it had written nothing."""
         if not os.path.lexists(self.folder / STATE):
-            # It came to nothing, or STATE was removed before the last step.
+            # It had written nothing, or it had removed STATE before its last step.
             record = self.lock.record()
             finished = record is not None and self._is_finished(record)
             return record.qlora_ext_run if finished else None
         try:
             return read_json(self.folder / STATE)
-        except CheckpointError:  # a file may hold anything
+        except CheckpointError:  # STATE is damaged
             return {}
 
     @contextlib.contextmanager
     def at_once(self, run: dict) -> Iterator[Path | None]:
-        """The folder, for a run of which nothing is used again: it starts empty, and is moved into
-        place at the end, or removed after an error. None where OUT is in place already: the same
-        run was killed in its last step.
+        """A context with the folder, for a run that is never continued. The folder starts empty. It
+        is moved into place at the end, or removed after an error. The context gives None if OUT is
+        in place already, because the same run was killed in its last step.
 
         Args:
             run: as in `open`; the inputs are added.
@@ -317,7 +322,7 @@ class Output:
             yield self.folder
             self.complete()
         except BaseException as error:
-            if self.is_recorded():  # nothing is missing but the last rename
+            if self.is_recorded():  # only the last rename is missing
                 raise
             self.discard()
             if isinstance(error, Exception):
@@ -339,30 +344,30 @@ class Output:
         )
 
     def is_recorded(self) -> bool:
-        """Whether this run has come to its last step."""
+        """Whether this run has reached its last step."""
         record = self.lock.record()
         return record is not None and record.qlora_ext_run == self.run and (
             self._is_finished(record) or record.is_new(self.out)
         )  # fmt: skip
 
     def check_inputs(self) -> None:
-        """Raises InputsChanged if a file of the inputs is not what it was when the run began."""
+        """Raises InputsChanged if an input file has changed since the run began."""
         self.inputs.check()
 
     def announce(self, names: Iterable[str]) -> None:
-        """Notes the files that will be written besides the shards. A run that goes on removes them
-        first: the input may have lost some of them by then."""
+        """Notes the files that will be written besides the shards. A run that continues this one
+        removes them first, because the input may no longer have some of them."""
         then = {**self.run, "rest": sorted(names)}
         write_text(self.folder / STATE, json.dumps(then, indent=2))
 
     def _empty(self, keep: tuple[str, ...] = ()) -> None:
-        """Removes what is in the folder, STATE last: until then it is known whose it is."""
+        """Removes the folder's contents, STATE last, so that the folder's owner stays known."""
         _empty(self.folder, keep=(*keep, STATE))
         if STATE not in keep:
             (self.folder / STATE).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Removes OUT.partial, if this run has made it or taken it up."""
+        """Removes OUT.partial if this run made it or took it over."""
         with contextlib.suppress(OSError):
             if self.taken:
                 self._empty()
@@ -372,9 +377,9 @@ class Output:
         """Moves the folder into place.
 
         Raises:
-            InputsChanged: what was read is not what is there now.
-            CliError: OUT came into being meanwhile, or cannot be replaced. The folder is kept, and
-                the same run put into place by `open`.
+            InputsChanged: an input has changed since it was read.
+            CliError: OUT has appeared meanwhile, or cannot be replaced. The folder is kept; `open`
+                puts it into place when the same run is started again.
         """
         for path, _, names in os.walk(self.folder):
             for name in names:
@@ -385,7 +390,7 @@ class Output:
         self._put_into_place()
 
     def _put_into_place(self) -> None:
-        """The last step: the record, then OUT, then what OUT was before is removed."""
+        """The last step: writes the record, puts OUT into place, removes the replaced folder."""
         files = {name: nbytes for name, nbytes in sizes(self.folder).items() if name != STATE}
         record = Record(self.run, inode(self.folder), files, inode(self.out))
         self.lock.write(record)
@@ -432,16 +437,16 @@ class Output:
             rename_new(self.folder, self.out)
 
     def _remove_old(self, record: Record) -> None:
-        """Removes what was replaced, which has the name of what replaced it, or its own."""
+        """Removes the replaced folder, which is now OUT.partial or OUT.partial.old."""
         for path in filter(record.is_old, (self.folder, self.aside)):
             try:
                 if not record.emptied:
                     _empty(path)
-                    # Once the folder is removed, a stranger's may get its inode number.
+                    # Once the folder is removed, someone else's may get its inode number.
                     self.lock.write(dataclasses.replace(record, emptied=True))
                 path.rmdir()
             except OSError as error:
-                if record.emptied:  # it is a stranger's by now
+                if record.emptied:  # it is someone else's by now
                     return
                 raise CliError(
                     f"{self.out} is complete; what it held before is in {path} and cannot be "
@@ -450,7 +455,7 @@ class Output:
             sync_folder(path.parent)
 
     def close(self) -> None:
-        """Lets go of OUT. The lock's file stays if the next run needs its record."""
+        """Releases the lock. The lock's file stays if the next run needs its record."""
         if self.lock is not None:
             record = self.lock.record()
             old = record and not record.emptied and any(
@@ -466,22 +471,22 @@ class Output:
                 self.made_parents.pop().rmdir()
 
     def kept(self, shards: list[Shard]) -> str:
-        """What a stopped run leaves, in words."""
+        """A text that says what a stopped run leaves."""
         if self.is_recorded():
             return "nothing is missing but the last step, which the same command does"
         if not self.taken:
             return "this run had not written anything yet"
         done = sum(shard.is_whole(self.folder / shard.filename) for shard in shards)
         return (
-            f"{done} of {count(len(shards), 'shard')} are finished and kept in {self.folder}; the "
+            f"{done} of {plural(len(shards), 'shard')} are finished and kept in {self.folder}; the "
             "same command goes on from there"
         )
 
 
 def _absolute(path: Path) -> Path:
-    """The folder's own name under its real parents; a link in its last part stays one."""
+    """The folder's absolute path with links in its parents resolved, but not in its last part."""
     path = Path(path)
-    if path.name in ("", ".."):  # as in "." and "/", which have no name to write next to
+    if path.name in ("", ".."):  # "." and "/" have no name, so nothing could be written next to it
         path = _real(path)
     if not path.name:
         raise CliError(f"{path} cannot be replaced: name a folder in it")
@@ -493,7 +498,7 @@ def _real(path: Path) -> Path:
 
 
 def _entries(source: Path) -> list[Path]:
-    """An input, and what lies in it if it is a folder."""
+    """An input, and its contents if it is a folder."""
     with contextlib.suppress(OSError):
         if source.is_dir():
             return [source, *sorted(source.iterdir())]
@@ -501,7 +506,7 @@ def _entries(source: Path) -> list[Path]:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """Where a link leads to, a link at a time: each of them is needed."""
+    """The targets of a chain of links, one after another: each of them is needed."""
     for _ in range(MAX_LINKS):
         if not path.is_symlink():
             return
@@ -522,7 +527,7 @@ def _differences(then: dict, run: dict, keys: Iterable[str] | None = None) -> li
 
 
 def is_full(error: OSError) -> bool:
-    """Whether an error is of the disk that is written to, also where a copy names what it reads."""
+    """Whether an error says that the disk is full, even if it names the file that a copy reads."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -1,4 +1,4 @@
-"""`qlora-ext quantize`: an unquantized checkpoint in, a 4-bit one out."""
+"""`qlora-ext quantize`: turns an unquantized checkpoint into a 4-bit one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from pathlib import Path
 
 from torch import nn
 
-from ..checkpoint import Checkpoint, stored_method
-from ..experts import Experts4bit
-from ..models import quantize_model
-from ..nn import Embedding4bit, Linear4bit
-from ..quantized_tensor import QuantConfig
+from ..integrations.transformers.building import stored_method
+from ..integrations.transformers.checkpoint import Checkpoint
+from ..models.quantize import quantize_model
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit
+from ..nn.linear import Linear4bit
+from ..tensor.config import QuantConfig
 from .errors import CliError
 from .stream import Job
 
 
 def pack_like(result: nn.Module, config: QuantConfig):
-    """The transform that packs a module where `result`, on meta, has a packed one."""
+    """A transform that packs a module if `result`, on meta, has a packed one of its name."""
 
     def transform(name: str, module: nn.Module) -> nn.Module:
         target = result.get_submodule(name)
@@ -36,9 +38,9 @@ def pack_like(result: nn.Module, config: QuantConfig):
 def quantized_result(
     model: nn.Module, config: QuantConfig, keep: list[str], embeddings: bool
 ) -> nn.Module:
-    """What quantize_model makes of a model on meta: the plan."""
+    """The model on meta, packed in shape only: the plan for the real weights."""
     with warnings.catch_warnings():
-        # quantize_model's warning of what stays dense: the command prints the report instead.
+        # quantize_model warns about layers that stay dense; the command prints a report instead.
         warnings.simplefilter("ignore")
         try:
             return quantize_model(
@@ -55,12 +57,17 @@ def quantized_result(
 def plan(
     folder: Path, config: QuantConfig, keep: list[str], embeddings: bool, max_shard_bytes: int
 ) -> Job:
-    """The work of quantizing a checkpoint; nothing is written yet."""
+    """The job that quantizes a checkpoint. Nothing is written yet."""
     checkpoint = Checkpoint(folder)
     if checkpoint.quantizer is not None:
         raise CliError(
             f"{folder} is quantized already, by {stored_method(checkpoint.config)}, want an "
             "unquantized checkpoint"
         )
-    result = quantized_result(checkpoint.same_model(), config, keep, embeddings)
+    try:
+        result = quantized_result(checkpoint.same_model(), config, keep, embeddings)
+    except CliError as error:
+        if keep:  # a name that matches nothing
+            raise
+        raise CliError(f"{folder}: {error}") from None
     return Job(checkpoint, result, pack_like(result, config), max_shard_bytes=max_shard_bytes)

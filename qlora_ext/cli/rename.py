@@ -1,7 +1,7 @@
-"""Renaming a folder so that nothing is replaced, and exchanging two names, each in one step.
+"""Renames a folder without replacing anything, or exchanges two names, each in one step.
 
-Linux has both (renameat2); Python's os has neither. Some file systems lack them (NFS, many FUSE
-ones), and so do old kernels and some C libraries: the callers have another way then.
+Linux has a call for both (renameat2), but Python's os does not. Some file systems (NFS, many FUSE
+ones), old kernels and some C libraries lack it; then the callers do it in another way.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 
 AT_FDCWD = -100  # fcntl.h: relative paths start at the working directory
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
-# What a kernel, a file system or a sandbox answers that does not have it.
+# Error numbers of a kernel, file system or sandbox that lacks the call.
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Gives the folder `source` the name `target`, which nothing may have.
+    """Renames the folder `source` to `target`, which must not exist.
 
     Raises:
-        FileExistsError: target exists, be it a dangling link.
+        FileExistsError: target exists, even as a dangling link.
         OSError: the system refused.
     """
     if _renameat2(source, target, RENAME_NOREPLACE):
         return
-    # Without renameat2 a rename replaces at most an empty folder, made since this look.
+    # Without renameat2, the rename below can only replace an empty folder made after this check.
     if os.path.lexists(target):
         raise _exists(target)
     try:
@@ -39,9 +39,9 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Lets two folders change names: neither name is missing at any time.
+    """Exchanges the names of two folders. Neither name is missing at any time.
 
-    Returns False where the system cannot; OSError where it refused.
+    Returns False if the system cannot do it. Raises OSError if it refused.
     """
     return _renameat2(one, other, RENAME_EXCHANGE)
 
@@ -50,7 +50,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     call = _find_renameat2()
     if call is None:
         return False
-    # As os.rename does: whoever audits file operations sees this one too.
+    # os.rename raises this audit event too; audit hooks should see this rename as well.
     sys.audit("os.rename", str(source), str(target), -1, -1)
     if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
         return True

@@ -1,4 +1,4 @@
-"""What the commands print with: rich's console, tables, a progress bar."""
+"""Prints for the commands, with rich: text, tables, a progress bar."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from rich.progress import (
 )
 from rich.table import Table
 
-# Into a file or pipe rich would take 80 columns and break rows, also where colours are forced.
+# For a file or pipe, rich would assume 80 columns and break rows, even if colours are forced.
 _WIDTH = None if "COLUMNS" in os.environ else 200
 
 
 def console(stderr: bool = False) -> Console:
-    """Made anew per use: tests replace sys.stdout."""
+    """A new console at each call, because tests replace sys.stdout."""
     made = Console(stderr=stderr, highlight=False)
     return made if made.file.isatty() else Console(stderr=stderr, highlight=False, width=_WIDTH)
 
 
 def say(text: str, *, stderr: bool = False) -> None:
-    """Prints plain text: brackets in it are no markup, and lines are not wrapped."""
+    """Prints plain text. Brackets are not markup, and lines are not wrapped."""
     console(stderr).print(shown(text), markup=False, soft_wrap=True)
 
 
 def shown(text: str) -> str:
-    """Text from a file without what would steer the terminal or cannot be encoded."""
+    """Text from a file, with terminal control characters and unencodable ones escaped."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
-    """Prints a table; columns after the first `left` are numbers, aligned right."""
+    """Prints a table. Columns after the first `left` hold numbers and are aligned right."""
     if title:
         say(title)
     made = Table(box=None, pad_edge=False, show_header=any(columns))
@@ -52,7 +52,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
 
 
 class Bar:
-    """A progress bar over bytes read, naming the shard being written."""
+    """A progress bar over the bytes read. It names the shard that is being written."""
 
     def __init__(self, what: str, nbytes: int):
         self.what = what

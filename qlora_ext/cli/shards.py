@@ -1,9 +1,9 @@
-"""Safetensors shards written tensor by tensor.
+"""Writes safetensors shards tensor by tensor.
 
-safetensors' own writer wants a whole shard in memory. The sizes of all tensors are known before the
-first weight is read, so a shard's header is written first and each tensor goes to its place as it
-is made: the peak is one layer. Format: https://github.com/huggingface/safetensors (8 bytes of
-header length, JSON header, data).
+safetensors' own writer needs a whole shard in memory. But the sizes of all tensors are known before
+the first weight is read. So this file writes a shard's header first, and then each tensor at its
+place as soon as it is made; peak memory is one layer. Format:
+https://github.com/huggingface/safetensors (8 bytes of header length, JSON header, data).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from ..checks import CheckpointError
 from ..files import DTYPE_NAMES, INDEX, check_file
+from ..text import CheckpointError
 from .errors import CliError
 
-CHUNK = 64 * 2**20  # bytes a write call takes at most; some systems refuse 2 GiB
+CHUNK = 64 * 2**20  # most bytes per write call; some systems refuse 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its name, torch dtype and shape."""
+    """A tensor to write: its name, torch dtype and shape."""
 
     name: str
     dtype: torch.dtype
@@ -39,11 +39,11 @@ class Entry:
 
 
 class Shard:
-    """Where every tensor of one file goes."""
+    """The layout of one file: its header and the place of every tensor."""
 
     def __init__(self, filename: str, entries: list[Entry]):
         self.filename = filename
-        # As safetensors orders them: wide dtypes first, so that every tensor is aligned.
+        # safetensors' order: wide dtypes first, so that every tensor is aligned.
         order = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
         self.entries = {entry.name: entry for entry in order}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -62,18 +62,20 @@ class Shard:
         self.nbytes = len(self.header) + end
 
     def is_whole(self, path: Path) -> bool:
-        """Whether path holds this shard: moved into place complete, so size and header tell."""
+        """Whether path holds this shard. A complete file was renamed to it, so size and header
+        suffice."""
         with contextlib.suppress(OSError, CheckpointError):
-            if check_file(path) == self.nbytes:  # no pipe, which would be waited for
+            if check_file(path) == self.nbytes:  # check_file refuses pipes, which could block
                 with open(path, "rb") as file:
                     return file.read(len(self.header)) == self.header
         return False
 
 
 def plan_shards(units: list[list[Entry]], max_bytes: int) -> tuple[list[Shard], list[int]]:
-    """Files of at most max_bytes, no unit (tensors made together) across two of them.
+    """Divides units into files of about max_bytes. A unit is a list of tensors that are made
+    together; it is never split, and one larger than max_bytes gets its own file.
 
-    Returns the shards, and the number of each unit's shard.
+    Returns the shards, and for each unit the number of its shard.
     """
     groups: list[list[Entry]] = [[]]
     where, filled = [], 0
@@ -94,7 +96,7 @@ def plan_shards(units: list[list[Entry]], max_bytes: int) -> tuple[list[Shard], 
 
 
 class ShardWriter:
-    """Writes one shard under a draft's name; `finish` gives it its own."""
+    """Writes one shard under a temporary name. `finish` gives it its final name."""
 
     def __init__(self, folder: Path, shard: Shard):
         self.shard = shard
@@ -110,10 +112,10 @@ class ShardWriter:
             raise
 
     def _reserve(self) -> None:
-        """Takes the space of the whole shard: a full disk shows before a layer is converted."""
+        """Reserves disk space for the whole shard, so that a full disk shows at once."""
         try:
             os.posix_fallocate(self.file, 0, self.shard.nbytes)
-        except AttributeError:  # not a system that has it
+        except AttributeError:  # this system lacks the call
             return
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -149,7 +151,7 @@ class ShardWriter:
 
     def close(self) -> None:
         os.close(self.file)
-        self.draft.unlink(missing_ok=True)  # after finish() there is none
+        self.draft.unlink(missing_ok=True)  # finish() has renamed it
 
 
 def sync_folder(folder: Path) -> None:
@@ -161,7 +163,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written aside and moved into place."""
+    """Writes text to a temporary file and renames it to path."""
     draft = path.with_name(f".{path.name}.draft")
     try:
         with open(draft, "w") as file:
@@ -174,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_index(folder: Path, shards: list[Shard], num_parameters: int) -> None:
-    """transformers' index of a checkpoint of several files."""
+    """Writes transformers' index if the checkpoint has several files."""
     if len(shards) == 1:
         return
     weight_map = {name: shard.filename for shard in shards for name in shard.entries}

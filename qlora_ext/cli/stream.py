@@ -1,4 +1,4 @@
-"""From one checkpoint to another, a module at a time: what `quantize` and `merge` share."""
+"""Converts a checkpoint into another, one module at a time; `quantize` and `merge` share it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..build_info import build_info
-from ..checkpoint import Checkpoint, Unit
-from ..checks import check_finite, count, first_line, some, without_mask
-from ..experts import Experts4bit
+from ..checks import check_finite, without_mask
 from ..files import FLOATS, INDEX, extra_files
-from ..nn import Embedding4bit, Linear4bit
+from ..integrations.transformers.checkpoint import Checkpoint, Unit
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit
+from ..nn.linear import Linear4bit
+from ..text import first_few, first_line, plural
 from .errors import CliError
 from .inputs import InputsChanged
 from .output import STATE, Output, is_full
@@ -33,7 +35,7 @@ PACKED = (Linear4bit, Embedding4bit, Experts4bit)
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    """Outermost packed modules: experts go as the layer that holds them."""
+    """Names of the outermost packed modules. Experts count as the layer that holds them."""
     names: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, PACKED) and not (names and name.startswith(f"{names[-1]}.")):
@@ -41,30 +43,43 @@ def packed_names(model: nn.Module) -> set[str]:
     return set(names)
 
 
+@contextlib.contextmanager
+def saving_config_of(folder: Path):
+    """Within it transformers saves the config of a folder again. What it refuses is a CliError: it
+    judges some values only then."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        path = folder / "config.json"
+        raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
+
+
 @dataclasses.dataclass
 class Piece:
-    """A unit of the input, and what it becomes."""
+    """A unit of the input, and what is written for it."""
 
     unit: Unit
     kept: dict[str, str]  # name in the unit's state -> name in the result's state
-    entries: list[Entry]  # of the files
+    entries: list[Entry]  # tensors to write
 
 
 def return_freed_memory() -> None:
-    """Large blocks go back to the system when they are freed. By default glibc learns to keep them,
-    up to 32 MiB each: merging layers of 6 MiB took 95 MiB beside the libraries, with this 38."""
+    """Makes glibc return large freed blocks to the system. By default it learns to keep blocks of
+    up to 32 MiB. Merging layers of 6 MiB took 95 MiB besides the libraries, and 38 with this."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 class Job:
-    """Everything that is known before the first weight is read: pieces, files, sizes.
+    """A conversion, planned before the first weight is read: pieces, files, sizes.
 
     Args:
         checkpoint: the input.
-        result: a model on meta with the structure, names, shapes and dtypes of what is to be
-            written; its config is written too.
-        transform: makes a module of the result of (name, module of the input with its values).
+        result: a model on meta with the structure, names, shapes and dtypes to write; its config is
+            written too.
+        transform: makes a module of the result from (name, the input's module with its values).
         wholes: modules that transform takes with everything inside them, besides packed ones.
     """
 
@@ -96,7 +111,7 @@ class Job:
         self.shards, self.where = plan_shards(entries, max_shard_bytes)
 
     def _pieces(self, everything: dict, state: dict) -> list[Piece]:
-        # A tied parameter is read under one name and may be written under another.
+        # A tied parameter may be read under one name and written under another.
         ids = defaultdict(list)
         for name in everything:
             ids[id(self.result.get_parameter_or_buffer(name))].append(name)
@@ -126,18 +141,19 @@ class Job:
             for name in everything
             if name.startswith(prefix) and "." not in name[len(prefix) :]
         )
-        # Of a tied pair only the one that is read.
+        # Of a tied pair, keep only the one that is read.
         return [name for name in own if name in self.checkpoint.sources]
 
     def _check_names(self, state: dict) -> None:
-        """The pieces together must be what save_pretrained would write."""
+        """Raises CliError unless the pieces together are what save_pretrained would write."""
         whole = revert_weight_conversion(self.result, state)
         want = {name: (t.dtype, tuple(t.shape)) for name, t in whole.items()}
         got = {e.name: (e.dtype, e.shape) for piece in self.pieces for e in piece.entries}
         if got != want:
             odd = {name for name in {*got, *want} if got.get(name) != want.get(name)}
             raise CliError(
-                f"transformers stores {some(odd)} of {type(self.result).__name__} in a way that "
+                f"transformers stores {first_few(odd)} of {type(self.result).__name__} in a "
+                "way that "
                 "takes several modules at once: load it whole, with qlora_ext.quantize_model or "
                 "merge_and_unload, and save that"
             )
@@ -145,12 +161,12 @@ class Job:
     # running
 
     def run(self, output: Output, run: dict, progress) -> None:
-        """Writes the checkpoint; what a stopped run has finished is used.
+        """Writes the checkpoint. It uses the shards that an interrupted run has finished.
 
         Args:
-            run: what an interrupted run must have in common with this one, for its shards to be
-                used; JSON values by name.
-            progress: `Bar` below, or the like.
+            run: settings that must equal those of an interrupted run, for its shards to be used;
+                JSON values by name.
+            progress: a Bar of screen.py, or something like it.
         """
         return_freed_memory()
         try:
@@ -187,7 +203,7 @@ class Job:
             output.close()
 
     def _explained(self, error: Exception, output: Output) -> Exception:
-        """The error that tells what happened: an input that changed shows as many others."""
+        """The error to raise instead: a changed input can cause many other errors."""
         if not isinstance(error, InputsChanged) and not output.is_recorded():
             try:
                 output.check_inputs()
@@ -214,12 +230,12 @@ class Job:
 
     @property
     def nbytes_in(self) -> int:
-        """Bytes that are read."""
+        """Bytes to read."""
         return sum(self._bytes(piece) for piece in self.pieces)
 
     @property
     def nbytes_out(self) -> int:
-        """Bytes of all shards."""
+        """Bytes of all shards to write."""
         return sum(shard.nbytes for shard in self.shards)
 
     def _write(self, output: Output, shard: Shard, pieces: list[Piece], progress) -> None:
@@ -228,7 +244,7 @@ class Job:
                 for name, tensor in self._convert(piece).items():
                     writer.write(name, tensor)
                 progress.advance(self._bytes(piece))
-            output.check_inputs()  # a finished shard may be used by a later run
+            output.check_inputs()  # a later run may use a finished shard, so it must be right
             writer.finish()
 
     def _copied(self) -> list[Path]:
@@ -263,8 +279,8 @@ class Job:
             return revert_weight_conversion(self.result, state)
 
     def _check_finite(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> None:
-        """CliError where a tensor that is to be written holds a NaN or an infinity, but for
-        those of a buffer's mask."""
+        """Raises CliError if a tensor to write holds a NaN or an infinity. A buffer may hold
+        infinities, for a mask."""
         if tensor.dtype not in FLOATS:
             return
         values = without_mask(tensor) if is_buffer else tensor
@@ -274,38 +290,33 @@ class Job:
             raise CliError(str(error)) from None
 
     def _where(self, name: str) -> str:
-        """File and tensor that the tensor `name` of the model comes from; else folder and name."""
+        """The file and tensor that the model's tensor `name` comes from, else folder and name."""
         sources = self.checkpoint.sources.get(name, ())
         if len(sources) == 1:
             return f"{self.checkpoint.files.where[sources[0]]}: {sources[0]}"
         return f"{self.checkpoint.folder}: {name}"
 
     def _write_rest(self, folder: Path) -> None:
-        """What save_pretrained writes beside the weights, and the other files of the input."""
+        """Writes what save_pretrained writes besides weights; copies the input's other files."""
         for path in self._copied():
             shutil.copyfile(path, folder / path.name)
         config = self.result.config
         config.dtype = str(self.result.dtype).removeprefix("torch.")
         config.architectures = [type(self.result).__name__]
-        try:
+        with saving_config_of(self.checkpoint.folder):
             config.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # transformers judges some values only when it saves them
-            path = self.checkpoint.folder / "config.json"
-            raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
         if self.result.can_generate() and not (folder / "generation_config.json").exists():
             self.result.generation_config.save_pretrained(folder)
         write_index(folder, self.shards, self.result.num_parameters())
 
     def notes(self) -> list[str]:
-        """What the user should know that is no error."""
+        """Notes for the user that are not errors."""
         unexpected = self.checkpoint.unexpected
         if not unexpected:
             return []
         return [
-            f"{count(len(unexpected), 'tensor')} of the input left out, which "
-            f"{type(self.result).__name__} does not have: {some(unexpected)}"
+            f"{plural(len(unexpected), 'tensor')} of the input left out, which "
+            f"{type(self.result).__name__} does not have: {first_few(unexpected)}"
         ]
 
 

@@ -1,9 +1,9 @@
-"""torch's AveragedModel (EMA, SWA) over models with packed weights.
+"""Makes torch's AveragedModel (EMA, SWA) work on models with packed weights.
 
 It averages every parameter and, with use_buffers, every buffer. Integers among them (packed bytes,
-position ids, counters) would be averaged as numbers and truncated. Here they are left out of the
-average and copied from the model, as AveragedModel itself does with buffers by default. Models
-without a packed layer are averaged by torch alone.
+position ids, counters) would be averaged as numbers and truncated. With this wrapper they are left
+out of the average and copied from the model, as AveragedModel does with buffers by default. Models
+without a packed layer go to torch's own code.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..models.walk import is_packed
-from ..nn import _Packed4bit
+from ..nn.packed import _Packed4bit
 
-_Entry = tuple[dict[str, Tensor | None], str, Tensor]  # a module's dict, the key, what is there
+_Entry = tuple[dict[str, Tensor | None], str, Tensor]  # a module's dict, a key, the tensor there
 
-# For each AveragedModel the tensors that were copied last, with what torch counts their writes by.
+# For each AveragedModel, the tensors of the last copy with their versions (torch's write counts).
 _copied: weakref.WeakKeyDictionary[AveragedModel, list] = weakref.WeakKeyDictionary()
 
 
@@ -43,8 +43,8 @@ def _integers(model: nn.Module) -> list[_Entry]:
 
 
 def _layout(model: nn.Module) -> list[tuple[str, torch.Size, bool]]:
-    """Name, shape and kind of every parameter, and of every buffer of integers, in the order in
-    which AveragedModel pairs them."""
+    """(name, shape, whether it is not an integer) of every parameter and every integer buffer, in
+    the order in which AveragedModel pairs them."""
     parameters = [(name.rpartition(".")[2], p) for name, p in model.named_parameters()]
     buffers = [(name.rpartition(".")[2], b) for name, b in model.named_buffers()]
     entries = parameters + [(key, b) for key, b in buffers if not _is_number(b)]
@@ -53,7 +53,7 @@ def _layout(model: nn.Module) -> list[tuple[str, torch.Size, bool]]:
 
 @contextlib.contextmanager
 def _hidden(entries: list[_Entry]) -> Iterator[None]:
-    """parameters() and buffers() skip the entries meanwhile."""
+    """A context in which parameters() and buffers() skip the entries."""
     try:
         for owner, key, _ in entries:
             owner[key] = None
@@ -73,7 +73,7 @@ def _is_as_copied(averaged: AveragedModel, tensors: list[Tensor]) -> bool:
 
 @torch.no_grad()
 def _copy(averaged: AveragedModel, model: nn.Module, pairs: list[tuple[_Entry, _Entry]]) -> None:
-    """Copies the model's integers into the average, unless none was written to since the last."""
+    """Copies the model's integers into the average, unless none was written since the last copy."""
     tensors = [entry[2] for pair in pairs for entry in pair]
     if _is_as_copied(averaged, tensors):
         return

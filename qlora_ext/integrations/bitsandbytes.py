@@ -1,9 +1,9 @@
-"""bitsandbytes' own 4-bit layers on our kernels, when asked: `enable()` and `disable()`.
+"""Runs bitsandbytes' own 4-bit layers on our kernels, between `enable()` and `disable()`.
 
-bitsandbytes calls its kernels through torch ops (`torch.ops.bitsandbytes.*`). `enable()` registers
-ours for the CPU, and for CUDA where our CUDA kernels are built, in their place; nothing of a model
-changes, and `disable()` puts bitsandbytes' kernels back. Its 8-bit ops and optimizers are left
-alone. Source: bitsandbytes/_ops.py and backends/cpu/ops.py of 0.50.
+bitsandbytes calls its kernels through torch ops (`torch.ops.bitsandbytes.*`). `enable()` replaces
+these kernels by ours on the CPU, and on CUDA if our CUDA kernels are built. Models do not change.
+`disable()` puts bitsandbytes' kernels back. Its 8-bit ops and optimizers are left alone.
+Source: bitsandbytes/_ops.py and backends/cpu/ops.py of 0.50.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from importlib import metadata
 import torch
 import torch.nn.functional as F
 
-from .. import _C, ops
+from .. import ops
+from ..ops import _C
 
 TESTED = "0.50"
-_SMALLEST = 1e-38  # bitsandbytes divides no block by less
+_SMALLEST = 1e-38  # bitsandbytes never divides a block by less
 
 _library: torch.library.Library | None = None
 _pack_for_cpu = None
 
 
 def _w4(packed, absmax, nested, shape, blocksize: int, quant_type: str) -> ops.W4:
-    """bitsandbytes' description of a weight as arguments of our ops.
+    """bitsandbytes' description of a weight as the arguments of our ops.
 
-    packed: any quant_storage dtype, the bytes are the same. absmax: fp32 [num_blocks], or uint8
-    codes with `nested`, the fp32 offset and absmax2 as bytes.
+    packed: any quant_storage dtype; the bytes are the same. absmax: fp32 [num_blocks], or uint8
+    codes with `nested`, the bytes of the fp32 offset and absmax2.
     """
     packed = packed.contiguous().reshape(-1).view(torch.uint8)
     if absmax.dtype != torch.uint8:
@@ -45,10 +46,10 @@ def _quantize_4bit(A, blocksize, quant_type, quant_storage):
 def _quantize_4bit_cpu(A, blocksize, quant_type, quant_storage):
     """Packs as bitsandbytes does on a CPU, byte for byte.
 
-    Differences from our format: FP4's sixteen levels are one sorted row, so ties go down, also
-    below zero, and 0 is the lower of its two zeros. No block is divided by less than 1e-38. A last
-    block that is not full is divided by its absmax, not multiplied by the reciprocal, and padded
-    by a zero.
+    It differs from our format in three ways. FP4's sixteen levels are one sorted list, so ties go
+    down, also below zero, and 0 gets the lower of its two zeros. No block is divided by less than
+    1e-38. A last block that is not full is divided by its absmax instead of multiplied by the
+    reciprocal, and padded with a zero.
     """
     flat, codebook = A.reshape(-1), None
     if quant_type == "fp4":
@@ -87,7 +88,7 @@ def _dequantize_4bit_cpu(A, absmax, blocksize, quant_type, shape, dtype):
     from bitsandbytes.backends.cpu import ops as theirs
 
     weight = _dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype)
-    # Their CPU kernel takes one dimension for a row; what it leaves to torch stays as it was.
+    # Their CPU kernel returns a 1-d weight as one row, unless it leaves the weight to torch.
     left = shape[-1] % 2 or (blocksize >= 2048 and getattr(theirs, "_has_avx512", False))
     return weight.reshape(1, -1) if len(shape) == 1 and not left else weight
 
@@ -115,24 +116,24 @@ def _gemm_4bit(
 ):
     nested = None
     if absmax_8bit is not None:
-        # Their 8-bit map is that of our format, up to the last bit of what torch.linspace gives.
+        # Their 8-bit map is ours, except for the last bit of torch.linspace's results.
         nested = torch.cat([absmax_offset.reshape(1).float(), absmax.float()]).view(torch.uint8)
         absmax = absmax_8bit
     return ops.gemm_4bit(A, _w4(B, absmax, nested, shapeB, blocksize, quant_type), bias)
 
 
 def is_enabled() -> bool:
-    """Whether bitsandbytes' 4-bit ops run on our kernels now."""
+    """Whether bitsandbytes' 4-bit ops now run on our kernels."""
     return _library is not None
 
 
 def enable() -> None:
     """Runs bitsandbytes' 4-bit ops on our kernels, for this process, until `disable()`.
 
-    Covers quantize_4bit, dequantize_4bit and gemm_4bit on the CPU, and on CUDA where our CUDA
-    kernels are built. On a CPU with AVX512-BF16 bitsandbytes would repack a weight at its first
-    evaluation into a layout of its own; that is off meanwhile, and a layer that was repacked
-    before stays on bitsandbytes' kernel. Calling it twice is calling it once.
+    Covers quantize_4bit, dequantize_4bit and gemm_4bit on the CPU, and on CUDA if our CUDA kernels
+    are built. On a CPU with AVX512-BF16, bitsandbytes repacks a weight into another layout at its
+    first evaluation. enable() turns that off, but a layer that was repacked before stays on
+    bitsandbytes' kernel. Calling it again does nothing.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -154,7 +155,7 @@ def enable() -> None:
     ]
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
-        # The dispatcher warns that a kernel is replaced, which is what was asked for.
+        # The dispatcher warns that a kernel is replaced, but here that is the purpose.
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered.*")
         for key in keys:
             quantize, dequantize = (
@@ -175,7 +176,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Puts bitsandbytes' own kernels back. Does nothing if they are in place."""
+    """Puts bitsandbytes' own kernels back. Does nothing if ours are not in use."""
     global _library, _pack_for_cpu
     if _library is None:
         return

@@ -1,8 +1,8 @@
-"""torch.compile over models with packed weights: the look at the bytes that graphs leave out.
+"""Makes compiled models check their packed bytes, because compiled graphs leave that check out.
 
-A forward pass looks whether its layer's bytes were changed (nn.py), and a graph does not contain
-that. So what `torch.compile(model)` and `model.compile()` give looks at every packed layer of the
-model before it calls the graph. A compiled function that calls a model does not.
+In eager mode a forward pass checks whether its layer's bytes were changed (nn/packed.py). A graph
+does not contain the check. So a model from `torch.compile(model)` or after `model.compile()` checks
+all its packed layers before it calls the graph. A compiled function that calls a model does not.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch._dynamo.eval_frame import OptimizedModule, skip_code
 from torch.compiler import disable, is_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..nn import _Packed4bit
+from ..nn.packed import _Packed4bit
 
 _Layers = list[weakref.ref[_Packed4bit]]
-# The packed layers of each compiled model, and how many modules had been put somewhere when they
-# were listed. Not on the models, whose copies have other layers.
+# For each compiled model: the value of _placed when its packed layers were listed, and that list.
+# It is not stored on the models, because their copies have other layers.
 _listed: weakref.WeakKeyDictionary[nn.Module, tuple[int, _Layers]] = weakref.WeakKeyDictionary()
-_placed = 0  # modules that were put into another one since the first list, in this process
+_placed = 0  # how many modules were put into another one since the first list, in this process
 
 
 def _count(parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -31,10 +31,10 @@ def _count(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _layers_of(model: nn.Module) -> _Layers:
-    """The packed layers of a model, listed anew if any module was put into another one since."""
+    """The packed layers of a model. It lists them again if any module was put into another one."""
     at, layers = _listed.get(model, (-1, []))
     if at != _placed:
-        if not _listed:  # processes that compile nothing count nothing
+        if not _listed:  # only processes that compile a model count
             _start_counting()
         at = _placed
         layers = [weakref.ref(m) for m in model.modules() if isinstance(m, _Packed4bit)]
@@ -47,13 +47,13 @@ def _start_counting() -> None:
     register_module_module_registration_hook(_count)
 
 
-@disable  # a module of torch's own around the model leaves the tracing to what it calls
+@disable  # dynamo skips a module of torch's around the model, but traces what that calls
 def _look(model: nn.Module) -> None:
-    """RuntimeError if the bytes of one of its packed layers were changed."""
+    """Raises RuntimeError if the bytes of a packed layer of the model were changed."""
     for reference in _layers_of(model):
         layer = reference()
         weight = None if layer is None else layer._parameters.get("weight")
-        # Not what FSDP2 has sharded or a hook will load: those bytes are not there yet.
+        # Skip weights that FSDP2 has sharded or a hook will load: their bytes are not there yet.
         if type(weight) is nn.Parameter and not weight.is_meta:
             layer._w4(False)
 
@@ -65,7 +65,7 @@ def _looking_call(call):
             _look(self)
         return call(self, *args, **kwargs)
 
-    skip_code(looking.__code__)  # as torch does with the method itself
+    skip_code(looking.__code__)  # torch does the same with the method itself
     looking.looks = True
     return looking
 
@@ -92,7 +92,7 @@ def _looking_compile(compile):
 
 
 def attach() -> None:
-    """Makes compiled models look. Idempotent."""
+    """Makes compiled models check their bytes. Idempotent."""
     if not hasattr(OptimizedModule.__call__, "looks"):
         OptimizedModule.__call__ = _looking_call(OptimizedModule.__call__)
     if not hasattr(nn.Module.compile, "looks"):

@@ -6,20 +6,19 @@
     }
     parallelize_module(model, mesh, plan)
 
-A column-parallel layer holds N / world rows of W [N, K] and gives these columns of y; a
-row-parallel one holds K / world columns of W, takes the same part of x, and sums y over the
-processes. Packed bytes are cut between blocks, so that the weights stay exactly what they were.
-Cutting a double-quantized scale would cut its group of 256, so scales are kept in fp32: 4.5 bits
-per weight at blocks of 64 instead of 4.127.
+A column-parallel layer holds N / world rows of W [N, K] and computes these columns of y. A
+row-parallel layer holds K / world columns of W, takes the same part of x, and sums y over the
+processes. Packed bytes are cut between blocks, so the weights stay exactly the same. Cutting
+double-quantized scales would cut through their groups of 256, so scales are kept in fp32. That is
+4.5 bits per weight at blocks of 64 instead of 4.127.
 
-Parameters become DTensors: an optimizer, `clip_grad_norm_` and torch.distributed.checkpoint see
+Parameters become DTensors, so an optimizer, `clip_grad_norm_` and torch.distributed.checkpoint see
 whole tensors.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -27,7 +26,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..checks import check_input
-from ..nn import Linear4bit, LoraLinear4bit
+from ..nn.linear import Linear4bit
+from ..nn.lora import LoraLinear4bit
 
 __all__ = ["ColwiseParallel4bit", "ParallelLinear4bit", "RowwiseParallel4bit"]
 
@@ -37,7 +37,7 @@ def _sum(x: torch.Tensor, group) -> torch.Tensor:
 
 
 class _Copied(torch.autograd.Function):
-    """x as it is, in every process; its gradient is the sum of theirs."""
+    """Returns x in every process. Its gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -50,7 +50,7 @@ class _Copied(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """x summed over the processes, whose gradient is that of each term."""
+    """Returns x summed over the processes. Each term gets the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -62,7 +62,7 @@ class _Summed(torch.autograd.Function):
 
 
 class ParallelLinear4bit(nn.Module):
-    """What a Linear4bit or LoraLinear4bit becomes, in place, under one of the styles below.
+    """A Linear4bit or LoraLinear4bit that one of the styles below has cut, in place.
 
     Parameters, all DTensors over the mesh: `weight` uint8 [N, K / 2]; `weight_absmax` (and
     `weight_mean`) uint8 [N, 4 K / blocksize], bytes of fp32; `bias` [N]; `lora_A` [r, K] and
@@ -70,6 +70,7 @@ class ParallelLinear4bit(nn.Module):
     x [..., K / world] -> [..., N], the sum.
     """
 
+    holds_packed_weight = True
     _input = Linear4bit._input
 
     @staticmethod
@@ -77,10 +78,10 @@ class ParallelLinear4bit(nn.Module):
         """Turns layer into a ParallelLinear4bit that holds this process's part.
 
         Raises:
-            TypeError: not a Linear4bit or LoraLinear4bit.
-            ValueError: the layer cannot be cut between blocks; one that holds several (`qkv_proj`),
-                by rows; a mesh of more than one dimension.
-        The layer is then as it was.
+            TypeError: layer is not a Linear4bit or LoraLinear4bit.
+            ValueError: the layer cannot be cut between blocks; a layer that holds several
+                (`qkv_proj`) would be cut by rows; the mesh has more than one dimension.
+        After an error the layer is as it was.
         """
         if mesh.ndim != 1:
             raise ValueError(
@@ -143,7 +144,8 @@ class ParallelLinear4bit(nn.Module):
             layer.register_parameter(name, parameter)
 
     def _own(self, name: str, copied: bool = False) -> torch.Tensor | None:
-        """This process's part of a parameter; copied: each has the whole, and part of its use."""
+        """This process's part of a parameter. copied: every process has the whole parameter and
+        computes a part of its gradient, so the gradients are summed."""
         parameter: DTensor | None = self._parameters.get(name)
         if parameter is None:
             return None
@@ -151,24 +153,26 @@ class ParallelLinear4bit(nn.Module):
         return _Copied.apply(own, self.mesh) if copied else own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_features] or this process's part of it; see the class. TypeError where it
+        """x: [..., in_features] or this process's part of it; see the class. Raises TypeError if x
         is a DTensor."""
         if isinstance(x, DTensor):
             want = "this process's part, x.to_local()" if self.rowwise else "x.full_tensor()"
             raise TypeError(f"tensor parallel: x is a DTensor, want a plain tensor: {want}")
-        check_input(type(self).__name__, x=x)  # after communication it would be too late
+        check_input(type(self).__name__, x=x)  # afterwards, in the communication, it is too late
         x = self._input(x)
         if not self.rowwise:
             x = _Copied.apply(x, self.mesh)
         nested, *format = self.format
         w4 = (self._own("weight"), self._own("weight_absmax"), nested, self._own("weight_mean"))
         bias = self._own("bias")
-        S = B = None
+        w4, added = (*w4, *format), None if self.rowwise else bias
         if "lora_A" in self._parameters:
             A = self._own("lora_A", copied=not self.rowwise)
             B = self._own("lora_B", copied=self.rowwise)
-            S = ops.lora_shrink(F.dropout(x, self.lora_dropout, self.training), A, self.scaling)
-        y = ops.gemm_4bit(x, (*w4, *format), None if self.rowwise else bias, S, B)
+            dropout = self.lora_dropout if self.training else 0.0
+            y = ops.lora_linear(x, w4, A, B, self.scaling, added, dropout)
+        else:
+            y = ops.gemm_4bit(x, w4, added)
         if not self.rowwise:
             return y
         y = _Summed.apply(y, self.mesh)
@@ -180,8 +184,8 @@ class ParallelLinear4bit(nn.Module):
 
 
 class ColwiseParallel4bit(ParallelStyle):
-    """Cuts a packed layer's outputs: N a multiple of the processes, K of the block size, and no
-    layer that holds several (Phi-3's `qkv_proj` and `gate_up_proj`)."""
+    """Cuts a packed layer's outputs. N must be a multiple of the number of processes, and K of the
+    block size. Layers that hold several (Phi-3's `qkv_proj` and `gate_up_proj`) are refused."""
 
     def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
         ParallelLinear4bit.convert(module, device_mesh, rowwise=False)
@@ -189,7 +193,7 @@ class ColwiseParallel4bit(ParallelStyle):
 
 
 class RowwiseParallel4bit(ParallelStyle):
-    """Cuts a packed layer's inputs: K / processes a multiple of the block size."""
+    """Cuts a packed layer's inputs. K / processes must be a multiple of the block size."""
 
     def _apply(self, module: nn.Module, device_mesh) -> nn.Module:
         ParallelLinear4bit.convert(module, device_mesh, rowwise=True)

@@ -1,8 +1,8 @@
-"""What torch's own functions on modules do where a weight is packed.
+"""Wraps two functions of torch for modules with packed weights.
 
-nn.Module.requires_grad_(True)   all but packed weights require gradients, with a warning; torch
-                                 would stop at the first of them
-torch.nn.utils.spectral_norm     (the older one) refuses a packed layer in our words
+nn.Module.requires_grad_(True)   makes all parameters but packed weights require gradients, and
+                                 warns; torch would raise at the first packed weight
+torch.nn.utils.spectral_norm     (the older one) refuses a packed layer with our error
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..nn import _PACKED_KEYS, _Packed4bit
+from ..nn.packed import _PACKED_KEYS, _Packed4bit
 
 
 def _leaving_packed_frozen(original):
@@ -54,7 +54,7 @@ def _refusing_packed(original):
 
 
 def attach() -> None:
-    """Wraps the two. Idempotent."""
+    """Wraps the two functions. Idempotent."""
     if hasattr(nn.Module.requires_grad_, "leaves_packed_frozen"):
         return
     nn.Module.requires_grad_ = _leaving_packed_frozen(nn.Module.requires_grad_)

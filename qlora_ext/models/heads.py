@@ -1,10 +1,10 @@
-"""Which layers of a transformers model are its heads: they stay dense, and may be fresh.
+"""Finds the heads of a transformers model. They stay dense, and a checkpoint may lack them.
 
 A head is what a class adds to its backbone: the output embeddings, and the linear layers outside
-the backbone (`score`, `classifier`, `qa_outputs`, and the layers before them, as RoBERTa's
-`classifier.dense`). The backbone is what `base_model_prefix` names, or, in a class that has none
-under that name (T5ForQuestionAnswering), every part that is a transformers model itself. So it is
-in a module of the user's own around such a model.
+the backbone (`score`, `classifier`, `qa_outputs`, and layers before them such as RoBERTa's
+`classifier.dense`). `base_model_prefix` names the backbone. In a class that has nothing under that
+name (T5ForQuestionAnswering), and in a user's own module around transformers models, every part
+that is a transformers model itself counts as backbone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..nn import is_plain_linear
+from ..nn.linear import is_plain_linear
 from .walk import output_embeddings
 
 OUTPUT, TASK = "output head", "task head"
@@ -22,8 +22,8 @@ _TASK_CLASS = re.compile(r"For[A-Z]|Heads?|Classifi|Regress|Tagger")
 
 
 def heads_of(model: nn.Module) -> dict[int, str]:
-    """id of a head's layer -> what it is: OUTPUT or TASK. Heads of parts that are transformers
-    models themselves (the decoder of an EncoderDecoderModel) are found too."""
+    """id of a head's layer -> its kind, OUTPUT or TASK. This includes the heads of parts that are
+    transformers models themselves (the decoder of an EncoderDecoderModel)."""
     found: dict[int, str] = {}
     for part in [m for m in model.modules() if m is model or is_transformers_model(m)]:
         for layer in _outside_backbone(part):
@@ -35,7 +35,7 @@ def heads_of(model: nn.Module) -> dict[int, str]:
 
 
 def is_transformers_model(module: nn.Module) -> bool:
-    """Whether module has what the core reads of a transformers model, a name for its backbone."""
+    """Whether module is a transformers model: its class has a name for the backbone."""
     return isinstance(getattr(type(module), "base_model_prefix", None), str)
 
 
@@ -48,23 +48,24 @@ def _outside_backbone(model: nn.Module) -> list[nn.Module]:
     if backbone is not None:
         parts.append(backbone)
     elif not parts or not _TASK_CLASS.search(type(model).__name__):
-        # A backbone itself, or one whose parts cannot be told, if the class is the library's.
+        # If the class is transformers' own: a backbone, or a model whose parts cannot be told.
         library = type(model).__module__.startswith("transformers.")
         return [] if library else _beside_parts(model)
-    if backbone is None:  # a stack is no head, whatever its class is
+    if backbone is None:  # a stack (ModuleList) is not a head, whatever its class is
         parts += [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     inside = {id(m) for part in parts for m in part.modules()}
     return [m for m in model.modules() if id(m) not in inside and _is_linear(m)]
 
 
 def _beside_parts(model: nn.Module) -> list[nn.Module]:
-    """The linear layers of a user's own class beside the transformers models in it.
+    """The heads of a user's own class: its linear layers outside the transformers models in it.
 
-    What holds a stack (a ModuleList) is a network of its own. Layers between two parts, or beside
-    one that writes text, are what joins them: the projector of a vision-language model.
+    A child that holds a stack (a ModuleList) is a network, not a head. Layers between two parts, or
+    next to a part that writes text, connect the parts (a vision-language model's projector) and are
+    not heads either.
     """
     parts: list[nn.Module] = []
-    beside: list[tuple[int, nn.Module]] = []  # how many parts come before, layer
+    beside: list[tuple[int, nn.Module]] = []  # (number of parts before the layer, layer)
 
     def walk(owner: nn.Module) -> None:
         for child in owner.children():
@@ -84,7 +85,7 @@ def _beside_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _without_inside(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules below model, without those inside of transformers models below it."""
+    """The modules below model, except those inside transformers models below it."""
     for child in model.children():
         yield child
         if not is_transformers_model(child):

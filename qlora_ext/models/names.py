@@ -1,11 +1,12 @@
-"""Names of layers to leave alone: one meaning for every way to give them.
+"""Matches names of layers to leave alone. They mean the same wherever they are given.
 
 A name matches a layer if it is a run of the dotted parts of the layer's full name: "lm_head",
-"vision_tower", "layers.0.mlp" and full names do, "proj" does not match "q_proj". What holds other
-characters than names have is a regular expression for such a run: "layers.[0-3]", "(q|k)_proj".
+"vision_tower", "layers.0.mlp" or the full name. "proj" does not match "q_proj". A name with
+characters that names do not have is a regular expression for such a run: "layers.[0-3]",
+"(q|k)_proj".
 
-The full name may also be spelled as in another class of the same architecture (with or without the
-backbone's prefix, "model." of Llama) or as in the checkpoint that the model is read from.
+The full name may also be the layer's name in another class of the same architecture (with or
+without the backbone's prefix, "model." for Llama), or in the checkpoint that is being read.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import bad_regex, short
+from ..text import shorten
+from .patterns import bad_regex
 
 _PLAIN = re.compile(r"[\w.-]+")
 
 
 def as_names(names: Any, owner: str) -> list[str]:
-    """`modules_to_not_convert` as a list of names; one string is one name, None is none. Any
-    iterable of strings but a mapping.
+    """`modules_to_not_convert` as a list of names. A string is one name; None gives an empty list.
 
     Args:
-        owner: whose argument it is, for the error.
+        names: None, a string, or any iterable of strings except a mapping.
+        owner: the function or class whose argument it is, for the error.
 
     Raises:
-        ValueError: something else than names, or regular expressions that are not quick to match.
+        ValueError: names holds something else, or a regular expression that could take long.
     """
     if names is None:
         return []
@@ -38,11 +40,11 @@ def as_names(names: Any, owner: str) -> list[str]:
     listed = [names] if isinstance(names, str) or not is_list else list(names)
     if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(
-            f"{owner}: modules_to_not_convert got {short(names)}, want a list of names of layers"
+            f"{owner}: modules_to_not_convert got {shorten(names)}, want a list of names of layers"
         )
     patterns = [name for name in listed if not _PLAIN.fullmatch(name)]
     if bad := bad_regex(patterns):
-        raise ValueError(f"{owner}: modules_to_not_convert has {short(bad[0])}, want {bad[1]}")
+        raise ValueError(f"{owner}: modules_to_not_convert has {shorten(bad[0])}, want {bad[1]}")
     return sorted(listed) if isinstance(names, (set, frozenset)) else listed
 
 
@@ -54,14 +56,14 @@ def _expression(pattern: str) -> re.Pattern:
 
 
 def literal(name: str) -> str:
-    """A module's name as a pattern that matches it alone, whatever characters it has."""
+    """A pattern that matches only this module's name, whatever characters it has."""
     return name if _PLAIN.fullmatch(name) else re.escape(name)
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that is a run of name's dotted parts: "mlp.gate" of "h.0.mlp.gate".
+    """The first pattern that is a run of name's dotted parts, as "mlp.gate" is of "h.0.mlp.gate".
 
-    The name of a layer's weight stands for the layer: "lm_head.weight".
+    A pattern may name a layer by its weight: "lm_head.weight".
     """
     for pattern in patterns:
         if _expression(pattern.removesuffix(".weight") or pattern).search(name):
@@ -70,18 +72,18 @@ def matches(name: str, patterns: Iterable[str]) -> str | None:
 
 
 class Names:
-    """A model's modules under every name they may be given by.
+    """All names by which a user may mean each module of a model.
 
     Args:
-        stored: mappings of module name -> its name in a checkpoint, where that is known: in the
-            one at hand, and in those that the class is saved in.
+        stored: mappings of module name -> its name in a checkpoint, as far as it is known: in the
+            checkpoint being read, and in those that the class writes.
     """
 
     def __init__(self, model: nn.Module, *stored: Mapping[str, str]):
         self.model = model
         self.stored = stored
         prefix = getattr(model, "base_model_prefix", "")
-        # A backbone that was loaded by itself: its layers have the prefix in every other class.
+        # The model is a backbone loaded alone: other classes put the prefix before its names.
         alone = isinstance(prefix, str) and prefix and not hasattr(model, prefix)
         self.prefix = f"{prefix}." if alone else ""
         first: dict[int, str] = {}
@@ -91,7 +93,7 @@ class Names:
                 self.shared.setdefault(first[id(module)], []).append(name)
 
     def spellings(self, name: str) -> tuple[str, ...]:
-        """The names of one module."""
+        """All names of one module."""
         own = (name, *self.shared.get(name, ()))
         prefixed = tuple(self.prefix + one for one in own) if self.prefix else ()
         stored = tuple(names[name] for names in self.stored if name in names)
@@ -106,8 +108,9 @@ class Names:
         return None
 
     def unmatched(self, patterns: Iterable[str]) -> list[str]:
-        """The patterns that match no module. One that holds others does not count: what matches
-        it matches them too, but for a regular expression that ends there ("mlp$")."""
+        """The patterns that match no module. Modules without own parameters that hold others are
+        not tried: a pattern that matches one matches those inside it too, unless it is a regular
+        expression that ends there ("mlp$")."""
         modules = [
             name
             for name, module in self.model.named_modules()

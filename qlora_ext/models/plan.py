@@ -1,7 +1,7 @@
-"""The one decision which layers of a model are packed, and why the others are not.
+"""Decides which layers of a model are packed, and says why the others are not.
 
-quantize_model, `from_pretrained` (unquantized checkpoints and packed ones, ours and bitsandbytes'),
-`qlora-ext quantize`, `merge` and `estimate` all take it from here.
+quantize_model, `from_pretrained` (for unquantized checkpoints and packed ones, ours and
+bitsandbytes'), `qlora-ext quantize`, `merge` and `estimate` all use this decision.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..experts import is_fused_experts
-from ..nn import FLOAT_DTYPES, _Packed4bit, is_plain_linear
+from ..nn.experts import is_fused_experts
+from ..nn.linear import is_plain_linear
+from ..nn.packed import _Packed4bit
+from ..tensor.config import FLOAT_DTYPES
 from .heads import heads_of
 from .names import Names, literal, matches
 from .reads import read_past_forward
@@ -31,20 +33,20 @@ ABSENT = "not in the checkpoint, so made anew"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a checkpoint holds, by the names that its layers have in the model."""
+    """What a checkpoint holds, under the names that the layers have in the model."""
 
     packed: Mapping[str, int]  # layer -> bytes of its packed weight
-    dense: frozenset[str]  # layers with a weight of another dtype
-    same_class: bool  # whether the class that was saved is the model's: then nothing may be absent
+    dense: frozenset[str]  # layers whose weight is not packed
+    same_class: bool  # whether the model's class wrote it: then nothing may be absent
     names: Mapping[str, str]  # layer -> its name in the checkpoint
 
     def has(self, name: str) -> bool:
-        """Whether the layer's weight is there, packed or not."""
+        """Whether the checkpoint has the layer's weight, packed or not."""
         return name in self.packed or name in self.dense
 
     def lacks_one_of(self, name: str) -> bool:
-        """Whether an absent layer is damage: other layers at its place in the stack are there, or
-        all of the class was saved."""
+        """Whether the absence of a layer means damage: the model's class wrote the checkpoint, or
+        the same layer of other blocks of the stack is there."""
         if self.same_class:
             return True
         pattern = re.compile(re.sub(r"\\?\b\d+\b", r"\\d+", re.escape(name)))
@@ -58,17 +60,16 @@ class Plan:
         model: the unpacked model, with values or on the meta device.
         keep: names of layers to leave alone (see names.py).
         embeddings: whether untied embedding tables are packed.
-        stored: the checkpoint that the model will be read from, where its tensors are known.
-        packed_checkpoint: whether that is packed already: then it decides.
-        other_names: mappings of layer -> the name that it has in files of its class, besides those
-            in `stored`.
+        stored: the checkpoint that the model will be read from, if its tensors are known.
+        packed_checkpoint: whether that checkpoint is packed already; if so, it decides.
+        other_names: mappings of layer -> its name in files of its class, besides those in `stored`.
 
     Attributes:
         names: the modules to pack, in the model's order.
         skipped: a LayerReport of every other weight, with its reason.
 
     Raises:
-        ValueError: a checkpoint that lacks layers it should have.
+        ValueError: the checkpoint lacks layers that it should have.
     """
 
     def __init__(
@@ -102,16 +103,16 @@ class Plan:
                     self.owners[id(parameter)].append(name)
                     on_meta |= parameter.is_meta
         self.tied: dict[str, str] = {}  # parameter -> the one it will be tied to
-        if on_meta:  # transformers ties what it has read
+        if on_meta:  # transformers ties weights only after it has read them
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             for one, other in tied.items():
                 self.tied.setdefault(one, other)
                 self.tied.setdefault(other, one)
         self.names: list[str] = []
-        self.kinds: dict[str, str] = {}  # of those modules, the classes' names
+        self.kinds: dict[str, str] = {}  # module to pack -> its class's name
         self.skipped: list[LayerReport] = []
         self.lacking: list[str] = []
-        self.other_dtypes: set[torch.dtype] = set()  # of weights that no format packs
+        self.other_dtypes: set[torch.dtype] = set()  # dtypes of weights that cannot be packed
         for name, module in model.named_modules():
             self._consider(name, module)
         if self.lacking:
@@ -125,7 +126,7 @@ class Plan:
 
     @property
     def kept(self) -> list[str]:
-        """The linear layers that stay dense, by full name: what a saved config records."""
+        """Full names of the linear layers that stay dense. A saved config records them."""
         packed = set(self.names)
         return [
             literal(name)
@@ -134,7 +135,7 @@ class Plan:
         ]
 
     def bad_dtypes(self) -> str:
-        """A sentence about weights that are not packed for their dtype; empty if there are none."""
+        """A message about weights whose dtype cannot be packed; empty if there are none."""
         if not self.other_dtypes:
             return ""
         dtypes = ", ".join(sorted(map(str, self.other_dtypes)))
@@ -144,17 +145,17 @@ class Plan:
         )
 
     def unmatched(self, names: Iterable[str] | None = None) -> list[str]:
-        """Of `names` (None: of `keep`), what matches no module. Not the usual name of the output
-        head, which stays dense by whatever name it goes."""
+        """Those of `names` (None: of `keep`) that match no module. The usual name of the output
+        head is left out, because the head stays dense whatever its name is."""
         unmatched = self.spelled.unmatched(self.keep if names is None else names)
         return [name for name in unmatched if name not in ("lm_head", "lm_head.weight")]
 
     def report(self, packed: Iterable[LayerReport] = ()) -> QuantizationReport:
-        """The report of a model in which these layers were packed."""
+        """The report of the model, given the layers that were packed."""
         return QuantizationReport((*packed, *self.skipped))
 
     def packed_layer(self, name: str, module: nn.Module) -> LayerReport:
-        """The LayerReport of `module`, which packing made of the layer of that name."""
+        """The LayerReport of `module`, the packed form of the layer `name`."""
         layers = [part for part in module.modules() if isinstance(part, _Packed4bit)]
         return LayerReport(
             name=name,
@@ -172,7 +173,7 @@ class Plan:
             self.kinds[name] = type(module).__name__
             packed = weight_names(module)
         rest = [p for key, p in module._parameters.items() if key not in packed]
-        # A tied parameter is reported once, where it first occurs.
+        # A tied parameter is reported once, for the module where it first occurs.
         rest = [p for p in rest if p is not None and self.owners[id(p)][0] == name]
         if rest:
             self.skipped.append(
@@ -186,7 +187,7 @@ class Plan:
             )
 
     def _reason(self, name: str, module: nn.Module) -> str | None:
-        """Why module is not packed, or None if it is to be."""
+        """Why module is not packed; None if it is packed."""
         if torch.nn.utils.parametrize.is_parametrized(module):
             return "its weight is parametrized"
         is_table = isinstance(module, nn.Embedding)
@@ -234,11 +235,12 @@ class Plan:
         return None
 
     def _reason_in_packed_checkpoint(self, name: str, module: nn.Module) -> str | None:
-        """What the checkpoint holds decides; the rest is for layers that it has not."""
+        """As _reason, decided by what the checkpoint holds. The model decides for layers that the
+        checkpoint lacks."""
         if name in self.stored.packed:
             want = sum(-(-module._parameters[key].numel() // 2) for key in weight_names(module))
             if is_plain_linear(module) and self.stored.packed[name] != want:
-                # transformers refuses it, or with ignore_mismatched_sizes makes it anew.
+                # transformers refuses it, or initialises it again with ignore_mismatched_sizes.
                 return "packed in another size in the checkpoint"
             return None
         if not is_plain_linear(module):
@@ -255,7 +257,7 @@ class Plan:
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of module that quantizing packs."""
+    """Names of the parameters of module that packing replaces."""
     if is_fused_experts(module):
         return tuple(key for key, p in module._parameters.items() if p is not None and p.ndim == 3)
     return ("weight",)
@@ -272,7 +274,7 @@ def _reason_not_linear(module: nn.Module) -> str:
     return "norms and biases"
 
 
-# What is said -------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------
 
 _EXPECTED = (
     "output head",
@@ -286,13 +288,15 @@ _EXPECTED = (
 )
 
 
-def tell(op: str, report: QuantizationReport, least: float = 0.01, stacklevel: int = 3) -> None:
-    """Logs a report, and warns of what stays dense beyond the usual.
+def log_report(
+    op: str, report: QuantizationReport, least: float = 0.01, stacklevel: int = 3
+) -> None:
+    """Logs a report, and warns if layers stay dense that one would expect to be packed.
 
     Args:
-        op: who tells.
-        least: the share of the model's weights below which nothing is said: routers and the like.
-        stacklevel: of the warning, as seen from the caller of this function.
+        op: the name of the function that reports.
+        least: below this share of the model's weights (routers and the like) it does not warn.
+        stacklevel: the warning's, counted from this function.
     """
     logger.info("%s", report)
     unexpected = [part for part in report.unquantized if not part.reason.startswith(_EXPECTED)]
@@ -308,8 +312,8 @@ def tell(op: str, report: QuantizationReport, least: float = 0.01, stacklevel: i
     )
 
 
-def tell_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
-    """Warns of names to leave alone that match no module."""
+def warn_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
+    """Warns about names to leave alone that match no module."""
     if names:
         warnings.warn(
             f"{op}: modules_to_not_convert has {', '.join(map(repr, names))}, which matches no "

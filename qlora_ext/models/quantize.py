@@ -1,23 +1,25 @@
-"""Packing a whole model, layer by layer."""
+"""quantize_model: packs a whole model in place, layer by layer."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from torch import nn
 
+from .. import hosts
 from ..checks import check_parameters
-from ..experts import Experts4bit, is_fused_experts
-from ..nn import Embedding4bit, Linear4bit, _Lora, _Packed4bit, is_plain_linear
-from ..offload import check_in_memory
-from ..quantized_tensor import QuantConfig
+from ..nn.embedding import Embedding4bit
+from ..nn.experts import Experts4bit, is_fused_experts
+from ..nn.linear import Linear4bit, is_plain_linear
+from ..nn.lora import _Lora
+from ..nn.offload import check_in_memory
+from ..nn.packed import _Packed4bit
+from ..tensor.config import QuantConfig
 from .names import as_names
-from .plan import Plan, tell
+from .plan import Plan, log_report
 from .raw_errors import explain_errors
 from .walk import (
     linear_names,
-    own_config,
     places_of,
     progress,
     replace_module,
@@ -76,41 +78,46 @@ def quantize_model(
 ) -> nn.Module:
     """Packs a model's linear layers in 4 bits, in place, one layer after another.
 
-    Each dense weight is released before the next is read, so the peak stays near one layer above
-    the result. Left alone, with a reason each in `model.quantization_report`: the output head and
-    task heads, tied weights, layers whose weight the model's code reads past their forward, what
-    the model class protects in fp32, `modules_to_not_convert`, embeddings, and everything that is
-    not a linear layer. A warning names what that leaves unquantized beyond the usual (a router,
-    say). Experts that transformers stacks in one parameter are packed one by one, as Experts4bit.
+    Each dense weight is released before the next is read, so peak memory is about that of the
+    result and one layer. These stay dense, and `model.quantization_report` says why: the output
+    head and task heads, tied weights, layers whose weight the model's code reads past their
+    forward, layers that the model class keeps in fp32, `modules_to_not_convert`, embeddings, and
+    everything that is not a linear layer. A warning names layers that one would expect to be packed
+    but are not (a router, say). Experts that transformers stacks in one parameter are packed one by
+    one, as Experts4bit.
 
     Args:
-        model: any nn.Module with nn.Linear or transformers' Conv1D layers; one that is wholly on
-            the meta device stays there, packed in shape only, as under FakeTensorMode.
+        model: any nn.Module with nn.Linear or transformers' Conv1D layers. A model that is wholly
+            on the meta device or under FakeTensorMode stays there; only its shapes are packed.
         config: a QuantConfig; None is NF4 with blocks of 64, double-quantized.
-        modules_to_not_convert: names of layers to leave alone: full ones, dotted parts
+        modules_to_not_convert: names of layers to leave alone: full names, dotted parts
             ("layers.0.mlp"), containers ("vision_tower"), or regular expressions for these.
         quantize_embeddings: pack untied nn.Embedding tables too.
-        dense_panels: make the nn.Linear layers that stay dense PanelLinear, which compute in fp32
-            panels: True always, False never, None where this CPU has no instructions for the dtype.
+        dense_panels: turn the nn.Linear layers that stay dense into PanelLinear, which computes in
+            fp32 panels. True: always; False: never; None: if this CPU has no instructions for the
+            dtype.
         progress_bar: show a tqdm bar.
 
     Returns:
         model. `print(model.quantization_report)` says what was packed and what was not.
 
     Raises:
-        TypeError: model is not a module, or is a single layer; config is not a QuantConfig.
-        ValueError: quantized already; has adapters; partly on the meta device; a name in
-            modules_to_not_convert that matches nothing, or is none; no layer to pack.
-        RuntimeError: a NaN or Inf in a weight, naming the layer and the index; the layers before
-            it are packed. A NaN or Inf in what stays dense, naming the parameter; nothing is
-            packed then.
+        TypeError: model is not a module or is a single layer, or config is not a QuantConfig.
+        ValueError: the model is quantized already, has adapters, is partly on the meta device, or
+            has no layer to pack; modules_to_not_convert has a name that matches nothing, or
+            something that is not a name.
+        RuntimeError: a weight to pack has a NaN or Inf: the error names the layer and the index,
+            and the layers before it are packed. Or a parameter that stays dense has one: the error
+            names it, and nothing is packed.
     """
     if config is not None and not isinstance(config, QuantConfig):
         raise TypeError(f"quantize_model: config is a {type(config).__name__}, want a QuantConfig")
     config = config or QuantConfig()
     _check_model(model)
     keep = as_names(modules_to_not_convert, "quantize_model")
-    plan = Plan(model, keep, embeddings=quantize_embeddings, other_names=_file_names(model, keep))
+    plan = Plan(
+        model, keep, embeddings=quantize_embeddings, other_names=_names_in_files(model, keep)
+    )
     if unmatched := plan.unmatched():
         raise ValueError(
             f"quantize_model: modules_to_not_convert has {unmatched[0]!r}, which matches no "
@@ -139,15 +146,16 @@ def quantize_model(
         replace_module(model, old, new, places)
         del old, new
     model.quantization_report = plan.report(packed)
-    tell("quantize_model", model.quantization_report)
-    _tell_transformers(model, config, kept)
+    log_report("quantize_model", model.quantization_report)
+    for hook in hosts.on_packed:
+        hook(model, config, kept)
     use_dense_panels(model, dense_panels)
     explain_errors(model)
     return model
 
 
 def _check_dense(model: nn.Module, plan: Plan) -> None:
-    """RuntimeError where what stays dense holds a NaN or Inf; packing checks the rest."""
+    """Raises RuntimeError for a NaN or Inf in weights that stay dense; packing checks the rest."""
     packed = set()
     for name in plan.names:
         layer = model.get_submodule(name)
@@ -160,32 +168,6 @@ def _check_dense(model: nn.Module, plan: Plan) -> None:
         raise RuntimeError(str(error)) from None
 
 
-def _file_names(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
-    """What the layers of a transformers model are called in its files, if that is asked."""
-    transformers = sys.modules.get("transformers")
-    if not keep or transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return []
-    from ..integrations.transformers import checkpoint_names
-
-    return checkpoint_names(model)
-
-
-def _tell_transformers(model: nn.Module, config: QuantConfig, kept: list[str]) -> None:
-    """Marks a transformers model as from_pretrained marks one that it packs: it saves, and so
-    reloads, as a quantized one, and its own code knows that its weights are packed."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return
-    from ..integrations.transformers import QLoraExtConfig, QLoraExtHfQuantizer, mark_quantized
-
-    inside: set[int] = set()
-    for part in list(model.modules()):
-        if isinstance(part, transformers.PreTrainedModel) and id(part) not in inside:
-            inside.update(map(id, part.modules()))
-            own_config(part)
-            mark_quantized(part)
-    if not isinstance(model, transformers.PreTrainedModel):
-        return
-    settings = QLoraExtConfig(modules_to_not_convert=kept, **config.to_dict())
-    model.hf_quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
-    model.config.quantization_config = model.hf_quantizer.quantization_config
+def _names_in_files(model: nn.Module, keep: list[str]) -> list[dict[str, str]]:
+    """Mappings of layer -> its name in the model's files; needed only to match `keep`."""
+    return [names for hook in hosts.names_in_files for names in hook(model)] if keep else []

@@ -1,9 +1,9 @@
-"""torch's errors where code outside of a packed layer computed with its bytes, and what to do.
+"""Explains torch's errors from code outside a packed layer that computed with the layer's bytes.
 
-reads.py finds such code before a model is packed, but not all of it: a layer that is looked up by a
-computed name, say. What it misses ends in an error of torch about shapes or dtypes that names no
-layer. A forward hook adds to that error which module has which packed layers, and how to keep them
-dense; the type of the error and its text stay. Other errors pass as they are.
+reads.py finds such code before a model is packed, but misses some, such as a layer looked up by a
+computed name. Then torch raises an error about shapes or dtypes that names no layer. A forward hook
+adds to the error which module has which packed layers, and how to keep them dense. The error's type
+and text stay. Other errors are not changed.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .reads import _ALL_WEIGHTS, _HARMLESS, _PACKED, _class_methods, _names
+from .method_source import _ALL_WEIGHTS, _HARMLESS, _PACKED, _class_methods, _names
 from .walk import is_packed
 
 _TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 _OF_BYTES = re.compile(r"\b(Byte(Tensor)?|uint8(_t)?|unsigned char)\b")
-# What is accepted, where that is more than one dtype ("Long or Byte"), says nothing of what came.
+# A list of accepted dtypes in an error ("Long or Byte") does not say which dtype was given.
 _TYPE = r"(?:torch\.)?(?:[Bb]yte|[Cc]har|[Ss]hort|[Ii]nt|[Ll]ong|[Bb]ool|[Hh]alf|[Ff]loat|[Dd]ouble"
 _TYPE += r"|BFloat16|u?int\d+(?:_t)?|b?float\d+|unsigned char)(?:Tensor)?"
 _ACCEPTED = re.compile(rf"\b{_TYPE}(?:(?:,? or |, |/){_TYPE})+\b")
 _GOT = re.compile(r"\b([Gg]ot|found)\b")
 _DTYPES = re.compile(r"\b(u?int|b?float|complex|BFloat|bfloat)\d+")
-_OF_MASKS = re.compile(r"\b(boolean )?masks?\b|masked_")  # old ones are bytes
+_OF_MASKS = re.compile(r"\b(boolean )?masks?\b|masked_")  # old masks are bytes
 _OF_SHAPES = re.compile(r"shape|size|dim|type|broadcast|mat1|mat2")
 _READING = {*_PACKED, *_ALL_WEIGHTS, "_parameters"}
 _MARK = "\nqlora_ext: "
-_MOST = 8  # layers that are named
+_MOST = 8  # at most so many layers are named
 
 
 def explain_errors(model: nn.Module) -> None:
-    """Makes raw errors of forward passes over packed weights say what to do. Idempotent.
+    """Makes torch's errors about packed weights in forward passes say what to do. Idempotent.
 
-    The hook is on the model and on the models of transformers in it, which may be called alone
-    (an encoder); one costs 1 to 2 us of each call.
+    The hook goes on the model and on the transformers models in it, which may be called alone (an
+    encoder). Each hook takes 1 to 2 us per call.
     """
     for module in model.modules():
         called_alone = module is model or hasattr(type(module), "base_model_prefix")
@@ -52,13 +52,13 @@ def explain_errors(model: nn.Module) -> None:
 
 
 def watch(module: nn.Module) -> None:
-    """Puts the hook on one module, if it is not there."""
+    """Puts the hook on one module, unless it is there already."""
     if add_explanation not in module._forward_hooks.values():
         module.register_forward_hook(add_explanation, always_call=True)
 
 
 def unwatch(model: nn.Module) -> None:
-    """Takes the hooks off a model and all modules in it: nothing in it is packed any more."""
+    """Removes the hooks from a model and all its modules, once nothing in it is packed any more."""
     for module in model.modules():
         for key in [k for k, hook in module._forward_hooks.items() if hook is add_explanation]:
             del module._forward_hooks[key]
@@ -66,12 +66,12 @@ def unwatch(model: nn.Module) -> None:
 
 
 def add_explanation(module: nn.Module, args: Any, result: Any) -> None:
-    """The hook. torch calls it after a forward that raised, too; then there is no result."""
+    """The hook. torch also calls it after a forward that raised; then there is no result."""
     if result is not None or is_compiling():
         return
     error = sys.exc_info()[1]
     trace = getattr(error, "__traceback__", None)
-    # The call may stand in an except block of somebody's: then that error is not of this forward.
+    # If the call is inside someone's except block, the current error is not from this forward.
     if trace is None or trace.tb_frame is not sys._getframe(1):
         return
     if type(module).__module__.startswith("peft."):
@@ -95,7 +95,7 @@ def _is_own(name: str) -> bool:
 
 
 class _Search:
-    """For the code at fault, in the frames that an error went through."""
+    """Looks for the code at fault in the frames that an error went through."""
 
     def __init__(self, root: nn.Module, text: str, args: tuple):
         self.text = text
@@ -111,7 +111,7 @@ class _Search:
         }  # fmt: skip
 
     def explanation(self, frames: list[types.FrameType]) -> str | None:
-        """frames: the deepest first."""
+        """What to add to the error, or None. frames: deepest first."""
         if not self.layers:
             return None
         origin = next((n for n in map(_file, frames) if not n.startswith("torch.")), "")
@@ -144,12 +144,12 @@ class _Search:
         """Whether the model's own input holds bytes, as images do."""
         outer = next(f for f in frames[::-1] if _file(f) != "torch.nn.modules.module")
         given = list(self.args)
-        if outer is not frames[0]:  # which may hold parts of packed weights
+        if outer is not frames[0]:  # frames[0] may hold parts of packed weights
             given += [t for t in _tensors(outer) if id(t) not in self.tensors]
         return any(isinstance(t, torch.Tensor) and t.dtype is torch.uint8 for t in given)
 
     def _in_locals(self, frame: types.FrameType) -> list[nn.Module]:
-        """Layers whose packed tensor, or which themselves, a function was given that failed."""
+        """Packed layers among the local variables of a frame, themselves or by their tensors."""
         values = list(frame.f_locals.values())
         found = [self.tensors.get(id(v)) for v in values if isinstance(v, torch.Tensor)]
         found = [layer for layer in found if layer is not None]
@@ -161,8 +161,8 @@ class _Search:
         return [layer for layer in dict.fromkeys(given) if self._is_of(layer)]
 
     def _named(self, frame, module: nn.Module, below: list[nn.Module]) -> list[nn.Module]:
-        """The packed layers of a module whose code reads weights, if the error is of theirs: those
-        that the code names, and where it does so by computed names the module's other ones too."""
+        """The packed layers that a module's code names, if the code reads weights and the error is
+        about them. If the code may use computed names, the module's other direct layers too."""
         codes = [frame.f_code, *(f.__code__ for _, f in _class_methods(type(module)))]
         names = set().union(*map(_names, codes))
         getters = (frame.f_globals.get(name) for name in names)
@@ -182,7 +182,7 @@ class _Search:
         return found if any(map(self._is_of, found)) else []
 
     def _is_of(self, layer: nn.Module) -> bool:
-        """Whether the error is about bytes, or tells a size that the layer's bytes have."""
+        """Whether the error is about bytes, or mentions a size that the layer's bytes have."""
         weight = layer._parameters.get("weight")
         if self.of_bytes or weight is None:
             return self.of_bytes
@@ -197,7 +197,7 @@ class _Search:
                 yield module
 
     def _tied(self, module: nn.Module | None) -> str | None:
-        """What to say of a dense layer whose weight became that of a packed one."""
+        """The message for a dense layer that was tied to a packed one after packing, else None."""
         if module is None or module in self.layers or not _OF_SHAPES.search(self.text):
             return None
         for parameter in module._parameters.values():
@@ -234,7 +234,7 @@ class _Search:
 
 
 def _tells_bytes(text: str) -> bool:
-    """Whether an error of torch says that it was given bytes."""
+    """Whether the text of torch's error says that it was given bytes."""
     if _OF_MASKS.search(text):
         return False
     got = _GOT.search(text)
@@ -266,13 +266,13 @@ def _module_of(frame: types.FrameType) -> nn.Module | None:
 
 
 def _reads_weights(code: types.CodeType) -> bool:
-    """Whether code names weights, other than for what is the same when they are packed: a device,
-    a comparison of dtypes."""
+    """Whether code names weights for more than what packing does not change: a device, or a
+    comparison of dtypes."""
     steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
     for n, step in enumerate(steps):
         if not step.opname.startswith("LOAD_") or step.argval not in _READING:
             continue
-        called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr  # the layer up_proj, say
+        called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr  # calls a layer up_proj
         if step.argval in _ALL_WEIGHTS or not (called or _is_harmless(steps, n + 1)):
             return True
     texts = {c for c in code.co_consts if isinstance(c, str)}
@@ -281,9 +281,9 @@ def _reads_weights(code: types.CodeType) -> bool:
 
 
 def _is_harmless(steps: list[dis.Instruction], n: int) -> bool:
-    """Whether step n and those after it do no harm with the weight that was just loaded."""
+    """Whether step n and those after it use the weight just loaded in a harmless way."""
     after = steps[n]
-    if after.opname == "STORE_FAST":  # then each use of the variable counts
+    if after.opname == "STORE_FAST":  # check each use of the variable
         used = [k for k, s in enumerate(steps)
                 if s.opname.startswith("LOAD_FAST") and s.argval == after.argval]  # fmt: skip
         return all(_is_harmless(steps, k + 1) for k in used)
@@ -297,7 +297,7 @@ def _is_harmless(steps: list[dis.Instruction], n: int) -> bool:
 
 
 def _read_directly(code: types.CodeType) -> set[str]:
-    """The names right before .weight: proj of `self.proj.weight`."""
+    """The names right before .weight, such as proj in `self.proj.weight`."""
     loaded = [i.argval if i.opname == "LOAD_ATTR" else None for i in dis.get_instructions(code)]
     inner = (_read_directly(c) for c in code.co_consts if isinstance(c, types.CodeType))
     pairs = itertools.pairwise(loaded)
@@ -305,13 +305,13 @@ def _read_directly(code: types.CodeType) -> set[str]:
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a layer's name, without what PEFT puts between."""
+    """The parts of a layer's name, without PEFT's "base_layer"."""
     return [part for part in name.split(".") if part != "base_layer"]
 
 
 def _keep(name: str) -> str:
-    """What keeps the layer of that name dense, in all layers of a stack: mixer.out_proj for
-    layers.3.mixer.out_proj; a list of layers as a whole."""
+    """A name for modules_to_not_convert that keeps this layer dense in all blocks of a stack:
+    mixer.out_proj for layers.3.mixer.out_proj. A layer in a list gives the list's name."""
     parts = _parts(name)
     while len(parts) > 1 and parts[-1].isdigit():
         parts.pop()

@@ -1,4 +1,4 @@
-"""What became of a model's weights, and what they weigh."""
+"""Reports which weights of a model are packed, and how many bytes its parts take."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ import dataclasses
 import re
 from collections import defaultdict
 
+import torch
 from torch import nn
 
 from .walk import _numel, is_packed
 
 
+def logical_surplus(module: torch.nn.Module) -> int:
+    """How many more weights `module` has than its parameters have elements.
+
+    A packed byte holds two weights, and the scale statistics are not weights.
+    """
+    surplus = 0
+    for child in module.modules():
+        if is_packed(child):
+            stored = sum(
+                parameter.numel()
+                for name, parameter in child.named_parameters(recurse=False)
+                if name.startswith("weight")
+            )
+            surplus += child._shape.numel() - stored
+    return surplus
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer's (or one bare parameter's) weights."""
+    """Whether one layer's (or one bare parameter's) weights were packed, and why not."""
 
     name: str
     kind: str  # class of the module that holds it
-    numel: int  # logical weights, without biases where the weight was packed
+    numel: int  # logical weights; without the bias if the weight was packed
     nbytes: int  # bytes after quantizing
-    reason: str | None  # why it is unquantized; None where it was packed
+    reason: str | None  # why it is unquantized; None if it was packed
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationReport:
-    """Every weight of a model, packed or not. `str()` is a table of what was left out and why."""
+    """Every weight of a model, packed or not. `str()` is a table of what was not packed and why."""
 
     layers: tuple[LayerReport, ...]
 
@@ -35,7 +53,7 @@ class QuantizationReport:
 
     @property
     def unquantized(self) -> tuple[LayerReport, ...]:
-        """The layers that were not, largest first."""
+        """The layers that were not packed, largest first."""
         rest = [layer for layer in self.layers if layer.reason is not None]
         return tuple(sorted(rest, key=lambda layer: -layer.numel))
 
@@ -62,7 +80,7 @@ class QuantizationReport:
         ]
         grouped: dict[tuple[str, str, str], list[LayerReport]] = defaultdict(list)
         for layer in self.unquantized:
-            # Layers of a stack share a row: layers.0.norm and layers.7.norm are layers.*.norm.
+            # Layers of a stack share a row: layers.0.norm and layers.7.norm become layers.*.norm.
             pattern = re.sub(r"\b\d+\b", "*", layer.name)
             grouped[pattern, layer.kind, layer.reason].append(layer)
         rows = sorted(grouped.items(), key=lambda item: -sum(part.numel for part in item[1]))
@@ -76,7 +94,7 @@ class QuantizationReport:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of a model by part; every tensor is counted once, however often it is shared."""
+    """Bytes of a model by part. A shared tensor is counted once."""
 
     parts: dict[str, int]  # part -> bytes
     quantized_numel: int  # logical weights that are packed
@@ -110,8 +128,8 @@ def num_parameters(
     """Logical weights of a model: a packed weight counts in_features * out_features.
 
     Args:
-        only_trainable: count parameters with requires_grad, so none that is packed.
-        exclude_embeddings: leave the weights of embedding tables out.
+        only_trainable: count only parameters with requires_grad. Packed ones have none.
+        exclude_embeddings: leave out the weights of embedding tables.
 
     Shared parameters count once.
     """
@@ -135,8 +153,7 @@ def num_parameters(
 
 def memory_report(model: nn.Module) -> MemoryReport:
     """Bytes by part: 4-bit weights and statistics, LoRA adapters, embeddings, unquantized layers,
-    other parameters (norms, biases) and buffers. Gradients and optimizer states are not the
-    model's and are not counted."""
+    other parameters (norms, biases) and buffers. Gradients and optimizer states are not counted."""
     parts = dict.fromkeys(
         (
             "4-bit weights",

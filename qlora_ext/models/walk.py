@@ -1,8 +1,7 @@
-"""Walking a model: where its layers are, replacing them, and what cannot be worked on."""
+"""Walks a model: finds and replaces its layers, and refuses models that cannot be worked on."""
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections import defaultdict
@@ -10,8 +9,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..nn import FUSED, Linear4bit, PanelLinear, _Packed4bit, is_conv1d
-from ..offload import move_hook
+from ..nn.linear import Linear4bit, is_conv1d
+from ..nn.offload import move_hook
+from ..nn.panel import PanelLinear
+from .architectures import FUSED
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -26,7 +27,7 @@ Places = dict[int, list[tuple[nn.Module, str]]]
 
 
 def places_of(model: nn.Module) -> Places:
-    """id of a module -> where model holds it: (parent, attribute), as often as it is shared."""
+    """id of a module -> the (parent, attribute) pairs that hold it, several if it is shared."""
     places: Places = defaultdict(list)
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -37,10 +38,10 @@ def places_of(model: nn.Module) -> Places:
 def replace_module(
     model: nn.Module, old: nn.Module, new: nn.Module, places: Places | None = None
 ) -> None:
-    """Puts new wherever model holds old, maybe in several places; hooks move, accelerate's too.
+    """Puts new in every place where model holds old. Hooks move to new, accelerate's too.
 
-    `places` is places_of(model), for a caller that replaces many modules: it stays right for those
-    that were not replaced yet.
+    A caller that replaces many modules can pass places_of(model) as `places`. It stays right for
+    the modules that have not been replaced yet.
     """
     for parent, key in (places or places_of(model))[id(old)]:
         setattr(parent, key, new)
@@ -62,9 +63,9 @@ _HOOKS = (
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves old's forward and backward hooks, and those before them, to new, behind new's own.
+    """Moves old's forward and backward hooks and pre-hooks to new, after new's own.
 
-    State dict hooks stay: they are about old's keys.
+    State dict hooks stay, because they are about old's keys.
     """
     if old._is_full_backward_hook is not None:
         new._is_full_backward_hook = old._is_full_backward_hook
@@ -73,16 +74,16 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         hooks, own = getattr(old, key), getattr(new, key)
         if not hooks:
             continue
-        # The very dict where that is possible: it is what the hooks' handles remove them from.
+        # Move the dict itself if possible, because the hooks' handles remove them from that dict.
         setattr(old, key, type(hooks)())
-        if own.keys() <= hooks.keys():  # none, or copies of them
+        if own.keys() <= hooks.keys():  # new has no hooks, or copies of old's
             setattr(new, key, hooks)
         else:
             own.update(hooks)
 
 
 def progress(items: list, what: str, enabled: bool) -> Iterator:
-    """items behind a tqdm bar, where tqdm is installed and the bar is wanted."""
+    """An iterator over items, with a tqdm bar if tqdm is installed and the bar is wanted."""
     if not enabled:
         return iter(items)
     try:
@@ -100,11 +101,12 @@ def check_model(
     peft: str,
     layers: tuple[type, ...] = (nn.Linear, nn.Embedding),
 ) -> None:
-    """TypeError unless model is a module that contains layers, none of which is PEFT's.
+    """Raises TypeError unless model is a module that contains layers, none of them PEFT's.
 
     Args:
-        one_layer, peft: what to do with a single layer, and what is wanted instead of PEFT's.
-        layers: classes of a single layer, besides Conv1D.
+        one_layer: for the error, what to do with a single layer.
+        peft: for the error, what is wanted instead of PEFT's layers.
+        layers: classes that count as a single layer, besides Conv1D.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is a {type(model).__name__}, want an nn.Module")
@@ -121,9 +123,9 @@ def check_model(
 
 
 def check_whole(op: str, model: nn.Module, only: str = "") -> None:
-    """ValueError if a parameter, of those with `only` in their names, is one process's share of a
-    tensor: a DTensor, as FSDP2 and tensor parallelism make them, or one of DeepSpeed's ZeRO-3."""
-    dtensor = sys.modules.get("torch.distributed.tensor")  # there are none before it is imported
+    """Raises ValueError if a parameter with `only` in its name is one process's share of a tensor:
+    a DTensor, which FSDP2 and tensor parallelism make, or a tensor of DeepSpeed's ZeRO-3."""
+    dtensor = sys.modules.get("torch.distributed.tensor")  # without this import, no DTensor exists
     for name, parameter in model.named_parameters():
         if only not in name:
             continue
@@ -141,12 +143,9 @@ def check_whole(op: str, model: nn.Module, only: str = "") -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether the parameters weight... of module are a packed weight of shape `_shape`: a layer of
-    ours, or what tensor parallelism made of one."""
-    parallel = sys.modules.get("qlora_ext.integrations.tensor_parallel")
-    return isinstance(module, _Packed4bit) or (
-        parallel is not None and isinstance(module, parallel.ParallelLinear4bit)
-    )
+    """Whether module is packed: its parameters weight... hold a weight of logical shape `_shape`.
+    It is one of our layers, or one that tensor parallelism has split."""
+    return getattr(type(module), "holds_packed_weight", False)
 
 
 def _numel(module: nn.Module) -> int:
@@ -154,31 +153,22 @@ def _numel(module: nn.Module) -> int:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The linear layers of a model by pattern, those of a stack as one: layers.*.mlp.up_proj."""
+    """Names of a model's linear layers, with one pattern for a stack: layers.*.mlp.up_proj."""
     names = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
     return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
 
 
 def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
-    """Makes a model's plain nn.Linear layers on a CPU PanelLinear, in place.
+    """Turns a model's plain nn.Linear layers on a CPU into PanelLinear, in place. Parameters, ties
+    and the state dict stay the same.
 
     Args:
-        panels: True: they use panels for bf16 and fp16 always; None: where torch's own product is
-            slow on this machine, which each call decides; False changes nothing. Parameters, ties
-            and the state dict stay what they are.
+        panels: True: always use panels for bf16 and fp16, whatever the layer's device is now. None:
+            use them if torch's own product is slow on this machine; each call decides. False:
+            change nothing.
     """
     if panels is False:
         return
     for layer in [m for m in model.modules() if type(m) is nn.Linear]:
         if panels or (layer.weight.device.type == "cpu" and layer.weight.is_floating_point()):
             replace_module(model, layer, PanelLinear.from_linear(layer, always=bool(panels)))
-
-
-def own_config(model: nn.Module) -> None:
-    """Gives a transformers model a config of its own, where other models were made from it too."""
-    copies: dict[int, object] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is not None and id(config) in copies:
-            module.config = copies[id(config)]

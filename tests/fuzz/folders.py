@@ -49,6 +49,7 @@ KEYS = [
     "text_config", "rms_norm_eps", "pad_token_id", "attention_bias", "sliding_window",
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
     "peft_type", "layer_replication", "megatron_config", "base_model_name_or_path", "use_dora",
+    "validate", "save_pretrained", "to_dict", "_auto_class", "output_attentions",  # its own methods
     "eos_token_id", "max_length", "do_sample", "tokenizer_class", "chat_template",
 ]  # fmt: skip
 BYTES = {
@@ -75,11 +76,11 @@ KINDS = ("missing", "folder", "pipe", "loop", "dangling", "zeros", "unreadable",
 
 def make_folders(root: Path) -> None:
     """base (in shards), packed, bitsandbytes, adapter: what the cases are mutations of."""
-    import tiny_models
     import torch
-    from integration_helpers import tiny_tokenizer
 
     import qlora_ext
+    import tiny_models
+    from integration_helpers import tiny_tokenizer
 
     model = tiny_models.make("llama", torch.bfloat16, vocab_size=256)
     model.save_pretrained(root / "base", max_shard_size="60KB")

@@ -163,7 +163,7 @@ def draw_weight(rng, reference, shape):
         absmax = np.abs(make.normal(0, 0.05, blocks)).astype(np.float32)
     if rng.random() < 0.2:
         mean = make.normal(0, 0.01, blocks).astype(np.float32)
-    quant_type = rng.choice(("nf4", "nf4", "fp4", "linear", "custom"))
+    quant_type = rng.choice(("nf4", *reference.CODEBOOKS, "custom"))
     codebook = [rng.uniform(-1, 1) for _ in range(16)] if quant_type == "custom" else None
     return {
         "packed": as_bytes(make.integers(0, 256, (numel + 1) // 2, dtype=np.uint8)),
@@ -650,7 +650,8 @@ def main():
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     qlora_ext = load(arguments.library)
-    from qlora_ext import reference
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+    import reference
 
     outcomes, findings, begin = Counter(), [], time.monotonic()
     for number in range(arguments.first, arguments.first + arguments.cases):

@@ -21,12 +21,13 @@ def outcomes(folder: Path, first: int, count: int) -> list[dict]:
     """What came of some cases, from a process of one thread that forks for each."""
     tests = Path(__file__).resolve().parent.parent
     words = [sys.executable, str(tests / "fuzz" / "folders.py"), str(folder)]
+    path = [str(tests), str(tests / "support"), *sys.path]
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*words, str(SEED), str(first), str(count)],
         capture_output=True,
         text=True,
-        env={**os.environ, **offline, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])},
+        env={**os.environ, **offline, "PYTHONPATH": os.pathsep.join(path)},
     )
     lines = [line[5:] for line in result.stdout.splitlines() if line.startswith("CASE ")]
     assert result.returncode == 0, result.stderr[-4000:]

@@ -1,7 +1,6 @@
-// The CPU kernels against a naive reference, with no torch: for sanitizers and for any compiler.
-// Buffers have exactly the sizes that params.h promises, so ASan sees every step outside them.
-// Run once per path, QLORA_EXT_CPU=portable|avx2|avx512|avx512_bf16:
-// `make native`.
+// The CPU kernels against a naive reference, without torch: for sanitizers and for any compiler.
+// Buffers have exactly the sizes that params.h promises, so ASan sees every access outside them.
+// `make native` runs it once per path, QLORA_EXT_CPU=portable|avx2|avx512|avx512_bf16.
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -100,7 +99,7 @@ float inverse_or_zero(float scale) {
 struct Weight {
   int64_t N, K, blocksize, num_blocks;
   std::vector<uint8_t> packed;
-  std::vector<float> absmax;  // decoded scales where nested
+  std::vector<float> absmax;  // decoded if the scales are nested
   std::vector<float> mean;
   std::vector<uint8_t> code;
   std::vector<float> nested;
@@ -329,7 +328,7 @@ void test_embedding_index() {
 
 // ---- products ----
 
-// One output element: what it is, and the sum of the magnitudes that went into it.
+// One output element: its value, and the sum of the magnitudes of its terms.
 struct Sum {
   double value = 0.0;
   double magnitude = 0.0;
@@ -341,7 +340,7 @@ struct Sum {
 
 void check_sum(const char* op, const Buffer& out, int64_t i, const Sum& want) {
   // fp32 sums lose a few ulp of the magnitudes; the output is rounded once.
-  // Where a CPU multiplies bf16 itself, W is rounded to bf16 first.
+  // If the CPU multiplies bf16 itself, W is rounded to bf16 first.
   const bool rounds_weight = out.dtype == DType::kBFloat16 && cpu::kernels().multiply_bf16;
   const double bound = want.magnitude * (rounds_weight ? 0x1p-9 : 0x1p-19) +
                        std::fabs(want.value) * unit_roundoff(out.dtype) * 1.001 + 1e-7;

@@ -31,7 +31,7 @@ SIMT = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(SIMT.parent))
 
-from simt import ptx_to_cpp  # noqa: E402
+from simt import ptx_to_cpp
 
 ROOT = SIMT.parent.parent
 BUILD = Path(os.environ.get("SIMT_BUILD_DIR") or ROOT / "build" / "simt")

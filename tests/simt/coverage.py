@@ -1,5 +1,6 @@
 """Lists every kernel instantiation that dispatch can reach, the sweep's cases that launch it, and
-the case that fails when it is turned into a no-op. `--write` renews docs/kernel_coverage.md.
+the case that fails when it is turned into a no-op. `--write` renews the page of it,
+docs/generated/kernel_coverage.md.
 """
 
 import argparse
@@ -7,7 +8,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    tests = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(tests), str(tests / "support")]
 
 import qlora_ext  # noqa: F401  (the CPU backend's ops)
 from simt import build
@@ -20,7 +22,8 @@ HEAD = """\
 Made by `python tests/simt/coverage.py --write`: each instantiation that a launcher names (it
 registers itself when the library is loaded), the calls of `tests/simt/sweep.py` that launch it, and
 the first of them whose result is wrong when the kernel does nothing (`SIMT_SKIP`). All run on the
-emulated machine in every run of `tests/simt` ([kernels.md](kernels.md)). None has run on a GPU yet.
+emulated machine in every run of `tests/simt` ([kernels.md](../kernels.md)). None has run on a GPU
+yet.
 
 """
 
@@ -45,7 +48,7 @@ def rows(simt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="renew docs/kernel_coverage.md")
+    parser.add_argument("--write", action="store_true", help="renew the generated page")
     write = parser.parse_args().write
     table = list(rows(build.load_simt()))
     never = sum(not cases for _, cases, _ in table)
@@ -61,7 +64,7 @@ def main():
         lines.append(f"| `{name}` | {first} | {noticed or 'NOT NOTICED'} |")
     text = "\n".join(lines) + "\n"
     if write:
-        (build.ROOT / "docs" / "kernel_coverage.md").write_text(HEAD + text)
+        (build.ROOT / "docs" / "generated" / "kernel_coverage.md").write_text(HEAD + text)
     print(text)
     return 1 if never or unnoticed else 0
 

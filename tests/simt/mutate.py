@@ -23,7 +23,7 @@ SYNC = re.compile(
     r"\([^;]*\);"
 )
 PLAIN = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "test_case", "-p", "no:cacheprovider"]
-RACES = "import sys; sys.path.insert(0, 'tests'); from simt import build; import os\n"
+RACES = "import sys; sys.path[:0] = ['tests', 'tests/support']; from simt import build; import os\n"
 RACES += "os.environ.update(build.sanitizer_environment('thread'))\n"
 RACES += (
     "c = [*build.fixed_addresses(), sys.executable, 'tests/simt/sweep.py']; os.execvp(c[0], c)\n"

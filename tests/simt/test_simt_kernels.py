@@ -61,8 +61,8 @@ def test_every_reachable_kernel_is_launched(simt):
 
 
 def test_the_page_lists_these_kernels(simt):
-    """docs/kernel_coverage.md; `python tests/simt/coverage.py --write` renews it."""
-    page = (build.ROOT / "docs" / "kernel_coverage.md").read_text()
+    """docs/generated/kernel_coverage.md; `python tests/simt/coverage.py --write` renews it."""
+    page = (build.ROOT / "docs" / "generated" / "kernel_coverage.md").read_text()
     assert set(re.findall(r"^\| `([^`]+)` \|", page, re.M)) == set(simt.kernels())
     assert f"{len(CASES)} cases" in page and "NOT NOTICED" not in page
 

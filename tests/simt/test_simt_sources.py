@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from runtime_calls import RUNTIME_CALLS
 
+from runtime_calls import RUNTIME_CALLS
 from simt import build
 
 CUDA = build.ROOT / "csrc" / "cuda"

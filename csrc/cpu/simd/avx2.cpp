@@ -1,12 +1,12 @@
 // The inner kernels with AVX2, FMA and F16C: 8 weights to a vector.
 //
-// A weight's 4-bit code becomes its value by byte shuffles of the codebook's four planes of bytes
-// if many follow each other, else by two 8-entry register permutes and a blend on the code's top
-// bit; nothing is looked up in memory. Products use FMA; the quantizer and the decoder,
-// whose bits are the format, never do (the build passes -ffp-contract=off).
+// 4-bit codes become values in registers, never by a look-up in memory. Long runs of codes take
+// byte shuffles of the codebook's four byte planes. Others take two 8-entry permutes and a blend
+// on the code's top bit. Products use FMA. The quantizer and the decoder never do, because the
+// format fixes their bits (the build passes -ffp-contract=off).
 //
-// Headers with external linkage stand before the target pragma, so that no inline function that
-// other files share is compiled for AVX2 and then chosen by the linker for a CPU without it.
+// Headers with external linkage are included before the target pragma. After it, their inline
+// functions would be compiled for AVX2, and the linker might pick those for a CPU without it.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -53,8 +53,8 @@ void store_16_halves(uint16_t* dst, __m256i v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), v);
 }
 
-// The upper halves of 8 fp32 values rounded to nearest even, one to a 32-bit lane; a NaN becomes
-// 0x7fc0, as in bf16_from_float.
+// 8 fp32 values rounded to bf16 (nearest even), one in each 32-bit lane; a NaN becomes 0x7fc0, as
+// in bf16_from_float.
 __m256i round_bf16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -117,7 +117,7 @@ void from_float(const float* src, int64_t n, DType dtype, void* dst) {
 
 // ---- the quantizer ----
 
-// Magnitudes compare as integers, and Inf and NaN are the largest: one pass finds both.
+// Magnitudes compare as integers, with Inf and NaN the largest, so one pass finds all three.
 float max_abs_of(const float* x, int64_t n) {
   const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
   __m256i largest = _mm256_setzero_si256();
@@ -141,8 +141,8 @@ void max_abs(const float* x, int64_t n, int64_t blocksize, float* largest) {
   }
 }
 
-// The 15 thresholds as a search tree. Comparisons yield -1, so positions count downwards: entry i
-// of a level lies in lane (-i) mod 8, and no negation is needed before the last step.
+// The 15 thresholds as a search tree. A comparison yields -1 for true, so positions are negative:
+// entry i of a level lies in lane (-i) mod 8. That saves a negation at each level.
 struct Decision {
   __m256 root;           // t[7]
   __m256 second[2];      // t[3], t[11]
@@ -234,7 +234,7 @@ void encode_block(const float* x, int64_t n, const Normalizer& normalizer, const
   uint8_t bytes[16];
   std::copy(x + i, x + n, rest);
   encode_32<kSignMagnitude>(rest, normalizer, decision, bytes);
-  if (n & 1) bytes[(n - i) / 2] &= 0xf0;  // the spare nibble
+  if (n & 1) bytes[(n - i) / 2] &= 0xf0;  // clears the unused nibble
   std::copy_n(bytes, (n - i + 1) / 2, packed + i / 2);
 }
 
@@ -282,7 +282,7 @@ struct Table {
   explicit Table(const float values[16]) : low(load_fp32(values)), high(load_fp32(values + 8)) {}
 };
 
-// The codebook as a block scales it: fp32 multiply, then fp32 add.
+// The codebook scaled by a block: fp32 multiply, then fp32 add.
 Table scaled_table(const PackedWeight& weight, int64_t block) {
   Table table(weight.values);
   const __m256 scale = _mm256_set1_ps(block_scale(weight, block));
@@ -296,8 +296,8 @@ Table scaled_table(const PackedWeight& weight, int64_t block) {
   return table;
 }
 
-// Eight codes from four bytes, in order, each in the low bits of its lane; higher bits are not
-// cleared, since `look_up` reads only four.
+// Eight codes from four bytes, in order, each in the low four bits of its lane. The bits above are
+// not cleared, since `look_up` does not read them.
 __m256i codes_of(const uint8_t* packed) {
   int32_t bytes;
   std::memcpy(&bytes, packed, sizeof(bytes));
@@ -399,9 +399,9 @@ struct BytePlanes {
   }
 };
 
-// out[0 ... 3] = the values of 32 codes, a byte each; out[j] has those of bytes 4j ... 4j + 3 of the
-// lower 16, then those of the upper 16. A byte shuffle looks up 32 bytes, so that a value costs
-// 3/8 of a shuffle, where permutes of fp32 lanes and their blend cost 5/8 of such instructions.
+// Looks up 32 codes, one per byte. out[j] has the values of bytes 4j ... 4j + 3 of the lower 16
+// codes, then those of the upper 16. A value costs 3/8 of a shuffle, counting the unpacks; with
+// permutes of fp32 lanes and a blend it would cost 5/8 of such an instruction.
 void look_up_32(const BytePlanes& planes, __m256i codes, __m256 out[4]) {
   const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], codes);
   const __m256i b1 = _mm256_shuffle_epi8(planes.plane[1], codes);
@@ -419,7 +419,7 @@ void look_up_32(const BytePlanes& planes, __m256i codes, __m256 out[4]) {
 
 // dst[i * kPanelWidth + c] = src[c * stride + i] for i, c < 8.
 void transpose_8x8(const float* src, int64_t stride, float* dst) {
-  // Each row of src as two halves: lanes of row c and row c + 4 share a register.
+  // A register holds four elements of row c and four of row c + 4.
   const auto halves = [&](int64_t c, int64_t at) {
     const __m128 upper = _mm_loadu_ps(src + (c + 4) * stride + at);
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(src + c * stride + at)), upper,
@@ -451,7 +451,7 @@ void transpose_fp32(const float* src, int64_t stride, int64_t width, int64_t dep
   }
 }
 
-constexpr int64_t kSlab = 64;  // depth that is converted before it is transposed: 4 KB
+constexpr int64_t kSlab = 64;  // depth that is converted, then transposed, at a time: 4 KB
 
 void pack_columns(const void* src, DType dtype, int64_t stride, int64_t width, int64_t depth,
                   float* panel) {
@@ -476,7 +476,7 @@ void pack_rows(const void* src, DType dtype, int64_t stride, int64_t width, int6
   }
 }
 
-// Any shape: rows are decoded as they lie, then transposed.
+// Any shape: decodes row by row, then transposes.
 void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t k, int64_t width,
                         int64_t depth, float* panel) {
   alignas(32) float slab[kPanelWidth * kSlab];
@@ -489,7 +489,7 @@ void decode_columns_any(const PackedWeight& weight, int64_t row, int64_t k, int6
   }
 }
 
-// bytes[i] = bytes 4i ... 4i + 3 of each of eight rows, a row to a lane: 64 codes of each row.
+// bytes[i] = bytes 4i ... 4i + 3 of each of eight rows, one row per lane: 64 codes of each row.
 void load_rows(const uint8_t* packed, int64_t row_bytes, __m256i bytes[8]) {
   const auto halves = [&](int64_t row, int64_t at) {
     const __m128i* lower = reinterpret_cast<const __m128i*>(packed + row * row_bytes + at);
@@ -510,7 +510,7 @@ void load_rows(const uint8_t* packed, int64_t row_bytes, __m256i bytes[8]) {
   }
 }
 
-// The same for the last codes of a depth that 64 does not divide: four bytes of each row.
+// The same for what is left if 64 does not divide the depth: four bytes of each row.
 __m256i load_row_ends(const uint8_t* packed, int64_t row_bytes) {
   int32_t lanes[kLanes];
 #pragma GCC unroll 8
@@ -521,12 +521,13 @@ __m256i load_row_ends(const uint8_t* packed, int64_t row_bytes) {
                            lanes[7]);
 }
 
-// panel[i][0..7] = the i-th of eight codes of eight rows, whose four bytes are a lane each. Even
-// elements are high nibbles.
+// panel[i][0..7] = the value of the i-th of eight codes, for eight rows. Each lane of `bytes` holds
+// the four bytes of one row. Even elements are high nibbles.
 template <bool kMean>
 void decode_eight(__m256i bytes, const BytePlanes& planes, __m256 scale, __m256 mean,
                   float* panel) {
-  // Four rows' first bytes, then their second ones: look_up_32 then delivers a byte of all rows.
+  // First bytes of four rows, then their second bytes, ...: out[j] of look_up_32 is then byte j of
+  // all eight rows.
   const __m256i by_byte = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const __m256i ordered = _mm256_shuffle_epi8(bytes, by_byte);
@@ -545,8 +546,8 @@ void decode_eight(__m256i bytes, const BytePlanes& planes, __m256 scale, __m256 
   }
 }
 
-// panel[d][0..7] = W[row + lane][k + d] for eight rows whose bytes and blocks divide by 8 elements:
-// their bytes are transposed, then looked up.
+// panel[d][0..7] = W[row + lane][k + d] for eight rows. Rows and blocks must be multiples of 8
+// elements. Transposes the packed bytes, then looks them up.
 template <bool kMean>
 void decode_eight_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth,
                           float* panel) {
@@ -584,7 +585,7 @@ void decode_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t 
   }
 }
 
-// One row of a panel, 16 elements that lie in one block and whole bytes.
+// One row of a panel: 16 elements in whole bytes and one block.
 void decode_16(const PackedWeight& weight, const Table& table, int64_t first, float* out) {
   const int64_t block = block_of(weight, first);
   const __m256 scale = _mm256_set1_ps(block_scale(weight, block));
@@ -624,7 +625,7 @@ float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// What dot_any (blocks.h) takes of this instruction set.
+// The vector operations that dot_any (blocks.h) needs.
 struct Avx2 {
   static constexpr int64_t kLanes = 8;
   using Vector = __m256;
@@ -648,7 +649,7 @@ struct Avx2 {
   }
 };
 
-// x in the order in which look_up_32 delivers a group: 32 even elements, then 32 odd ones.
+// Puts x into the order of look_up_32's output for a group: 32 even elements, then 32 odd ones.
 void arrange_group(const float* x, float* arranged) {
   const auto halves = [&](int64_t at) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + at)),
@@ -661,11 +662,11 @@ void arrange_group(const float* x, float* arranged) {
   }
 }
 
-// One row of W with kRows rows of x, arranged: [depth / kGroup][kRows][kGroup].
+// One row of W times kRows rows of x, which is arranged as [depth / kGroup][kRows][kGroup].
 template <int kRows>
 void dot_groups(const BytePlanes& planes, const uint8_t* packed, const float* scales, int64_t ahead,
                 int64_t depth, const float* x, float* sums) {
-  constexpr int kChains = kRows <= 2 ? 2 : 1;  // enough of them hide the FMA's latency
+  constexpr int kChains = kRows <= 2 ? 2 : 1;  // enough chains to hide the FMA's latency
   const __m256i nibble = _mm256_set1_epi8(15);
   __m256 total[kRows];
 #pragma GCC unroll 8
@@ -731,7 +732,7 @@ void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64
       M, [&](auto count) { dot_rows<count>(weight, row, rows, k, depth, x, x_stride, sums); });
 }
 
-// kRows x 16 sums in registers: with 6 rows, 12 accumulators, 2 panel vectors and a broadcast.
+// Keeps kRows x 16 sums in registers: 12 accumulators, 2 panel vectors and a broadcast at 6 rows.
 template <int kRows>
 void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, const float* panel,
                    int64_t depth, float* acc) {

@@ -1,11 +1,11 @@
 // The decoders and the products with AVX-512 (F, BW, VL, VBMI: Ice Lake, Zen 4 and later).
 //
 // The 16 values of a codebook fit one register, so one permute decodes 16 weights, and one
-// multishift puts 16 codes of 8 bytes into their lanes. Everything else is the AVX2 table's.
+// multishift puts the 16 codes of 8 bytes into their lanes. The rest comes from the AVX2 table.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own headers warn about their undefined vectors (its bug 105593).
+// The undefined vectors in GCC 12's own headers trigger this warning (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -39,12 +39,12 @@ static_assert(kLanes == kPanelWidth, "a panel's row is one vector");
 
 // ---- codes and values ----
 
-// Sixteen codes from eight bytes, in order, each in the low bits of its lane; the bits above are
-// other codes, and `look_up` does not read them.
+// Sixteen codes from eight bytes, in order, each in the low four bits of its lane. The bits above
+// are not cleared, since `look_up` does not read them.
 __m512i codes_of(const uint8_t* packed) {
   int64_t bytes;
   std::memcpy(&bytes, packed, sizeof(bytes));
-  // Lane pair j of a 64-bit element starts at the bits of codes 2j (high nibble) and 2j + 1.
+  // The two lanes of 64-bit element j start at the bits of codes 2j (high nibble) and 2j + 1.
   const __m512i starts =
       _mm512_setr_epi64(4LL | 0LL << 32, 12LL | 8LL << 32, 20LL | 16LL << 32, 28LL | 24LL << 32,
                         36LL | 32LL << 32, 44LL | 40LL << 32, 52LL | 48LL << 32, 60LL | 56LL << 32);
@@ -53,7 +53,7 @@ __m512i codes_of(const uint8_t* packed) {
 
 __m512 look_up(__m512 table, __m512i codes) { return _mm512_permutexvar_ps(codes, table); }
 
-// The codebook as a block scales it: fp32 multiply, then fp32 add.
+// The codebook scaled by a block: fp32 multiply, then fp32 add.
 __m512 scaled_table(const PackedWeight& weight, int64_t block) {
   const __m512 scale = _mm512_set1_ps(block_scale(weight, block));
   const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(weight.values), scale);
@@ -96,7 +96,7 @@ __m256i to_half(__m512 v, DType dtype) {
 // 32 codes from 16 bytes, each in the low bits of a 16-bit lane.
 __m512i half_codes_of(const uint8_t* packed) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-  // Two bytes, four codes, to a 64-bit element.
+  // Two bytes (four codes) in each 64-bit element.
   const __m512i starts = _mm512_set1_epi64(4LL | 0LL << 16 | 12LL << 32 | 8LL << 48);
   return _mm512_multishift_epi64_epi8(starts, _mm512_cvtepu16_epi64(bytes));
 }
@@ -128,9 +128,9 @@ void decode(const PackedWeight& weight, int64_t first, int64_t n, DType dtype, v
 
 // ---- panels ----
 
-// bytes[i] = bytes 4i ... 4i + 3 of each of sixteen rows, a row to a lane: 32 codes of each row.
+// bytes[i] = bytes 4i ... 4i + 3 of each of sixteen rows, one row per lane: 32 codes of each row.
 void load_rows(const uint8_t* packed, int64_t row_bytes, __m512i bytes[4]) {
-  // Row r of a quarter lies in 128-bit part r / 4 of quarter r % 4, so that lanes end in order.
+  // Row r goes into 128-bit part r / 4 of quarter r % 4, so that the lanes end up in order.
   const auto quarter = [&](int64_t row) {
     const auto part = [&](int64_t i) {
       const uint8_t* at = packed + (row + 4 * i) * row_bytes;
@@ -149,7 +149,7 @@ void load_rows(const uint8_t* packed, int64_t row_bytes, __m512i bytes[4]) {
   bytes[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-// panel[i] = the i-th of eight codes of sixteen rows. Even elements are high nibbles.
+// panel[i] = the values of the i-th of eight codes of sixteen rows. Even elements are high nibbles.
 template <bool kMean>
 void decode_eight(__m512i bytes, __m512 table, __m512 scale, __m512 mean, float* panel) {
   const auto put = [&](int64_t i, __m512i codes) {
@@ -167,8 +167,8 @@ void decode_eight(__m512i bytes, __m512 table, __m512 scale, __m512 mean, float*
   put(7, _mm512_srli_epi32(bytes, 24));
 }
 
-// Sixteen rows whose bytes and blocks divide by 8 elements, a depth that divides by 32: once their
-// bytes are transposed, a shift moves each row's next code into place.
+// Sixteen rows. Rows and blocks must be multiples of 8 elements, the depth a multiple of 32.
+// Transposes the packed bytes; then a shift moves each row's next code into place.
 template <bool kMean>
 void decode_sixteen_columns(const PackedWeight& weight, int64_t row, int64_t k, int64_t depth,
                             float* panel) {
@@ -219,7 +219,7 @@ void decode_rows(const PackedWeight& weight, int64_t row, int64_t k, int64_t wid
 
 // ---- products ----
 
-// What dot_any (blocks.h) takes of this instruction set.
+// The vector operations that dot_any (blocks.h) needs.
 struct Avx512 {
   static constexpr int64_t kLanes = 16;
   using Vector = __m512;
@@ -240,13 +240,13 @@ struct Avx512 {
   }
 };
 
-// Two groups are decoded together: 64 bytes, of which a shift moves each 32-bit lane's next code
-// into place. Lane l of shift i has element 8 * l + (i ^ 1), since even elements are high nibbles.
+// Two groups (64 bytes) are decoded together: a shift moves each 32-bit lane's next code into
+// place. After shift i, lane l has element 8 * l + (i ^ 1), since even elements are high nibbles.
 constexpr int64_t kPair = 2 * kGroup;
 
 // x in that order: arranged[16 * i + l] = x[8 * l + (i ^ 1)].
 void arrange_pair(const float* x, float* arranged) {
-  // Lane 4 * i + l takes element i (of four) of lane l (of four) from two vectors, two lanes each.
+  // Lane 4 * i + l takes element 8 * l + i of 32, for i and l from 0 to 3.
   const __m512i firsts =
       _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
   const __m512i seconds = _mm512_add_epi32(firsts, _mm512_set1_epi32(4));
@@ -293,8 +293,8 @@ void add_pair(__m512i bytes, __m512 table, const float scales[2], const float* x
   }
 }
 
-// One row of W with kRows rows of x, arranged: [depth / kPair][kRows][kPair], where a group of zeros
-// follows an odd number of groups.
+// One row of W times kRows rows of x, which is arranged as [depth / kPair][kRows][kPair]. A group
+// of zeros pads an odd number of groups.
 template <int kRows>
 void dot_groups(__m512 table, const uint8_t* packed, const float* scales, int64_t ahead,
                 int64_t depth, const float* x, float* sums) {
@@ -335,7 +335,7 @@ void dot_rows(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, 
   }
   const __m512 table = _mm512_loadu_ps(weight.values);
   float scales[kMaxDotElements / kGroup + 1];
-  scales[depth / kGroup] = 0.0f;  // the padding's
+  scales[depth / kGroup] = 0.0f;  // of the padding
   const int64_t ahead = prefetch_distance(weight, depth);
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t first = (row + n) * weight.K + k;
@@ -350,8 +350,8 @@ void dot(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64
       M, [&](auto count) { dot_rows<count>(weight, row, rows, k, depth, x, x_stride, sums); });
 }
 
-// kRows x 16 sums in registers; x is broadcast from memory as an operand of the FMA. Eight rows
-// hide the FMA's latency, and reading the panel once for each eight costs L1 nothing it lacks.
+// Keeps kRows x 16 sums in registers; x is broadcast from memory as an operand of the FMA. Eight
+// rows hide the FMA's latency, and L1 can deliver the panel once per eight rows.
 template <int kRows>
 void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, const float* panel,
                    int64_t depth, float* acc) {
@@ -389,7 +389,7 @@ void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t 
 
 namespace qlora_ext::cpu {
 
-// Outside the pragma: this runs on every x86-64 CPU, before it is known what it can do.
+// Outside the pragma, because it runs on every x86-64 CPU, before the CPU's features are checked.
 Kernels avx512_kernels() {
   Kernels table = kAvx2Kernels;
   table.name = "avx512";

@@ -1,13 +1,13 @@
 // Products of bf16 pairs with AVX512_BF16 (Zen 4, Cooper Lake, Sapphire Rapids): twice the
-// arithmetic of fp32. Everything else is the AVX-512 table's.
+// arithmetic of fp32. The rest comes from the AVX-512 table.
 //
-// A 4-bit weight is decoded in fp32 as on every path and then rounded to bf16, as a dense bf16
-// layer's weight is; x is bf16 already, and sums are fp32. Forcing QLORA_EXT_CPU=avx512 keeps the
-// weights in fp32.
+// A 4-bit weight is decoded in fp32, as on every path, and then rounded to bf16, like the weight of
+// a dense bf16 layer. x is already bf16, and sums are fp32. QLORA_EXT_CPU=avx512 keeps the weights
+// in fp32.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own headers warn about their undefined vectors (its bug 105593).
+// The undefined vectors in GCC 12's own headers trigger this warning (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -58,7 +58,7 @@ __m512bh as_pairs(__m512i words) {
   return pairs;
 }
 
-// kRows x 16 sums in registers; a pair of x is one 32-bit broadcast.
+// Keeps kRows x 16 sums in registers. A pair of x is one 32-bit broadcast.
 template <int kRows>
 void multiply_rows(const uint16_t* x, int64_t row_stride, const uint16_t* pairs, int64_t depth,
                    float* acc) {
@@ -96,7 +96,7 @@ void multiply_bf16(const uint16_t* x, int64_t row_stride, int64_t rows, const ui
 
 namespace qlora_ext::cpu {
 
-// Outside the pragma: this runs on every x86-64 CPU, before it is known what it can do.
+// Outside the pragma, because it runs on every x86-64 CPU, before the CPU's features are checked.
 Kernels avx512_bf16_kernels() {
   Kernels table = avx512_kernels();
   table.name = "avx512_bf16";

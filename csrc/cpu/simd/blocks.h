@@ -1,10 +1,10 @@
-// What the files of the x86 instruction sets share: how they walk the blocks of a 4-bit weight,
-// prefetch it, and choose a loop for a number of rows. The decoders are each file's own.
+// Shared by the files of the x86 instruction sets: they walk the blocks of a 4-bit weight, prefetch
+// it and choose a loop for a number of rows. Each file has its own decoders.
 //
-// Included below the file's target pragma, so that loop bodies inline into these functions;
-// therefore everything here has internal linkage, one copy for each instruction set. It includes
-// nothing: an inline function of a header that came in here would be compiled for this instruction
-// set, and the linker might then take it for a CPU without it. The file includes, above the pragma:
+// Include this below the target pragma, so that loop bodies inline into these functions. That is
+// why everything here has internal linkage: one copy per instruction set. This file includes
+// nothing, because a header's inline functions would be compiled for this instruction set, and the
+// linker might then use them on a CPU without it. Include these above the pragma:
 // <immintrin.h>, <algorithm>, <type_traits>, "../scales.h" and "simd.h".
 #pragma once
 
@@ -30,8 +30,8 @@ inline void for_each_block(const PackedWeight& weight, int64_t first, int64_t n,
   }
 }
 
-// Elements that share a scale if rows and blocks divide by them: `dot` decodes them with the
-// codebook as it is, and scales their sum.
+// If rows and blocks are multiples of this many elements, a group shares one scale: `dot` then
+// decodes it with the unscaled codebook and scales the sum.
 constexpr int64_t kGroup = 64;
 
 inline bool has_groups(const PackedWeight& weight, int64_t k, int64_t depth) {
@@ -54,7 +54,7 @@ inline void group_scales(const PackedWeight& weight, int64_t first, int64_t grou
 
 // ---- prefetching ----
 
-// How far ahead of the codes in use to fetch: the hardware's own prefetcher stops at every page.
+// How far ahead of the codes in use to prefetch. The hardware's prefetcher stops at every page.
 constexpr int64_t kPrefetch = 1024;    // bytes along a row
 constexpr int64_t kPrefetchRows = 16;  // rows down a column
 
@@ -64,22 +64,23 @@ inline void prefetch(const uint8_t* packed) {
   _mm_prefetch(reinterpret_cast<const char*>(packed), _MM_HINT_T0);
 }
 
-// A panel reads two lines of each row, too few for the hardware's prefetcher: the next panel's.
+// Prefetches the next panel. A panel reads two cache lines of each row, too few to start the
+// hardware's prefetcher.
 inline void prefetch_rows(const uint8_t* packed, int64_t row_bytes, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) prefetch(packed + row * row_bytes);
 }
 
-// How many bytes ahead of the codes in use `dot` fetches: along the row, or if only a part of each
-// row is read, the same part of a later row.
+// How many bytes ahead of the codes in use `dot` prefetches: along the row, or the same part of a
+// later row if it reads only a part of each.
 inline int64_t prefetch_distance(const PackedWeight& weight, int64_t depth) {
   return depth == weight.K ? kPrefetch : 4 * weight.K / 2;
 }
 
 // ---- panels ----
 
-// The scales (and means) of kLanes rows, a lane each, for each stretch of a panel's depth in which
-// no row enters its next block. All are stored before the first is loaded as a vector: a load that
-// follows its kLanes stores at once waits for the last of them.
+// The scales (and means) of kLanes rows, one per lane, for each stretch of a panel's depth in which
+// no row enters its next block. All are stored before the first vector load, because a load right
+// after its kLanes stores waits for the last of them.
 template <int64_t kLanes>
 struct RowScales {
   alignas(kLanes * sizeof(float)) float scale[kDepth / 8][kLanes];
@@ -103,7 +104,7 @@ struct RowScales {
 
 // ---- products ----
 
-// Calls f(std::integral_constant<int, n>) for the n from 1 to kMost that `count` is; else nothing.
+// Calls f(std::integral_constant<int, count>) if `count` is 1 to kMost, else does nothing.
 template <int kMost, class F>
 inline void with_count(int64_t count, const F& f) {
   if constexpr (kMost > 0) {
@@ -113,7 +114,7 @@ inline void with_count(int64_t count, const F& f) {
 }
 
 // Calls f(std::integral_constant<int, rows of the tile>, first row) for tiles of kTile rows, then
-// for the rows that are left.
+// for the remaining rows.
 template <int kTile, class F>
 inline void for_each_row_tile(int64_t rows, const F& f) {
   int64_t row = 0;
@@ -121,8 +122,8 @@ inline void for_each_row_tile(int64_t rows, const F& f) {
   with_count<kTile - 1>(rows - row, [&](auto count) { f(count, row); });
 }
 
-// One row of W, of any shape, with kRows rows of x: its blocks in turn, each with the codebook that
-// it scales. `Simd` is what an instruction set calls its vectors and does with them.
+// One row of W, of any shape, times kRows rows of x, block by block, each with its scaled codebook.
+// `Simd` has an instruction set's vector types and operations.
 template <class Simd, int kRows>
 inline void dot_any_row(const PackedWeight& weight, int64_t first, int64_t n, const float* x,
                         int64_t x_stride, float* sums) {
@@ -156,7 +157,7 @@ inline void dot_any_row(const PackedWeight& weight, int64_t first, int64_t n, co
   for (int m = 0; m < kRows; ++m) sums[m] += Simd::sum(acc[m][0], acc[m][1]);
 }
 
-// `dot` for any shape: columns [k, k + depth) of `rows` rows of W, with kRows rows of x.
+// `dot` for any shape: columns [k, k + depth) of `rows` rows of W, times kRows rows of x.
 template <class Simd, int kRows>
 inline void dot_any(const PackedWeight& weight, int64_t row, int64_t rows, int64_t k, int64_t depth,
                     const float* x, int64_t x_stride, float (*sums)[kMaxDotRows]) {

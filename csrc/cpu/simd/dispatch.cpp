@@ -5,7 +5,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <string>
 
 #include "simd.h"
 
@@ -24,7 +23,7 @@ struct Path {
 };
 
 #if defined(__x86_64__)
-// Clang 14's __builtin_cpu_supports does not know this name.
+// Clang 14's __builtin_cpu_supports does not know "f16c".
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -42,9 +41,9 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-Choice choose() {
-  const Path paths[] = {
-  // best first
+// Every path in this build, the best first.
+std::vector<Path> all_paths() {
+  return {
 #if defined(__x86_64__)
       {avx512_bf16_kernels(), has_avx512_bf16(), "AVX512_BF16"},
       {avx512_kernels(), has_avx512(), "AVX-512 F, BW, VL and VBMI"},
@@ -52,10 +51,13 @@ Choice choose() {
 #endif
       {kPortableKernels, true, ""},
   };
+}
+
+Choice choose() {
   const char* forced = std::getenv("QLORA_EXT_CPU");
   const bool automatic = forced == nullptr || *forced == '\0';
   std::string names;
-  for (const Path& path : paths) {
+  for (const Path& path : all_paths()) {
     const std::string name = path.kernels.name;
     names += (names.empty() ? "" : ", ") + name;
     if (!automatic && name != forced) continue;
@@ -77,6 +79,12 @@ const Choice& choice() {
 const Kernels& kernels() { return choice().kernels; }
 
 const char* cpu_path() { return choice().error.empty() ? choice().kernels.name : nullptr; }
+
+std::vector<std::string> cpu_paths() {
+  std::vector<std::string> names;
+  for (const Path& path : all_paths()) names.push_back(path.kernels.name);
+  return names;
+}
 
 const char* cpu_path_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
 

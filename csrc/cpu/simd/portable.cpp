@@ -40,7 +40,7 @@ void from_float(const float* src, int64_t n, DType dtype, void* dst) {
   }
 }
 
-// Magnitudes compare as integers, and Inf and NaN are the largest: one pass finds both.
+// Magnitudes compare as integers, with Inf and NaN the largest, so one pass finds all three.
 void max_abs(const float* x, int64_t n, int64_t blocksize, float* largest) {
   for (int64_t first = 0; first < n; first += blocksize) {
     const int64_t end = std::min(n, first + blocksize);

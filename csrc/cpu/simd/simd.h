@@ -3,20 +3,22 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "../../params.h"
 
 namespace qlora_ext::cpu {
 
-// Columns of the right operand that a panel holds, whatever the instruction set.
+// Columns of the right operand in a panel, for every instruction set.
 constexpr int64_t kPanelWidth = 16;
-// Most of the contraction that a panel holds: 16 KB of L1.
+// Largest depth of a panel, along the contraction. A panel is then 16 KB of L1.
 constexpr int64_t kDepth = 256;
-// Rows of x that `dot` takes at once, and how much of x: 16 KB.
+// Most rows of x that `dot` takes at once, and most elements of x in all (16 KB).
 constexpr int64_t kMaxDotRows = 4;
 constexpr int64_t kMaxDotElements = 4096;
 
-// How a weight becomes the argument of the codebook's decision: v = (w - mean) * inverse_scale.
+// How a weight becomes the v that the codebook compares: v = (w - mean) * inverse_scale.
 struct Normalizer {
   float mean;           // 0 except for normalization "standard"
   float inverse_scale;  // 0 for a block without a usable scale: every v is 0
@@ -31,9 +33,10 @@ struct Kernels {
   // dst[i] = src[i], rounded to nearest even.
   void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);
 
-  // For each block of `blocksize` elements, the last perhaps short: max |x|, Inf or NaN if any is.
+  // For each block of `blocksize` elements (the last may be short): max |x|, or Inf or NaN if x has
+  // one there.
   void (*max_abs)(const float* x, int64_t n, int64_t blocksize, float* largest);
-  // Packs the codes of n weights, the first in a high nibble; an odd n leaves a zero low nibble.
+  // Packs the codes of n weights, the first in a high nibble. An odd n leaves a low nibble of 0.
   // Block b is normalised by normalizers[b].
   void (*encode)(const float* x, int64_t n, int64_t blocksize, const Normalizer* normalizers,
                  const Codebook& codebook, uint8_t* packed);
@@ -79,11 +82,13 @@ Kernels avx512_kernels();       // kAvx2Kernels with the decoders and the produc
 Kernels avx512_bf16_kernels();  // avx512_kernels() with products of bf16 added
 #endif
 
-// The live table: QLORA_EXT_CPU=portable|avx2|avx512|avx512_bf16 forces one, else the best that
-// this CPU runs.
+// The table in use: the one that QLORA_EXT_CPU names, else the best that this CPU runs.
 const Kernels& kernels();
 
-// Name of the live table, or null after an error.
+// Names of all tables of this build, the best first; a CPU may lack what some of them need.
+std::vector<std::string> cpu_paths();
+
+// Name of the table in use, or null after an error.
 const char* cpu_path();
 
 // Null, or an error that says why QLORA_EXT_CPU cannot be honoured; every launcher returns it.

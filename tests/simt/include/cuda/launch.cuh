@@ -1,6 +1,6 @@
 // Host twin of csrc/cuda/launch.cuh: the same names, run by the emulated machine. Each kernel
-// instantiation that a launcher names registers itself when the library is loaded, so the list of
-// what dispatch can reach is the compiler's own.
+// instantiation that a launcher names registers itself when the library is loaded. So the compiler
+// itself lists what dispatch can reach.
 #pragma once
 
 #include <array>

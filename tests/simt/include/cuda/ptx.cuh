@@ -64,7 +64,7 @@ inline uint32_t load_streaming(const uint32_t* pointer) { return *pointer; }
 
 // ---------------------------------------------------------------- cp.async
 namespace detail {
-// In this file, which the sanitizers instrument, so that a bad source is reported at the issue.
+// Defined here, where the sanitizers see it, so that a bad source is reported where it is issued.
 inline void copy(uint32_t shared, const void* global, int valid_bytes, const char* what) {
   if (valid_bytes < 0 || valid_bytes > 16) {
     simt::fail("%s: %d valid bytes, want 0 to 16", what, valid_bytes);
@@ -96,7 +96,7 @@ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t shared, SIMT_SITE) {
   simt::LdmatrixOperand operand{shared, d, {}};
   simt::meet(simt::kLdmatrixX4Trans, 0xffffffffu, &operand, SIMT_HERE);
 #if defined(__SANITIZE_THREAD__)
-  // The lane that receives an element is the one that reads it: here, where races are seen.
+  // Each lane reads the elements that it receives, here, so that races are seen.
   for (const unsigned char* at : operand.read)
     (void)*reinterpret_cast<const volatile uint16_t*>(at);
 #endif

@@ -168,8 +168,8 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, SIMT_SITE) {
 }
 
 // ---------------------------------------------------------------- atomics
-// Relaxed, as CUDA's are: ordering needs a fence. Integers only: a float sum by atomics would
-// depend on the order of blocks, which this project refuses.
+// Relaxed, as CUDA's are: ordering needs a fence. Only for integers, since a float sum by atomics
+// would depend on the order of blocks, which this project does not allow.
 #define SIMT_ATOMIC(T)                                                                            \
   inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }            \
   inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }          \
@@ -287,7 +287,7 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
   return static_cast<unsigned long long>((static_cast<unsigned __int128>(a) * b) >> 64);
 }
 
-// CUDA's global min and max take mixed integer types; so do these.
+// These take mixed integer types, as CUDA's global min and max do.
 template <class A, class B,
           class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 inline std::common_type_t<A, B> min(A a, B b) {
@@ -366,8 +366,8 @@ inline float __double2float_rn(double x) { return static_cast<float>(x); }
 inline double __ll2double_rn(long long x) { return static_cast<double>(x); }
 inline double __int2double_rn(int x) { return static_cast<double>(x); }
 
-// fma of the 16-bit types: product and sum are exact in fp64 wherever their exponents are within
-// 53 bits, so one rounding remains.
+// fma of the 16-bit types. Product and sum are exact in fp64 if their exponents are within 53 bits
+// of each other, so there is only one rounding.
 inline __half __hfma(__half a, __half b, __half c) {
   return __double2half(std::fma(static_cast<double>(__half2float(a)),
                                 static_cast<double>(__half2float(b)),

@@ -1,5 +1,6 @@
-// The emulated machine, as kernels' twins see it: one block at a time, one fiber per CUDA thread,
-// and a scheduler that switches fibers only where CUDA threads meet or wait. machine.cpp has it.
+// The emulated machine's interface for the host twins: one block at a time, one fiber per CUDA
+// thread, and a scheduler that switches fibers only where CUDA threads meet or wait. machine.cpp
+// implements it.
 #pragma once
 
 #include <vector_types.h>
@@ -28,16 +29,17 @@ struct Site {
   int line;
 };
 
-// Stops the block: the launch returns a sentence with the kernel, the block, the thread and this.
+// Stops the block. The launch returns an error with the kernel, the block, the thread and this
+// text.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---------------------------------------------------------------- lanes of a warp
-// Each lane of `mask` calls with the same kind; when the last has arrived, `run` is called once
-// with every lane's operand, and all go on. Ordering of memory among them only if `orders`.
+// Every lane of `mask` calls with the same kind. When the last one has arrived, `run` is called
+// once with every lane's operand, and all go on. `orders`: this also orders their memory accesses.
 struct Meeting {
   const char* what;  // the intrinsic's name; lanes that meet must agree on it
   bool aligned;      // .aligned: all from one source line
-  bool orders;       // __syncwarp alone
+  bool orders;       // only for __syncwarp
   void (*run)(void* const* operands, uint32_t mask);  // null: nothing to do
 };
 void meet(const Meeting& meeting, uint32_t mask, void* operand, Site site);
@@ -106,21 +108,21 @@ struct Kernel {
 Kernel& register_kernel(const char* name, const char* launcher);
 
 // A kernel as nvcc compiled it: a function of its parameters' addresses (ptx_to_cpp.py). `arch` is
-// that of its binary, `parameters` the bytes of each, `max_threads` of its __launch_bounds__.
+// that of its binary, `parameters` has the bytes of each, `max_threads` is from __launch_bounds__.
 using Translation = void (*)(void* const* arguments);
 bool register_translation(int arch, const char* mangled, Translation run,
                           std::vector<size_t> parameters, int64_t max_threads);
 extern uint64_t register_poison;  // what registers hold before anything is written to them
 
 // What a launch runs in every thread: call(closure), which is the kernel as g++ compiled it, or its
-// translation for the device, where that was asked for.
+// translation for the device if that was asked for.
 struct Launch {
   void (*call)(void*);
   void* closure;
   void* const* arguments;
   std::vector<size_t> parameters;
 };
-// Runs every block; null, or a sentence.
+// Runs every block. Returns null or an error message.
 const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const Launch& launch);
 
 struct Device {
@@ -130,7 +132,7 @@ struct Device {
 };
 const Device& device();
 
-// The one stream, on which everything runs at once.
+// The only stream. Work on it runs immediately.
 struct Stream {
   bool capturing;            // as if into a graph
   int64_t synchronizations;  // so far

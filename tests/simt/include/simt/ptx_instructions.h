@@ -1,6 +1,6 @@
-// What the C++ that ptx_to_cpp.py makes of PTX calls: one function for each instruction, on the bits
-// of registers, with the semantics of NVIDIA's "Parallel Thread Execution ISA". Instructions of
-// whole warps, barriers and asynchronous copies are the emulated machine's.
+// ptx_to_cpp.py translates PTX to C++ that calls these functions: one for each instruction, on the
+// bits of registers, with the semantics of NVIDIA's "Parallel Thread Execution ISA". The emulated
+// machine does instructions of whole warps, barriers and asynchronous copies.
 //
 // Addresses: generic, global, local and parameter space are the host's own; shared memory has its
 // 32-bit addresses, as on a device, and each access is checked for bounds and alignment.
@@ -52,7 +52,7 @@ T from_bits(Bits<T> bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-// Arithmetic that gives a NaN gives this one.
+// Every NaN becomes the one that arithmetic gives on a device.
 template <class T>
 Bits<T> to_bits(T value) {
   if constexpr (std::is_same_v<T, float>) {
@@ -95,7 +95,7 @@ Bits<T> mul_hi(Bits<T> a, Bits<T> b) {
   const Wide product = static_cast<Wide>(from_bits<T>(a)) * static_cast<Wide>(from_bits<T>(b));
   return static_cast<Bits<T>>(product >> (8 * sizeof(T)));
 }
-// Twice as wide as its operands, which have 16 or 32 bits.
+// The product is twice as wide as its operands, which have 16 or 32 bits.
 template <class T>
 auto mul_wide(Bits<T> a, Bits<T> b) {
   using Wide = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
@@ -141,7 +141,7 @@ Bits<T> sqrt(Bits<T> a) {
   return to_bits<T>(std::sqrt(from_bits<T>(a)));
 }
 
-// Of a NaN and a number the number; -0 is less than +0.
+// Of a NaN and a number they return the number. -0 is less than +0.
 template <class T>
 Bits<T> max(Bits<T> a, Bits<T> b) {
   const T x = from_bits<T>(a), y = from_bits<T>(b);
@@ -200,7 +200,7 @@ template <class T>
 Bits<T> bit_xor(Bits<T> a, Bits<T> b) {
   return static_cast<Bits<T>>(a ^ b);
 }
-// Shifts of the width and more give zeros, or a signed value's sign.
+// A shift by the width or more gives zeros, or a signed value's sign.
 template <class T>
 Bits<T> shl(Bits<T> a, uint32_t amount) {
   return amount >= 8 * sizeof(T) ? Bits<T>{0} : static_cast<Bits<T>>(a << amount);
@@ -226,7 +226,7 @@ Bits<T> bfi(Bits<T> a, Bits<T> b, uint32_t position, uint32_t length) {
 
 // ---------------------------------------------------------------- comparison
 
-// Ordered comparisons are false of a NaN, those with a `u` true.
+// With a NaN, ordered comparisons are false and those with a `u` are true.
 #define PTX_SETP(name, op, unordered)                       \
   template <class T>                                        \
   bool setp_##name(Bits<T> a, Bits<T> b) {                  \
@@ -309,7 +309,7 @@ inline uint64_t generic_to_shared(uint64_t address) {
   return simt::shared_address(reinterpret_cast<const void*>(address));
 }
 
-// A value narrower than its register is extended, by its sign if it has one.
+// A value narrower than its register is extended: with its sign if it is signed, else with zeros.
 template <class T, class... Registers>
 void load(const unsigned char* from, Registers&... registers) {
   const T* element = reinterpret_cast<const T*>(from);
@@ -455,7 +455,7 @@ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint64_t shared, simt::Site site
 
 // ---------------------------------------------------------------- printf, trap
 
-// What was printed last, which is what a trap then says. %s and %lld.
+// What was printed last, for the error of a trap. Knows %s and %lld.
 inline std::string& printed() {
   static std::string text;
   return text;

@@ -1,0 +1,1 @@
+"""LoRA adapters on a model: adding, saving and loading them."""

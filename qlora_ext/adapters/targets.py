@@ -1,0 +1,197 @@
+"""Finds the layers of a model that a LoraConfig selects."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+
+from torch import nn
+
+from ..models.architectures import FAMILIES, Family
+from ..models.reads import read_past_forward
+from ..models.walk import linear_names, output_embeddings
+from ..nn.experts import Experts4bit
+from ..nn.linear import is_conv1d, is_plain_linear
+from ..nn.packed import _Packed4bit
+from ..nn.panel import PanelLinear
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    """Whether module can get an adapter: it is one of our layers, or a plain linear layer."""
+    return isinstance(module, _Packed4bit) or type(module) is PanelLinear or is_plain_linear(module)
+
+
+def _read_past_forward(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Name -> the method that reads the layer's weight past its forward and so would ignore an
+    adapter. It looks only at dense layers, because quantizing leaves such layers dense."""
+    dense = {name: layer for name, layer in layers.items() if not isinstance(layer, _Packed4bit)}
+    found = read_past_forward(model, values_only=True) if dense else {}
+    return {name: found[id(layer)] for name, layer in dense.items() if id(layer) in found}
+
+
+def _warn_left_out(layers: list[str], why: str) -> None:
+    """Warns which layers "all-linear" leaves out, if there are any."""
+    if layers:
+        more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+        warnings.warn(
+            f'add_lora: "all-linear" leaves out {", ".join(layers[:5])}{more}: {why}', stacklevel=5
+        )
+
+
+ATTENTION = ("query", "key", "value")
+SWITCHES = (*ATTENTION, "projection", "mlp", "head")
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+
+
+def _check_no_table(model: nn.Module, is_target: Callable[[str], bool]) -> None:
+    """Raises ValueError if a target is an embedding, which needs another kind of adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and is_target(name):
+            raise ValueError(
+                f"add_lora: target_modules has {name}, a {type(module).__name__}, want linear "
+                "layers; PEFT's LoRA adapts embeddings, packed ones too (peft.get_peft_model with "
+                f"target_modules naming {name.rpartition('.')[2]!r})"
+            )
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def layers_found(model: nn.Module) -> str:
+    return f"the linear layers of {type(model).__name__} are {linear_names(model)}"
+
+
+def _family(model: nn.Module) -> Family:
+    config = getattr(model, "config", None)
+    kinds = [getattr(config, "model_type", None)]
+    if hasattr(config, "get_text_config"):
+        kinds.append(getattr(config.get_text_config(), "model_type", None))
+    for kind in kinds:
+        if kind in FAMILIES:
+            return FAMILIES[kind]
+    raise ValueError(
+        f"add_lora: {type(model).__name__} has the architecture {kinds[0]!r}, want one of "
+        f"{sorted(FAMILIES)}, or explicit target_modules; {layers_found(model)}"
+    )
+
+
+def _head_name(model: nn.Module) -> str:
+    head = output_embeddings(model)
+    for name, module in model.named_modules():
+        if module is head and head is not None:
+            return name
+    raise ValueError(
+        f"add_lora: head=True, and {type(model).__name__} has no output embeddings; "
+        f"{layers_found(model)}"
+    )
+
+
+def target_names(model: nn.Module, config) -> list[str]:
+    """Full names of the layers that config selects, in the model's order."""
+    linears = linears_of(model)
+    if config.target_modules is not None:
+        return _explicit_targets(model, config.target_modules, linears)
+    chosen: set[str] = set()
+    switches = config.switches
+    family = _family(model) if set(switches) - {"head"} else None
+    experts = {name for name, m in model.named_modules() if isinstance(m, Experts4bit)}
+    attention = [switch for switch in switches if switch in ATTENTION]
+    for switch in switches:
+        if switch == "head":
+            chosen.add(_head_name(model))
+            continue
+        endings = getattr(family, switch)
+        if switch in ATTENTION and family.fused:
+            fused = [name for name in linears if _ends_with(name, family.fused)]
+            if fused and len(attention) < 3:
+                raise ValueError(
+                    f"add_lora: {', '.join(f'{name}=True' for name in attention)} selects a "
+                    f"part of {fused[0]}, which computes query, key and value together; want "
+                    "query=True, key=True and value=True to adapt the whole layer "
+                    f'(target_modules=["{family.fused}"])'
+                )
+            endings = (family.fused,)
+        found = {name for name in linears if any(_ends_with(name, end) for end in endings)}
+        if switch == "mlp":
+            found |= {name for name in linears if name.rsplit(".", 3)[0] in experts}
+        if not found:
+            raise ValueError(
+                f"add_lora: {switch}=True matches no layer (looked for {list(endings)}); "
+                f"{layers_found(model)}"
+            )
+        chosen |= found
+    return [name for name in linears if name in chosen]
+
+
+def _explicit_targets(model, targets, linears) -> list[str]:
+    if targets == "all-linear":
+        head = output_embeddings(model)
+        names = [name for name, module in linears.items() if module is not head]
+        odd = [n for n in names if not _is_adaptable(linears[n])]
+        read = _read_past_forward(model, {n: linears[n] for n in names if n not in odd})
+        _warn_left_out(
+            [f"{n} ({method})" for n, method in read.items()],
+            "that method reads the layer's weight past its forward, and would leave an adapter out",
+        )
+        _warn_left_out(
+            [f"{n} ({type(linears[n]).__name__})" for n in odd],
+            "a subclass of nn.Linear may compute something else than x W^T + b",
+        )
+        odd += read
+        if len(odd) == len(names):
+            raise ValueError(
+                'add_lora: target_modules="all-linear" finds no layer to adapt; '
+                f"{layers_found(model)}"
+            )
+        return [name for name in names if name not in odd]
+    if isinstance(targets, str):
+        names = [name for name in linears if re.fullmatch(targets, name)]
+        if not names:
+            _check_no_table(model, lambda name: re.fullmatch(targets, name) is not None)
+            raise ValueError(
+                f"add_lora: target_modules={targets!r} matches none; {layers_found(model)}"
+            )
+        return names
+    for target in targets:
+        if not any(_ends_with(name, target) for name in linears):
+            _check_no_table(model, lambda name, target=target: _ends_with(name, target))
+            raise ValueError(
+                f"add_lora: target_modules has {target!r}, no layer; {layers_found(model)}"
+            )
+    return [name for name in linears if any(_ends_with(name, target) for target in targets)]
+
+
+def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
+    """target_modules for PEFT that match exactly these modules: ends of their names if possible,
+    else the full names; a regular expression if a full name is also the end of another one."""
+    everything = [name for name, _ in model.named_modules()]
+    for parts in (1, 2):
+        endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
+        matched = [n for n in everything if any(_ends_with(n, ending) for ending in endings)]
+        if sorted(matched) == sorted(names):
+            return endings
+    if any(_ends_with(n, name) for n in set(everything) - set(names) for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
+
+
+def task_type(model: nn.Module) -> str | None:
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    name = type(model).__name__
+    return next((task for end, task in endings.items() if name.endswith(end)), None)

@@ -1,0 +1,114 @@
+"""Attaches the plug-ins for torch.compile, transformers, PEFT and TRL when those are imported.
+
+`import qlora_ext` does not import them, because together they take seconds. `attach()` puts a
+finder on `sys.meta_path`. It watches for the modules in `_HOOKS`, and runs a module's hook right
+after the module has been executed. A module that is already loaded gets its hook at once, so the
+order of imports does not matter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import sys
+import warnings
+
+from . import averaging, torch_modules
+
+# Release series that the test suite runs against. Others may work; a warning names them.
+TESTED = {"transformers": "5.23", "peft": "0.21", "trl": "1.16", "accelerate": "1.15"}
+
+# module whose execution triggers the hook -> (distribution, our plug-in or None).
+# transformers itself is a lazy module, but every way to load a model imports modeling_utils.
+_HOOKS = {
+    "torch._dynamo": ("torch", "compiled"),
+    "transformers.modeling_utils": ("transformers", "transformers"),
+    "peft": ("peft", "peft"),
+    "trl": ("trl", None),
+    "accelerate": ("accelerate", None),
+}
+
+_attached: set[str] = set()
+
+
+def check_version(distribution: str) -> None:
+    """Warns, with package and versions, if `distribution` is outside the tested series.
+
+    Args:
+        distribution: a key of `TESTED`.
+    """
+    found = importlib.metadata.version(distribution)
+    tested = TESTED[distribution]
+    if found.split(".")[:2] != tested.split("."):
+        warnings.warn(
+            f"qlora_ext: found {distribution} {found}, tested with {tested}.*; "
+            "its plug-in may not work with this version",
+            stacklevel=2,
+        )
+
+
+def _run_hook(module: str) -> None:
+    """Checks the version and attaches our plug-in once, after `module` has been executed."""
+    if module in _attached:
+        return
+    _attached.add(module)
+    distribution, plugin = _HOOKS[module]
+    if distribution in TESTED:
+        check_version(distribution)
+    if plugin is None:
+        return
+    try:
+        importlib.import_module(f"{__package__}.{plugin}")  # importing it attaches it
+    except (ImportError, AttributeError) as error:
+        # Another release may lack a function that we hook. That must not break its own import.
+        tested = TESTED.get(distribution)
+        warnings.warn(
+            f"qlora_ext: could not attach to {distribution} "
+            f"{importlib.metadata.version(distribution)} ({error}); "
+            "its plug-in is off" + (f", the tested series is {tested}.*" if tested else ""),
+            stacklevel=2,
+        )
+
+
+class _HookFinder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself. It wraps the loader that other finders give for a watched module."""
+
+    def __init__(self) -> None:
+        self._searching: set[str] = set()
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in _HOOKS or name in _attached or name in self._searching:
+            return None
+        self._searching.add(name)  # find_spec below asks every finder again, this one included
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching.discard(name)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            _run_hook(name)
+
+        # Set it on this one loader, so that its class and other modules are not affected.
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def attach() -> None:
+    """Attaches the plug-ins: now for packages that are loaded, later for the others. Idempotent."""
+    averaging.attach()
+    torch_modules.attach()
+    if not any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _HookFinder())
+    for name in _HOOKS:
+        module = sys.modules.get(name)
+        spec = getattr(module, "__spec__", None)
+        # A module that is being imported right now is not complete, so it cannot be hooked yet.
+        if module is not None and not getattr(spec, "_initializing", False):
+            _run_hook(name)

@@ -1,0 +1,121 @@
+"""Wraps functions of PEFT, so that its tuners train and merge on packed weights.
+
+PEFT has no registry that outlives one config, so `attach()` wraps some of its functions, once.
+These are the functions, and what the wrapped ones do:
+
+    {Lora,AdaLora}Model._create_new_module   gives a packed layer `PeftLoraLinear4bit` or
+                                             AdaLoRA's, a packed embedding `LoraEmbedding4bit`
+    resolve_quantization_backend    lets BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
+    dequantize_module_weight        dequantizes packed weights, for DoRA's norms
+    <tuner>._create_and_replace     refuses all other tuners
+    <tuner>.inject_adapter          undoes its changes if it raises
+    BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
+    BaseTuner.{merge,unmerge}_adapter        refuse a sharded or offloaded model
+    PeftModel.save_pretrained                refuses a sharded model unless given a state_dict;
+                                             fetches offloaded weights; refuses NaN and Inf
+    LoraModel.add_weighted_adapter           refuses an adapter that is not finite
+    {ModulesToSaveWrapper,TrainableTokensLayer}.__init__   refuse a packed layer
+    {get,set}_peft_model_state_dict          write and read a packed embedding as a dense table;
+                                             refuse to read NaN and Inf
+    PeftModel.get_nb_trainable_parameters    counts weights, not bytes
+    prepare_model_for_kbit_training          sets up checkpointing, without PEFT's fp32 copies
+    hotswap_adapter_from_state_dict          refuses NaN and Inf
+    replace_lora_weights_loftq               does LoftQ's start with our quantizer
+
+Source: peft/tuners/lora/{model,layer,bnb}.py and peft/utils/quantization_utils.py of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import peft
+from peft.tuners import lora
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap, loftq_utils, quantization_utils, save_and_load
+from peft.utils import other as peft_other
+from peft.utils.integrations import dequantize_module_weight
+
+from ... import hosts
+from .files import (
+    _check_combined,
+    _check_swapped,
+    _get_state_dict,
+    _save_pretrained,
+    _set_state_dict,
+)
+from .lora import _create_lora_module
+from .merging import _merge_and_unload, _refuse_sharded, adapted_model
+from .training import _count_logical_weights, _loftq, _prepare
+from .tuners import (
+    _all_or_nothing,
+    _dequantize_module,
+    _refuse_packed,
+    _refuse_packed_layer,
+    _resolve_backend,
+)
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(child) for child in cls.__subclasses__()))
+
+
+def _replace_everywhere(function, wrap) -> None:
+    """Puts wrap(function) wherever a module of PEFT or TRL has imported `function` by name."""
+    wrapper = wrap(function)
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] not in ("peft", "trl"):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is function:
+                setattr(module, attribute, wrapper)
+
+
+def attach() -> None:
+    """Wraps the functions of PEFT listed at the top of this file. Idempotent.
+
+    Raises:
+        AttributeError, ImportError: this PEFT lacks one of them.
+    """
+    if isinstance(vars(lora.LoraModel).get("_qlora_ext_attached"), bool):
+        return
+    hosts.adapted_models.append(adapted_model)
+    for tuner in (lora.LoraModel, AdaLoraModel):
+        tuner._create_new_module = staticmethod(_create_lora_module(tuner._create_new_module))
+    for tuner in _subclasses(BaseTuner):
+        if "_create_and_replace" in vars(tuner):
+            tuner._create_and_replace = _refuse_packed(tuner._create_and_replace)
+        if "inject_adapter" in vars(tuner):
+            tuner.inject_adapter = _all_or_nothing(tuner.inject_adapter)
+        if "_unload_and_optionally_merge" in vars(tuner):
+            tuner._unload_and_optionally_merge = _merge_and_unload(
+                tuner._unload_and_optionally_merge
+            )
+        for name in ("merge_adapter", "unmerge_adapter"):
+            if name in vars(tuner):
+                setattr(tuner, name, _refuse_sharded(vars(tuner)[name]))
+    peft.PeftModel.save_pretrained = _save_pretrained(peft.PeftModel.save_pretrained)
+    for wrapper, what in (
+        (peft_other.ModulesToSaveWrapper, "modules_to_save"),
+        (TrainableTokensLayer, "trainable tokens (trainable_token_indices)"),
+    ):
+        wrapper.__init__ = _refuse_packed_layer(wrapper.__init__, what)
+    for model in (peft.PeftModel, peft.PeftMixedModel):
+        if "get_nb_trainable_parameters" in vars(model):
+            model.get_nb_trainable_parameters = _count_logical_weights(
+                model.get_nb_trainable_parameters
+            )
+    _replace_everywhere(quantization_utils.resolve_quantization_backend, _resolve_backend)
+    _replace_everywhere(dequantize_module_weight, _dequantize_module)
+    _replace_everywhere(save_and_load.get_peft_model_state_dict, _get_state_dict)
+    _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)
+    _replace_everywhere(hotswap.hotswap_adapter_from_state_dict, _check_swapped)
+    _replace_everywhere(loftq_utils.replace_lora_weights_loftq, _loftq)
+    _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare)
+    lora.LoraModel.add_weighted_adapter = _check_combined(lora.LoraModel.add_weighted_adapter)
+    lora.LoraModel._qlora_ext_attached = True
+
+
+attach()

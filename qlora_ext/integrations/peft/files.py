@@ -1,0 +1,220 @@
+"""Wraps PEFT's functions that write, read and combine adapters, for models with packed layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from ...checks import check_finite, check_scaling
+from ...models.walk import output_embeddings
+from ...nn.embedding import Embedding4bit
+from ...nn.offload import check_in_memory, is_offloaded, loaded, value_of
+from ...nn.packed import _PACKED_KEYS, _Packed4bit
+from ...tensor.functions import dequantize_4bit
+from ..transformers.files import local_part
+from .stand_in import _check_whole
+
+
+def _save_pretrained(original):
+    """Wraps `PeftModel.save_pretrained`, which reads the model's state if state_dict is None."""
+
+    @functools.wraps(original)
+    def save_pretrained(self, *args, **kwargs):
+        packed = [module for module in self.modules() if isinstance(module, _Packed4bit)]
+        prefix = getattr(self.base_model, "prefix", "")
+        if kwargs.get("state_dict") is None:
+            _check_whole("save_pretrained", self, only=prefix)
+            if any(is_offloaded(module) for module in packed):
+                kwargs["state_dict"] = _fetched_state(self, prefix)
+        if packed:
+            names = args[2] if len(args) > 2 else kwargs.get("selected_adapters")
+            state = kwargs.get("state_dict") or dict(self.named_parameters())
+            _check_written(state, prefix, list(self.peft_config) if names is None else names)
+        return original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _check_written(state: dict[str, torch.Tensor], prefix: str, adapters: list[str]) -> None:
+    """Raises OverflowError, before anything is written, for a NaN or an infinity in the adapters to
+    save. We would refuse to read such a file."""
+    kinds = (prefix, "modules_to_save.", "trainable_tokens_")
+    for key, tensor in state.items():
+        saved = any(f".{name}." in f"{key}." for name in adapters)
+        if saved and any(kind and kind in key for kind in kinds) and tensor.is_floating_point():
+            check_finite(f"save_pretrained: {key}", local_part(tensor.detach()), tensor.dtype)
+
+
+def _check_combined(original):
+    """Wraps `LoraModel.add_weighted_adapter`. It removes the new adapter if it is not finite."""
+
+    @functools.wraps(original)
+    def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs):
+        is_new = adapter_name not in self.peft_config
+        result = original(self, adapters, weights, adapter_name, *args, **kwargs)
+        if is_new and any(isinstance(module, _Packed4bit) for module in self.model.modules()):
+            own = {
+                name: parameter
+                for name, parameter in self.model.named_parameters()
+                if self.prefix in name and f".{adapter_name}." in f"{name}."
+            }
+            try:
+                for name, parameter in own.items():
+                    check_finite(name, local_part(parameter.detach()), parameter.dtype)
+            except OverflowError as error:
+                self.delete_adapter(adapter_name)
+                raise ValueError(
+                    f"add_weighted_adapter: with weights {weights}, {error}: an adapter is broken, "
+                    "or a weight too large"
+                ) from None
+        return result
+
+    return add_weighted_adapter
+
+
+def _fetched_state(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """The model's state dict, with offloaded tensors fetched if PEFT may save them: those with
+    `prefix` in their name, embeddings and the head."""
+    state = model.state_dict()
+    head = output_embeddings(model)
+    for name, module in model.named_modules():
+        table = isinstance(module, torch.nn.Embedding) or module is head
+        for key, parameter in module._parameters.items():
+            full = f"{name}.{key}"
+            if parameter is not None and parameter.is_meta and (table or prefix in full):
+                state[full] = value_of(module, key)
+    return state
+
+
+def _packed_tables(model: torch.nn.Module) -> dict[str, Embedding4bit]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, Embedding4bit)}
+
+
+def _get_state_dict(original):
+    """Wraps `get_peft_model_state_dict`. If PEFT stores an embedding with the adapter
+    (`save_embedding_layers`), this replaces its packed tensors by the dense table, which PEFT can
+    load onto any base."""
+
+    @functools.wraps(original)
+    def get_peft_model_state_dict(model, *args, **kwargs):
+        state = original(model, *args, **kwargs)
+        for name, table in _packed_tables(getattr(model, "_orig_mod", model)).items():
+            parts = {key: state.get(f"{name}.{key}") for key in _PACKED_KEYS}
+            if parts["weight"] is None or parts["weight_absmax"] is None:
+                continue
+            # Use the tensors in state: they may have been gathered from several processes.
+            q = dataclasses.replace(
+                table.quantized,
+                packed=parts["weight"],
+                absmax=parts["weight_absmax"],
+                nested=parts["weight_nested"],
+                mean=parts["weight_mean"],
+            )
+            for key in _PACKED_KEYS:
+                state.pop(f"{name}.{key}", None)
+            state[f"{name}.weight"] = dequantize_4bit(q, table.dtype)
+        return state
+
+    return get_peft_model_state_dict
+
+
+def _set_state_dict(original):
+    """Wraps `set_peft_model_state_dict`. An embedding stored with the adapter is packed like the
+    model's own, unless it equals the model's own."""
+
+    @functools.wraps(original)
+    def set_peft_model_state_dict(model, peft_model_state_dict, *args, **kwargs):
+        state = dict(peft_model_state_dict)
+        if any(isinstance(module, _Packed4bit) for module in model.modules()):
+            _check_read(state)
+        tables = []
+        for name, table in _packed_tables(model).items():
+            # The embedding may have had an adapter when it was stored, whether or not it has now.
+            plain = name.removesuffix(".base_layer")
+            for key in (f"{plain}.weight", f"{plain}.base_layer.weight"):
+                if key in state and state[key].is_floating_point():
+                    dense = state.pop(key)
+                    _check_table(key, dense, table)
+                    with loaded(table):
+                        own = dequantize_4bit(table.quantized, table.dtype)
+                    if not torch.equal(dense.to(own), own):
+                        check_in_memory(
+                            f"set_peft_model_state_dict: {key}",
+                            table,
+                            "load the model without 'cpu' and 'disk' in device_map",
+                        )
+                        tables.append((table, dense))
+        result = original(model, state, *args, **kwargs)
+        for table, dense in tables:
+            table._quantize(dense.to(table.weight.device))
+        return result
+
+    return set_peft_model_state_dict
+
+
+def _check_swapped(original):
+    """Wraps `hotswap_adapter_from_state_dict`. It swaps nothing if a value is not finite."""
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
+        if any(isinstance(module, _Packed4bit) for module in model.modules()):
+            for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+                check_scaling("hotswap_adapter", alpha, "lora_alpha")
+            _check_read(state_dict, "hotswap_adapter")
+        return original(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _check_read(state: dict[str, torch.Tensor], op: str = "set_peft_model_state_dict") -> None:
+    """Raises ValueError if a tensor of an adapter has a NaN or Inf."""
+    for key, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            continue
+        if not local_part(tensor).isfinite().all():
+            raise ValueError(f"{op}: {key} has a NaN or Inf, want finite values")
+
+
+def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
+    """Raises ValueError if a table has another size than the model's."""
+    N, K = table._shape
+    if tuple(dense.shape) != (N, K):
+        raise ValueError(
+            f"set_peft_model_state_dict: {key} has shape {list(dense.shape)}, want [{N}, {K}] like "
+            "the model's packed embedding; resize the unquantized model (resize_token_embeddings) "
+            "before it is packed"
+        )
+
+
+def load_adapters(path: str | Path, base: Any = None, is_trainable: bool = False, **kwargs: Any):
+    """Loads a saved adapter and its 4-bit base in one call.
+
+    Args:
+        path: folder that `save_pretrained` of a PEFT model wrote.
+        base: the loaded base model, or its folder or hub name; None takes the name in the adapter's
+            config.
+        is_trainable: continue training the adapter.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, e.g. dtype, device_map, or
+            quantization_config=QLoraExtConfig() if the base is an unquantized model.
+
+    Returns:
+        the `peft.PeftModel`.
+
+    Raises:
+        ValueError: no base was given and the config does not name one.
+    """
+    config = peft.PeftConfig.from_pretrained(path)
+    base = base if base is not None else config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"load_adapters: base got None, and adapter_config.json in {path} names none"
+        )
+    if not isinstance(base, torch.nn.Module):
+        base = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    return peft.PeftModel.from_pretrained(base, path, is_trainable=is_trainable)

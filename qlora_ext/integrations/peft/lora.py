@@ -1,0 +1,297 @@
+"""PEFT's LoRA and AdaLoRA layers on packed weights; plain LoRA runs through our fused op."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import types
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.adalora import SVDLinear
+from peft.tuners.lora.dora import DoraEmbeddingLayer
+from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.variants import DoraEmbeddingVariant
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+
+from ... import ops
+from ...checks import check_input, check_scaling
+from ...merging.dense import IN_MEMORY
+from ...models.walk import check_whole
+from ...nn.dense import dense_linear
+from ...nn.embedding import Embedding4bit
+from ...nn.linear import Linear4bit
+from ...nn.offload import check_in_memory, is_offloaded, loaded
+from .stand_in import (
+    _check_finite,
+    _innermost,
+    _MergesIntoDense,
+    _packed_base,
+    _swap_in,
+    dequantize,
+)
+
+
+class _FiniteScales:
+    """A mixin for LoRA layers that refuses scales that are not finite: all outputs would be NaN."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """As PEFT's. Raises ValueError for a scale that is not finite or does not fit float32."""
+        check_scaling(f"set_scale: {self._name}", scale, "scale")
+        super().set_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """As PEFT's. Raises ValueError for a scale that is not finite or does not fit float32."""
+        check_scaling(f"scale_layer: {self._name}", scale, "scale")
+        super().scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """As PEFT's. Raises ValueError for a scale that is zero, not finite or too big for fp32."""
+        if scale is not None:
+            check_scaling(f"unscale_layer: {self._name}", scale, "scale")
+            check_scaling(
+                f"unscale_layer: {self._name}", 1 / scale if scale else math.inf, "1 / scale"
+            )
+        super().unscale_layer(scale)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, *args, **kwargs) -> None:
+        """As PEFT's. Raises ValueError if lora_alpha is not finite or does not fit float32."""
+        check_scaling(f"LoraConfig: {self._name}", lora_alpha, "lora_alpha")
+        super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
+
+
+class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
+    """PEFT's LoRA layer on a `Linear4bit`.
+
+    Plain adapters use the fused op: y = W x + s B A x in one pass over the packed weight, in the
+    dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with hooks
+    use PEFT's own forward.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or type(self).__name__
+        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+
+    @property
+    def lora_variants(self):
+        supported = [(), ("use_dora",), ("alora_invocation_tokens",)]
+        return {key: value for key, value in super().lora_variants.items() if key in supported}
+
+    def _fused_adapters(self) -> list[str] | None:
+        """The active adapters if the fused op can compute them, else None.
+
+        It reads nn.Module's dicts, because __getattr__ would take longer than a small product.
+        """
+        modules = self._modules
+        base = modules["base_layer"]
+        if self._disable_adapters or self.merged_adapters or not isinstance(base, Linear4bit):
+            return None
+        # Hooks on submodules (offloading, sharding, a user's) only run if the submodule is called.
+        if base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__:
+            return None
+        lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+        active = self._active_adapter
+        names = [name for name in ([active] if type(active) is str else active) if name in lora_A]
+        for name in names:
+            if name in self.lora_variant or self.lora_bias[name]:
+                return None
+            A, B = lora_A[name], lora_B[name]
+            if A._forward_hooks or A._forward_pre_hooks or B._forward_hooks or B._forward_pre_hooks:
+                return None
+        # Several adapters in one x A^T would share one dropout mask.
+        if len(names) != 1 and any(self._dropout(name) for name in names):
+            return None
+        return names or None
+
+    def _dropout(self, name: str) -> float:
+        """The dropout probability of the adapter's input, 0 in evaluation."""
+        if not self.training:
+            return 0.0
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return dropout.p if isinstance(dropout, torch.nn.Dropout) else 0.0
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        names = None
+        if not args and all(value is None for value in kwargs.values()):
+            names = self._fused_adapters()
+        if names is None:
+            if type(self._modules["base_layer"]).__name__ == "ParallelLinear4bit":
+                raise TypeError(
+                    f"tensor parallel: the base layer of {self._name} was cut, and PEFT's adapters "
+                    "cannot be: use add_lora"
+                )
+            base = self._modules["base_layer"]
+            if not self.lora_variant or not is_offloaded(base):
+                return super().forward(x, *args, **kwargs)
+            with loaded(base):  # PEFT's variants read the bias after the base layer has run
+                return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._fused(x, names, True)
+        try:
+            return self._fused(x, names, False)
+        except Exception:
+            check_input(self._name, x=x)
+            raise
+
+    def _fused(self, x: torch.Tensor, names: list[str], is_traced: bool) -> torch.Tensor:
+        """Computes the layer and its active adapters in one op."""
+        lora_A, lora_B, scaling = self._stacked(names)
+        base = self._modules["base_layer"]
+        bias = base._parameters["bias"]
+        dropout = self._dropout(names[0])
+        w4 = base._w4(is_traced)
+        return ops.lora_linear(base._input(x), w4, lora_A, lora_B, scaling, bias, dropout)
+
+    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Several adapters as one: A [sum of r, in], B [out, sum of r], and the scaling. That is a
+        number, or a 0-d tensor after PEFT's `prepare_model_for_compiled_hotswap`."""
+        A, B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        if len(names) == 1:
+            (name,) = names
+            return A[name].weight, B[name].weight, self.scaling[name]
+        lora_A = torch.cat([A[name].weight for name in names])
+        lora_B = torch.cat([B[name].weight * self.scaling[name] for name in names], dim=1)
+        return lora_A, lora_B, 1.0
+
+    @contextlib.contextmanager
+    def _dense_base(self):
+        """A context with a dense base layer, for initialisations that read and change the base
+        weight. At the end the weight is packed again if it changed."""
+        packed = _packed_base(self)
+        holder = _innermost(self)
+        dense = dense_linear(packed, dequantize(packed))
+        before = dense.weight.detach().clone()
+        holder.base_layer = dense
+        try:
+            yield
+        finally:
+            holder.base_layer = packed
+        if not torch.equal(before, dense.weight):
+            holder.base_layer = Linear4bit.from_linear(dense, packed.config).to(packed.dtype)
+
+    def olora_init(self, adapter_name: str) -> None:
+        """OLoRA: B A takes the leading part of the weight's QR, and the rest is packed again."""
+        with self._dense_base():
+            super().olora_init(adapter_name)
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Orthogonal A and B; PEFT takes their dtype from the base weight."""
+        with self._dense_base():
+            super().orthogonal_init(adapter_name)
+
+    def loftq_init(self, adapter_name: str, config) -> None:
+        """Raises ValueError: PEFT's would read the packed bytes as weights."""
+        raise ValueError(
+            "init_lora_weights='loftq' needs the unquantized weight; on a 4-bit layer use "
+            "peft.replace_lora_weights_loftq(model, folder of the unquantized model)"
+        )
+
+    def lora_ga_init(self, adapter_name: str, lora_ga_config) -> None:
+        """Raises ValueError if gradients were gathered: PEFT would subtract from packed bytes."""
+        if hasattr(self.get_base_layer(), "_peft_loraga_grad"):
+            raise ValueError("init_lora_weights='lora_ga' needs the unquantized weight")
+        super().lora_ga_init(adapter_name, lora_ga_config)
+
+
+class _DoraEmbedding(DoraEmbeddingLayer):
+    """PEFT's DoRA magnitudes. Their forward gets the dequantized table of the base layer."""
+
+    def forward(self, x, *, base_layer, **kwargs):
+        table = types.SimpleNamespace(weight=dequantize(base_layer))
+        return super().forward(x, base_layer=table, **kwargs)
+
+
+class _DoraEmbeddingVariant(DoraEmbeddingVariant):
+    @staticmethod
+    def init(module, adapter_name: str, **kwargs):
+        DoraEmbeddingVariant.init(module, adapter_name, **kwargs)
+        # PEFT's init makes its own class, and there is no way to choose another.
+        module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
+
+
+class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
+    """PEFT's LoRA layer on an `Embedding4bit`, with PEFT's forward and our merging.
+
+    The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]. The
+    adapted table is W + scaling A^T B^T.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or type(self).__name__
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+
+    @property
+    def lora_variants(self):
+        return {(): None, ("use_dora",): _DoraEmbeddingVariant}
+
+    def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Several adapters as one, as A and B of a [num_embeddings, dim] layer: A [sum of r, dim],
+        B [num_embeddings, sum of r], and the scaling."""
+        A, B = self.lora_embedding_B, self.lora_embedding_A
+        if len(names) == 1:
+            (name,) = names
+            return A[name].T.contiguous(), B[name].T.contiguous(), self.scaling[name]
+        lora_A = torch.cat([A[name].T for name in names])
+        lora_B = torch.cat([B[name].T * self.scaling[name] for name in names], dim=1)
+        return lora_A, lora_B, 1.0
+
+    def loftq_init(self, adapter_name: str, *args) -> None:
+        """Raises ValueError: PEFT's would read the packed bytes as weights."""
+        raise ValueError(
+            f"init_lora_weights='loftq' on {self._name} needs the unquantized weight; a packed "
+            "embedding starts with init_lora_weights=True, or stays dense without "
+            "quantize_embeddings=True"
+        )
+
+
+class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
+    """PEFT's AdaLoRA layer on a `Linear4bit`, with PEFT's forward and our merging."""
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or type(self).__name__
+        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PeftLoraLinear4bit's merge."""
+        check_whole(f"merge: {self._name}", self)
+        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                weight = dequantize(self.get_base_layer()).detach().float()
+                weight = (weight + self.get_delta_weight(name)).detach()
+                _check_finite(self._name, weight, [name], _packed_base(self).dtype)
+                _swap_in(self, weight.to(_packed_base(self).dtype))
+                self.merged_adapters.append(name)
+
+    unmerge = _MergesIntoDense.unmerge
+
+
+def _create_lora_module(original):
+    """Wraps `_create_new_module` of LoraModel and AdaLoraModel."""
+
+    @functools.wraps(original)
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (Linear4bit, Embedding4bit)):
+            return original(lora_config, adapter_name, target, **kwargs)
+        if kwargs.get("parameter_name") is not None:
+            parameter = f".{kwargs['parameter_name'].rpartition('.')[2]}"
+            layer = kwargs["target_name"].removesuffix(parameter)
+            raise ValueError(
+                f"PEFT's target_parameters got {layer}{parameter}, a 4-bit weight; name its layer "
+                "in target_modules"
+            )
+        if isinstance(base, Embedding4bit):
+            return LoraEmbedding4bit(target, adapter_name, config=lora_config, **kwargs)
+        if lora_config.fan_in_fan_out:
+            # GPT-2's layers are Conv1D, [in, out]. Packed they are ordinary [out, in] layers.
+            lora_config.fan_in_fan_out = False
+        if lora_config.peft_type == peft.PeftType.ADALORA:
+            kwargs.pop("device_map", None)
+            return AdaLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+        return PeftLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+
+    return _create_new_module

@@ -1,0 +1,210 @@
+"""Lets those tuners of PEFT that can work on packed layers read them, and refuses the others."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from typing import Any
+
+import torch
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import quantization_utils
+
+from ...adapters.add import check_trainable
+from ...merging.dense import IN_MEMORY
+from ...models.raw_errors import watch
+from ...nn.embedding import Embedding4bit
+from ...nn.linear import Linear4bit
+from ...nn.lora import _Lora
+from ...nn.offload import check_can_adapt, check_in_memory, loaded
+from ...nn.packed import _Packed4bit
+from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
+
+# Tuners whose layers train and merge on a packed weight. The tests cover each.
+_SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+
+_KEEP_TABLE = (
+    "or keep the table dense: quantize the unquantized model without quantize_embeddings=True "
+    "(the command: without --embeddings)"
+)
+
+
+class PackedBackend(quantization_utils.QuantizationBackend):
+    """Reads a packed weight for BOFT, MiSS, OFT, SHiRA and VeRA, and takes what they merge."""
+
+    supports_merge = True
+    backend_name = "qlora_ext 4bit"
+    layer_type = "linear"
+
+    def get_base_weight(self, base_layer: torch.nn.Module) -> torch.Tensor:
+        """The weight [out, in] of the packed layer, or of the dense layer in its place."""
+        return dequantize(base_layer)
+
+    def set_base_weight(self, peft_layer: BaseTunerLayer, weight_data: torch.Tensor) -> None:
+        """Puts a dense layer with weight_data in the packed one's place. When the last adapter is
+        unmerged, it puts the packed layer back instead."""
+        is_merged = "_qlora_ext_packed" in _innermost(peft_layer).__dict__
+        if is_merged and not peft_layer.merged_adapters:
+            _restore(peft_layer)
+        else:
+            dtype = _packed_base(peft_layer).dtype
+            name = peft_layer.__dict__.get("_qlora_ext_name", type(peft_layer).__name__)
+            check_in_memory(f"merge: {name}", peft_layer, IN_MEMORY)
+            _check_finite(name, weight_data, list(peft_layer.active_adapters), dtype)
+            _swap_in(peft_layer, weight_data.detach().to(dtype).contiguous())
+
+
+def _resolve_backend(original):
+    """Wraps `resolve_quantization_backend`."""
+
+    @functools.wraps(original)
+    def resolve_quantization_backend(base_layer, **kwargs):
+        if isinstance(base_layer, Linear4bit):
+            return PackedBackend()
+        return original(base_layer, **kwargs)
+
+    return resolve_quantization_backend
+
+
+def _dequantize_module(original):
+    """Wraps `dequantize_module_weight`."""
+
+    @functools.wraps(original)
+    def dequantize_module_weight(module):
+        return dequantize(module) if isinstance(module, _Packed4bit) else original(module)
+
+    return dequantize_module_weight
+
+
+def _tuner(layer: BaseTunerLayer) -> str:
+    """The name of the tuner layer's method, such as LORA."""
+    if isinstance(layer, AdaLoraLayer):
+        return "ADALORA"
+    if isinstance(layer, LoraLayer):
+        return "LORA"
+    return type(layer).__module__.split(".")[2].upper()  # peft.tuners.oft.layer
+
+
+def _refuse_packed(original):
+    """Wraps a tuner's `_create_and_replace`. It refuses tuners that would train on a packed weight
+    and then fail to merge, or add to its bytes."""
+
+    @functools.wraps(original)
+    def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        if isinstance(base, _Lora):
+            # PEFT's forward and merge would read only the base weight and lose A and B.
+            raise ValueError(
+                f"PEFT's {method} on {kwargs.get('current_key', args[-1] if args else 'a layer')}: "
+                "it has an adapter of qlora_ext.add_lora already; merge it with "
+                "qlora_ext.merge_and_unload, or let PEFT start from a model without"
+            )
+        if isinstance(base, Embedding4bit) and method != "LORA":
+            layer = kwargs.get("current_key", args[-1] if args else "an embedding")
+            raise ValueError(
+                f"PEFT's {method} cannot train {layer}, an embedding that is packed in 4 bits; use "
+                f"LORA there, {_KEEP_TABLE}"
+            )
+        if isinstance(base, Linear4bit):
+            if method not in _SUPPORTED:
+                raise ValueError(
+                    f"PEFT's {method} cannot train a 4-bit layer of qlora_ext; use one of "
+                    f"{', '.join(sorted(_SUPPORTED))}, or load the model unquantized"
+                )
+            if isinstance(target, BaseTunerLayer) and _tuner(target) != method:
+                # Merging two kinds into one weight depends on their order, which neither knows.
+                raise ValueError(
+                    f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
+                    "of one kind only"
+                )
+        if isinstance(base, _Packed4bit):
+            check_can_adapt(f"PEFT's {method}", base, self.model)
+            if not config.inference_mode:
+                layer = kwargs.get("current_key", args[-1] if args else "a layer")
+                check_trainable(f"PEFT's {method} on {layer}", base)
+        # PEFT puts an adapter on the base weight's device, and some adapters start from its values.
+        with loaded(base) if isinstance(base, _Packed4bit) else contextlib.nullcontext():
+            original(self, config, adapter_name, target, *args, **kwargs)
+        if isinstance(base, _Packed4bit):
+            watch(self)  # PEFT calls the model's forward directly, without the model's hook
+        given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
+        name, parent = given.get("target_name"), given.get("parent")
+        if parent is not None and name in parent._modules:
+            key = given.get("current_key") or name
+            parent._modules[name].__dict__["_qlora_ext_name"] = key  # for errors
+
+    return _create_and_replace
+
+
+def _all_or_nothing(original):
+    """Wraps a tuner's `inject_adapter`. If one layer of a model with packed layers is refused, it
+    restores the layers that were wrapped before it, and which parameters were trainable."""
+
+    @functools.wraps(original)
+    def inject_adapter(self, model, *args, **kwargs):
+        modules = list(model.modules())
+        if not any(isinstance(module, _Packed4bit) for module in modules):
+            return original(self, model, *args, **kwargs)
+        before = [(module, _attributes(module)) for module in modules]
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            return original(self, model, *args, **kwargs)
+        except BaseException:
+            undo = [functools.partial(_put_back, *entry) for entry in before]
+            undo += [functools.partial(_set_requires_grad, *entry) for entry in trained]
+            for step in undo:
+                with contextlib.suppress(Exception):  # go on restoring; the first error says more
+                    step()
+            raise
+
+    return inject_adapter
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Each attribute, and a copy of it if it is a container (of children, adapters' settings)."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
+        for name, value in module.__dict__.items()
+    }
+
+
+def _put_back(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    """Undoes changes since `_attributes`. Containers stay the same objects."""
+    module.__dict__.clear()
+    module.__dict__.update((name, value) for name, (value, _) in attributes.items())
+    for value, content in attributes.values():
+        # Restore without comparing first: `==` of two tensors is not a bool.
+        if isinstance(value, list):
+            value[:] = content
+        elif isinstance(value, (dict, set)):
+            value.clear()
+            value.update(content)
+
+
+def _set_requires_grad(parameter: torch.nn.Parameter, requires_grad: bool) -> None:
+    """Sets it only if it differs, because an inference tensor raises on any setting."""
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+
+
+def _refuse_packed_layer(original, what: str):
+    """Wraps the `__init__` of PEFT's `ModulesToSaveWrapper` and `TrainableTokensLayer`. It refuses
+    a packed layer, because neither it nor its rows can be trained. `what` is the setting's name."""
+
+    @functools.wraps(original)
+    def __init__(self, base_layer, *args, **kwargs):
+        if isinstance(base_layer, _Packed4bit):
+            dense = "keep it dense with modules_to_not_convert"
+            if isinstance(base_layer, Embedding4bit):
+                dense = _KEEP_TABLE.removeprefix("or ")
+            raise ValueError(
+                f"PEFT's {what} names a {type(base_layer).__name__}, whose packed weight cannot be "
+                f"trained; adapt it with target_modules, or {dense}"
+            )
+        original(self, base_layer, *args, **kwargs)
+
+    return __init__

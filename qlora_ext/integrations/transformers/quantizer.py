@@ -1,0 +1,317 @@
+"""Packs a model while transformers' from_pretrained(quantization_config=QLoraExtConfig()) loads it.
+
+transformers reads a checkpoint tensor by tensor into a model on the meta device. This quantizer
+replaces that model's linear layers by `Linear4bit` and packs each weight as it arrives, so peak
+memory is about that of the result and one layer. A saved model has `quant_method: qlora_ext` in its
+config, so from_pretrained reads it back without further settings.
+
+Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import ClassVar
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ...checks import check_finite, check_parameters
+from ...files import FLOATS
+from ...merging.dense import leave_no_packed_layer
+from ...models.names import as_names
+from ...models.plan import Plan, log_report, warn_unmatched
+from ...models.raw_errors import explain_errors
+from ...models.walk import check_whole, places_of, replace_module, use_dense_panels
+from ...nn.embedding import Embedding4bit
+from ...nn.experts import Experts4bit, is_fused_experts
+from ...nn.linear import Linear4bit, is_plain_linear
+from ...nn.lora import _Lora
+from ...text import CheckpointError
+from .config import QLoraExtConfig
+from .conversions import Quantize, ReadBitsandbytes
+from .files import (
+    check_loaded,
+    check_read,
+    checkpoint_names,
+    file_of,
+    local_part,
+    not_held,
+    stored_layers,
+)
+
+
+class QLoraExtHfQuantizer(HfQuantizer):
+    """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
+
+    requires_calibration = False
+    saves_as = "qlora_ext"  # the format to write; qlora_ext.save_pretrained can change it
+    given_state = None  # the state_dict that save_pretrained was given
+
+    def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
+        # Copy the config: each model fills in its own list of kept layers, and the caller may use
+        # the object for several models.
+        # Names given for a packed checkpoint are not a setting of the model, so they are not saved.
+        self.asked = quantization_config.__dict__.pop("_asked", [])
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.quant_config = self.quantization_config.to_quant_config()
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if (
+            not self.pre_quantized
+            and isinstance(device_map, dict)
+            and "disk" in [str(device) for device in device_map.values()]
+        ):
+            raise ValueError(
+                "QLoraExtConfig: device_map sends layers to disk, but a weight packed while "
+                "loading exists only in memory. Load and save the 4-bit model once without "
+                "'disk', then load that with this device_map."
+            )
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        # False for a packed checkpoint; then transformers checks the tensors against the shapes.
+        module, attribute = get_module_from_name(model, param_name)
+        return not self.pre_quantized and isinstance(module, Linear4bit) and attribute == "weight"
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    # The tensors that a bitsandbytes checkpoint has for each `weight`.
+    serialized_names: ClassVar = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+        ]
+    }
+
+    def get_load_operations(self):
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            return {"deserialize": ReadBitsandbytes}
+        return {}
+
+    def update_weight_conversions(self, weight_conversions, model):
+        # The base class would also copy the model's own conversions for the names above.
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_state_dict_and_metadata(self, model):
+        given = self.given_state
+        floats = {k: t for k, t in (given or {}).items() if getattr(t, "dtype", None) in FLOATS}
+        for name, tensor in floats.items():
+            if ".lora_" not in name:
+                check_finite(f"save_pretrained: {name}", local_part(tensor.detach()), tensor.dtype)
+        # With a distributed_config, transformers gathers the tensors that it sharded itself.
+        is_whole = given is not None and not any(hasattr(t, "to_local") for t in given.values())
+        if not is_whole and getattr(model.config, "distributed_config", None) is None:
+            check_whole("save_pretrained", model)
+            # Adapters are not checked, so that a checkpoint of a training run is never refused.
+            adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
+            check_parameters("save_pretrained", model, skipped=adapters)
+        if self.saves_as == "bitsandbytes":
+            return _bitsandbytes_state_dict(model), {}
+        if any(isinstance(module, _Lora) for module in model.modules()):
+            # Adapters stay in the file, because Trainer resumes from it.
+            warnings.warn(
+                "save_pretrained: the file holds the quantized base and the adapters of add_lora; "
+                "from_pretrained reads the base of it alone. qlora_ext.save_adapter(model, path) "
+                "writes what load_adapter and PEFT read",
+                stacklevel=4,
+            )
+        return given, {}
+
+    def _process_model_before_weight_loading(
+        self, model, dtype=None, checkpoint_files=None, **kwargs
+    ):
+        self._check_distribution(getattr(model.config, "distributed_config", None))
+        self.checkpoint_files = checkpoint_files
+        self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
+        config = self.quantization_config
+        keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
+        self.plan = plan = Plan(
+            model,
+            keep,
+            stored=stored_layers(model, checkpoint_files, packed=self.pre_quantized),
+            packed_checkpoint=self.pre_quantized,
+            other_names=checkpoint_names(model) if keep or self.asked else (),
+        )
+        self._tell_packed(model, plan)
+        if not self.pre_quantized:
+            warn_unmatched("QLoraExtConfig", model, plan.unmatched())
+        config.modules_to_not_convert = plan.kept
+        packed = 0
+        places = places_of(model)
+        for name in plan.names:
+            module = model.get_submodule(name)
+            if is_plain_linear(module):
+                layer = Linear4bit.empty_like(module, self.quant_config, dtype=dtype)
+            elif isinstance(module, torch.nn.Embedding):
+                layer = Embedding4bit.from_embedding(module, self.quant_config)
+            elif self.pre_quantized:
+                layer = Experts4bit.from_experts(module, self.quant_config)
+            else:
+                packed += 1  # _pack_experts packs them when their values are there
+                continue
+            layer.requires_grad_(False)
+            # transformers initialises missing tensors with normal_, which uint8 lacks. Missing
+            # tensors are refused after loading.
+            for part in layer.modules():
+                part._is_hf_initialized = True
+            replace_module(model, module, layer, places)
+            packed += 1
+        if packed == 0:
+            sentence = "QLoraExtConfig: found no linear layer to pack in"
+            if self.pre_quantized:
+                sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
+            why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}"
+            raise ValueError(f"{sentence} {type(model).__name__}. {why}")
+
+    def _tell_packed(self, model, plan: Plan) -> None:
+        """Warns about layers that the caller wanted dense but a packed checkpoint has packed."""
+        packed = [name for name in plan.names if plan.spelled.matches(name, self.asked)]
+        if packed:
+            rest = f" and {len(packed) - 8} more" if len(packed) > 8 else ""
+            warnings.warn(
+                f"QLoraExtConfig: modules_to_not_convert has no effect on a checkpoint that is "
+                f"packed already, which decides: {', '.join(packed[:8])}{rest} of "
+                f"{type(model).__name__} stay packed; to keep them dense, load the unquantized "
+                "checkpoint with this list",
+                stacklevel=2,
+            )
+        warn_unmatched("QLoraExtConfig", model, plan.unmatched(self.asked))
+
+    def _check_distribution(self, config) -> None:
+        """Raises ValueError for a `DistributedConfig` that would cut packed weights into pieces."""
+        if config is None:
+            return
+        sizes = {
+            name: getattr(config, name, None) or 1 for name in ("tp_size", "ep_size", "pp_size")
+        }
+        cut = [name for name, size in sizes.items() if size > 1]
+        if cut:
+            raise ValueError(
+                f"QLoraExtConfig: distributed_config with {', '.join(cut)} > 1 is not supported on "
+                "4-bit layers; shard the loaded model with FSDP2, or cut its layers with "
+                "qlora_ext.integrations.tensor_parallel"
+            )
+        if not self.pre_quantized:
+            raise ValueError(
+                "QLoraExtConfig: distributed_config reads pieces of a weight, and packing needs "
+                "the whole; pack and save the model once without it"
+            )
+
+    def _pack_experts(self, model) -> None:
+        """Packs the fused experts of an unpacked checkpoint, one layer after another.
+
+        transformers assembles them from several tensors, so they can only be packed when the model
+        is complete. Until then they are dense in memory.
+        """
+        dry_run = all(p.is_meta for p in model.parameters())  # device_map="meta"
+        for name in self.plan.names:
+            module = model.get_submodule(name)
+            if not is_fused_experts(module):
+                continue
+            on_meta = any(p.is_meta for p in module.parameters())
+            if not on_meta:
+                for key, parameter in module.named_parameters():
+                    values = local_part(parameter.detach())
+                    check_read(model, f"{name}.{key}", values, self.checkpoint_files)
+            if dry_run or not on_meta:
+                replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.not_finite:
+            name, dtype = self.not_finite[0]
+            error = f"{name} has a NaN or an infinity in {dtype}"
+            raise not_held(model, name, dtype, error, self.checkpoint_files)
+        if not self.pre_quantized:
+            self._pack_experts(model)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (Linear4bit, Embedding4bit))
+        }
+        # transformers assigns tensors without load_state_dict and its checks.
+        missing = [
+            f"{name}.{key}"
+            for name, layer in layers.items()
+            for key, parameter in layer.named_parameters()
+            if key.startswith("weight") and not getattr(parameter, "_is_hf_initialized", False)
+        ]
+        if missing:
+            advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
+            if self.pre_quantized:
+                advice = "it is damaged: save the packed model again, or pack the unquantized one"
+            layer = missing[0].rpartition(".")[0]
+            where = file_of(model, f"{layer}.weight", self.checkpoint_files)
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
+                f"{', '.join(missing)}; {advice}"
+            )
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            # From here on the model is in our format, so saving must not convert it back.
+            self.quantization_config.checkpoint_format = "qlora_ext"
+            model._weight_conversions = [
+                conversion
+                for conversion in model._weight_conversions
+                if not any(
+                    isinstance(op, ReadBitsandbytes) for op in getattr(conversion, "operations", [])
+                )
+            ]
+        if self.pre_quantized:
+            for name, layer in layers.items():
+                damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
+                if damage:
+                    where = file_of(model, f"{name}.weight", self.checkpoint_files)
+                    raise CheckpointError(f"{where}: " * bool(where) + "; ".join(damage))
+        check_loaded(model, self.checkpoint_files)
+        del self.checkpoint_files
+        model.quantization_report = self.plan.report(
+            self.plan.packed_layer(name, model.get_submodule(name)) for name in self.plan.names
+        )
+        if not self.pre_quantized:
+            log_report("QLoraExtConfig", model.quantization_report, least=0.0)
+        del self.plan  # it holds the unpacked model's layers
+        use_dense_panels(model)
+        explain_errors(model)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        if isinstance(dtype, str):  # from a saved config
+            dtype = getattr(torch, dtype)
+        leave_no_packed_layer(model, dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    has_adapters = False  # whether add_lora's adapters are trained; Trainer knows about PEFT's
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # Trainer asks this of a quantized model that is not a PeftModel: has it weights to train?
+        return self.has_adapters
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _bitsandbytes_state_dict(model) -> dict[str, torch.Tensor]:
+    """The model's state dict with packed weights under bitsandbytes' keys."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            for key in [*module._sizes(), "weight_codebook"]:
+                del state[f"{name}.{key}"]
+            state.update(module.quantized.state_dict(f"{name}.weight"))
+    return state

@@ -1,0 +1,1 @@
+"""Merges adapters into dense weights, or into packed ones."""

@@ -1,0 +1,19 @@
+#!/bin/sh
+# abi.sh BUILT_UNDER TESTED_UNDER: builds a wheel under one version of torch, and tests it under the
+# other. The environments are .venv-torch-VERSION.
+set -eu
+# What a change of torch could break: all that reaches the compiled library. What stands above it
+# (transformers, PEFT) isn't installed in these environments; the emulator has a build of its own.
+: "${ABI_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_bad_arguments.py ops/test_scaling.py
+  ops/test_properties.py ops/test_linear.py ops/test_cpu_paths.py tensor/test_state_dicts.py
+  nn/test_modules.py nn/test_shared_input.py tools/test_build.py docs/test_docs.py}"
+builder=$PWD/.venv-torch-$1/bin/python
+tester=$PWD/.venv-torch-$2/bin/python
+wheels=build/abi-$1
+echo "== CPU library built under torch $1, tested under torch $2"
+rm -rf "$wheels"
+USE_CUDA=0 "$builder" -m pip wheel -q --no-build-isolation --no-deps -w "$wheels" .
+"$tester" -m pip install -q --no-deps --force-reinstall "$wheels"/qlora_ext-*.whl
+for name in $ABI_TESTS; do set -- "$@" "$PWD/tests/$name"; done
+shift 2
+sh tools/installed.sh "$tester" -m pytest -q -m 'not slow' -k 'not simt' "$@"

@@ -1,0 +1,33 @@
+#!/bin/sh
+# paths.sh PYTHON ARGUMENTS...: tests again on the paths that this CPU has and would not choose.
+# Without /proc/cpuinfo that is the portable path alone.
+set -eu
+# All that reaches the kernels, less what costs time elsewhere (compiling by torch.compile, T5).
+: "${PATH_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_properties.py
+  ops/test_bad_arguments.py ops/test_scaling.py ops/test_linear.py ops/test_real_weights.py
+  tensor/test_state_dicts.py nn/test_modules.py nn/test_shared_input.py adapters/test_lora.py}"
+# On each path that bitsandbytes' CPU library can take. Torch and bitsandbytes see the lesser CPU as
+# well there (tests/support/peers.py).
+: "${PEER_TESTS:=tensor/test_bitsandbytes.py integrations/test_integration_bitsandbytes.py}"
+python=$1
+shift
+
+# on PATHS TESTS ARGUMENTS...: runs these tests on each of these paths that the CPU has
+on() {
+  paths=$1 tests=$2
+  shift 2
+  for name in $tests; do set -- "$@" "tests/$name"; done
+  for path in $paths; do
+    case $path in
+      avx512) flag=avx512_bf16 ;;
+      *) flag=$path ;;
+    esac
+    [ "$path" = portable ] || grep -q -w "$flag" /proc/cpuinfo 2> /dev/null || continue
+    echo "== QLORA_EXT_CPU=$path: $tests"
+    QLORA_EXT_CPU=$path "$python" -m pytest -q "$@"
+  done
+}
+
+on 'portable avx2' "$PATH_TESTS" -m 'not slow' \
+  -k 'not simt and not cuda and not compile and not t5' "$@"
+on 'portable avx2 avx512' "$PEER_TESTS" -m 'not slow' "$@"
