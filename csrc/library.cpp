@@ -62,9 +62,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("companding"), py::arg("companding_k"),
         "(16 effective values by code, 15 ascending decision thresholds)");
   m.def("dynamic_map", &dynamic_map, "The 256 values of the signed dynamic map for 8-bit scales");
-  m.def(
-      "cpu_path", &cpu_path,
-      "The instruction set that the CPU kernels run on: 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
+  m.def("cpu_path", &cpu_path, "The instruction set that the CPU kernels run on: one of cpu_paths");
   m.attr("cpu_paths") = qlora_ext::cpu::cpu_paths();  // all paths in this build, the best first
   m.attr("torch_target_version") = "2.11";
   m.attr("compiler") = __VERSION__;

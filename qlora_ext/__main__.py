@@ -10,6 +10,6 @@ if __name__ == "__main__":
     else:
         print_build_info()
         if missing_packages():
-            print(f"quantize, merge, inspect, estimate, chat and bench need: {INSTALL}")
+            print(f"the commands (quantize, merge, inspect, estimate, chat) need: {INSTALL}")
         else:
             print("commands: python -m qlora_ext --help")

@@ -584,6 +584,14 @@ def test_foreign_configs_are_refused(adapter, changes, message):
         load_adapter(quantized(), adapter)
 
 
+def test_fused_layers_of_every_family_are_known_as_such():
+    """Tensor parallelism refuses to cut those in FUSED. GPT-NeoX's are split head by head."""
+    from qlora_ext.models.architectures import FAMILIES, FUSED
+
+    fused = {family.fused for family in FAMILIES.values() if family.fused}
+    assert fused - FUSED == {"query_key_value"}
+
+
 def test_a_path_with_nul_is_refused():
     with pytest.raises(ValueError, match=r"save_adapter: path is 'a.x00b', want one without NUL"):
         save_adapter(quantized(), "a\0b")

@@ -128,7 +128,9 @@ def test_the_same_bits_as_layers_that_share_nothing(dtype, ranks):
 # another x than key and value, so it makes two products.
 @pytest.mark.parametrize("name, want", [("llama", {24: 2, 16: 2}), ("t5", {24: 4 + 2 * 2})])
 def test_models(name, want):
-    tiny = pytest.importorskip("tiny_models")
+    pytest.importorskip("transformers")
+    import tiny_models as tiny
+
     model, alone = pair(tiny.make(name))
     inputs = tiny.inputs(model)
     inputs["labels"] = inputs["input_ids"]

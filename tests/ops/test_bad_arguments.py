@@ -8,6 +8,7 @@ import torch
 import qlora_ext
 from cases import CONFIGS, make_weight
 from qlora_ext import QuantConfig, QuantizedTensor, ops
+from qlora_ext.tensor.config import QUANT_TYPES
 
 # quantize_4bit ------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ def test_weights_that_do_not_fit_their_description():
         ),
         (
             (packed, absmax, nested, mean, shape, blocksize, "nf5", codebook),
-            "quant_type is 'nf5', want one of 'nf4', 'fp4', 'linear', 'custom'",
+            f"quant_type is 'nf5', want one of {repr(QUANT_TYPES)[1:-1]}",
         ),
         (
             (packed, absmax, nested, mean, shape, blocksize, "custom", None),

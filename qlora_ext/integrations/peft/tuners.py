@@ -85,7 +85,9 @@ def _tuner(layer: BaseTunerLayer) -> str:
         return "ADALORA"
     if isinstance(layer, LoraLayer):
         return "LORA"
-    return type(layer).__module__.split(".")[2].upper()  # peft.tuners.oft.layer
+    # A layer of ours is derived from PEFT's, which is in peft.tuners.oft.layer and the like.
+    modules = (cls.__module__ for cls in type(layer).__mro__)
+    return next(m for m in modules if m.startswith("peft.tuners.")).split(".")[2].upper()
 
 
 def _refuse_packed(original):
