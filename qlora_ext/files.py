@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .checks import out_of_memory
-from .text import CheckpointError, SentenceError, first_few, first_line, plural, printable, shorten
+from .text import CheckpointError, UserError, first_few, first_line, plural, printable, shorten
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -68,7 +68,7 @@ def reading(source: Path | str, what: str = "cannot be read"):
     """
     try:
         yield
-    except (SentenceError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a Rust library's panic is not an Exception
         why = "memory is used up" if out_of_memory(error) else first_line(error)

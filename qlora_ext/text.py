@@ -53,9 +53,9 @@ def first_line(error: BaseException, with_type: bool = False) -> str:
     return ": ".join([type(error).__name__] * (with_type or not text) + [text] * bool(text))
 
 
-class SentenceError(ValueError):
+class UserError(ValueError):
     """An error whose text is for the user. The commands print it without a traceback and exit."""
 
 
-class CheckpointError(SentenceError):
+class CheckpointError(UserError):
     """A file of a checkpoint or adapter is missing, damaged or not what it should be."""

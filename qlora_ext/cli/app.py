@@ -19,7 +19,7 @@ import typer
 
 from ..build_info import build_info, in_words
 from ..ops import _C
-from ..text import SentenceError, format_bytes, plural
+from ..text import UserError, format_bytes, plural
 from .errors import INSTALL, CliError
 from .screen import bar, console, say, table
 
@@ -65,7 +65,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 def run() -> None:
     """The entry point. A failure prints a message on stderr and exits with status 1.
 
-    Faults of files raise a SentenceError (see files.reading). Other errors are bugs of this program
+    Faults of files raise a UserError (see files.reading). Other errors are bugs of this program
     and keep their traceback.
     """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
@@ -74,7 +74,7 @@ def run() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
-    except SentenceError as error:
+    except UserError as error:
         if os.environ.get("QLORA_EXT_TRACEBACK"):
             raise
         fail(command, str(error))
@@ -91,9 +91,9 @@ def run() -> None:
         fail(command, f"{error.strerror or error}{where}")
 
 
-def fail(command: str, sentence: str) -> None:
+def fail(command: str, message: str) -> None:
     """Prints why the command failed, and exits."""
-    say(f"qlora-ext {command}: {' '.join(sentence.split())}", stderr=True)
+    say(f"qlora-ext {command}: {' '.join(message.split())}", stderr=True)
     sys.exit(1)
 
 

@@ -16,12 +16,12 @@ class InputsChanged(CliError):
     """A file that the command reads has changed since the command began.
 
     Args:
-        sentence: the error's text, which names the file.
+        message: the error's text, which names the file.
         stale: whether the weights made so far no longer match the input.
     """
 
-    def __init__(self, sentence: str, stale: bool):
-        super().__init__(sentence)
+    def __init__(self, message: str, stale: bool):
+        super().__init__(message)
         self.stale = stale
 
 

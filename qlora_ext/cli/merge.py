@@ -140,7 +140,7 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
     for layer, part in module.named_modules():
         full = ".".join(filter(None, (name, layer)))
         if isinstance(part, (Linear4bit, Embedding4bit)):
-            _overflow_is_one_sentence(check_weight, f"{full}.weight", part, dtype)
+            _as_cli_error(check_weight, f"{full}.weight", part, dtype)
             if part._parameters.get("bias") is not None:
                 _check(f"{full}.bias", part.bias, dtype)
     new = dense_layer(module, dtype)
@@ -195,10 +195,10 @@ def _merge_dense(
 def _check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
     """Raises CliError unless the values fit dtype."""
     advice = WIDER if dtype == torch.float16 else ""
-    _overflow_is_one_sentence(check_finite, name, values, dtype, None, advice)
+    _as_cli_error(check_finite, name, values, dtype, None, advice)
 
 
-def _overflow_is_one_sentence(check, *arguments) -> None:
+def _as_cli_error(check, *arguments) -> None:
     try:
         check(*arguments)
     except OverflowError as error:

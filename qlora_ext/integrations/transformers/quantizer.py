@@ -165,11 +165,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             replace_module(model, module, layer, places)
             packed += 1
         if packed == 0:
-            sentence = "QLoraExtConfig: found no linear layer to pack in"
+            message = "QLoraExtConfig: found no linear layer to pack in"
             if self.pre_quantized:
-                sentence = "QLoraExtConfig: found no packed layer in the checkpoint of"
+                message = "QLoraExtConfig: found no packed layer in the checkpoint of"
             why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}"
-            raise ValueError(f"{sentence} {type(model).__name__}. {why}")
+            raise ValueError(f"{message} {type(model).__name__}. {why}")
 
     def _tell_packed(self, model, plan: Plan) -> None:
         """Warns about layers that the caller wanted dense but a packed checkpoint has packed."""
