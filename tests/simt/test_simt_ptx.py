@@ -16,9 +16,9 @@ from simt.test_simt_kernels import sweep
 
 TESTS = Path(__file__).resolve().parent.parent
 SWEEP = ["simt/test_simt_kernels.py", "simt/test_simt_huge.py", "simt/ptx_checks.py"]
-SWEEP += ["test_simt_properties.py"]
+SWEEP += ["simt/test_simt_properties.py"]
 # 8.0 and 9.0a are compiled from the same lines: one of them runs the shared bodies too.
-BODIES = {75: [*SWEEP, "test_ops.py"], 80: SWEEP, 90: [*SWEEP, "test_ops.py"]}
+BODIES = {75: [*SWEEP, "ops/test_ops.py"], 80: SWEEP, 90: [*SWEEP, "ops/test_ops.py"]}
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
