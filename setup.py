@@ -50,8 +50,7 @@ def toolkit_version(root):
 
 
 def wants_cuda(toolkit):
-    """Whether to build the CUDA backend. Exits with a message if it was requested but cannot be
-    built."""
+    """Whether to build the CUDA backend. Exits with a message if that was requested in vain."""
     asked = os.environ.get("USE_CUDA", "")
     if asked not in ("", "0", "1"):
         sys.exit(f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1, or unset for what can be built")
@@ -77,8 +76,7 @@ def wants_cuda(toolkit):
 
 
 def architectures():
-    """TORCH_CUDA_ARCH_LIST, or the default, plus Turing if such a GPU is seen. Exits with a message
-    for older architectures."""
+    """TORCH_CUDA_ARCH_LIST, or the default, plus Turing if seen. Older ones end the build."""
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;" * ((7, 5) in gpus) + DEFAULT_ARCHS
     # The PTX of 7.5 would also run on 8.0, but it lacks the kernels that dispatch chooses there.
