@@ -24,7 +24,7 @@ on() {
     esac
     [ "$path" = portable ] || grep -q -w "$flag" /proc/cpuinfo 2> /dev/null || continue
     echo "== QLORA_EXT_CPU=$path: $tests"
-    QLORA_EXT_CPU=$path "$python" -m pytest -q "$@"
+    QLORA_EXT_CPU=$path "$python" -m pytest -q -n 2 --dist worksteal "$@"
   done
 }
 

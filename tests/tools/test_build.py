@@ -535,5 +535,6 @@ def test_make_works_where_paths_have_quotes_and_spaces(tmp_path, given):
     assert started("test-deepspeed", "DEEPSPEED=deepspeed==1") == deepspeed
     paths = started("test-paths", "ARGS=-x")
     kernels = "-k not simt and not cuda and not compile and not t5 -x tests/test_a.py"
-    assert paths[0] == f"-m pytest -q -m not slow {kernels}"
-    assert paths[-1] == "-m pytest -q -m not slow -x tests/test_b.py tests/test_c.py"
+    run = "-m pytest -q -n 2 --dist worksteal -m not slow"
+    assert paths[0] == f"{run} {kernels}"
+    assert paths[-1] == f"{run} -x tests/test_b.py tests/test_c.py"
