@@ -11,6 +11,7 @@ from torch import nn
 
 import reference as R
 import tiny_models as tiny
+from cases import as_array
 from qlora_ext import LoraConfig, QuantConfig, add_lora, merge_and_unload, quantize_model
 from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit
 
@@ -68,8 +69,6 @@ def test_sum_is_rounded_once(dtype):
     name = "model.layers.1.mlp.down_proj"
     layer = model.get_submodule(name)
     A, B = layer.lora_A.detach().double().numpy(), layer.lora_B.detach().double().numpy()
-    from test_modules import as_array
-
     q = as_array(layer.quantized, layer.config)
     exact = R.dequantize_4bit(q).astype(np.float64) + layer.scaling * B @ A
     merge(model, dtype)

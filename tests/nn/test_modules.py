@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import qlora_ext
 import reference as R
+from cases import as_array
 from qlora_ext import QuantConfig
 from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear, LoraLinear4bit, PanelLinear
 
@@ -40,27 +41,6 @@ def dense_layer(N, K, bias=True, dtype=torch.float32):
     with torch.no_grad():
         layer.weight.copy_(seeded(N, K, seed=N + K, dtype=dtype) / 8)
     return layer
-
-
-def as_array(q, config):
-    """A module's bytes as the reference's QuantizedArray."""
-
-    def floats(t):
-        return None if t is None else t.numpy().view(np.float32)
-
-    absmax = q.absmax.numpy() if q.nested is not None else floats(q.absmax)
-    book = R.make_codebook(
-        config.quant_type, config.codebook, config.companding, config.companding_k
-    )
-    return R.QuantizedArray(
-        q.packed.reshape(-1).numpy(),
-        absmax,
-        floats(q.nested),
-        floats(q.mean),
-        tuple(q.shape),
-        q.blocksize,
-        book,
-    )
 
 
 def packed_bytes(module):

@@ -88,6 +88,27 @@ def to_tensor(array: R.QuantizedArray, config: QuantConfig, device="cpu") -> Qua
     )
 
 
+def as_array(q, config):
+    """A module's bytes as the reference's QuantizedArray."""
+
+    def floats(t):
+        return None if t is None else t.numpy().view(np.float32)
+
+    absmax = q.absmax.numpy() if q.nested is not None else floats(q.absmax)
+    book = R.make_codebook(
+        config.quant_type, config.codebook, config.companding, config.companding_k
+    )
+    return R.QuantizedArray(
+        q.packed.reshape(-1).numpy(),
+        absmax,
+        floats(q.nested),
+        floats(q.mean),
+        tuple(q.shape),
+        q.blocksize,
+        book,
+    )
+
+
 def random_weight(shape, dtype=torch.float32) -> torch.Tensor:
     return (torch.randn(shape) * 0.05).to(dtype)
 
