@@ -55,9 +55,7 @@ def check_input(function: str, **tensors) -> None:
     if torch.compiler.is_compiling():
         return
     for argument, value in tensors.items():
-        got = not_plain(value)
-        if got is None and value.layout != torch.strided:
-            got = f"a tensor of layout {value.layout}"
+        got = not_dense(value)
         if got is not None and not got.endswith("makes a tensor of it)"):  # torch resolves views
             advice = ""
             if getattr(value, "layout", None) is torch.jagged:
@@ -87,6 +85,14 @@ def not_plain(value) -> str | None:
     return None
 
 
+def not_dense(value) -> str | None:
+    """As not_plain. It also describes a tensor with a layout without strides."""
+    got = not_plain(value)
+    if got is None and value.layout != torch.strided:
+        return f"a tensor of layout {value.layout}"
+    return got
+
+
 def not_stored(value) -> str | None:
     """As not_plain, for an entry of a state dict. It also describes a tensor whose storage is too
     small for its elements, because reading that would crash the process."""
@@ -108,10 +114,8 @@ NO_DATA = "a tensor without data (on the meta device, or a FakeTensor)"
 
 
 def not_readable(value) -> str | None:
-    """As not_plain. It also describes a tensor with a layout without strides, or without values."""
-    got = not_plain(value)
-    if got is None and value.layout != torch.strided:
-        return f"a tensor of layout {value.layout}"
+    """As not_dense. It also describes a tensor without values."""
+    got = not_dense(value)
     if got is None and lacks_data(value):
         return NO_DATA
     return got

@@ -38,6 +38,12 @@ original_weights: list[Callable[[Any, nn.Module], Any]] = []
 adapted_models: list[Callable[[nn.Module], Any]] = []
 
 
+def tell(hooks: list[Callable[..., None]], *args) -> None:
+    """Calls every hook."""
+    for hook in hooks:
+        hook(*args)
+
+
 def first(hooks: list[Callable], *args) -> Any:
     """The answer of the first hook that does not return None; None if there is none."""
     return next((answer for hook in hooks if (answer := hook(*args)) is not None), None)

@@ -148,8 +148,7 @@ def add_lora(
 def allow_training(model: nn.Module) -> None:
     """Tells the hooks in hosts.on_adapted whether the adapters of model require gradients."""
     trains = any(m.lora_A.requires_grad for m in adapters_of(model).values())
-    for hook in hosts.on_adapted:
-        hook(model, trains)
+    hosts.tell(hosts.on_adapted, model, trains)
 
 
 def install(model: nn.Module, settings: dict[str, dict]) -> None:

@@ -14,12 +14,15 @@ from torch import nn
 
 from ..adapters.add import with_adapter
 from ..adapters.config import LoraConfig
-from ..adapters.files import read_pairs
+from ..adapters.files import load_adapter, read_pairs
 from ..adapters.peft_config import per_layer, rank_of, read_adapter_config
 from ..checks import check_finite, check_parameters
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
 from ..integrations.transformers.building import read_config, unquantized
 from ..integrations.transformers.checkpoint import Checkpoint
+from ..integrations.transformers.config import QLoraExtConfig
+from ..merging.calibration_text import context_length, write_calibration
+from ..merging.into_4bit import merge_into_4bit
 from ..models.quantize import quantize_model
 from ..models.walk import replace_module
 from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
@@ -317,10 +320,6 @@ def calibrated(
         folder: an empty folder to write to.
         settings, keep: for packing an unquantized base, as in quantize_model.
     """
-    from ..adapters.files import load_adapter
-    from ..integrations.transformers.config import QLoraExtConfig
-    from ..merging.calibration_text import context_length, write_calibration
-    from ..merging.into_4bit import merge_into_4bit
     from .chat import load_model, load_tokenizer
 
     tokenizer = load_tokenizer([base] if text else [adapter_folder, base])

@@ -96,8 +96,7 @@ def _own(model: nn.Module) -> AdaptedModel:
             replace_module(model, module, new)
             swaps.append((new, module))
         if tied:
-            for hook in hosts.on_untied:
-                hook(model)
+            hosts.tell(hosts.on_untied, model)
         return model
 
     def merge_dense(dtype: torch.dtype, progress_bar: bool) -> nn.Module:

@@ -71,8 +71,7 @@ def merge_and_unload(
     _cast(model, dtype)
     _tell_dense(model, dtype)
     if head:
-        for hook in hosts.on_untied:
-            hook(model)
+        hosts.tell(hosts.on_untied, model)
     return model
 
 
@@ -200,5 +199,4 @@ def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) ->
 
 def _tell_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
     model.__dict__.pop("quantization_report", None)
-    for hook in hosts.on_dense:
-        hook(model, dtype)
+    hosts.tell(hosts.on_dense, model, dtype)

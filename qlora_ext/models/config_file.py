@@ -15,6 +15,7 @@ import torch
 
 from .. import hosts
 from ..files import SafetensorsFiles, read_json, reading
+from ..tensor.config import QuantConfig
 from ..text import CheckpointError, printable, shorten
 
 # Names of layer counts and other sizes in the configs of transformers' architectures.
@@ -178,8 +179,6 @@ def _check_method(path: Path, value: dict) -> None:
 def check_settings(stored: dict) -> None:
     """Checks a quantization_config of ours. Raises ValueError for a setting that is unknown or out
     of range, TypeError for one of the wrong type."""
-    from ..tensor.config import QuantConfig
-
     known = {field.name for field in dataclasses.fields(QuantConfig)}
     own = {"quant_method", "checkpoint_format", *_NAME_LISTS[:1]}
     if unknown := sorted(stored.keys() - known - own):

@@ -147,8 +147,7 @@ def quantize_model(
         del old, new
     model.quantization_report = plan.report(packed)
     log_report("quantize_model", model.quantization_report)
-    for hook in hosts.on_packed:
-        hook(model, config, kept)
+    hosts.tell(hosts.on_packed, model, config, kept)
     use_dense_panels(model, dense_panels)
     explain_errors(model)
     return model

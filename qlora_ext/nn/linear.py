@@ -10,7 +10,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..checks import check_input, not_plain
+from ..checks import check_input, not_dense
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import to_autocast_dtype
 from .packed import _Packed4bit
@@ -177,9 +177,7 @@ def _check_source(name: str, linear: nn.Module) -> None:
             f"{name}: linear.weight has dtype {linear.weight.dtype}, want float32, float16 or "
             "bfloat16"
         )
-    got = None if linear.bias is None else not_plain(linear.bias)
-    if got is None and linear.bias is not None and linear.bias.layout != torch.strided:
-        got = f"a tensor of layout {linear.bias.layout}"
+    got = None if linear.bias is None else not_dense(linear.bias)
     if got is not None:
         raise TypeError(f"{name}: linear.bias is {got}, want a dense tensor")
 

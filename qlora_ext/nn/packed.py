@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from ..checks import NO_DATA, lacks_data, not_stored
+from ..checks import NO_DATA, lacks_data, not_dense, not_stored
 from ..ops import _C
 from ..tensor.config import FLOAT_DTYPES, QuantConfig
 from ..tensor.functions import quantize_tensor
@@ -375,8 +375,8 @@ class _Packed4bit(nn.Module):
             # In a dry run the layer itself has no data; then the entry needs none either.
             if got is None and lacks_data(value) and not (own is None or lacks_data(own)):
                 got = NO_DATA
-            if got is None and key not in _PACKED_KEYS and value.layout != torch.strided:
-                got = f"a tensor of layout {value.layout}"  # _check_state reports packed ones
+            if got is None and key not in _PACKED_KEYS:
+                got = not_dense(value)  # _check_state reports the layout of packed ones
             if got is not None:
                 errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
         return errors

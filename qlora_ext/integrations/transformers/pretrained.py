@@ -17,6 +17,7 @@ from ...nn.embedding import Embedding4bit
 from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory
+from .building import build, check_nothing_anew, loading, read_config, stored_method, unquantized
 from .config import CHECKPOINT_FORMATS, QUANT_METHOD, QLoraExtConfig
 from .quantizer import QLoraExtHfQuantizer
 
@@ -39,8 +40,6 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
             damaged, hold a NaN or an infinity, or do not describe a model, it is a CheckpointError,
             which names the file.
     """
-    from .building import check_nothing_anew, loading, read_config, stored_method
-
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub_kwargs = {key: kwargs[key] for key in (*hub, "trust_remote_code") if key in kwargs}
     config = kwargs.pop("config", None)
@@ -148,8 +147,6 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
             "save_pretrained: bitsandbytes has only nf4 and fp4, linear layers, one scale per "
             f"block; the model has {config.to_quant_config()}"
         )
-    from .building import build, unquantized
-
     dense = dict(build(unquantized(model.config), model.dtype, type(model)).named_modules())
     for name, module in model.named_modules():
         kind = type(dense.get(name)) if isinstance(module, Linear4bit) else torch.nn.Linear
