@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from importlib.util import find_spec
 from sysconfig import get_path
 
 from setuptools import setup
@@ -21,13 +22,13 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 # Ampere (its binaries also run on Ada), Hopper, and PTX that the driver compiles for newer GPUs.
 DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
 
-try:
-    import torch
-except ImportError:
-    sys.exit(
-        "qlora_ext builds against your torch and finds none: install torch >= 2.11, then run\n"
-        "    pip install --no-build-isolation .\n(pip's build isolation hides an installed torch)"
-    )
+if not find_spec("torch"):
+    sys.exit("""\
+qlora_ext builds against your torch and finds none: pip's build isolation hides an installed one.
+First install torch and what else a build needs, then repeat your command without isolation:
+    pip install 'torch>=2.11' 'setuptools>=77' 'pybind11>=2.12' ninja wheel numpy
+    pip install --no-build-isolation .      # or the name of the archive instead of the dot""")
+import torch  # noqa: E402
 
 
 def toolkit_root():
@@ -145,5 +146,4 @@ class CopyModules(build_py):
         super().run()
 
 
-COMMANDS = {"build_ext": BuildLibraries, "build_py": CopyModules}
-setup(ext_modules=extensions(), cmdclass=COMMANDS)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries, "build_py": CopyModules})

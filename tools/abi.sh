@@ -1,6 +1,7 @@
 #!/bin/sh
-# abi.sh BUILT_UNDER TESTED_UNDER: builds a wheel under one version of torch, and tests it under the
-# other. The environments are .venv-torch-VERSION.
+# abi.sh BUILT_UNDER TESTED_UNDER: builds a wheel under one version of torch, from the source archive,
+# and tests it under the other. The environments are .venv-torch-VERSION. WHEEL=dist/NAME.whl tests
+# that wheel instead.
 set -eu
 # What a change of torch could break: all that reaches the compiled library. What stands above it
 # (transformers, PEFT) isn't installed in these environments; the emulator has a build of its own.
@@ -10,10 +11,16 @@ set -eu
 builder=$PWD/.venv-torch-$1/bin/python
 tester=$PWD/.venv-torch-$2/bin/python
 wheels=build/abi-$1
-echo "== CPU library built under torch $1, tested under torch $2"
-rm -rf "$wheels"
-USE_CUDA=0 "$builder" -m pip wheel -q --no-build-isolation --no-deps -w "$wheels" .
-"$tester" -m pip install -q --no-deps --force-reinstall "$wheels"/qlora_ext-*.whl
+if [ -n "${WHEEL-}" ]; then
+  echo "== $WHEEL, tested under torch $2"
+else
+  echo "== CPU library built from the source archive under torch $1, tested under torch $2"
+  rm -rf "$wheels"
+  archive=$("$builder" tools/sdist.py "$wheels")
+  USE_CUDA=0 "$builder" -m pip wheel -q --no-build-isolation --no-deps -w "$wheels" "$archive"
+  WHEEL=$(echo "$wheels"/qlora_ext-*.whl)
+fi
+"$tester" -m pip install -q --no-deps --force-reinstall "$WHEEL"
 for name in $ABI_TESTS; do set -- "$@" "$PWD/tests/$name"; done
 shift 2
 sh tools/installed.sh "$tester" -m pytest -q -m 'not slow' -k 'not simt' "$@"
