@@ -1,6 +1,7 @@
 """Loads the compiled libraries, and reports what was built and what runs (python -m qlora_ext)."""
 
 import platform
+import warnings
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,21 +31,24 @@ _cuda_error: str | None = None
 def _load_cuda_backend() -> None:
     """Loads the CUDA library if this torch has CUDA; a CPU torch lacks the symbols it links to.
 
-    Raises ImportError if it was built for another major version of CUDA.
+    Warns if the library does not fit this torch or does not load; the CPU backend works then too.
     """
     global _cuda_error
     if not _CUDA_LIBRARIES or torch.version.cuda is None:
         return
     built, here = _C.cuda_version, torch.version.cuda
     if built.split(".")[0] != here.split(".")[0]:
-        raise ImportError(
-            f"qlora_ext: the CUDA library was built for CUDA {built}, want CUDA {here} like torch "
-            f"{torch.__version__}; {_BUILD}"
+        _cuda_error = (
+            f"the CUDA library was built for CUDA {built}, want CUDA {here} like torch "
+            f"{torch.__version__}"
         )
-    try:
-        torch.ops.load_library(str(_CUDA_LIBRARIES[0]))
-    except OSError as error:
-        _cuda_error = str(error)
+    else:
+        try:
+            torch.ops.load_library(str(_CUDA_LIBRARIES[0]))
+        except OSError as error:  # torch's own says which library; its cause says why
+            _cuda_error = f"the CUDA library does not load: {error.__cause__ or error}"
+    if _cuda_error is not None:
+        warnings.warn(f"qlora_ext runs on the CPU only: {_cuda_error}; {_BUILD}", stacklevel=2)
 
 
 def build_info() -> dict[str, object]:
@@ -65,7 +69,7 @@ def build_info() -> dict[str, object]:
     elif torch.version.cuda is None:
         why_not = f"torch {torch.__version__} is a CPU build"
     elif _cuda_error is not None:
-        why_not = f"the CUDA library does not load: {_cuda_error}"
+        why_not = _cuda_error
     return {
         "version": _version(),
         "torch": torch.__version__,

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -351,28 +352,79 @@ def test_a_library_that_does_not_load_is_refused_with_torch_s_version(import_a_c
     assert error.startswith(f"ImportError: {start}") and error.endswith(HOW)
 
 
-def test_a_library_for_another_cuda_is_refused(monkeypatch):
-    from qlora_ext import build_info
-
-    loaded = []
+@pytest.fixture
+def load_cuda(monkeypatch):
+    """Loads these files as the CUDA library, built for CUDA 13.0, under a torch for this CUDA.
+    Returns what was warned of and build_info()'s cuda_why_not."""
     module = sys.modules["qlora_ext.build_info"]
-    assert build_info is module.build_info
-    monkeypatch.setattr(module, "_CUDA_LIBRARIES", ["_C_cuda.so"])
     monkeypatch.setattr(module._C, "cuda_version", "13.0", raising=False)
+
+    def run(torch_cuda: str | None, *libraries) -> tuple[list[str], str | None]:
+        monkeypatch.setattr(module, "_CUDA_LIBRARIES", list(libraries))
+        monkeypatch.setattr(module, "_cuda_error", None)
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module._load_cuda_backend()
+        return [str(warning.message) for warning in caught], qlora_ext.build_info()["cuda_why_not"]
+
+    return run
+
+
+def test_a_library_for_another_cuda_stays_off_with_a_warning(load_cuda, monkeypatch):
+    loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    with pytest.raises(ImportError) as refused:
-        module._load_cuda_backend()
-    assert str(refused.value) == (
-        "qlora_ext: the CUDA library was built for CUDA 13.0, want CUDA 12.8 like torch "
-        f"{torch.__version__}{HOW}"
+    warned, why_not = load_cuda("12.8", "_C_cuda.so")
+    assert why_not == (
+        "the CUDA library was built for CUDA 13.0, want CUDA 12.8 like torch " + torch.__version__
     )
-    monkeypatch.setattr(torch.version, "cuda", None)  # a CPU torch: the CPU backend works
-    module._load_cuda_backend()
+    assert warned == [f"qlora_ext runs on the CPU only: {why_not}{HOW}"]
+    warned, why_not = load_cuda(None, "_C_cuda.so")  # a CPU torch: nothing to warn of
+    assert warned == [] and why_not == f"torch {torch.__version__} is a CPU build"
     assert loaded == []
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-    module._load_cuda_backend()
+    assert load_cuda("13.2", "_C_cuda.so") == ([], None)
     assert loaded == ["_C_cuda.so"]
+
+
+def test_a_cuda_library_that_does_not_load_stays_off_with_a_warning(load_cuda, tmp_path):
+    """As one does whose libcudart.so.13 is not there."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    assert compiler, "a build needs a compiler too"
+    (tmp_path / "empty.cpp").write_text("")
+    words = [compiler, "-shared", "-fPIC", "-Wl,--no-as-needed", "-L.", "empty.cpp", "-o"]
+    missing = "libqlora_test_runtime.so.13"
+    subprocess.run([*words, missing, f"-Wl,-soname,{missing}"], cwd=tmp_path, check=True)
+    subprocess.run([*words, "_C_cuda.so", f"-l:{missing}"], cwd=tmp_path, check=True)
+    (tmp_path / missing).unlink()
+    warned, why_not = load_cuda("13.0", tmp_path / "_C_cuda.so")
+    start = "the CUDA library does not load: "
+    assert why_not.startswith(start) and missing in why_not
+    assert warned == [f"qlora_ext runs on the CPU only: {why_not}{HOW}"]
+
+
+def test_it_imports_and_runs_beside_a_cuda_library_that_does_not_fit(tmp_path):
+    package = tmp_path / "qlora_ext"
+    shutil.copytree(
+        Path(qlora_ext.__file__).parent,
+        package,
+        ignore=shutil.ignore_patterns("_C_cuda*", "__pycache__"),
+    )
+    (package / f"_C_cuda{SUFFIX}").write_text("no library")
+    code = """
+import torch
+torch.version.cuda = "99.0"
+import qlora_ext
+q = qlora_ext.quantize_4bit(torch.ones(4, 64))
+assert qlora_ext.linear_4bit(torch.ones(1, 64), q).tolist() == [[64.0] * 4]
+print(qlora_ext.__file__, qlora_ext.build_info()["cuda_live"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(package / "__init__.py"), "False"]
+    assert "qlora_ext runs on the CPU only: the CUDA library was built for CUDA " in done.stderr
+    assert ", want CUDA 99.0 like torch " in done.stderr
 
 
 # What was built -----------------------------------------------------------------------------
