@@ -22,6 +22,8 @@ def files(root: Path = ROOT) -> list[str]:
         names = os.fsdecode(done.stdout).split("\0")
     else:
         listed = root / "qlora_ext.egg-info" / "SOURCES.txt"
+        if not listed.exists():
+            sys.exit(f"sdist: {root} is neither a git checkout nor an unpacked source archive")
         names = [n for n in listed.read_text(encoding="utf-8").split("\n") if "egg-info" not in n]
     return sorted(name for name in names if (root / name).is_file())
 

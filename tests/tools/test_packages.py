@@ -83,6 +83,11 @@ def test_what_builds_and_tests_leave_behind_stays_out(archive, unpacked):
     assert names_in(again) == names
 
 
+def test_a_folder_without_a_list_of_its_files_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="is neither a git checkout nor an unpacked source"):
+        sdist.build(tmp_path / "dist", tmp_path)
+
+
 def test_a_wheel_of_the_archive_has_every_module_and_nothing_else(unpacked):
     words = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "lib"]
     done = subprocess.run(words, cwd=unpacked, capture_output=True, text=True)
