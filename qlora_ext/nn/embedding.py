@@ -42,7 +42,7 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
         nn.Module.__init__(self)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self._init_embedding(num_embeddings, embedding_dim, padding_idx, config, dtype)
-        draft = torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        draft = torch.zeros(num_embeddings, embedding_dim, device=device, dtype=dtype)
         if draft.is_meta:
             self._set_empty("meta")
             return

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..checks import check_finite, not_dense
+from ..tensor.config import FLOAT_DTYPES
+from .dense_state import pre_hooks_first, read_lazy
 from .linear import Linear4bit, _share
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
@@ -82,6 +85,54 @@ class Experts4bit(nn.Module):
             template._parameters.pop(f"{name}_bias", None)
         template._is_hf_initialized = True  # transformers would look for the weights to initialise
         return cls(template, packed).train(experts.training)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys)
+        with pre_hooks_first(self, *args, error_msgs):
+            error_msgs += self._unstack(state_dict, prefix)
+            super()._load_from_state_dict(*args, error_msgs)
+
+    def _unstack(self, state_dict, prefix: str) -> list[str]:
+        """Gives the dense weights of the fused module to the experts' layers, which pack them.
+        Returns error messages; if there are some, no expert is given any."""
+        experts, name = self.template, type(self).__name__
+        stacks = {}  # key -> (the shape of one expert's part, that part's key)
+        for stack, side in ((up_name(experts), "up"), ("down_proj", "down")):
+            N, K = getattr(self.packed[0], side)._shape
+            shape = (K, N) if experts.is_transposed else (N, K)
+            stacks[prefix + stack] = shape, f"{side}.weight"
+            if experts.has_bias:
+                stacks[f"{prefix}{stack}_bias"] = (N,), f"{side}.bias"
+        given = [key for key in stacks if key in state_dict]
+        read_lazy(state_dict, given)
+        values = {key: state_dict.pop(key) for key in given}
+        packed = [key for key in state_dict if key.startswith(f"{prefix}packed.")]
+        errors = []
+        if given and packed:
+            errors.append(f"{name}: {given[0]} is beside {packed[0]}, want one of them")
+        for key, value in values.items():
+            want = [len(self.packed), *stacks[key][0]]
+            got = not_dense(value)
+            if got is None and (list(value.shape) != want or value.dtype not in FLOAT_DTYPES):
+                got = f"{value.dtype} {list(value.shape)}"
+            if got is not None:
+                errors.append(f"{name}: {key} is {got}, want float {want}")
+                continue
+            try:
+                check_finite(f"{name}: {key}", value, value.dtype)
+            except OverflowError as error:
+                errors.append(str(error))
+        if errors:
+            for key in packed:
+                del state_dict[key]
+            return errors
+        for key, value in values.items():
+            for e, part in enumerate(value.unbind()):
+                flip = experts.is_transposed and part.ndim == 2
+                state_dict[f"{prefix}packed.{e}.{stacks[key][1]}"] = part.T if flip else part
+        return []
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -47,7 +47,8 @@ class Linear4bit(_Packed4bit, nn.Linear):
     plain parameter of `dtype`) may have another one. Sums are in fp32 and rounded once.
 
     The constructor packs random weights, drawn as nn.Linear draws them. On the meta device it
-    allocates nothing and waits for a state dict. `from_linear` packs a trained layer.
+    allocates nothing and waits for a state dict. `from_linear` packs a trained layer. So does
+    load_state_dict, if it is given a dense `weight` of the logical shape.
 
     Args:
         in_features, out_features: logical sizes K and N, whatever the packed tensors' shapes are.
@@ -57,7 +58,8 @@ class Linear4bit(_Packed4bit, nn.Linear):
 
     Raises:
         TypeError: config is not a QuantConfig, or dtype is not float32, float16 or bfloat16.
-        RuntimeError: from load_state_dict: a key's shape, dtype or codebook is wrong; it is named.
+        RuntimeError: from load_state_dict: a key's shape, dtype or codebook is wrong, or a dense
+            weight has a NaN or Inf; the key is named, and the layer stays as it was.
     """
 
     from_conv1d = False  # whether it replaced a Conv1D; if so, merging gives a Conv1D back
@@ -71,7 +73,8 @@ class Linear4bit(_Packed4bit, nn.Linear):
         self.out_features = out_features
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self._init_packed(out_features, in_features, config, dtype)
-        draft = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        # Zeros, because a model may be built with nn.init switched off (Fabric.init_module can).
+        draft = torch.zeros(out_features, in_features, device=device, dtype=dtype)
         if draft.is_meta:
             self._set_empty("meta")
         else:

@@ -32,6 +32,7 @@ from ..ops import _C
 from ..tensor.config import FLOAT_DTYPES, QuantConfig
 from ..tensor.functions import quantize_tensor
 from ..tensor.quantized import QuantizedTensor
+from .dense_state import dense_shape, is_dense, pack_dense, pre_hooks_first, read_lazy
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 
 _CODEBOOK_BYTES = 64
@@ -42,6 +43,10 @@ _FORWARDS = 512
 _UNSEEN = {"_seen_version": -1, "_seen_address": None, "_probe": None, "_probed": None}
 _REPARAMETRIZING = frozenset(
     f"torch.nn.utils.{name}" for name in ("parametrizations", "parametrize", "weight_norm", "prune")
+)
+_AVERAGE = (
+    "; if it is an average of packed bytes, average the dense weights (or the adapters) instead, "
+    "and quantize the result"
 )
 _PACKED_KEYS = ("weight", "weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 
@@ -348,24 +353,40 @@ class _Packed4bit(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        errors = self._check_kinds(state_dict, prefix) or self._check_state(state_dict, prefix)
-        if errors:
-            error_msgs += errors
-            return
-        if local_metadata.get("assign_to_params_buffers", False):
-            for key in self._sizes():
-                if prefix + key in state_dict:
-                    state_dict[prefix + key] = _aligned(state_dict[prefix + key])
-        before = len(error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        # A pre-hook may rename, pack or unpack entries, so the checks see what it made of them.
+        with pre_hooks_first(self, *args, error_msgs):
+            read_lazy(state_dict, [prefix + key for key in self._parameters])
+            dtype = self.dtype
+            errors = self._check_kinds(state_dict, prefix)
+            if not errors and self._is_given_dense(state_dict, prefix):
+                dtype = state_dict[prefix + "weight"].dtype
+                errors = pack_dense(self, state_dict, prefix, assign)
+            errors = errors or self._check_state(state_dict, prefix)
+            if errors:
+                error_msgs += errors
+                return
+            if assign:
+                for key in self._sizes():
+                    if prefix + key in state_dict:
+                        state_dict[prefix + key] = _aligned(state_dict[prefix + key])
+            before = len(error_msgs)
+            super()._load_from_state_dict(*args, error_msgs)
         if prefix + "weight" in state_dict and len(error_msgs) == before:
+            if assign:  # as for the tensors of any layer, which are then those of the state dict
+                self.dtype = dtype
             self._unseal()
             self._check_bytes()
 
+    def _is_given_dense(self, state_dict, prefix: str) -> bool:
+        """Whether a state dict holds a dense weight for this layer, and nothing packed."""
+        held = [key for key in _PACKED_KEYS if prefix + key in state_dict]
+        return held == ["weight"] and is_dense(self, state_dict[prefix + "weight"])
+
     def _check_kinds(self, state_dict, prefix: str) -> list[str]:
-        """One error message for each entry of this module that is not a dense tensor."""
+        """One error message for each entry of this module that is not a dense tensor, and for each
+        bias or adapter of another shape."""
         errors = []
         for key in self._parameters:
             value = state_dict.get(prefix + key)
@@ -379,13 +400,28 @@ class _Packed4bit(nn.Module):
                 got = not_dense(value)  # _check_state reports the layout of packed ones
             if got is not None:
                 errors.append(f"{type(self).__name__}: {prefix}{key} is {got}, want a dense tensor")
+            elif key not in _PACKED_KEYS and own is not None and value.shape != own.shape:
+                # torch reports it too, but after it has loaded the weight.
+                errors.append(
+                    f"{type(self).__name__}: {prefix}{key} has shape {list(value.shape)}, want "
+                    f"{list(own.shape)}"
+                )
         return errors
 
     def _check_state(self, state_dict, prefix: str) -> list[str]:
         """One error message for each thing wrong with the packed tensors of a state dict."""
         name = type(self).__name__
-        if not any(prefix + key in state_dict for key in _PACKED_KEYS):
+        held = [key for key in _PACKED_KEYS if prefix + key in state_dict]
+        if not held:
             return []  # perhaps an adapter alone; torch reports the key if loading is strict
+        weight = state_dict.get(prefix + "weight")
+        if held == ["weight"] and weight.is_floating_point():
+            shape = tuple(weight.shape)
+            hint = "" if shape != self._sizes()["weight"] else _AVERAGE
+            return [
+                f"{name}: {prefix}weight is {weight.dtype} {list(shape)}, want a dense weight "
+                f"{list(dense_shape(self))} to pack, or the packed entries{hint}"
+            ]
         errors = []
         for key, size in {**self._sizes(), "weight_codebook": (_CODEBOOK_BYTES,)}.items():
             tensor = state_dict.get(prefix + key)
@@ -395,10 +431,9 @@ class _Packed4bit(nn.Module):
                     f"{prefix}weight ({self._describe()})"
                 )
             elif tensor.dtype != torch.uint8:
-                hint = "; quantize a dense weight with from_linear or quantize_model"
+                hint = "; a dense weight is packed only without the packed entries beside it"
                 if tuple(tensor.shape) == size:
-                    hint = "; if it is an average of packed bytes, average the dense weights (or "
-                    hint += "the adapters) instead, and quantize the result"
+                    hint = _AVERAGE
                 errors.append(
                     f"{name}: {prefix}{key} is {tensor.dtype} {list(tensor.shape)}, want uint8 "
                     f"{list(size)}{hint if key == 'weight' else ''}"

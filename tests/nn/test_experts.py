@@ -1,7 +1,6 @@
 """Experts4bit: transformers' fused experts, packed one by one, against the class they came from."""
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -21,29 +20,7 @@ from qlora_ext.nn import Experts4bit, Linear4bit, LoraLinear4bit
 from qlora_ext.nn.dense import dense_layer
 from qlora_ext.nn.experts import is_fused_experts
 
-transformers = pytest.importorskip("transformers")
-
-# One class for every layout: plain, without gate, transposed, with biases, interleaved.
-LAYOUTS = {
-    "mixtral": ("mixtral", "MixtralExperts", "MixtralConfig", {}),
-    "aria": ("aria", "AriaExperts", "AriaTextConfig", {"moe_num_experts": 4}),
-    "gpt_oss": ("gpt_oss", "GptOssExperts", "GptOssConfig", {}),
-    "nemotron_h": ("nemotron_h", "NemotronHExperts", "NemotronHConfig", {"n_routed_experts": 4}),
-}
-
-
-def experts_of(layout, dtype=torch.float32):
-    module, experts_class, config_class, settings = LAYOUTS[layout]
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
-    config = getattr(transformers, config_class)(**{**sizes, "num_local_experts": 4, **settings})
-    config._experts_implementation = "eager"
-    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    experts = getattr(modeling, experts_class)(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    return experts.to(dtype)
+pytest.importorskip("transformers")
 
 
 def routed(experts, tokens=7):
@@ -55,9 +32,9 @@ def routed(experts, tokens=7):
     return x, index, weights
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiny.EXPERT_LAYOUTS)
 def test_every_layout_computes_what_its_class_does(layout):
-    experts = experts_of(layout)
+    experts = tiny.experts(layout)
     assert is_fused_experts(experts)
     packed = Experts4bit.from_experts(experts, QuantConfig(blocksize=32))
     x, index, weights = routed(experts)
@@ -81,21 +58,21 @@ def test_every_layout_computes_what_its_class_does(layout):
 
 
 def test_low_precision_and_meta_and_copies():
-    experts = experts_of("mixtral", torch.bfloat16)
+    experts = tiny.experts("mixtral", torch.bfloat16)
     packed = Experts4bit.from_experts(experts)
     x, index, weights = routed(experts)
     y = packed(x.bfloat16(), index, weights)
     assert y.dtype == torch.bfloat16
     assert torch.equal(copy.deepcopy(packed)(x.bfloat16(), index, weights), y)
-    empty = Experts4bit.from_experts(experts_of("mixtral").to("meta"))
+    empty = Experts4bit.from_experts(tiny.experts("mixtral").to("meta"))
     assert all(p.is_meta for p in empty.parameters())
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(empty(x.bfloat16(), index, weights), y)
 
 
 def test_slots_without_an_expert_are_skipped():
-    packed = Experts4bit.from_experts(experts_of("mixtral"))
-    x, index, weights = routed(experts_of("mixtral"))
+    packed = Experts4bit.from_experts(tiny.experts("mixtral"))
+    x, index, weights = routed(tiny.experts("mixtral"))
     index[:, 1] = 4
     weights[:, 1] = torch.nan
     assert packed(x, index, weights).isfinite().all()
@@ -106,7 +83,7 @@ def test_slots_without_an_expert_are_skipped():
 def test_bad_experts_are_refused():
     with pytest.raises(TypeError, match="experts is a Linear, want a module with"):
         Experts4bit.from_experts(torch.nn.Linear(4, 4))
-    experts = experts_of("mixtral")
+    experts = tiny.experts("mixtral")
     experts.down_proj.data[2, 3, 5] = torch.inf
     with pytest.raises(RuntimeError, match=r"down_proj\[2\]: .*\[3, 5\]"):
         Experts4bit.from_experts(experts)

@@ -279,12 +279,6 @@ def test_wrong_shape_is_named():
     assert "q.weight has shape [16, 31], want [16, 32] for [16, 64] weights" in load_error(state)
 
 
-def test_dense_weight_is_refused():
-    message = load_error({**good_state(), "weight": torch.zeros(16, 64)})
-    assert "q.weight is torch.float32 [16, 64], want uint8 [16, 32]" in message
-    assert "quantize_model" in message
-
-
 def test_other_config_is_refused():
     message = load_error(good_state(QuantConfig(quant_type="fp4")))
     assert "q.weight_codebook holds [0.0, 0.0052" in message and "quant_type=nf4" in message

@@ -1,5 +1,7 @@
 """Tiny models of many architectures, from transformers' own classes with random weights."""
 
+import importlib
+
 import torch
 
 VOCAB = 96
@@ -115,3 +117,30 @@ def train(model, steps=6, rate=1e-2):
         losses.append(loss.item())
     model.eval()
     return losses[0], losses[-1]
+
+
+# One class of fused experts for every layout: plain, transposed, with biases and interleaved,
+# without gate.
+EXPERT_LAYOUTS = {
+    "mixtral": ("mixtral", "MixtralExperts", "MixtralConfig", {}),
+    "aria": ("aria", "AriaExperts", "AriaTextConfig", {"moe_num_experts": 4}),
+    "gpt_oss": ("gpt_oss", "GptOssExperts", "GptOssConfig", {}),
+    "nemotron_h": ("nemotron_h", "NemotronHExperts", "NemotronHConfig", {"n_routed_experts": 4}),
+}
+
+
+def experts(layout, dtype=torch.float32, seed=0):
+    """A fused-experts module of 4 experts, 64 -> 96 -> 64, with random weights and biases."""
+    import transformers
+
+    module, experts_class, config_class, settings = EXPERT_LAYOUTS[layout]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
+    config = getattr(transformers, config_class)(**{**sizes, "num_local_experts": 4, **settings})
+    config._experts_implementation = "eager"
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    layer = getattr(modeling, experts_class)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return layer.to(dtype)

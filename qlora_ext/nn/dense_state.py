@@ -1,0 +1,98 @@
+"""Packs a dense weight that a packed layer finds in a state dict.
+
+Code that builds a model first and loads an unquantized checkpoint after needs nothing else: the
+entry `weight` becomes the packed entries, and nn.Module loads those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..checks import lacks_data, out_of_memory
+from ..tensor.config import FLOAT_DTYPES
+from ..tensor.functions import quantize_tensor
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+@contextlib.contextmanager
+def pre_hooks_first(module: nn.Module, *args):
+    """Calls the load_state_dict pre-hooks of module with args, as nn.Module._load_from_state_dict
+    does. Inside the context that method does not call them again."""
+    hooks = module._load_state_dict_pre_hooks
+    for hook in hooks.values():
+        hook(*args)
+    module._load_state_dict_pre_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        module._load_state_dict_pre_hooks = hooks
+
+
+def read_lazy(state_dict, keys) -> None:
+    """Reads the entries that are no tensors but act like one, as Lightning's lazy loader makes
+    them: any function of torch gives a tensor."""
+    for key in keys:
+        value = state_dict.get(key)
+        if not isinstance(value, torch.Tensor) and torch.overrides.is_tensor_like(value):
+            state_dict[key] = torch.detach(value)
+
+
+def dense_shape(layer) -> tuple[int, int]:
+    """The shape of the dense weight that layer was packed from: [K, N] if that was a Conv1D."""
+    N, K = layer._shape
+    return (K, N) if getattr(layer, "from_conv1d", False) else (N, K)
+
+
+def is_dense(layer, value) -> bool:
+    """Whether value is a dense weight for layer: of the right shape, and of floats."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and tuple(value.shape) == dense_shape(layer)
+    )
+
+
+def pack_dense(layer, state_dict, prefix: str, assign: bool) -> list[str]:
+    """Replaces the dense weight of a state dict by packed entries. Returns error messages; if there
+    are some, the state dict is as it was.
+
+    The weight is packed where the layer is. With assign, or if the layer is on the meta device, it
+    is packed where the weight is.
+    """
+    name, key = type(layer).__name__, f"{prefix}weight"
+    weight, own = state_dict[key], layer._parameters["weight"]
+    if weight.dtype not in FLOAT_DTYPES:
+        return [f"{name}: {key} has dtype {weight.dtype}, want float32, float16 or bfloat16"]
+    whole = type(own) in _PLAIN or isinstance(own, FakeTensor)
+    if not whole or own.shape != layer._sizes()["weight"]:
+        return [
+            f"{name}: {key} is a dense {weight.dtype} {list(weight.shape)}, and this layer is "
+            "sharded, want packed entries: load the dense weight before the model is sharded"
+        ]
+    if lacks_data(weight):
+        sizes = {**layer._sizes(), "weight_codebook": layer.weight_codebook.shape}
+        empty = {k: weight.new_empty(size, dtype=torch.uint8) for k, size in sizes.items()}
+        state_dict.update({prefix + k: value for k, value in empty.items()})
+        return []
+    if type(weight) not in _PLAIN:
+        return [f"{name}: {key} is a dense {type(weight).__name__}, want a plain tensor to pack"]
+    weight = weight.detach()
+    if not assign and not own.is_meta:
+        weight = weight.to(own.device)
+    if tuple(weight.shape) != tuple(layer._shape) or getattr(layer, "from_conv1d", False):
+        weight = weight.T.contiguous()
+    try:
+        q = quantize_tensor(weight, layer.config)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return [f"{name}: {key}: {error}"]
+    state_dict.update({prefix + k: value for k, value in layer._as_parameters(q).items()})
+    return []
