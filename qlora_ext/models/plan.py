@@ -30,6 +30,12 @@ logger = logging.getLogger("qlora_ext")
 
 ABSENT = "not in the checkpoint, so made anew"
 
+# Reasons to leave a layer alone that was made to be trained, and that packing would freeze.
+ADAPTER = "an adapter of another library"
+TRAINS = "trainable, while other weights of the model are frozen"
+# How other libraries call the two factors of LoRA if these are layers (torchtune, PEFT, kohya).
+_FACTORS = frozenset(("lora_a", "lora_b", "lora_down", "lora_up"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -63,9 +69,11 @@ class Plan:
         stored: the checkpoint that the model will be read from, if its tensors are known.
         packed_checkpoint: whether that checkpoint is packed already; if so, it decides.
         other_names: mappings of layer -> its name in files of its class, besides those in `stored`.
+        keep_trained: whether layers that train stay dense if other weights are frozen.
 
     Attributes:
         names: the modules to pack, in the model's order.
+        trained: the modules that stay as they are because they are made to be trained.
         skipped: a LayerReport of every other weight, with its reason.
 
     Raises:
@@ -81,6 +89,7 @@ class Plan:
         stored: Stored | None = None,
         packed_checkpoint: bool = False,
         other_names: Iterable[Mapping[str, str]] = (),
+        keep_trained: bool = False,
     ):
         self.model = model
         self.keep = tuple(keep)
@@ -108,6 +117,8 @@ class Plan:
             for one, other in tied.items():
                 self.tied.setdefault(one, other)
                 self.tied.setdefault(other, one)
+        self.keep_trained = keep_trained and _some_are_frozen(model)
+        self.trained: list[str] = []
         self.names: list[str] = []
         self.kinds: dict[str, str] = {}  # module to pack -> its class's name
         self.skipped: list[LayerReport] = []
@@ -201,6 +212,8 @@ class Plan:
             return "embedding (quantize_embeddings=True packs it)"
         if is_table and (type(module) is not nn.Embedding or module.max_norm is not None):
             return "embedding with a forward of its own"
+        if reason := self._reason_trained(name, module):
+            return reason
         if reason := self._reason_read(module):
             return reason
         for key in weight_names(module):
@@ -229,6 +242,17 @@ class Plan:
                 return f"kept in fp32 by {type(self.model).__name__} ({pattern!r})"
         return None
 
+    def _reason_trained(self, name: str, module: nn.Module) -> str | None:
+        trains = any(module._parameters[key].requires_grad for key in weight_names(module))
+        reason = None
+        if not _FACTORS.isdisjoint(name.lower().split(".")):
+            reason = ADAPTER
+        elif trains and self.keep_trained:
+            reason = TRAINS
+        if reason is not None:
+            self.trained.append(name)
+        return reason
+
     def _reason_read(self, module: nn.Module) -> str | None:
         if reader := self.read_past.get(id(module)):
             return f"its weight is read by {reader}, past the layer's own forward"
@@ -254,6 +278,18 @@ class Plan:
         if self.stored.lacks_one_of(name):
             self.lacking.append(name)
         return ABSENT
+
+
+def _some_are_frozen(model: nn.Module) -> bool:
+    """Whether a layer's weight requires no gradients. Tables do not count: some classes freeze
+    their tables of positions."""
+    return any(
+        not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point()
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and (key == "weight" or is_fused_experts(module))
+    )
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
@@ -285,6 +321,8 @@ _EXPECTED = (
     "bias",
     "modules_to_not",
     ABSENT,
+    ADAPTER,
+    TRAINS,
 )
 
 
@@ -296,20 +334,35 @@ def log_report(
     Args:
         op: the name of the function that reports.
         least: below this share of the model's weights (routers and the like) it does not warn.
+            It always names the layers that stay because they are made to be trained.
         stacklevel: the warning's, counted from this function.
     """
     logger.info("%s", report)
+    if trained := [part for part in report.unquantized if part.reason in (ADAPTER, TRAINS)]:
+        advice = ""
+        if any(part.reason == TRAINS for part in trained):
+            advice = (
+                "; to pack those that are no adapters, freeze them first (requires_grad_(False))"
+            )
+        warnings.warn(
+            f"{op}: left alone, because packing would freeze them: {_named(trained)}{advice}",
+            stacklevel=stacklevel,
+        )
     unexpected = [part for part in report.unquantized if not part.reason.startswith(_EXPECTED)]
     share = sum(part.numel for part in unexpected) / max(report.numel, 1)
     if not unexpected or share < least:
         return
-    patterns = {re.sub(r"\b\d+\b", "*", part.name): part.reason for part in unexpected}
-    named = "; ".join(f"{name} ({reason})" for name, reason in list(patterns.items())[:8])
     warnings.warn(
         f"{op}: {share:.1%} of the weights stay unquantized in layers one might expect to be "
-        f"packed: {named}. model.quantization_report has the rest",
+        f"packed: {_named(unexpected)}. model.quantization_report has the rest",
         stacklevel=stacklevel,
     )
+
+
+def _named(layers: list[LayerReport]) -> str:
+    """The first names and reasons; the layers of a stack share one."""
+    patterns = {re.sub(r"\b\d+\b", "*", part.name): part.reason for part in layers}
+    return "; ".join(f"{name} ({reason})" for name, reason in list(patterns.items())[:8])
 
 
 def warn_unmatched(op: str, model: nn.Module, names: list[str]) -> None:

@@ -82,8 +82,10 @@ def quantize_model(
     result and one layer. These stay dense, and `model.quantization_report` says why: the output
     head and task heads, tied weights, layers whose weight the model's code reads past their
     forward, layers that the model class keeps in fp32, `modules_to_not_convert`, embeddings, and
-    everything that is not a linear layer. A warning names layers that one would expect to be packed
-    but are not (a router, say). Experts that transformers stacks in one parameter are packed one by
+    everything that is not a linear layer. So do layers that are made to be trained: another
+    library's LoRA factors (lora_a, lora_B), and layers that require gradients if other layers do
+    not. A warning names them, and layers that one would expect to be packed but are not (a router,
+    say). Experts that transformers stacks in one parameter are packed one by
     one, as Experts4bit.
 
     Args:
@@ -104,8 +106,8 @@ def quantize_model(
     Raises:
         TypeError: model is not a module or is a single layer, or config is not a QuantConfig.
         ValueError: the model is quantized already, has adapters, is partly on the meta device, or
-            has no layer to pack; modules_to_not_convert has a name that matches nothing, or
-            something that is not a name.
+            has neither a layer to pack nor one that trains; modules_to_not_convert has a name that
+            matches nothing, or something that is not a name.
         RuntimeError: a weight to pack has a NaN or Inf: the error names the layer and the index,
             and the layers before it are packed. Or a parameter that stays dense has one: the error
             names it, and nothing is packed.
@@ -116,14 +118,18 @@ def quantize_model(
     _check_model(model)
     keep = as_names(modules_to_not_convert, "quantize_model")
     plan = Plan(
-        model, keep, embeddings=quantize_embeddings, other_names=_names_in_files(model, keep)
+        model,
+        keep,
+        embeddings=quantize_embeddings,
+        other_names=_names_in_files(model, keep),
+        keep_trained=True,
     )
     if unmatched := plan.unmatched():
         raise ValueError(
             f"quantize_model: modules_to_not_convert has {unmatched[0]!r}, which matches no "
             f"module, want names among {linear_names(model)}"
         )
-    if not plan.names:
+    if not plan.names and not plan.trained:
         raise ValueError(
             f"quantize_model: {type(model).__name__} has no layer to pack, want at least one "
             f"nn.Linear or Conv1D. {plan.bad_dtypes() or plan.report()}"
@@ -147,8 +153,10 @@ def quantize_model(
         del old, new
     model.quantization_report = plan.report(packed)
     log_report("quantize_model", model.quantization_report)
+    if not packed:
+        return model
     hosts.tell(hosts.on_packed, model, config, kept)
-    use_dense_panels(model, dense_panels)
+    use_dense_panels(model, dense_panels, leave=map(model.get_submodule, plan.trained))
     explain_errors(model)
     return model
 

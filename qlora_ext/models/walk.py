@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -158,7 +158,9 @@ def linear_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
 
 
-def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
+def use_dense_panels(
+    model: nn.Module, panels: bool | None = None, leave: Iterable[nn.Module] = ()
+) -> None:
     """Turns a model's plain nn.Linear layers on a CPU into PanelLinear, in place. Parameters, ties
     and the state dict stay the same.
 
@@ -166,9 +168,11 @@ def use_dense_panels(model: nn.Module, panels: bool | None = None) -> None:
         panels: True: always use panels for bf16 and fp16, whatever the layer's device is now. None:
             use them if torch's own product is slow on this machine; each call decides. False:
             change nothing.
+        leave: layers to leave as they are.
     """
     if panels is False:
         return
-    for layer in [m for m in model.modules() if type(m) is nn.Linear]:
+    left = set(leave)
+    for layer in [m for m in model.modules() if type(m) is nn.Linear and m not in left]:
         if panels or (layer.weight.device.type == "cpu" and layer.weight.is_floating_point()):
             replace_module(model, layer, PanelLinear.from_linear(layer, always=bool(panels)))

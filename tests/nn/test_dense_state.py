@@ -313,7 +313,7 @@ def test_strict_reports_what_nn_linear_reports():
                 {**dense().state_dict(), extra: torch.zeros(1)}, strict=strict
             )
     layer = Linear4bit(64, 16)
-    with pytest.raises(RuntimeError, match='Missing key.*"bias"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"bias"'):
         layer.load_state_dict({"weight": dense().weight})
     result = layer.load_state_dict({"weight": dense().weight}, strict=False)
     assert result.missing_keys == ["bias"]
@@ -402,7 +402,7 @@ def test_other_layers_of_a_model_load_although_one_is_refused():
     state = source.state_dict()
     state["inner.0.weight"] = torch.full((48, 32), torch.inf)
     before = snapshot(model["inner"][0])
-    with pytest.raises(RuntimeError, match="inner.0.weight: quantize_4bit"):
+    with pytest.raises(RuntimeError, match=r"inner.0.weight: quantize_4bit"):
         model.load_state_dict(state)
     assert_unchanged(model["inner"][0], before)
     assert_same_state(model["a"], Linear4bit.from_linear(source["a"]))
@@ -455,5 +455,5 @@ def test_bad_fused_weights_change_no_expert():
     packed = experts.state_dict(prefix="")
     mixed = {**source, "packed.1.up.weight": packed["packed.1.up.weight"]}
     refused(experts, mixed, "gate_up_proj is beside packed.1.up.weight, want one of them")
-    with pytest.raises(RuntimeError, match="Missing key.*packed.0.down.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*packed.0.down.weight"):
         experts.load_state_dict({k: v for k, v in source.items() if k != "down_proj"})
