@@ -56,7 +56,10 @@ def prepare(folder: Path) -> dict:
 
 
 # What some pages need beside transformers, and what they leave behind.
-NEEDS = {"docs/integrations.md": ("trl", "datasets", "bitsandbytes")}
+NEEDS = {
+    "docs/integrations.md": ("trl", "datasets", "bitsandbytes"),
+    "docs/lightning.md": ("lightning",),
+}
 LEAVES = {
     "README.md": ["merged/config.json"],
     "docs/quickstart.md": ["merged/config.json"],

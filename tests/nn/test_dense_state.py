@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import tiny_models as tiny
-from qlora_ext import QuantConfig
+from qlora_ext import QuantConfig, quantize_model
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, LoraLinear4bit
 
 CONFIG = QuantConfig(quant_type="fp4", blocksize=32, double_quant=False)
@@ -320,6 +320,34 @@ def test_strict_reports_what_nn_linear_reports():
     result = layer.load_state_dict({"bias": dense().bias}, strict=False)
     assert "weight" in result.missing_keys
     assert_same_state(layer, Linear4bit.from_linear(dense()))
+
+
+@pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one might expect")
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_packed_model_of_transformers_takes_another_dense_checkpoint(family, assign):
+    pytest.importorskip("transformers")
+    other, source = tiny.make(family, seed=1), tiny.make(family, seed=2)
+    model = quantize_model(other.to("meta") if assign else other, progress_bar=False)
+    state = source.state_dict()
+    model.load_state_dict(state, assign=assign)
+    assert_same_state(model, quantize_model(source, progress_bar=False))
+
+
+def test_below_an_adapter_of_peft():
+    peft = pytest.importorskip("peft")
+    source = tiny.make("llama", seed=2)
+    model = quantize_model(tiny.make("llama", seed=1), progress_bar=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    state = {
+        f"base_model.model.{key}".replace("q_proj.", "q_proj.base_layer."): tensor
+        for key, tensor in source.state_dict().items()
+    }
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys and all("lora_" in key for key in result.missing_keys)
+    want = quantize_model(source, progress_bar=False)
+    ids = tiny.inputs(want)
+    assert torch.equal(model(**ids).logits, want(**ids).logits)
 
 
 # What is refused ----------------------------------------------------------------------------------
