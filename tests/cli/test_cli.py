@@ -1034,7 +1034,8 @@ def test_values_in_config_json_end_in_one_sentence_with_their_key(llama, tmp_pat
         said = run(*words, ok=False)
         assert "config.json" in said and str(llama) in said, said
         name = value[0] if value == ["T5Model"] else key
-        assert name in said, said
+        # Before transformers 5.23 its own message names this one, with a space.
+        assert name in said or name.replace("_", " ") in said, said
         assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists() and digest(llama) == before
 

@@ -153,7 +153,7 @@ def test_promises_name_tests_that_exist():
 
 def test_tested_versions_are_those_that_the_plug_ins_expect():
     from qlora_ext.integrations import bitsandbytes
-    from qlora_ext.integrations.import_hook import TESTED
+    from qlora_ext.integrations.import_hook import WINDOWS
 
     table = (
         (DOCS / "integrations.md")
@@ -161,5 +161,34 @@ def test_tested_versions_are_those_that_the_plug_ins_expect():
         .split("## Tested versions")[1]
         .split("##")[0]
     )
-    for name, series in {**TESTED, "bitsandbytes": bitsandbytes.TESTED}.items():
-        assert re.search(rf"^\| {name} \| {re.escape(series)}\b", table, re.M | re.I), name
+    for name, window in WINDOWS.items():
+        series = rf"{re.escape(window.oldest)}\b.* to {re.escape(window.newest)}\b"
+        assert re.search(rf"^\| {name} \| {series}", table, re.M | re.I), name
+    series = re.escape(bitsandbytes.TESTED)
+    assert re.search(rf"^\| bitsandbytes \| {series}\b", table, re.M), "bitsandbytes"
+
+
+def test_the_window_is_what_test_versions_runs():
+    """Its ends are in the oldest and the newest set of releases, and the extras take all of it."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    from qlora_ext.integrations.import_hook import WINDOWS
+
+    sets = {}
+    for path in (REPOSITORY / "tests" / "versions").glob("*.txt"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+        sets[path.stem] = {r.name: Version(str(r.specifier).removeprefix("==")) for r in wanted}
+    project = read_configuration(REPOSITORY / "pyproject.toml", expand=False)["project"]
+    extras = map(Requirement, project["optional-dependencies"]["train"])
+    ranges = {extra.name: extra.specifier for extra in extras}
+    for name, window in WINDOWS.items():
+        assert Version(window.oldest).release == sets["oldest"][name].release[:2]
+        assert Version(window.newest).release == sets["newest"][name].release[:2]
+        assert all(sets["oldest"][name] <= s[name] <= sets["newest"][name] for s in sets.values())
+        assert all(s[name] in ranges[name] for s in sets.values())
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    names = re.search(r"^VERSIONS \?= (.*)$", makefile, re.M)[1].split()
+    assert sorted(names) == sorted(sets)

@@ -19,11 +19,12 @@ import peft
 import qlora_ext
 from qlora_ext import ops
 from qlora_ext.integrations import peft as plugin
-from qlora_ext.integrations.peft import tuners
+from qlora_ext.integrations.peft import tuners, versions
 from qlora_ext.integrations.peft.attach import _subclasses
 from qlora_ext.nn import Linear4bit
 
 ATTENTION = ["q_proj", "v_proj"]
+PEFT = versions.RELEASE
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +170,10 @@ def test_variants_are_those_of_the_dequantized_model(tmp_path, kwargs):
 
 
 def test_unsupported_initialisations_say_so(folders):
+    mica = "unsupported variant" if PEFT >= (0, 20) else "Unknown initialization"
     for init, message in [
         ("pissa", "PiSSA under float32"),
-        ("mica", "unsupported variant"),
+        ("mica", mica),
         ("loftq", "replace_lora_weights_loftq"),
     ]:
         config = lora_config()
@@ -417,10 +419,13 @@ def test_pefts_own_ways_to_load(folders, tmp_path, kwargs):
     assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)), want)
     again = peft.PeftModel.from_pretrained(base_model(folders), tmp_path, **kwargs)
     assert torch.equal(logits(again), want)
+    if PEFT < (0, 19):  # transformers wants "a version >= 0.18.2", which was never released
+        return
     # transformers reads an adapter's folder too, base and all.
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), want)
 
 
+@pytest.mark.skipif(PEFT < (0, 19), reason="transformers refuses PEFT before 0.18.2")
 def test_adapter_through_transformers(folders, tmp_path):
     base = base_model(folders)
     base.add_adapter(lora_config())
@@ -659,7 +664,12 @@ SUPPORTED = {
     "VERA": lambda: peft.VeraConfig(r=4, target_modules=ATTENTION),
 }
 
+# Before 0.20 PEFT asks nobody to read the weight for these.
+OLD = {name: SUPPORTED.pop(name) for name in list(SUPPORTED) if name not in versions.SUPPORTED}
+OFT = {**SUPPORTED, **OLD}["OFT"]
+
 REFUSED = {
+    **OLD,
     "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[]),
     "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=ATTENTION),
     "LOKR": lambda: peft.LoKrConfig(r=4, target_modules=ATTENTION),
@@ -729,8 +739,9 @@ def test_adalora_allocates_ranks(folders):
 
 def test_two_kinds_of_tuner_on_one_layer_are_refused(folders):
     model = peft.PeftMixedModel(base_model(folders), lora_config(), "default")
-    with pytest.raises(ValueError, match="OFT on a 4-bit layer that has LORA already"):
-        model.add_adapter("second", SUPPORTED["OFT"]())
+    said = "on a 4-bit layer that has LORA already" if "OFT" in SUPPORTED else "cannot train"
+    with pytest.raises(ValueError, match=f"OFT {said}"):
+        model.add_adapter("second", OFT())
 
 
 def test_target_parameters_on_a_packed_weight(folders):
@@ -942,6 +953,7 @@ def saved_adapters(folders, tmp_path, *settings):
     return found
 
 
+@pytest.mark.skipif(PEFT < (0, 20), reason="PEFT's own swap compiles a dense model again, too")
 def test_compiled_model_takes_other_adapters_without_compiling_again(folders, tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 

@@ -34,7 +34,7 @@ from peft.tuners import lora
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import hotswap, loftq_utils, quantization_utils, save_and_load
+from peft.utils import hotswap, loftq_utils, save_and_load
 from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
@@ -56,6 +56,7 @@ from .tuners import (
     _refuse_packed_layer,
     _resolve_backend,
 )
+from .versions import resolve_quantization_backend
 
 
 def _subclasses(cls: type) -> set[type]:
@@ -107,7 +108,8 @@ def attach() -> None:
             model.get_nb_trainable_parameters = _count_logical_weights(
                 model.get_nb_trainable_parameters
             )
-    _replace_everywhere(quantization_utils.resolve_quantization_backend, _resolve_backend)
+    if resolve_quantization_backend is not None:
+        _replace_everywhere(resolve_quantization_backend, _resolve_backend)
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _get_state_dict)
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)

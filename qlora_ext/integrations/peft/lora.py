@@ -14,7 +14,7 @@ from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
-from peft.tuners.lora.variants import DoraEmbeddingVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
 from ... import ops
@@ -33,6 +33,7 @@ from .stand_in import (
     _swap_in,
     dequantize,
 )
+from .versions import ChoosesVariant, adapted_layer, layer_arguments
 
 
 class _FiniteScales:
@@ -63,7 +64,7 @@ class _FiniteScales:
         super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
 
 
-class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
+class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLoraLinear):
     """PEFT's LoRA layer on a `Linear4bit`.
 
     Plain adapters use the fused op: y = W x + s B A x in one pass over the packed weight, in the
@@ -72,13 +73,17 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
     """
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or type(self).__name__
-        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+        self._name = target_name or adapted_layer.get()
+        arguments = layer_arguments(config, target_name)
+        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
 
     @property
     def lora_variants(self):
-        supported = [(), ("use_dora",), ("alora_invocation_tokens",)]
-        return {key: value for key, value in super().lora_variants.items() if key in supported}
+        return {
+            (): None,
+            ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("use_dora",): DoraLinearVariant,
+        }
 
     def _fused_adapters(self) -> list[str] | None:
         """The active adapters if the fused op can compute them, else None.
@@ -182,7 +187,7 @@ class PeftLoraLinear4bit(_FiniteScales, _MergesIntoDense, PeftLoraLinear):
         with self._dense_base():
             super().orthogonal_init(adapter_name)
 
-    def loftq_init(self, adapter_name: str, config) -> None:
+    def loftq_init(self, adapter_name: str, *args) -> None:
         """Raises ValueError: PEFT's would read the packed bytes as weights."""
         raise ValueError(
             "init_lora_weights='loftq' needs the unquantized weight; on a 4-bit layer use "
@@ -212,7 +217,7 @@ class _DoraEmbeddingVariant(DoraEmbeddingVariant):
         module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
 
 
-class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
+class LoraEmbedding4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
     """PEFT's LoRA layer on an `Embedding4bit`, with PEFT's forward and our merging.
 
     The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]. The
@@ -220,8 +225,9 @@ class LoraEmbedding4bit(_FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
     """
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or type(self).__name__
-        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self._name = target_name or adapted_layer.get()
+        arguments = layer_arguments(config, target_name)
+        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
 
     @property
     def lora_variants(self):
@@ -251,8 +257,9 @@ class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
     """PEFT's AdaLoRA layer on a `Linear4bit`, with PEFT's forward and our merging."""
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or type(self).__name__
-        super().__init__(base_layer, adapter_name, config, target_name=target_name, **kwargs)
+        self._name = target_name or adapted_layer.get()
+        arguments = layer_arguments(config, target_name)
+        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PeftLoraLinear4bit's merge."""
@@ -279,7 +286,7 @@ def _create_lora_module(original):
             return original(lora_config, adapter_name, target, **kwargs)
         if kwargs.get("parameter_name") is not None:
             parameter = f".{kwargs['parameter_name'].rpartition('.')[2]}"
-            layer = kwargs["target_name"].removesuffix(parameter)
+            layer = adapted_layer.get().removesuffix(parameter)
             raise ValueError(
                 f"PEFT's target_parameters got {layer}{parameter}, a 4-bit weight; name its layer "
                 "in target_modules"
@@ -289,6 +296,8 @@ def _create_lora_module(original):
         if lora_config.fan_in_fan_out:
             # GPT-2's layers are Conv1D, [in, out]. Packed they are ordinary [out, in] layers.
             lora_config.fan_in_fan_out = False
+            if "fan_in_fan_out" in kwargs:
+                kwargs["fan_in_fan_out"] = False
         if lora_config.peft_type == peft.PeftType.ADALORA:
             kwargs.pop("device_map", None)
             return AdaLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)

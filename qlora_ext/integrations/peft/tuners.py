@@ -11,7 +11,6 @@ import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import quantization_utils
 
 from ...adapters.add import check_trainable
 from ...merging.dense import IN_MEMORY
@@ -22,9 +21,7 @@ from ...nn.lora import _Lora
 from ...nn.offload import check_can_adapt, check_in_memory, loaded
 from ...nn.packed import _Packed4bit
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
-
-# Tuners whose layers train and merge on a packed weight. The tests cover each.
-_SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+from .versions import NEWER, SUPPORTED, QuantizationBackend, adapted_layer
 
 _KEEP_TABLE = (
     "or keep the table dense: quantize the unquantized model without quantize_embeddings=True "
@@ -32,7 +29,7 @@ _KEEP_TABLE = (
 )
 
 
-class PackedBackend(quantization_utils.QuantizationBackend):
+class PackedBackend(QuantizationBackend):
     """Reads a packed weight for BOFT, MiSS, OFT, SHiRA and VeRA, and takes what they merge."""
 
     supports_merge = True
@@ -96,26 +93,26 @@ def _refuse_packed(original):
 
     @functools.wraps(original)
     def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
+        given = dict(zip(("target_name", "parent", "current_key"), args, strict=False)) | kwargs
+        layer = given.get("current_key") or given.get("target_name") or "a layer"
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if isinstance(base, _Lora):
             # PEFT's forward and merge would read only the base weight and lose A and B.
             raise ValueError(
-                f"PEFT's {method} on {kwargs.get('current_key', args[-1] if args else 'a layer')}: "
-                "it has an adapter of qlora_ext.add_lora already; merge it with "
-                "qlora_ext.merge_and_unload, or let PEFT start from a model without"
+                f"PEFT's {method} on {layer}: it has an adapter of qlora_ext.add_lora already; "
+                "merge it with qlora_ext.merge_and_unload, or let PEFT start from a model without"
             )
         if isinstance(base, Embedding4bit) and method != "LORA":
-            layer = kwargs.get("current_key", args[-1] if args else "an embedding")
             raise ValueError(
                 f"PEFT's {method} cannot train {layer}, an embedding that is packed in 4 bits; use "
                 f"LORA there, {_KEEP_TABLE}"
             )
         if isinstance(base, Linear4bit):
-            if method not in _SUPPORTED:
+            if method not in SUPPORTED:
                 raise ValueError(
                     f"PEFT's {method} cannot train a 4-bit layer of qlora_ext; use one of "
-                    f"{', '.join(sorted(_SUPPORTED))}, or load the model unquantized"
+                    f"{', '.join(sorted(SUPPORTED))}{NEWER}, or load the model unquantized"
                 )
             if isinstance(target, BaseTunerLayer) and _tuner(target) != method:
                 # Merging two kinds into one weight depends on their order, which neither knows.
@@ -123,21 +120,23 @@ def _refuse_packed(original):
                     f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
                     "of one kind only"
                 )
-        if isinstance(base, _Packed4bit):
+        if not isinstance(base, _Packed4bit):
+            original(self, config, adapter_name, target, *args, **kwargs)
+        else:
             check_can_adapt(f"PEFT's {method}", base, self.model)
             if not config.inference_mode:
-                layer = kwargs.get("current_key", args[-1] if args else "a layer")
                 check_trainable(f"PEFT's {method} on {layer}", base)
-        # PEFT puts an adapter on the base weight's device, and some adapters start from its values.
-        with loaded(base) if isinstance(base, _Packed4bit) else contextlib.nullcontext():
-            original(self, config, adapter_name, target, *args, **kwargs)
-        if isinstance(base, _Packed4bit):
+            token = adapted_layer.set(layer)
+            try:
+                # Some adapters start from the base weight's values, and all go on its device.
+                with loaded(base):
+                    original(self, config, adapter_name, target, *args, **kwargs)
+            finally:
+                adapted_layer.reset(token)
             watch(self)  # PEFT calls the model's forward directly, without the model's hook
-        given = dict(zip(("target_name", "parent"), args, strict=False)) | kwargs
         name, parent = given.get("target_name"), given.get("parent")
         if parent is not None and name in parent._modules:
-            key = given.get("current_key") or name
-            parent._modules[name].__dict__["_qlora_ext_name"] = key  # for errors
+            parent._modules[name].__dict__["_qlora_ext_name"] = layer  # for errors
 
     return _create_and_replace
 

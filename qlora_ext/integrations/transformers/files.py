@@ -15,12 +15,13 @@ from transformers.core_model_loading import (
 )
 
 from ...checks import check_finite, lacks_data, without_mask
-from ...files import FLOATS, SafetensorsFiles
+from ...files import FLOATS, TORCH_DTYPES, SafetensorsFiles
 from ...models.plan import Stored, weight_names
 from ...nn.experts import is_fused_experts
 from ...nn.linear import is_plain_linear
 from ...nn.packed import _PACKED_KEYS
 from ...text import CheckpointError
+from .versions import saved_key
 
 _ALWAYS = ("weight", "weight_absmax", "weight_codebook")  # every packed layer has these
 
@@ -214,6 +215,15 @@ def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
     )
 
 
+def storage_dtype(checkpoint_files) -> torch.dtype:
+    """The dtype that bitsandbytes' packed bytes are stored in; uint8 if there are none, as ours."""
+    headers = _headers(checkpoint_files)
+    weights = (key.rpartition(".quant_state.")[0] for key in headers)
+    stored = {headers[key][0] for key in weights if key in headers}
+    name = min(stored, default="U8")
+    return TORCH_DTYPES.get(name) or getattr(torch, name.removeprefix("torch."), torch.uint8)
+
+
 def _same_end(one: str, other: str) -> bool:
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
@@ -263,13 +273,13 @@ def _saved_names(model, conversions: list) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         if is_plain_linear(module):
-            key, pattern = rename_source_key(f"{name}.weight", renamings, converters, reverse=True)
+            key, pattern = saved_key(f"{name}.weight", renamings, converters)
             if pattern is None and key != f"{name}.weight":
                 found[name] = key.removesuffix(".weight")
         elif is_fused_experts(module):
             # A file has one tensor per expert and name: `block_sparse_moe.experts.*.w1.weight`.
             own = f"{name}.{weight_names(module)[0]}"
-            key, _ = rename_source_key(own, renamings, converters, reverse=True)
+            key, _ = saved_key(own, renamings, converters)
             stored = key.partition(".*")[0] if ".*" in key else key.rpartition(".")[0]
             if stored != name:
                 found[name] = stored

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import ClassVar
 
 import torch
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -30,6 +30,7 @@ from ...nn.experts import Experts4bit, is_fused_experts
 from ...nn.linear import Linear4bit, is_plain_linear
 from ...nn.lora import _Lora
 from ...text import CheckpointError
+from .bitsandbytes_format import bitsandbytes_state_dict
 from .config import QLoraExtConfig
 from .conversions import Quantize, ReadBitsandbytes
 from .files import (
@@ -39,7 +40,20 @@ from .files import (
     file_of,
     local_part,
     not_held,
+    storage_dtype,
     stored_layers,
+)
+from .versions import keep_values
+
+# The tensors that a bitsandbytes checkpoint has for each `weight`.
+_BITSANDBYTES = (
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+    "weight",  # last: an older transformers takes the first that fits the name
 )
 
 
@@ -55,8 +69,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
         # the object for several models.
         # Names given for a packed checkpoint are not a setting of the model, so they are not saved.
         self.asked = quantization_config.__dict__.pop("_asked", [])
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self.quant_config = self.quantization_config.to_quant_config()
+        self.settings = copy.deepcopy(quantization_config)
+        super().__init__(self.settings, **kwargs)
+        self.quant_config = self.settings.to_quant_config()
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if (
@@ -78,27 +93,20 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def get_quantize_ops(self):
         return Quantize(self)
 
-    # The tensors that a bitsandbytes checkpoint has for each `weight`.
-    serialized_names: ClassVar = {
-        "weight": [
-            "weight",
-            "weight.absmax",
-            "weight.quant_map",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_state.bitsandbytes__nf4",
-            "weight.quant_state.bitsandbytes__fp4",
-        ]
-    }
+    def get_weight_conversions(self):
+        if self.settings.checkpoint_format != "bitsandbytes":
+            return []
+        return [WeightConverter(list(_BITSANDBYTES), "weight", [ReadBitsandbytes(self)])]
 
-    def get_load_operations(self):
-        if self.quantization_config.checkpoint_format == "bitsandbytes":
-            return {"deserialize": ReadBitsandbytes}
-        return {}
-
-    def update_weight_conversions(self, weight_conversions, model):
-        # The base class would also copy the model's own conversions for the names above.
+    def update_weight_conversions(self, weight_conversions, model=None):
+        # The base class would also copy the model's own conversions for these names.
         return weight_conversions + self.get_weight_conversions()
+
+    def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
+        # The empty weight may be floating until it is packed (versions.py).
+        if self.param_needs_quantization(model, param_name):
+            return 1
+        return super().param_element_size(model, param_name, param)
 
     def get_state_dict_and_metadata(self, model):
         given = self.given_state
@@ -114,7 +122,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
             check_parameters("save_pretrained", model, skipped=adapters)
         if self.saves_as == "bitsandbytes":
-            return _bitsandbytes_state_dict(model), {}
+            return bitsandbytes_state_dict(model), {}
         if any(isinstance(module, _Lora) for module in model.modules()):
             # Adapters stay in the file, because Trainer resumes from it.
             warnings.warn(
@@ -131,7 +139,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self._check_distribution(getattr(model.config, "distributed_config", None))
         self.checkpoint_files = checkpoint_files
         self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
-        config = self.quantization_config
+        config = self.settings
         keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
         self.plan = plan = Plan(
             model,
@@ -145,6 +153,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             warn_unmatched("QLoraExtConfig", model, plan.unmatched())
         config.modules_to_not_convert = plan.kept
         packed = 0
+        storage = storage_dtype(checkpoint_files) if self.pre_quantized else None
         places = places_of(model)
         for name in plan.names:
             module = model.get_submodule(name)
@@ -162,8 +171,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
             # tensors are refused after loading.
             for part in layer.modules():
                 part._is_hf_initialized = True
+            if isinstance(layer, Linear4bit):
+                keep_values(layer, storage or layer.dtype, packed=self.pre_quantized)
             replace_module(model, module, layer, places)
             packed += 1
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if packed == 0:
             message = "QLoraExtConfig: found no linear layer to pack in"
             if self.pre_quantized:
@@ -224,11 +236,25 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if dry_run or not on_meta:
                 replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
 
+    def _check_shapes(self, model) -> None:
+        """Raises CheckpointError if a parameter has another shape than before loading. With a
+        quantizer, transformers takes what it reads."""
+        for name, parameter in model.named_parameters():
+            got, want = parameter.shape, self.shapes.get(name, parameter.shape)
+            if got != want:
+                where = file_of(model, name, self.checkpoint_files)
+                raise CheckpointError(
+                    f"{where and f'{where}: '}{name}: shape got {list(got)}, want {list(want)} by "
+                    "config.json"
+                )
+        del self.shapes
+
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.not_finite:
             name, dtype = self.not_finite[0]
             error = f"{name} has a NaN or an infinity in {dtype}"
             raise not_held(model, name, dtype, error, self.checkpoint_files)
+        self._check_shapes(model)
         if not self.pre_quantized:
             self._pack_experts(model)
         layers = {
@@ -253,9 +279,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
                 f"{', '.join(missing)}; {advice}"
             )
-        if self.quantization_config.checkpoint_format == "bitsandbytes":
+        if self.settings.checkpoint_format == "bitsandbytes":
             # From here on the model is in our format, so saving must not convert it back.
-            self.quantization_config.checkpoint_format = "qlora_ext"
+            self.settings.checkpoint_format = "qlora_ext"
             model._weight_conversions = [
                 conversion
                 for conversion in model._weight_conversions
@@ -304,14 +330,3 @@ class QLoraExtHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _bitsandbytes_state_dict(model) -> dict[str, torch.Tensor]:
-    """The model's state dict with packed weights under bitsandbytes' keys."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            for key in [*module._sizes(), "weight_codebook"]:
-                del state[f"{name}.{key}"]
-            state.update(module.quantized.state_dict(f"{name}.weight"))
-    return state

@@ -1,0 +1,63 @@
+"""What differs between the releases of PEFT that this plug-in works with: 0.18 and newer.
+
+Nothing else in this package asks for PEFT's version.
+
+    0.19    layers take the whole `config` and `target_name`; before, each setting is a keyword, and
+            a layer is not told its name
+    0.20    a layer lists its `lora_variants`; before, its `resolve_lora_variant` chooses one.
+            `quantization_utils`, through which BOFT, MiSS, OFT, SHiRA and VeRA read packed weights
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import peft
+from packaging.version import Version
+
+RELEASE = Version(peft.__version__).release
+
+if RELEASE >= (0, 20):
+    from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+
+    class ChoosesVariant:
+        """Does nothing: PEFT itself chooses from `lora_variants`."""
+
+else:
+    QuantizationBackend, resolve_quantization_backend = object, None
+
+    class ChoosesVariant:
+        """A mixin for LoRA layers that chooses a variant from `lora_variants`."""
+
+        def resolve_lora_variant(self, *, config=None, **settings):
+            """As PEFT's. Raises ValueError for a variant that the layer lacks."""
+            settings = settings if config is None else vars(config)
+            alora = settings.get("use_alora") or settings.get("alora_invocation_tokens")
+            wanted = {"alora_invocation_tokens": alora}
+            wanted |= {k: settings.get(k) for k in ("arrow_config", "use_bdlora", "use_dora")}
+            key = tuple(sorted(name for name, value in wanted.items() if value))
+            if key not in self.lora_variants:
+                raise ValueError(
+                    f"LoraConfig: {' with '.join(key)} on {self._name}, a 4-bit layer, is not "
+                    "supported"
+                )
+            variant = self.lora_variants[key]
+            return variant and variant()
+
+
+# Tuners whose layers train and merge on a packed weight. The tests cover each.
+SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+NEWER = ""  # what an error says about the others
+if resolve_quantization_backend is None:
+    SUPPORTED = {"ADALORA", "LORA"}
+    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, OFT, SHIRA and VERA want 0.20)"
+
+
+# The layer that is being adapted, for errors. Only from 0.19 on does PEFT tell a layer its name.
+adapted_layer: ContextVar[str] = ContextVar("qlora_ext_adapted_layer", default="a layer")
+
+
+def layer_arguments(config: Any, target_name: str) -> dict[str, Any]:
+    """The arguments that a LoRA layer's constructor takes besides the settings given to it."""
+    return {"config": config, "target_name": target_name} if RELEASE >= (0, 19) else {}
