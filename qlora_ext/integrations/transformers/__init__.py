@@ -3,6 +3,7 @@
 Importing it registers the config and the quantizer with transformers.
 """
 
+from . import answering
 from .classes import attach
 from .config import QLoraExtConfig
 from .pretrained import from_pretrained, save_pretrained
@@ -11,3 +12,4 @@ from .quantizer import QLoraExtHfQuantizer
 __all__ = ["QLoraExtConfig", "QLoraExtHfQuantizer", "from_pretrained", "save_pretrained"]
 
 attach()
+answering.attach()

@@ -52,7 +52,7 @@ def mark_adapted(model: nn.Module, trains: bool) -> None:
 
 def mark_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Removes the marks from a model that has no packed layer any more, and sets its dtype."""
-    for attribute in ("hf_quantizer", "quantization_method"):
+    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit"):
         model.__dict__.pop(attribute, None)
     if not isinstance(model, transformers.PreTrainedModel):
         return

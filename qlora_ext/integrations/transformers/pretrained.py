@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ...files import SafetensorsFiles, reading, safetensors_files
 from ...nn.embedding import Embedding4bit
 from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory
+from .bitsandbytes_format import skip_modules
 from .building import build, check_nothing_anew, loading, read_config, stored_method, unquantized
 from .config import CHECKPOINT_FORMATS, QUANT_METHOD, QLoraExtConfig
 from .quantizer import QLoraExtHfQuantizer
@@ -166,17 +166,6 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": config.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": _skip_modules(model, config.modules_to_not_convert or []),
+        "llm_int8_skip_modules": skip_modules(model, config.modules_to_not_convert or []),
         "llm_int8_threshold": 6.0,
     }
-
-
-def _skip_modules(model, kept: list[str]) -> list[str]:
-    """Names that keep exactly the layers in `kept` dense in stock transformers. There a name means
-    every layer whose name ends with it, even in the middle of a word."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-    # With "$" at its end, transformers reads it as a regular expression for the whole name.
-    return [
-        f"{name}$" if any(not should_convert_module(p, [name]) for p in packed) else name
-        for name in kept
-    ]

@@ -1,0 +1,102 @@
+"""Answers transformers' BitsAndBytesConfig(load_in_4bit=True) with our layers.
+
+Trainers build that config inside, and then look at what it leaves on the model: the config itself,
+`quantization_method`, `is_loaded_in_4bit`. So all these stay bitsandbytes', and so does the format
+of checkpoints; only the layers and the kernels are ours. QLORA_EXT_ENABLE=layers turns it on
+(qlora_ext_enable.py). 8-bit configs go to bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+
+import torch
+from transformers.quantizers import auto
+
+from ...nn.experts import is_fused_experts
+from ...nn.linear import Linear4bit
+from .bitsandbytes_format import skip_modules
+from .config import QLoraExtConfig
+from .quantizer import QLoraExtHfQuantizer
+
+_said = False
+
+
+class _NoQuantState:
+    """Stands in for bitsandbytes' `weight.quant_state`. Kernels that would read it multiply by the
+    weight's bytes if they find none, so reading this raises an error."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # what copy and pickle look for
+            raise AttributeError(name)
+        raise RuntimeError(
+            f"weight.quant_state.{name}: the layer is qlora_ext's Linear4bit, whose packed weight "
+            "has no QuantState of bitsandbytes. Call the layer, turn off the trainer's own LoRA "
+            "kernels (axolotl: lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel), or use "
+            "QLORA_EXT_ENABLE=1, which keeps bitsandbytes' layers"
+        )
+
+
+class AnsweringQuantizer(QLoraExtHfQuantizer):
+    """Takes the place of transformers' Bnb4BitHfQuantizer."""
+
+    saves_as = "bitsandbytes"
+
+    def __init__(self, quantization_config, **kwargs):
+        settings = QLoraExtConfig.from_bnb(quantization_config)
+        if kwargs.get("pre_quantized", True):
+            settings.checkpoint_format = "bitsandbytes"
+        super().__init__(settings, **kwargs)
+        # Loading writes the list of dense layers into it, and the caller may use it again.
+        self.quantization_config = copy.deepcopy(quantization_config)
+        _tell_once()
+
+    def update_device_map(self, device_map):
+        """As bitsandbytes': without a device map the model goes to the current GPU."""
+        if device_map is not None:
+            return device_map
+        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        # bitsandbytes leaves fused experts dense, so its format has no name for them.
+        experts = [name for name, m in model.named_modules() if is_fused_experts(m)]
+        self.settings.modules_to_not_convert = [
+            *(self.settings.modules_to_not_convert or []),
+            *experts,
+        ]
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        model.is_loaded_in_4bit = True
+        kept = skip_modules(model, self.settings.modules_to_not_convert or [])
+        self.quantization_config.llm_int8_skip_modules = kept
+        model.config.quantization_config = self.quantization_config
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.weight.quant_state = _NoQuantState()
+        return model
+
+
+def answer_bitsandbytes() -> None:
+    """From now on BitsAndBytesConfig(load_in_4bit=True) gives our layers, in this process."""
+    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AnsweringQuantizer
+
+
+def attach() -> None:
+    """Does so if QLORA_EXT_ENABLE=layers."""
+    if os.environ.get("QLORA_EXT_ENABLE", "").strip().lower() == "layers":
+        answer_bitsandbytes()
+
+
+def _tell_once() -> None:
+    global _said
+    if not _said:
+        print(
+            "qlora_ext: BitsAndBytesConfig(load_in_4bit=True) gives qlora_ext's layers "
+            "(QLORA_EXT_ENABLE=layers)",
+            file=sys.stderr,
+        )
+    _said = True

@@ -1,0 +1,54 @@
+"""Starts qlora_ext in programs that don't import it, if QLORA_EXT_ENABLE is in the environment.
+
+    QLORA_EXT_ENABLE=1       bitsandbytes' 4-bit ops run on our kernels
+    QLORA_EXT_ENABLE=layers  also, BitsAndBytesConfig(load_in_4bit=True) gives our layers
+
+torch and bitsandbytes call these functions at the end of their own import (the entry points
+`torch.backends` and `bitsandbytes.backends` in pyproject.toml). So this module stands outside the
+package, whose import attaches plug-ins, and its functions raise nothing: that would break `import
+torch`. Without the variable they do nothing.
+"""
+
+import os
+import sys
+
+VARIABLE = "QLORA_EXT_ENABLE"
+
+
+def _wanted() -> str:
+    """ "", "1" or "layers"."""
+    value = os.environ.get(VARIABLE, "").strip().lower()
+    return "" if value == "0" else value
+
+
+def _tell(text: str) -> None:
+    print(f"qlora_ext: {text} ({VARIABLE}={os.environ.get(VARIABLE)})", file=sys.stderr)
+
+
+def after_torch() -> None:
+    """Imports qlora_ext if layers are wanted. Its plug-in then waits for transformers: when that
+    imports bitsandbytes, it has already chosen what quantizes a model."""
+    if _wanted() != "layers":
+        return
+    try:
+        import qlora_ext  # noqa: F401
+    except Exception as error:
+        _tell(f"not enabled: {type(error).__name__}: {error}")
+
+
+def after_bitsandbytes() -> None:
+    """Puts our kernels under bitsandbytes, and says so on stderr."""
+    wanted = _wanted()
+    if not wanted:
+        return
+    if wanted not in ("1", "layers"):
+        _tell("not enabled: want 1 or layers")
+        return
+    try:
+        from qlora_ext.integrations import bitsandbytes
+
+        bitsandbytes.enable()
+    except Exception as error:
+        _tell(f"not enabled: {type(error).__name__}: {error}")
+    else:
+        _tell("bitsandbytes' 4-bit ops run on qlora_ext's kernels")
