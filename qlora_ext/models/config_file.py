@@ -15,7 +15,7 @@ import torch
 
 from .. import hosts
 from ..files import SafetensorsFiles, read_json, reading
-from ..tensor.config import QuantConfig
+from ..tensor.config import QuantConfig, check_format_version
 from ..text import CheckpointError, printable, shorten
 
 # Names of layer counts and other sizes in the configs of transformers' architectures.
@@ -180,7 +180,8 @@ def check_settings(stored: dict) -> None:
     """Checks a quantization_config of ours. Raises ValueError for a setting that is unknown or out
     of range, TypeError for one of the wrong type."""
     known = {field.name for field in dataclasses.fields(QuantConfig)}
-    own = {"quant_method", "checkpoint_format", *_NAME_LISTS[:1]}
+    own = {"quant_method", "checkpoint_format", "format_version", *_NAME_LISTS[:1]}
+    check_format_version(stored.get("format_version"))  # a newer format may have other settings
     if unknown := sorted(stored.keys() - known - own):
         raise ValueError(f"got unknown settings {unknown}")
     QuantConfig(**{key: value for key, value in stored.items() if key in known})

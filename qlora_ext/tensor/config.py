@@ -19,6 +19,8 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT_DTYPES = tuple(_DTYPES.values())
 _NESTED_BLOCKSIZE = 256
+# The version of docs/format.md. It goes up when an older release would misread what a newer wrote.
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,23 @@ class QuantConfig:
             self.quant_type, self.codebook, self.companding, float(self.companding_k)
         )
         return tuple(values)
+
+
+def check_format_version(found: object) -> None:
+    """Checks the `format_version` of a packed checkpoint. None is a checkpoint that says none,
+    which is version 1.
+
+    Raises:
+        ValueError: it is newer than FORMAT_VERSION, or no version.
+    """
+    if found is None:
+        return
+    if type(found) is not int or found < 1:
+        raise ValueError(
+            f"format_version is {shorten(found)}, want an integer from 1 to {FORMAT_VERSION}"
+        )
+    if found > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version is {shorten(found)}, want at most {FORMAT_VERSION}: a newer qlora_ext "
+            "wrote this checkpoint; upgrade qlora_ext to read it"
+        )

@@ -23,6 +23,12 @@ def llama(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
+def dense_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 SETTINGS = {
     "nf4-nested": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "nf4": {"bnb_4bit_quant_type": "nf4"},
@@ -158,6 +164,44 @@ def test_without_bitsandbytes_installed(llama, tmp_path):
     # They dequantize in the dtype that the model was saved in.
     rounded = {name: weight.bfloat16().float() for name, weight in dequantized(model).items()}
     assert_same_weights(dequantized(back), rounded)
+
+
+def test_base_and_adapter_load_without_us(llama, tmp_path):
+    """What docs/serving.md promises: stock transformers, bitsandbytes and PEFT in a new process."""
+    pytest.importorskip("peft")
+    model = qlora_ext.quantize_model(dense_model(llama), progress_bar=False)
+    qlora_ext.save_pretrained(model, tmp_path / "base", format="bitsandbytes")
+    model = qlora_ext.add_lora(model, qlora_ext.LoraConfig(r=4, lora_alpha=8)).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.05)
+    qlora_ext.save_adapter(model, tmp_path / "adapter")
+    torch.save({"ids": ids(), "want": logits(model)}, tmp_path / "logits.pt")
+    qlora_ext.merge_and_unload(model, torch.float32).save_pretrained(tmp_path / "merged")
+    run_python(
+        f"""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        folder = {str(tmp_path)!r}
+        stored = torch.load(f"{{folder}}/logits.pt")
+        def check(model, tolerance):
+            with torch.no_grad():
+                got = model.eval()(input_ids=stored["ids"]).logits
+            torch.testing.assert_close(got, stored["want"], rtol=0, atol=tolerance)
+        merged = AutoModelForCausalLM.from_pretrained(f"{{folder}}/merged")
+        assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        check(merged, 1e-3)
+        base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/base")
+        with torch.no_grad():
+            plain = base.eval()(input_ids=stored["ids"]).logits
+        assert (plain - stored["want"]).abs().max() > 0.5
+        assert "bitsandbytes" in type(base.model.layers[0].mlp.up_proj).__module__
+        check(PeftModel.from_pretrained(base, f"{{folder}}/adapter"), 5e-2)
+        """,
+        without=("qlora_ext",),
+    )
 
 
 def test_settings_of_a_bitsandbytes_config():

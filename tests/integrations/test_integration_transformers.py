@@ -625,6 +625,43 @@ def test_truncated_weight(copy_of_packed):
         load(copy_of_packed)
 
 
+@pytest.mark.parametrize("how", ["transformers", "ours", "command"])
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (2, r"format_version is 2, want at most 1: a newer qlora_ext wrote .*; upgrade qlora_ext"),
+        ("1", r"format_version is '1', want an integer from 1 to 1"),
+        (True, r"format_version is True, want an integer"),
+        (0, r"format_version is 0, want an integer"),
+        (1, None),
+        (None, None),
+    ],
+)
+def test_format_version(packed, copy_of_packed, how, version, said):
+    from qlora_ext.models.config_file import read_raw_config
+
+    read = {
+        "transformers": load,
+        "ours": qlora_ext.from_pretrained,
+        "command": read_raw_config,
+    }[how]
+    path = copy_of_packed / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"].pop("format_version") == 1
+    if version is not None:
+        config["quantization_config"]["format_version"] = version
+    if version == 2:  # what a newer format may have
+        config["quantization_config"]["swizzle"] = 7
+    path.write_text(json.dumps(config))
+    if said is None:
+        model = read(copy_of_packed)
+        if how != "command":
+            assert torch.equal(logits(model), logits(packed[1]))
+    else:
+        with pytest.raises(ValueError, match=said):
+            read(copy_of_packed)
+
+
 @pytest.mark.parametrize("key", ["weight", "weight_absmax", "weight_codebook"])
 def test_floats_under_a_packed_key(copy_of_packed, key):
     name = f"model.layers.0.mlp.up_proj.{key}"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...models.names import as_names
-from ...tensor.config import QuantConfig
+from ...tensor.config import FORMAT_VERSION, QuantConfig, check_format_version
 
 QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
@@ -29,11 +29,14 @@ class QLoraExtConfig(QuantizationConfigMixin):
             names that match nothing.
         checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed;
             `qlora_ext.from_pretrained` sets it. What we save is in 'qlora_ext'.
+        format_version: of the format of a packed checkpoint; config.json says it. None is 1, which
+            releases wrote that did not say it.
         settings: the other fields of `QuantConfig`: normalization, codebook, companding,
             companding_k, std_factor.
 
     Raises:
-        ValueError: a setting is unknown or out of range; the error names it.
+        ValueError: a setting is unknown or out of range; the error names it. Or a newer qlora_ext
+            wrote the checkpoint, in a format that this one does not know.
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class QLoraExtConfig(QuantizationConfigMixin):
         double_quant: bool = True,
         modules_to_not_convert: list[str] | str | None = None,
         checkpoint_format: str = "qlora_ext",
+        format_version: int | None = None,
         **settings: Any,
     ):
+        check_format_version(format_version)  # first: a newer format may have other settings
         settings.pop("quant_method", None)  # config.json has it
         known = {field.name for field in dataclasses.fields(QuantConfig)}
         if unknown := sorted(set(settings) - known):
@@ -56,6 +61,7 @@ class QLoraExtConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.checkpoint_format = checkpoint_format
+        self.format_version = FORMAT_VERSION  # what we write
         names = as_names(modules_to_not_convert, "QLoraExtConfig")
         self.modules_to_not_convert = None if modules_to_not_convert is None else names
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
