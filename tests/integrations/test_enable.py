@@ -199,6 +199,31 @@ assert not getattr(merged, "is_loaded_in_4bit", False)
     program(code, "layers", dense)
 
 
+def test_a_sharded_model_is_not_saved_as_bitsandbytes(written, tmp_path):
+    """Whatever state is given: the format is made from the model's own, which is in pieces."""
+    dense, _ = written
+    code = (
+        PREPARE
+        + """
+import os
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+model = load(sys.argv[1], quantization_config=config)
+state = model.state_dict()
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+fully_shard(model.model.layers[0])
+try:
+    model.save_pretrained(sys.argv[2], state_dict=state)
+except ValueError as error:
+    assert "save_pretrained" in str(error) and "DTensor" in str(error), error
+else:
+    raise AssertionError("saved a sharded model")
+assert not os.path.exists(os.path.join(sys.argv[2], "model.safetensors"))
+"""
+    )
+    program(code, "layers", dense, tmp_path / "out")
+
+
 def test_what_is_not_answered(written):
     """8 bits are bitsandbytes' own, and its format has no packed experts."""
     dense, _ = written

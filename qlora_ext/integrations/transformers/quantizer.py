@@ -116,6 +116,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 check_finite(f"save_pretrained: {name}", local_part(tensor.detach()), tensor.dtype)
         # With a distributed_config, transformers gathers the tensors that it sharded itself.
         is_whole = given is not None and not any(hasattr(t, "to_local") for t in given.values())
+        if self.saves_as == "bitsandbytes":
+            is_whole = False  # this format is made from the model, whatever state is given
         if not is_whole and getattr(model.config, "distributed_config", None) is None:
             check_whole("save_pretrained", model)
             # Adapters are not checked, so that a checkpoint of a training run is never refused.
