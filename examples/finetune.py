@@ -312,7 +312,9 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
         trained.values(), lr=args.learning_rate, weight_decay=args.weight_decay
     )
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        before_5_23 = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", before_5_23)
+        enable({"use_reentrant": False})
         model.config.use_cache = False
     wrapped = parallel.wrapped(model)
     if parallel.rank():

@@ -14,6 +14,7 @@ from ...merging.original_weights import OriginalWeights
 from ...models.report import logical_surplus
 from ...models.walk import check_whole
 from ...nn.packed import _Packed4bit
+from ..transformers.versions import checkpoint_activations
 from .lora import PeftLoraLinear4bit
 from .stand_in import _packed_base, dequantize
 
@@ -42,7 +43,7 @@ def prepare_model_for_kbit_training(
     Args:
         model: a transformers model with `Linear4bit` layers; changed in place and returned.
         use_gradient_checkpointing: recompute activations in the backward.
-        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`; the default is
+        gradient_checkpointing_kwargs: for torch.utils.checkpoint; the default is
             {"use_reentrant": False}.
     """
     model.requires_grad_(False)
@@ -50,9 +51,7 @@ def prepare_model_for_kbit_training(
         # Reentrant checkpointing drops the gradients of a block whose inputs need none. The first
         # block's inputs come from a frozen embedding.
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {"use_reentrant": False}
-        )
+        checkpoint_activations(model, gradient_checkpointing_kwargs or {"use_reentrant": False})
     return model
 
 

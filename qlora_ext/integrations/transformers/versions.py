@@ -8,7 +8,8 @@ Nothing else in this package asks for transformers' version.
             the renamings first, as loading does
     5.21    bitsandbytes' packed bytes are read in the dtype that they are stored in
     5.23    a weight that is packed on loading is read in the model's dtype; before these two, both
-            were first cast to the dtype of the empty parameter
+            were first cast to the dtype of the empty parameter. Shapes are checked with a
+            quantizer, too. `gradient_checkpointing_enable` became `activation_checkpointing_enable`
 """
 
 from __future__ import annotations
@@ -46,3 +47,13 @@ def saved_key(name: str, renamings: list, converters: list) -> tuple[str, str | 
         renamings, converters: transformers' conversions for loading, reversed.
     """
     return rename_source_key(name, renamings, converters, **_SAVING)
+
+
+def checkpoint_activations(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Turns on activation checkpointing.
+
+    Args:
+        settings: for torch.utils.checkpoint, such as {"use_reentrant": False}.
+    """
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)(settings)
