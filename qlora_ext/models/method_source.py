@@ -35,9 +35,11 @@ _ALL_WEIGHTS = frozenset(("parameters", "named_parameters", "state_dict", "get_p
 # Modules with general code, which is not about a particular layer.
 _GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
-    r"transformers\.(modeling_utils|generation|integrations|utils|hub)"
+    r"transformers\.(modeling_utils|distributed|generation|integrations|utils|hub)"
 )
+_READING = frozenset((*_PACKED, *_ALL_WEIGHTS))
 _HARMLESS = frozenset(("device", "requires_grad", "is_meta", "is_cuda", "grad", "layout"))
+_TORCH = re.compile(r"torch(\.|$)")
 
 
 def _methods(
@@ -48,7 +50,7 @@ def _methods(
         for name, function in _class_methods(type(module))
         if name in reached or not _BEFORE_PACKING.fullmatch(name)
     ]
-    every = every or any(_reads_an_argument(f) for _, f in methods)
+    every = every or any(_reads_of_others(f) for _, f in methods)
     own = module.__dict__.get("forward")  # a forward on the instance replaces the class's
     if own is not None:
         methods += [("forward", f) for f in _functions(own)]
@@ -110,7 +112,7 @@ def _functions_called(function: types.FunctionType) -> tuple[types.FunctionType,
         if isinstance(named, types.FunctionType):
             found += _functions(named)
         elif isinstance(named, (types.ModuleType, type)):
-            if re.match(r"torch(\.|$)", getattr(named, "__module__", None) or named.__name__):
+            if _TORCH.match(getattr(named, "__module__", None) or named.__name__):
                 continue
             for other in names & vars(named).keys():
                 found += _functions(vars(named)[other])
@@ -183,154 +185,42 @@ def _names(code: types.CodeType) -> set[str]:
     return names.union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
-def _reads(node: ast.AST) -> Iterator[ast.AST]:
-    """The expressions `x.weight`, x not being `self`, and `getattr(x, "weight")`."""
-    for child in ast.walk(node):
-        if isinstance(child, ast.Attribute) and child.attr in _PACKED:
-            if not (isinstance(child.value, ast.Name) and child.value.id == "self"):
-                yield child
-        elif _getattr_name(child) in _PACKED:
-            yield child
+def _owners(function: types.FunctionType) -> Iterator[ast.AST]:
+    """The x in x.weight, x.parameters() and getattr(x, "weight"), if there is source."""
+    for node in ast.walk(_source(function) or ast.Pass()):
+        match node:
+            case ast.Attribute(value=owner, attr=name) if name in _READING:
+                yield owner
+            case ast.Call(
+                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=name), *_]
+            ) if name in _READING:
+                yield owner
 
 
-def _getattr_name(node: ast.AST) -> str | None:
-    """ "name" of the expression getattr(x, "name")."""
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "getattr"
-        and len(node.args) >= 2
-        and isinstance(node.args[1], ast.Constant)
-    ):
-        return node.args[1].value
-    return None
+@functools.lru_cache(maxsize=16384)
+def _reads_of_others(function: types.FunctionType) -> bool:
+    """Whether the function reads weights of more than `self` and its parts, so perhaps of an
+    argument. torch's functions, which layers call, do not count."""
+    if _TORCH.match(function.__module__ or "") or _READING.isdisjoint(_names(function.__code__)):
+        return False
+    named = ({n.id for n in ast.walk(o) if isinstance(n, ast.Name)} for o in _owners(function))
+    return any(names != {"self"} for names in named)
 
 
 @functools.lru_cache(maxsize=16384)
 def _is_relevant(function: types.FunctionType) -> bool:
     """Whether the function may read a layer's weight, itself or through a function it calls."""
     names = _names(function.__code__)
-    if not names.isdisjoint(_ALL_WEIGHTS) or not names.isdisjoint(("_parameters", "attrgetter")):
+    getters = (type(function.__globals__.get(name)) is operator.attrgetter for name in names)
+    if names & {*_ALL_WEIGHTS, "_parameters", "attrgetter"} or any(getters):
         return True
-    if any(type(function.__globals__.get(name)) is operator.attrgetter for name in names):
+    if _source(function) is None and "weight" in names:
         return True
-    if not names.isdisjoint(_PACKED):
-        node = _source(function)
-        if "weight" in names if node is None else any(True for _ in _reads(node)):
-            return True
-    return any(map(_reads_an_argument, _functions_called(function)))
+    if names & set(_PACKED) and any(getattr(o, "id", None) != "self" for o in _owners(function)):
+        return True
+    return any(map(_reads_of_others, _functions_called(function)))
 
 
-@functools.lru_cache(maxsize=16384)
-def _reads_an_argument(function: Any) -> bool:
-    """Whether it reads the weight of a layer that is an argument, or is inside an argument."""
-    for inner in _functions(function):
-        names = _names(inner.__code__)
-        if names.isdisjoint({"weight", *_ALL_WEIGHTS}) or re.match(
-            r"torch\.", inner.__module__ or ""
-        ):
-            continue
-        node = _source(inner)
-        if node is None:
-            continue
-        given = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} - {"self"}
-        for _ in range(2):  # add names bound to these; twice, for names bound later in a loop
-            for child in ast.walk(node):
-                for target, value in _bindings(child):
-                    if _mentions(value, given):
-                        given |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-        if any(_mentions(owner, given) for owner in _owners(node)):
-            return True
-    return False
-
-
-def _owners(node: ast.AST) -> Iterator[ast.AST]:
-    """The x in x.weight, getattr(x, "weight") and x.parameters()."""
-    for read in _reads(node):
-        yield read.value if isinstance(read, ast.Attribute) else read.args[0]
-    for child in ast.walk(node):
-        if isinstance(child, ast.Attribute) and child.attr in _ALL_WEIGHTS:
-            yield child.value
-
-
-def _bindings(node: ast.AST) -> list[tuple[ast.AST, ast.AST]]:
-    """(target, value) pairs of a node that binds names."""
-    if isinstance(node, ast.Assign):
-        return [(target, node.value) for target in node.targets]
-    if isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-        return [(node.target, node.value)]
-    if isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
-        return [(node.target, node.iter)]
-    return []
-
-
-def _mentions(node: ast.AST, names: Iterable[str]) -> bool:
-    return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
-
-
-@functools.lru_cache(maxsize=16384)
-def _parents(node: ast.FunctionDef) -> dict[ast.AST, ast.AST]:
-    return {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
-
-
-def _first_argument(function: types.FunctionType) -> str | None:
-    """The name of a method's first argument, usually `self`; None if it is not a method."""
-    owner = function.__qualname__.rpartition(".")[0]
-    count = function.__code__.co_argcount
-    if not owner or owner.endswith("<locals>") or count == 0:
-        return None
-    return function.__code__.co_varnames[0]
-
-
-def _is_static(module: nn.Module, function: types.FunctionType) -> bool:
-    method = inspect.getattr_static(type(module), function.__name__, None)
-    return isinstance(method, staticmethod)
-
-
-def _argument_names(function: ast.FunctionDef | ast.Lambda) -> list[str]:
-    return [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
-
-
-@functools.lru_cache(maxsize=16384)
-def _binding_nodes(node: ast.FunctionDef) -> tuple[ast.AST, ...]:
-    kinds = (ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.Call)
-    kinds += (ast.For, ast.AsyncFor, ast.comprehension)
-    return tuple(child for child in ast.walk(node) if isinstance(child, kinds))
-
-
-@functools.lru_cache(maxsize=16384)
-def _may_return_layers(node: ast.FunctionDef) -> bool:
-    """Whether a method is short, like one that picks a layer. Following methods that compute would
-    take too long."""
-    return len(node.body) <= 6 and sum(1 for _ in ast.walk(node)) <= 200 and any(_returns(node))
-
-
-def _returns(node: ast.FunctionDef) -> Iterator[ast.AST]:
-    for child in ast.walk(node):
-        if isinstance(child, (ast.Return, ast.Yield)) and child.value is not None:
-            yield child.value
-
-
-def _is_call_of_name(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-
-
-def _first_of(node: ast.Call) -> ast.AST | None:
-    """The x in next(x.parameters())."""
-    inner = node.args[0] if _is_call_of_name(node) and node.func.id == "next" else None
-    while _is_call_of_name(inner) and inner.func.id == "iter" and inner.args:
-        inner = inner.args[0]
-    if not isinstance(inner, ast.Call) or not isinstance(inner.func, ast.Attribute):
-        return None
-    return inner.func.value if inner.func.attr == "parameters" else None
-
-
-def _is_constant(args: list[ast.AST]) -> bool:
-    return bool(args) and isinstance(args[0], ast.Constant) and isinstance(args[0].value, str)
-
-
-def _is_of(node: ast.AST, name: str) -> bool:
-    """Whether an expression is `name` or an attribute chain that begins with it."""
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return isinstance(node, ast.Name) and node.id == name
+def _first_argument(function: types.FunctionType, index: int = 0) -> tuple[str, ...]:
+    """The name of the first argument, or of the one at `index`, in a tuple; () if it has none."""
+    return function.__code__.co_varnames[: function.__code__.co_argcount][index:][:1]

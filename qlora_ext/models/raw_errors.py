@@ -8,9 +8,6 @@ and text stay. Other errors are not changed.
 
 from __future__ import annotations
 
-import dis
-import itertools
-import operator
 import re
 import sys
 import types
@@ -21,7 +18,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .method_source import _ALL_WEIGHTS, _HARMLESS, _PACKED, _class_methods, _names
+from .reads import read_in_frame
 from .walk import is_packed
 
 _TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
@@ -34,7 +31,6 @@ _GOT = re.compile(r"\b([Gg]ot|found)\b")
 _DTYPES = re.compile(r"\b(u?int|b?float|complex|BFloat|bfloat)\d+")
 _OF_MASKS = re.compile(r"\b(boolean )?masks?\b|masked_")  # old masks are bytes
 _OF_SHAPES = re.compile(r"shape|size|dim|type|broadcast|mat1|mat2")
-_READING = {*_PACKED, *_ALL_WEIGHTS, "_parameters"}
 _MARK = "\nqlora_ext: "
 _MOST = 8  # at most so many layers are named
 
@@ -128,14 +124,11 @@ class _Search:
             module = _module_of(frame)
             if tied := self._tied(module):
                 return tied
-            if layers := self._in_locals(frame):
-                reader = next(self._readers(frames, layers[0]), None)
-                return self._advice(reader, layers)
+            if layers := self._in_locals(frame) or self._read(frame, module):
+                return self._advice(next(self._readers(frames, layers[0]), None), layers)
             if module is None:
                 continue
             below = [part for part in module.modules() if part in self.layers]
-            if layers := self._named(frame, module, below):
-                return self._advice(module, layers)
             if below and likely is None and not isinstance(module, (nn.Sequential, nn.ModuleList)):
                 likely = module, below
         return self._advice(*likely) if likely is not None and self.of_bytes else None
@@ -149,37 +142,17 @@ class _Search:
         return any(isinstance(t, torch.Tensor) and t.dtype is torch.uint8 for t in given)
 
     def _in_locals(self, frame: types.FrameType) -> list[nn.Module]:
-        """Packed layers among the local variables of a frame, themselves or by their tensors."""
-        values = list(frame.f_locals.values())
-        found = [self.tensors.get(id(v)) for v in values if isinstance(v, torch.Tensor)]
-        found = [layer for layer in found if layer is not None]
-        if found and (self.of_bytes or _OF_SHAPES.search(self.text)):
-            return list(dict.fromkeys(found))
-        if not _reads_weights(frame.f_code):
+        """The packed layers whose tensors are among a frame's variables."""
+        found = [self.tensors.get(id(v)) for v in frame.f_locals.values()]
+        if not (self.of_bytes or _OF_SHAPES.search(self.text)):
             return []
-        given = [v for v in values if isinstance(v, nn.Module) and v in self.layers]
-        return [layer for layer in dict.fromkeys(given) if self._is_of(layer)]
+        return list(dict.fromkeys(layer for layer in found if layer is not None))
 
-    def _named(self, frame, module: nn.Module, below: list[nn.Module]) -> list[nn.Module]:
-        """The packed layers that a module's code names, if the code reads weights and the error is
-        about them. If the code may use computed names, the module's other direct layers too."""
-        codes = [frame.f_code, *(f.__code__ for _, f in _class_methods(type(module)))]
-        names = set().union(*map(_names, codes))
-        getters = (frame.f_globals.get(name) for name in names)
-        reads = any(map(_reads_weights, codes))
-        if not reads and operator.attrgetter not in map(type, getters):
-            return []
-        prefix = len(f"{self.names[module]}.") if self.names.get(module) else 0
-        parts = {layer: _parts(self.layers[layer][prefix:]) for layer in below}
-        keys = {layer: [p for p in parts[layer] if not p.isdigit()] for layer in below}
-        named = [layer for layer in below if keys[layer] and names.issuperset(keys[layer])]
-        read = set().union(*map(_read_directly, codes))
-        if read := [layer for layer in named if keys[layer][-1] in read]:
-            found = read
-        else:
-            own = [layer for layer in below if len(keys[layer]) == 1]
-            found = list(dict.fromkeys(named + own))
-        return found if any(map(self._is_of, found)) else []
+    def _read(self, frame: types.FrameType, module: nn.Module | None) -> list[nn.Module]:
+        """The packed layers whose weights the frame's code reads, if the error is about them."""
+        found = read_in_frame(frame, module, {key: [layer] for key, layer in self.tensors.items()})
+        layers = [layer for layer in self.layers if id(layer) in found]
+        return layers if any(map(self._is_of, layers)) else []
 
     def _is_of(self, layer: nn.Module) -> bool:
         """Whether the error is about bytes, or mentions a size that the layer's bytes have."""
@@ -263,45 +236,6 @@ def _module_of(frame: types.FrameType) -> nn.Module | None:
         if isinstance(value, nn.Module) and not _is_own(type(value).__module__):
             return value
     return None
-
-
-def _reads_weights(code: types.CodeType) -> bool:
-    """Whether code names weights for more than what packing does not change: a device, or a
-    comparison of dtypes."""
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
-    for n, step in enumerate(steps):
-        if not step.opname.startswith("LOAD_") or step.argval not in _READING:
-            continue
-        called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr  # calls a layer up_proj
-        if step.argval in _ALL_WEIGHTS or not (called or _is_harmless(steps, n + 1)):
-            return True
-    texts = {c for c in code.co_consts if isinstance(c, str)}
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return not _READING.isdisjoint(texts) or any(map(_reads_weights, inner))
-
-
-def _is_harmless(steps: list[dis.Instruction], n: int) -> bool:
-    """Whether step n and those after it use the weight just loaded in a harmless way."""
-    after = steps[n]
-    if after.opname == "STORE_FAST":  # check each use of the variable
-        used = [k for k, s in enumerate(steps)
-                if s.opname.startswith("LOAD_FAST") and s.argval == after.argval]  # fmt: skip
-        return all(_is_harmless(steps, k + 1) for k in used)
-    if after.opname == "LOAD_ATTR" and after.argval in _HARMLESS:
-        return True
-    of_dtype = after.opname == "LOAD_ATTR" and after.argval == "dtype"
-    compared = {"IS_OP", "COMPARE_OP"} if of_dtype else {"IS_OP"}
-    while steps[n].opname.startswith("LOAD_") and steps[n].opname != "LOAD_METHOD":
-        n += 1
-    return steps[n].opname in compared or "_NONE" in steps[n].opname
-
-
-def _read_directly(code: types.CodeType) -> set[str]:
-    """The names right before .weight, such as proj in `self.proj.weight`."""
-    loaded = [i.argval if i.opname == "LOAD_ATTR" else None for i in dis.get_instructions(code)]
-    inner = (_read_directly(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    pairs = itertools.pairwise(loaded)
-    return {one for one, other in pairs if other in _PACKED and one is not None}.union(*inner)
 
 
 def _parts(name: str) -> list[str]:

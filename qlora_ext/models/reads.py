@@ -13,22 +13,21 @@ Code that only compares dtypes, asks for the device or tests for None does no ha
 from __future__ import annotations
 
 import types
+from collections import defaultdict
 
 from torch import nn
 
 from .method_source import (
-    _binding_nodes,
+    _class_methods,
+    _first_argument,
     _functions,
     _functions_of_file,
-    _may_return_layers,
     _methods,
-    _names,
-    _parents,
     _reached,
-    _reads_an_argument,
+    _reads_of_others,
     _source,
 )
-from .reader import _children, _Reader
+from .reader import Reader, Search, _items, _may_return_layers
 
 
 def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, str]:
@@ -39,41 +38,62 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
             without source. For an adapter on a dense layer only products with the weight matter.
     """
     modules = list(model.modules())
-    # If some module's forward reads the weight of a layer it is given, look at all methods.
-    handed = any(_reads_an_argument(type(module).forward) for module in modules)
+    layers = defaultdict(list)
+    for module in modules:
+        for parameter in module._parameters.values():
+            layers[id(parameter)].append(module)
     # Packing marks the configs of transformers models, whose code checks the mark.
-    marked = [m.config for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")]
-    found: dict[int, str] = {}
+    marked = {
+        id(m.config) for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")
+    }
+    search = Search({}, layers, marked, values_only)
+    # If some module's forward reads the weight of a layer it is given, look at all methods.
+    forwards = (f for module in modules for f in _functions(type(module).forward))
+    handed = any(map(_reads_of_others, forwards))
     reached = _reached({type(module) for module in modules})
     for module in modules:
         if not _holds_modules(module):
             continue
         for name, function in _methods(module, handed, reached):
-            runs = name in reached
-            _Reader(module, function, found, marked, runs=runs, values_only=values_only).run()
+            method = f"{type(module).__name__}.{function.__name__}"
+            first = {name: [module] for name in ("self", *_first_argument(function))}
+            Reader(search, function, module, first, method, name in reached).run()
     for module in modules:
-        _read_in_hooks(module, found, values_only)
-    caches = (_functions_of_file, _source, _parents, _binding_nodes, _may_return_layers)
-    for cache in caches:
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            for function in _functions(hook):
+                is_method = isinstance(hook, types.MethodType)
+                first = {name: [module] for name in _first_argument(function, int(is_method))}
+                Reader(search, function, None, first, function.__name__).run()
+    _forget_sources()
+    return search.found
+
+
+def read_in_frame(
+    frame: types.FrameType, module: nn.Module | None, layers: dict[int, list[nn.Module]]
+) -> dict[int, str]:
+    """As read_past_forward, for the code that runs in a frame and the other methods of `module`,
+    whose method it is. Its variables are known.
+
+    Args:
+        layers: id of a parameter -> the layers that have it.
+    """
+    search, code = Search({}, layers, set(), False), frame.f_code
+    cells = tuple(types.CellType() for _ in code.co_freevars)
+    running = types.FunctionType(code, frame.f_globals, closure=cells)
+    known = {name: [value] for name, value in frame.f_locals.items()}
+    Reader(search, running, module, known, code.co_name).run()
+    if not search.found and module is not None:
+        for name, function in _class_methods(type(module)):
+            Reader(search, function, module, {"self": [module]}, name, runs=False).run()
+    _forget_sources()
+    return search.found
+
+
+def _forget_sources() -> None:
+    for cache in (_functions_of_file, _source, _may_return_layers):
         cache.cache_clear()  # syntax trees take tens of megabytes
-    return found
-
-
-def _read_in_hooks(module: nn.Module, found: dict[int, str], values_only: bool) -> None:
-    """Notes the layers that hooks on a module read. The hook's first argument is the module."""
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        for function in _functions(hook):
-            code, index = function.__code__, int(isinstance(hook, types.MethodType))
-            given = {name: [module] for name in code.co_varnames[: code.co_argcount][index:][:1]}
-            reader = _Reader(
-                nn.Module(), function, found, (), given, function.__name__,
-                bound=False, values_only=values_only,
-            )  # fmt: skip
-            if _source(function) is not None:
-                reader.run()
-            elif "weight" in _names(code) and not values_only:  # a lambda
-                reader._note(module, "weight")
 
 
 def _holds_modules(module: nn.Module) -> bool:
-    return bool(module._modules) or any(map(_children, vars(module).values()))
+    values = [v for v in vars(module).values() if isinstance(v, (list, tuple, dict))]
+    return any(isinstance(item, nn.Module) for v in values for item in _items(v))

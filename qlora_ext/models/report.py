@@ -5,28 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from .walk import _numel, is_packed
-
-
-def logical_surplus(module: torch.nn.Module) -> int:
-    """How many more weights `module` has than its parameters have elements.
-
-    A packed byte holds two weights, and the scale statistics are not weights.
-    """
-    surplus = 0
-    for child in module.modules():
-        if is_packed(child):
-            stored = sum(
-                parameter.numel()
-                for name, parameter in child.named_parameters(recurse=False)
-                if name.startswith("weight")
-            )
-            surplus += child._shape.numel() - stored
-    return surplus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,22 +117,38 @@ def num_parameters(
 
     Shared parameters count once.
     """
-    count, seen = 0, set()
-    for module in model.modules():
-        packed = is_packed(module)
-        if exclude_embeddings and isinstance(module, nn.Embedding):
+    return sum(
+        numel
+        for _, _, tensor, numel in _tensors(model, nn.Embedding if exclude_embeddings else ())
+        if isinstance(tensor, nn.Parameter) and (tensor.requires_grad or not only_trainable)
+    )
+
+
+def logical_surplus(module: nn.Module) -> int:
+    """How many more weights `module` has than its parameters have elements.
+
+    A packed byte holds two weights, and the scale statistics are not weights.
+    """
+    return num_parameters(module) - sum(p.numel() for p in module.parameters())
+
+
+def _tensors(
+    model: nn.Module, without: type | tuple[()] = ()
+) -> Iterator[tuple[str, nn.Module, torch.Tensor, int]]:
+    """(full name, the module that has it, tensor, how many weights it holds) of each parameter and
+    buffer, a shared one once. `without` is a class of modules to leave out."""
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, without):
             continue
-        for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen:
                 continue
-            seen.add(id(parameter))
-            if only_trainable and not parameter.requires_grad:
-                continue
-            if packed and key.startswith("weight"):
-                count += _numel(module) if key == "weight" else 0
-            else:
-                count += parameter.numel()
-    return count
+            seen.add(id(tensor))
+            numel = tensor.numel()
+            if is_packed(module) and key.startswith("weight"):
+                numel = _numel(module) if key == "weight" else 0
+            yield f"{name}.{key}", module, tensor, numel
 
 
 def memory_report(model: nn.Module) -> MemoryReport:
@@ -166,28 +166,23 @@ def memory_report(model: nn.Module) -> MemoryReport:
         ),
         0,
     )
-    quantized, seen = 0, set()
-    for name, module in model.named_modules():
-        packed = is_packed(module)
-        tensors = [*module._parameters.items(), *module._buffers.items()]
-        for key, tensor in tensors:
-            if tensor is None or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            if packed and key == "weight":
-                part = "4-bit weights"
-                quantized += _numel(module)
-            elif packed and key in ("weight_absmax", "weight_nested", "weight_mean"):
-                part = "4-bit statistics"
-            elif "lora_" in f"{name}.{key}":
-                part = "LoRA adapters"
-            elif key in module._buffers:
-                part = "buffers"
-            elif isinstance(module, nn.Embedding):
-                part = "embeddings"
-            elif tensor.ndim > 1:
-                part = "unquantized layers"
-            else:
-                part = "other parameters"
-            parts[part] += tensor.nbytes
+    quantized = 0
+    for name, module, tensor, numel in _tensors(model):
+        key = name.rpartition(".")[2]
+        if is_packed(module) and key == "weight":
+            part = "4-bit weights"
+            quantized += numel
+        elif is_packed(module) and key in ("weight_absmax", "weight_nested", "weight_mean"):
+            part = "4-bit statistics"
+        elif "lora_" in name:
+            part = "LoRA adapters"
+        elif not isinstance(tensor, nn.Parameter):
+            part = "buffers"
+        elif isinstance(module, nn.Embedding):
+            part = "embeddings"
+        elif tensor.ndim > 1:
+            part = "unquantized layers"
+        else:
+            part = "other parameters"
+        parts[part] += tensor.nbytes
     return MemoryReport(parts, quantized, num_parameters(model))

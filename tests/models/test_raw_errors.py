@@ -5,6 +5,7 @@ import io
 import operator
 import pickle
 import re
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import qlora_ext
-from qlora_ext.models.raw_errors import _reads_weights, _tells_bytes, add_explanation
+from qlora_ext.models.raw_errors import _tells_bytes, add_explanation
+from qlora_ext.models.reads import read_in_frame
 from qlora_ext.nn import Linear4bit, LoraLinear4bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:(quantize_model|QLoraExtConfig)")
@@ -341,7 +343,17 @@ class Reads:
 
 @pytest.mark.parametrize("name", [name for name in vars(Reads) if not name.startswith("__")])
 def test_code_that_asks_for_what_packing_leaves_is_no_reader(name):
-    assert _reads_weights(vars(Reads)[name].__code__) is name.startswith("harm")
+    model = type("Model", (Reads, Net), {})()
+    model.down_proj, x = nn.Linear(64, 64), torch.randn(64, 64)
+    layers = {id(p): [m] for m in model.modules() for p in m._parameters.values()}
+    frames = []
+    sys.setprofile(lambda frame, event, argument: frames.append(frame))
+    try:
+        getattr(model, name)(x)
+    finally:
+        sys.setprofile(None)
+    frame = next(f for f in frames if f.f_code is vars(Reads)[name].__code__)
+    assert bool(read_in_frame(frame, None, layers)) is name.startswith("harm")
 
 
 class Seeing(nn.Module):
