@@ -6,13 +6,12 @@ import ast
 import builtins
 import contextlib
 import functools
-import inspect
 import linecache
 import operator
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
