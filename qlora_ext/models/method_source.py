@@ -7,7 +7,6 @@ import builtins
 import contextlib
 import functools
 import linecache
-import operator
 import re
 import sys
 import types
@@ -16,8 +15,6 @@ from typing import Any
 
 from torch import nn
 
-# Parameters that packing replaces: those of linear layers and embeddings, and of fused experts.
-_PACKED = ("weight", "gate_up_proj", "up_proj", "down_proj")
 # Methods that run before packing or replace weights on purpose. Only those that a forward calls
 # count.
 _BEFORE_PACKING = re.compile(
@@ -29,31 +26,21 @@ _BEFORE_PACKING = re.compile(
 _NEVER = re.compile(r"__init__|_init_weights|post_init|_?tie_.*|extra_repr|__(str|repr|setstate)__")
 # The methods where a model's computation begins. The steps are LightningModule's.
 _BEGINS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-# Methods that give the weights of a module and of its submodules.
-_ALL_WEIGHTS = frozenset(("parameters", "named_parameters", "state_dict", "get_parameter"))
 # Modules with general code, which is not about a particular layer.
 _GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
     r"transformers\.(modeling_utils|distributed|generation|integrations|utils|hub)"
 )
-_READING = frozenset((*_PACKED, *_ALL_WEIGHTS))
-_HARMLESS = frozenset(("device", "requires_grad", "is_meta", "is_cuda", "grad", "layout"))
 _TORCH = re.compile(r"torch(\.|$)")
 
 
-def _methods(
-    module: nn.Module, every: bool, reached: set[str]
-) -> list[tuple[str, types.FunctionType]]:
-    methods = [
-        (name, function)
-        for name, function in _class_methods(type(module))
-        if name in reached or not _BEFORE_PACKING.fullmatch(name)
-    ]
-    every = every or any(_reads_of_others(f) for _, f in methods)
-    own = module.__dict__.get("forward")  # a forward on the instance replaces the class's
-    if own is not None:
-        methods += [("forward", f) for f in _functions(own)]
-    return [(name, f) for name, f in methods if every or _is_relevant(f)]
+def _methods(module: nn.Module, reached: set[str]) -> Iterator[tuple[str, types.FunctionType]]:
+    """(name, function) of the methods that may run while a packed model is in use."""
+    for name, function in _class_methods(type(module)):
+        if name in reached or not _BEFORE_PACKING.fullmatch(name):
+            yield name, function
+    # A forward on the instance replaces the class's.
+    yield from (("forward", f) for f in _functions(module.__dict__.get("forward")))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -182,42 +169,6 @@ def _source(function: types.FunctionType) -> ast.FunctionDef | None:
 def _names(code: types.CodeType) -> set[str]:
     names = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
     return names.union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-
-
-def _owners(function: types.FunctionType) -> Iterator[ast.AST]:
-    """The x in x.weight, x.parameters() and getattr(x, "weight"), if there is source."""
-    for node in ast.walk(_source(function) or ast.Pass()):
-        match node:
-            case ast.Attribute(value=owner, attr=name) if name in _READING:
-                yield owner
-            case ast.Call(
-                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=name), *_]
-            ) if name in _READING:
-                yield owner
-
-
-@functools.lru_cache(maxsize=16384)
-def _reads_of_others(function: types.FunctionType) -> bool:
-    """Whether the function reads weights of more than `self` and its parts, so perhaps of an
-    argument. torch's functions, which layers call, do not count."""
-    if _TORCH.match(function.__module__ or "") or _READING.isdisjoint(_names(function.__code__)):
-        return False
-    named = ({n.id for n in ast.walk(o) if isinstance(n, ast.Name)} for o in _owners(function))
-    return any(names != {"self"} for names in named)
-
-
-@functools.lru_cache(maxsize=16384)
-def _is_relevant(function: types.FunctionType) -> bool:
-    """Whether the function may read a layer's weight, itself or through a function it calls."""
-    names = _names(function.__code__)
-    getters = (type(function.__globals__.get(name)) is operator.attrgetter for name in names)
-    if names & {*_ALL_WEIGHTS, "_parameters", "attrgetter"} or any(getters):
-        return True
-    if _source(function) is None and "weight" in names:
-        return True
-    if names & set(_PACKED) and any(getattr(o, "id", None) != "self" for o in _owners(function)):
-        return True
-    return any(map(_reads_of_others, _functions_called(function)))
 
 
 def _first_argument(function: types.FunctionType, index: int = 0) -> tuple[str, ...]:

@@ -22,9 +22,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .method_source import (
-    _ALL_WEIGHTS,
-    _HARMLESS,
-    _READING,
     _TORCH,
     _functions,
     _names,
@@ -32,6 +29,10 @@ from .method_source import (
     _source,
 )
 
+_HARMLESS = frozenset(("device", "requires_grad", "is_meta", "is_cuda", "grad", "layout"))
+_ALL_WEIGHTS = frozenset(("parameters", "named_parameters", "state_dict", "get_parameter"))
+# The parameters that packing replaces, of linear layers, embeddings and fused experts.
+_READING = _ALL_WEIGHTS | {"weight", "gate_up_proj", "up_proj", "down_proj"}
 # Methods of modules and dicts that give what is inside. The first may give all of a model, and
 # count only in code that a forward calls.
 _ALL = _ALL_WEIGHTS | {"modules", "named_modules"}

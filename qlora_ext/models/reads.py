@@ -24,7 +24,6 @@ from .method_source import (
     _functions_of_file,
     _methods,
     _reached,
-    _reads_of_others,
     _source,
 )
 from .reader import Reader, Search, _items, _may_return_layers
@@ -47,14 +46,11 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
         id(m.config) for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")
     }
     search = Search({}, layers, marked, values_only)
-    # If some module's forward reads the weight of a layer it is given, look at all methods.
-    forwards = (f for module in modules for f in _functions(type(module).forward))
-    handed = any(map(_reads_of_others, forwards))
     reached = _reached({type(module) for module in modules})
     for module in modules:
         if not _holds_modules(module):
             continue
-        for name, function in _methods(module, handed, reached):
+        for name, function in _methods(module, reached):
             method = f"{type(module).__name__}.{function.__name__}"
             first = {name: [module] for name in ("self", *_first_argument(function))}
             Reader(search, function, module, first, method, name in reached).run()
