@@ -124,7 +124,7 @@ class _Search:
             module = _module_of(frame)
             if tied := self._tied(module):
                 return tied
-            if layers := self._in_locals(frame) or self._read(frame, module):
+            if layers := self._read(frame, module):
                 return self._advice(next(self._readers(frames, layers[0]), None), layers)
             if module is None:
                 continue
@@ -140,13 +140,6 @@ class _Search:
         if outer is not frames[0]:  # frames[0] may hold parts of packed weights
             given += [t for t in _tensors(outer) if id(t) not in self.tensors]
         return any(isinstance(t, torch.Tensor) and t.dtype is torch.uint8 for t in given)
-
-    def _in_locals(self, frame: types.FrameType) -> list[nn.Module]:
-        """The packed layers whose tensors are among a frame's variables."""
-        found = [self.tensors.get(id(v)) for v in frame.f_locals.values()]
-        if not (self.of_bytes or _OF_SHAPES.search(self.text)):
-            return []
-        return list(dict.fromkeys(layer for layer in found if layer is not None))
 
     def _read(self, frame: types.FrameType, module: nn.Module | None) -> list[nn.Module]:
         """The packed layers whose weights the frame's code reads, if the error is about them."""
