@@ -23,7 +23,6 @@ _BEFORE_PACKING = re.compile(
     r"_?prune_.*|_?load_.*|_?save_.*|convert_.*|_?freeze.*|extra_repr|__(str|repr|setstate)__|"
     r"(apply|remove)_weight_norm"
 )
-_NEVER = re.compile(r"__init__|_init_weights|post_init|_?tie_.*|extra_repr|__(str|repr|setstate)__")
 # The methods where a model's computation begins. The steps are LightningModule's.
 _BEGINS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 # Modules with general code, which is not about a particular layer.
@@ -51,10 +50,7 @@ def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
         if _GENERAL.match(owner.__module__) or owner is object:
             continue
         for name, attribute in vars(owner).items():
-            if _NEVER.fullmatch(name) or calls_super.get(name) is False:
-                continue
-            functions = _functions(attribute)
-            if functions:
+            if calls_super.get(name) is not False and (functions := _functions(attribute)):
                 found += [(name, f) for f in functions]
                 calls_super[name] = any("super" in f.__code__.co_names for f in functions)
     return tuple(found)
@@ -169,8 +165,3 @@ def _source(function: types.FunctionType) -> ast.FunctionDef | None:
 def _names(code: types.CodeType) -> set[str]:
     names = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
     return names.union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-
-
-def _first_argument(function: types.FunctionType, index: int = 0) -> tuple[str, ...]:
-    """The name of the first argument, or of the one at `index`, in a tuple; () if it has none."""
-    return function.__code__.co_varnames[: function.__code__.co_argcount][index:][:1]

@@ -52,6 +52,7 @@ _COMPARE = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt, ast.LtE: operator.le,
 }  # fmt: skip
+_SHORT = 20  # names in a method that may be one that picks a layer
 _DEPTH = 3  # how many nested calls to follow, and how deep to look into lists
 
 
@@ -500,12 +501,15 @@ class Reader:
         is_given = any(isinstance(v, (nn.Module, nn.Parameter)) for v in handed)
         found = None
         for function in _functions(called) if self.depth else ():
-            node = _source(function)
-            if node is None or _TORCH.match(function.__module__ or ""):
-                continue
-            reads = is_given and not _READING.isdisjoint(_names(function.__code__))
+            names = _names(function.__code__)
+            reads = is_given and not _READING.isdisjoint(names)
+            # Following a method that computes, to see which layer it returns, would take too long.
             picks = isinstance(owner, nn.Module) and function.__name__ != "forward"
-            if reads or (picks and _may_return_layers(node)):
+            if _TORCH.match(function.__module__ or "") or not (
+                reads or (picks and len(names) <= _SHORT)
+            ):
+                continue
+            if (node := _source(function)) is not None:
                 known = {} if owner is None else {"self": [owner]}
                 known |= zip(_arguments(node), given if owner is None else [[owner], *given])
                 reader = Reader(
@@ -550,12 +554,3 @@ def _is_listed(owner: Any, name: str) -> bool:
 
 def _arguments(node: ast.FunctionDef | ast.Lambda) -> list[str]:
     return [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-
-
-@functools.lru_cache(maxsize=16384)
-def _may_return_layers(node: ast.FunctionDef) -> bool:
-    """Whether a method is short, like one that picks a layer. Following methods that compute would
-    take too long."""
-    nodes = list(ast.walk(node)) if len(node.body) <= 6 else []
-    returns = any(isinstance(n, (ast.Return, ast.Yield)) and n.value is not None for n in nodes)
-    return returns and len(nodes) <= 200

@@ -18,15 +18,13 @@ from collections import defaultdict
 from torch import nn
 
 from .method_source import (
-    _class_methods,
-    _first_argument,
     _functions,
     _functions_of_file,
     _methods,
     _reached,
     _source,
 )
-from .reader import Reader, Search, _items, _may_return_layers
+from .reader import Reader, Search, _items
 
 
 def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, str]:
@@ -48,18 +46,14 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
     search = Search({}, layers, marked, values_only)
     reached = _reached({type(module) for module in modules})
     for module in modules:
-        if not _holds_modules(module):
-            continue
-        for name, function in _methods(module, reached):
-            method = f"{type(module).__name__}.{function.__name__}"
-            first = {name: [module] for name in ("self", *_first_argument(function))}
-            Reader(search, function, module, first, method, name in reached).run()
-    for module in modules:
+        if _holds_modules(module):
+            for name, function in _methods(module, reached):
+                _read(search, function, module, name in reached)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             for function in _functions(hook):
-                is_method = isinstance(hook, types.MethodType)
-                first = {name: [module] for name in _first_argument(function, int(is_method))}
-                Reader(search, function, None, first, function.__name__).run()
+                names = _arguments(function)[isinstance(hook, types.MethodType) :][:1]
+                known = {name: [module] for name in names}
+                Reader(search, function, None, known, function.__name__).run()
     _forget_sources()
     return search.found
 
@@ -79,14 +73,25 @@ def read_in_frame(
     known = {name: [value] for name, value in frame.f_locals.items()}
     Reader(search, running, module, known, code.co_name).run()
     if not search.found and module is not None:
-        for name, function in _class_methods(type(module)):
-            Reader(search, function, module, {"self": [module]}, name, runs=False).run()
+        for _, function in _methods(module, frozenset()):
+            _read(search, function, module, runs=False)
     _forget_sources()
     return search.found
 
 
+def _read(search: Search, function: types.FunctionType, module: nn.Module, runs: bool) -> None:
+    """Reads a method of a module, of which only the first argument is known."""
+    known = {name: [module] for name in ("self", *_arguments(function)[:1])}
+    method = f"{type(module).__name__}.{function.__name__}"
+    Reader(search, function, module, known, method, runs).run()
+
+
+def _arguments(function: types.FunctionType) -> tuple[str, ...]:
+    return function.__code__.co_varnames[: function.__code__.co_argcount]
+
+
 def _forget_sources() -> None:
-    for cache in (_functions_of_file, _source, _may_return_layers):
+    for cache in (_functions_of_file, _source):
         cache.cache_clear()  # syntax trees take tens of megabytes
 
 
