@@ -78,8 +78,9 @@ def reading(source: Path | str, what: str = "cannot be read"):
 # Files --------------------------------------------------------------------------------------------
 
 
-def find_folder(name: str) -> Path:
-    """The folder of a model or adapter. `name` is a folder, or a hub name that is downloaded."""
+def find_folder(name: str, only: str | None = None) -> Path:
+    """The folder of a model or adapter. `name` is a folder, or a hub name that is downloaded; of
+    that only the file `only`, if it is given."""
     name = str(name)
     if os.path.isdir(name):  # False for a string that cannot be a path; Path.is_dir would raise
         return Path(name)
@@ -91,7 +92,7 @@ def find_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download
 
         kinds = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
-        return Path(snapshot_download(name, ignore_patterns=kinds))
+        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=kinds))
     except Exception as error:  # many kinds: no such name, no network, no permission
         raise CheckpointError(
             f"{printable(name)} is no folder here, and as a hub name it cannot be had: "

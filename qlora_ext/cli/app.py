@@ -5,7 +5,6 @@ This file is longer than others, so that all arguments and their help are in one
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import typer
 from ..build_info import build_info, in_words
 from ..ops import _C
 from ..text import UserError, format_bytes, plural
-from .errors import INSTALL, CliError
+from .errors import INSTALL, CliError, as_cli_error
 from .screen import bar, console, say, table
 
 app = typer.Typer(
@@ -124,18 +123,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@contextlib.contextmanager
-def output(out: Path, force: bool, restart: bool, *inputs: Path):
-    """A context with the Output folder. Neither it nor an input may be inside the other."""
-    from .output import Output
-
-    made = Output(out, force=force, restart=restart, inputs=inputs)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 # Commands -----------------------------------------------------------------------------------------
 
 
@@ -178,10 +165,11 @@ def quantize(
     limit = parse_size(max_shard_size)
     from ..files import find_folder
     from . import quantize as work
+    from .output import Output
 
     quiet()
     folder = find_folder(model)
-    with output(out, force, restart, folder) as target:
+    with Output(out, force=force, restart=restart, inputs=[folder]) as target:
         job = work.plan(folder, config, keep or [], embeddings, limit)
         report = job.result.quantization_report
         for note in job.notes():
@@ -251,11 +239,12 @@ def merge(
     from ..files import extra_files, find_folder
     from ..integrations.transformers.building import read_config, stored_method
     from . import merge as work
+    from .output import Output
 
     quiet()
     if four_bit and dtype is not Dtype.auto:
         raise CliError("--dtype is of a dense result and --four-bit makes none: want one of them")
-    folder, adapter_folder = find_folder(base), find_folder(adapter)
+    folder, adapter_folder = inputs = [find_folder(base), find_folder(adapter)]
     if calibration is not None and own_text:
         raise CliError("--calibration gives text and --own-text has some written: want one of them")
     if calibration is not None or own_text:
@@ -276,11 +265,10 @@ def merge(
                 "--blocksize and --no-double-quant are for an unquantized one"
             )
         # For text that the model writes, the adapter's own tokenizer and template are used.
-        inputs = [folder, adapter_folder]
         inputs += extra_files(adapter_folder) if own_text else [calibration]
         settings = {**config.to_dict(), "keep": keep, "max_shard_size": limit}
         with (
-            output(out, force, restart, *inputs) as target,
+            Output(out, force=force, restart=restart, inputs=inputs) as target,
             target.at_once({"command": "merge with calibration", "settings": settings}) as made,
         ):
             if made is None:
@@ -292,7 +280,7 @@ def merge(
         by = "that the model wrote" if own_text else f"of {calibration}"
         say(f"{out}: merged into 4 bits by {tokens:,} tokens {by}")
         return
-    with output(out, force, restart, folder, adapter_folder) as target:
+    with Output(out, force=force, restart=restart, inputs=inputs) as target:
         job, pairs = work.plan(
             folder,
             adapter_folder,
@@ -391,10 +379,8 @@ def estimate(
 
     quiet()
     targets = target if target == "all-linear" else tuple(target.split(","))
-    try:
+    with as_cli_error(ValueError):
         lora = LoraConfig(r=rank, target_modules=targets)
-    except ValueError as error:
-        raise CliError(str(error)) from None
     settings = work.load(model)
     with reading(f"{model}: config.json", "cannot be estimated"):
         found = work.estimate(
@@ -413,8 +399,7 @@ def estimate(
         + (" (checkpointing: one input per layer, and one whole layer)" if checkpointing else "")
         + " + logits and two fp32 gradients)\n"
         f"x {1 + work.SLACK:.2f} + {format_bytes(work.CONTEXT)}. An estimate: kernels' "
-        "workspaces and "
-        "fragmentation differ from run to run.\n"
+        "workspaces and fragmentation differ from run to run.\n"
     )
     sizes = [gpu] if gpu is not None else list(work.GPUS)
     if gpu is None and torch.cuda.is_available():

@@ -21,7 +21,7 @@ from ..integrations.transformers.building import (
 )
 from ..models.patterns import bad_regex
 from ..text import shorten
-from .errors import CliError
+from .errors import CliError, as_cli_error
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -47,9 +47,8 @@ class Chat:
                 raise CliError(f"{folder} does not name its base: give it with --base")
             if not isinstance(base, str):
                 raise CliError(
-                    f"{folder / ADAPTER}: base_model_name_or_path is {shorten(base)}, want "
-                    "the name "
-                    "of a folder or model: give it with --base"
+                    f"{folder / ADAPTER}: base_model_name_or_path is {shorten(base)}, want the "
+                    "name of a folder or model: give it with --base"
                 )
             folder = find_folder(base)
         self.folder = folder
@@ -186,10 +185,8 @@ def load_adapter(model, folder: Path) -> None:
             adapted = peft.PeftModel.from_pretrained(model, folder)  # in place
         except Exception:  # the first error is the one that helps
             raise CliError(str(error)) from None
-        try:
+        with as_cli_error(OverflowError):
             check_parameters(str(folder / ADAPTER_WEIGHTS), adapted)
-        except OverflowError as bad:
-            raise CliError(str(bad)) from None
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise CliError(str(error).removeprefix("load_adapter: ")) from None
 
@@ -203,10 +200,8 @@ def _check_for_peft(folder: Path) -> None:
     files = SafetensorsFiles([folder / ADAPTER_WEIGHTS], any_dtype=True)
     for key in files:
         if files.dtypes.get(key) in FLOATS:
-            try:
+            with as_cli_error(OverflowError):
                 check_finite(f"{folder / ADAPTER_WEIGHTS}: {key}", files[key], files.dtypes[key])
-            except OverflowError as error:
-                raise CliError(str(error)) from None
     largest = max((n for key in files for n in files.shapes[key]), default=0)
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     ranks = [config.get("r"), *(patterns[0].values() if isinstance(patterns[0], dict) else ())]

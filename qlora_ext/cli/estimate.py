@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import types
 import warnings
 from pathlib import Path
@@ -20,13 +19,14 @@ from torch import nn
 
 from ..adapters.add import add_lora
 from ..adapters.config import LoraConfig
+from ..files import find_folder
 from ..integrations.transformers.building import build, build_folder, read_config, unquantized
 from ..models.quantize import quantize_model
 from ..models.report import memory_report, num_parameters
 from ..nn.experts import Experts4bit
 from ..tensor.config import QuantConfig
-from ..text import first_line, printable
-from .errors import CliError
+from ..text import first_line
+from .errors import CliError, as_cli_error
 
 # Memory sizes of GPUs, in GiB.
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 141)
@@ -174,23 +174,7 @@ def saved_bytes(model: nn.Module, seq: int) -> Saved:
 def load(model: str) -> transformers.PreTrainedConfig:
     """The config of a folder, a config.json or a hub name. Only config.json is downloaded."""
     path = Path(model)
-    if path.name == "config.json":
-        path = path.parent
-    if os.path.isdir(path):
-        return _read(path)
-    try:
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(model, "config.json")).parent
-    except Exception as error:  # no such name, no network, no permission
-        raise CliError(
-            f"{printable(model)} is no folder with config.json, and as a hub name it cannot be "
-            f"had: {first_line(error)}"
-        ) from None
-    return _read(path)
-
-
-def _read(folder: Path) -> transformers.PreTrainedConfig:
+    folder = find_folder(str(path.parent) if path.name == "config.json" else model, "config.json")
     config = read_config(folder)
     build_folder(folder, unquantized(config), torch.bfloat16)  # its errors name the key
     return config
@@ -228,7 +212,7 @@ def estimate(
         model.set_attn_implementation("qlora_ext_counting")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with as_cli_error(ValueError):
             if quant is not None:
                 quantize_model(model, quant, progress_bar=False)
             for module in model.modules():
@@ -236,8 +220,6 @@ def estimate(
                     module.forward = types.MethodType(_experts_forward, module)
             base = memory_report(model)
             add_lora(model, lora)
-        except ValueError as error:
-            raise CliError(str(error)) from None
     trained = num_parameters(model, only_trainable=True)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ from ..nn.embedding import Embedding4bit
 from ..nn.experts import is_fused_experts, up_name
 from ..nn.linear import Linear4bit, is_conv1d
 from ..tensor.config import QuantConfig
-from .errors import CliError
+from .errors import CliError, as_cli_error
 from .quantize import pack_like, quantized_result
 from .stream import PACKED, Job, saving_config_of
 
@@ -81,17 +81,16 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
         except ValueError:  # there is nothing to pack, so there are no experts either
             names = checkpoint.model
     try:
-        config = read_adapter_config(folder)
-        pairs = read_pairs(names, folder, lambda name: torch.float32)  # as they are added
-        for name, pair in pairs.items():
-            rank_of(folder, config, name, names.get_submodule(name), *pair)
+        with as_cli_error(ValueError, OSError, TypeError):
+            config = read_adapter_config(folder)
+            pairs = read_pairs(names, folder, lambda name: torch.float32)  # as they are added
+            for name, pair in pairs.items():
+                rank_of(folder, config, name, names.get_submodule(name), *pair)
     except NotImplementedError:  # it asked for values of the model, which is on meta
         raise CliError(
             f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
             "qlora_ext.load_adapter and merge_and_unload merge it"
         ) from None
-    except (ValueError, OSError, TypeError) as error:
-        raise CliError(str(error).replace("load_adapter: ", "", 1)) from None
     adapter = {}
     for name, (lora_A, lora_B) in pairs.items():
         alpha = per_layer(config, "alpha_pattern", name, config["lora_alpha"])
@@ -334,14 +333,12 @@ def calibrated(
             f"{base}'s tokenizer makes token {largest} of {text} and its model has {rows} tokens: "
             "want the tokenizer of this model"
         )
-    try:
+    with as_cli_error(ValueError, TypeError, RuntimeError, OSError, OverflowError):
         check_parameters(str(base), model)  # the dtype of config.json may be too narrow
         model = load_adapter(model, adapter_folder)
         with reading(base, "has a model or tokenizer that writes no text"):
             batches = samples or write_calibration(model, tokenizer)
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
-    except (ValueError, TypeError, RuntimeError, OSError, OverflowError) as error:
-        raise CliError(str(error).removeprefix("load_adapter: ")) from None
     with saving_config_of(base):
         model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     # safetensors makes files that only their owner may read, whatever the umask says.

@@ -43,7 +43,7 @@ MAX_LINKS = 40  # Linux's own
 SUBFOLDERS = {"additional_chat_templates", "original", "onnx", "openvino", ".cache"}
 
 
-class Output:
+class Output(contextlib.AbstractContextManager):
     """The folder `OUT.partial`, which becomes `OUT` when it is complete.
 
     After an interruption, the same run (same command, settings, versions, input files and layout)
@@ -157,8 +157,7 @@ class Output:
             raise CliError(
                 f"{self.out} holds {plural(len(strange), 'folder')} that no checkpoint has "
                 f"({first_few(strange)}), so --force does not replace it: move what is yours "
-                "out of it, "
-                "or name another folder"
+                "out of it, or name another folder"
             )
 
     def _make_parents(self) -> None:
@@ -453,6 +452,9 @@ class Output:
                     f"removed ({_reason(error)}): remove it, or give the same command again"
                 ) from None
             sync_folder(path.parent)
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
     def close(self) -> None:
         """Releases the lock. The lock's file stays if the next run needs its record."""

@@ -14,7 +14,7 @@ from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
 from ..tensor.config import QuantConfig
-from .errors import CliError
+from .errors import CliError, as_cli_error
 from .stream import Job
 
 
@@ -42,7 +42,7 @@ def quantized_result(
     with warnings.catch_warnings():
         # quantize_model warns about layers that stay dense; the command prints a report instead.
         warnings.simplefilter("ignore")
-        try:
+        with as_cli_error(ValueError, TypeError, RuntimeError):
             return quantize_model(
                 model,
                 config,
@@ -50,8 +50,6 @@ def quantized_result(
                 quantize_embeddings=embeddings,
                 progress_bar=False,
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise CliError(str(error)) from None
 
 
 def plan(

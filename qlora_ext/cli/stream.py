@@ -24,7 +24,7 @@ from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
 from ..text import first_few, first_line, plural
-from .errors import CliError
+from .errors import CliError, as_cli_error
 from .inputs import InputsChanged
 from .output import STATE, Output, is_full
 from .shards import Entry, Shard, ShardWriter, plan_shards, write_index
@@ -152,10 +152,9 @@ class Job:
         if got != want:
             odd = {name for name in {*got, *want} if got.get(name) != want.get(name)}
             raise CliError(
-                f"transformers stores {first_few(odd)} of {type(self.result).__name__} in a "
-                "way that "
-                "takes several modules at once: load it whole, with qlora_ext.quantize_model or "
-                "merge_and_unload, and save that"
+                f"transformers stores {first_few(odd)} of {type(self.result).__name__} in a way "
+                "that takes several modules at once: load it whole, with qlora_ext.quantize_model "
+                "or merge_and_unload, and save that"
             )
 
     # running
@@ -265,9 +264,9 @@ class Job:
                 except (RuntimeError, MemoryError, OverflowError) as error:
                     where = self._where(f"{prefix}weight")
                     raise CliError(f"{where}: {str(error).splitlines()[0]}") from None
-                tensors = (
-                    new.state_dict(prefix=prefix) if name in self.wholes else _own(new, prefix)
-                )
+                tensors = new.state_dict(prefix=prefix)
+                if name not in self.wholes:
+                    tensors = {k: t for k, t in tensors.items() if "." not in k[len(prefix) :]}
                 parameters = {
                     prefix + key for key, _ in new.named_parameters(remove_duplicate=False)
                 }
@@ -284,10 +283,8 @@ class Job:
         if tensor.dtype not in FLOATS:
             return
         values = without_mask(tensor) if is_buffer else tensor
-        try:
+        with as_cli_error(OverflowError):
             check_finite(self._where(name), values, tensor.dtype)
-        except OverflowError as error:
-            raise CliError(str(error)) from None
 
     def _where(self, name: str) -> str:
         """The file and tensor that the model's tensor `name` comes from, else folder and name."""
@@ -318,13 +315,3 @@ class Job:
             f"{plural(len(unexpected), 'tensor')} of the input left out, which "
             f"{type(self.result).__name__} does not have: {first_few(unexpected)}"
         ]
-
-
-def _own(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """A module's own parameters and saved buffers."""
-    tensors = {**module._parameters, **module._buffers}
-    return {
-        prefix + key: tensor
-        for key, tensor in tensors.items()
-        if tensor is not None and key not in module._non_persistent_buffers_set
-    }

@@ -30,16 +30,16 @@ _GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
     r"transformers\.(modeling_utils|distributed|generation|integrations|utils|hub)"
 )
-_TORCH = re.compile(r"torch(\.|$)")
+TORCH = re.compile(r"torch(\.|$)")
 
 
-def _methods(module: nn.Module, reached: set[str]) -> Iterator[tuple[str, types.FunctionType]]:
+def methods_of(module: nn.Module, reached: set[str]) -> Iterator[tuple[str, types.FunctionType]]:
     """(name, function) of the methods that may run while a packed model is in use."""
     for name, function in _class_methods(type(module)):
         if name in reached or not _BEFORE_PACKING.fullmatch(name):
             yield name, function
     # A forward on the instance replaces the class's.
-    yield from (("forward", f) for f in _functions(module.__dict__.get("forward")))
+    yield from (("forward", f) for f in functions_of(module.__dict__.get("forward")))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -50,13 +50,13 @@ def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
         if _GENERAL.match(owner.__module__) or owner is object:
             continue
         for name, attribute in vars(owner).items():
-            if calls_super.get(name) is not False and (functions := _functions(attribute)):
+            if calls_super.get(name) is not False and (functions := functions_of(attribute)):
                 found += [(name, f) for f in functions]
                 calls_super[name] = any("super" in f.__code__.co_names for f in functions)
     return tuple(found)
 
 
-def _reached(classes: set[type]) -> set[str]:
+def names_reached(classes: set[type]) -> set[str]:
     """Names of the methods that a forward may call, judged by name alone. A method that nothing
     calls, such as one that loops over all weights to freeze or count them, is not part of the
     computation."""
@@ -77,31 +77,21 @@ def _reached(classes: set[type]) -> set[str]:
 
 @functools.lru_cache(maxsize=16384)
 def _names_called(function: types.FunctionType) -> frozenset[str]:
-    names = _names(function.__code__)
-    for called in _functions_called(function):
-        names |= _names(called.__code__)
-    return frozenset(names)
-
-
-@functools.lru_cache(maxsize=16384)
-def _functions_called(function: types.FunctionType) -> tuple[types.FunctionType, ...]:
-    """The functions outside the class that the code of `function` names: `multiply(x)`,
-    `helpers.multiply(x)`, `Helpers.multiply(x)`."""
-    names = _names(function.__code__)
-    found = []
+    """The names in a function, and in the functions outside the class that it names:
+    `multiply(x)`, `helpers.multiply(x)`, `Helpers.multiply(x)`."""
+    names, called = names_in(function.__code__), []
     for name in names:
-        named = _object_named(function, name)
-        if isinstance(named, types.FunctionType):
-            found += _functions(named)
-        elif isinstance(named, (types.ModuleType, type)):
-            if _TORCH.match(getattr(named, "__module__", None) or named.__name__):
-                continue
+        named = object_named(function, name)
+        called += functions_of(named)
+        if isinstance(named, (types.ModuleType, type)) and not TORCH.match(
+            getattr(named, "__module__", None) or named.__name__
+        ):
             for other in names & vars(named).keys():
-                found += _functions(vars(named)[other])
-    return tuple(found)
+                called += functions_of(vars(named)[other])
+    return names.union(*(names_in(each.__code__) for each in called))
 
 
-def _object_named(function: types.FunctionType, name: str) -> Any:
+def object_named(function: types.FunctionType, name: str) -> Any:
     """The object that a non-local name means in a function. It may be a module that the function
     imports, if that was imported before. None if it is not known."""
     if name in function.__code__.co_freevars and function.__closure__ is not None:
@@ -114,7 +104,7 @@ def _object_named(function: types.FunctionType, name: str) -> Any:
     return sys.modules.get(f"{function.__globals__.get('__package__')}.{name}")
 
 
-def _functions(attribute: Any) -> list[types.FunctionType]:
+def functions_of(attribute: Any) -> list[types.FunctionType]:
     """The Python functions behind a method, also behind a property, partial or decorator."""
     found, queue, seen = [], [attribute], set()
     while queue:
@@ -142,7 +132,7 @@ def _functions(attribute: Any) -> list[types.FunctionType]:
 
 
 @functools.lru_cache(maxsize=512)
-def _functions_of_file(path: str) -> dict[int, ast.FunctionDef]:
+def functions_of_file(path: str) -> dict[int, ast.FunctionDef]:
     """First line -> function, for a source file. A decorator's line counts as the first."""
     try:
         tree = ast.parse("".join(linecache.getlines(path)))
@@ -156,12 +146,14 @@ def _functions_of_file(path: str) -> dict[int, ast.FunctionDef]:
 
 
 @functools.lru_cache(maxsize=16384)
-def _source(function: types.FunctionType) -> ast.FunctionDef | None:
+def source_of(function: types.FunctionType) -> ast.FunctionDef | None:
     code = function.__code__
-    node = _functions_of_file(code.co_filename).get(code.co_firstlineno)
+    node = functions_of_file(code.co_filename).get(code.co_firstlineno)
     return node if node is not None and node.name == code.co_name else None
 
 
-def _names(code: types.CodeType) -> set[str]:
-    names = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-    return names.union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+@functools.lru_cache(maxsize=16384)
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """The names and strings in a function's code, and in functions inside of it."""
+    names = frozenset((*code.co_names, *(c for c in code.co_consts if isinstance(c, str))))
+    return names.union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))

@@ -3,6 +3,9 @@
 Names stand for real objects: modules, their parameters, lists and dicts of them, configs,
 functions. An expression stands for any of several objects, or for none if nothing is known of it.
 torch's functions that list modules and parameters are called; the model's code is only followed.
+
+This file is longer than others: it is one interpreter of Python's syntax, whose parts call each
+other.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .method_source import (
-    _TORCH,
-    _functions,
-    _names,
-    _object_named,
-    _source,
+    TORCH,
+    functions_of,
+    names_in,
+    object_named,
+    source_of,
 )
 
 _HARMLESS = frozenset(("device", "requires_grad", "is_meta", "is_cuda", "grad", "layout"))
@@ -92,7 +95,7 @@ class Reader:
 
     def run(self) -> list:
         """Notes what the function reads. Returns the modules, weights and lists it may return."""
-        node, names = _source(self.function), _names(self.function.__code__)
+        node, names = source_of(self.function), names_in(self.function.__code__)
         if node is not None:
             self.block(node.body)
         elif "weight" in names and not self.search.values_only:
@@ -214,7 +217,7 @@ class Reader:
                     package = self.function.__globals__.get("__package__") or ""
                     path = importlib.util.resolve_name("." * level + (path or ""), package)
                     for alias in names:
-                        given = vars(sys.modules.get(path, types)).get(alias.name)
+                        given = getattr(sys.modules.get(path), "__dict__", {}).get(alias.name)
                         self.bind(ast.Name(alias.asname or alias.name), [given])
             case ast.Delete():
                 return
@@ -291,7 +294,7 @@ class Reader:
                 code = self.function.__code__
                 if name in self.locals or name in code.co_varnames + code.co_cellvars:
                     return list(self.locals.get(name, {}).values())
-                known = _object_named(self.function, name)
+                known = object_named(self.function, name)
                 return [] if known is None else [known]
             case ast.Attribute(value=owner, attr=name):
                 return [v for o in self.values(owner) for v in self.attribute(o, name)]
@@ -491,7 +494,8 @@ class Reader:
                 found = [v for o in found for v in self.attribute(o, part)]
             return found
         if called is operator.attrgetter:
-            return [called(*values) for values in zip(*given)]
+            paths = [path for path in itertools.chain(*given) if isinstance(path, str)]
+            return [operator.attrgetter(path) for path in paths]
         if isinstance(called, nn.Module):
             owner, called = called, type(called).forward
         elif isinstance(called, types.MethodType):
@@ -499,21 +503,21 @@ class Reader:
         handed = [v for values in (*given, *named.values()) for v in values]
         handed += [item for value in handed for item in _items(value)]
         is_given = any(isinstance(v, (nn.Module, nn.Parameter)) for v in handed)
-        found = None
-        for function in _functions(called) if self.depth else ():
-            names = _names(function.__code__)
+        module, found = self.module if owner is None else owner, None
+        for function in functions_of(called) if self.depth else ():
+            names = names_in(function.__code__)
             reads = is_given and not _READING.isdisjoint(names)
             # Following a method that computes, to see which layer it returns, would take too long.
             picks = isinstance(owner, nn.Module) and function.__name__ != "forward"
-            if _TORCH.match(function.__module__ or "") or not (
+            if TORCH.match(function.__module__ or "") or not (
                 reads or (picks and len(names) <= _SHORT)
             ):
                 continue
-            if (node := _source(function)) is not None:
+            if (node := source_of(function)) is not None:
                 known = {} if owner is None else {"self": [owner]}
                 known |= zip(_arguments(node), given if owner is None else [[owner], *given])
                 reader = Reader(
-                    self.search, function, owner or self.module, known | named, self.method,
+                    self.search, function, module, known | named, self.method,
                     self.runs, self.depth - 1,
                 )  # fmt: skip
                 found = (found or []) + reader.run()

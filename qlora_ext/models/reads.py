@@ -18,11 +18,11 @@ from collections import defaultdict
 from torch import nn
 
 from .method_source import (
-    _functions,
-    _functions_of_file,
-    _methods,
-    _reached,
-    _source,
+    functions_of,
+    functions_of_file,
+    methods_of,
+    names_reached,
+    source_of,
 )
 from .reader import Reader, Search, _items
 
@@ -44,13 +44,13 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
         id(m.config) for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")
     }
     search = Search({}, layers, marked, values_only)
-    reached = _reached({type(module) for module in modules})
+    reached = names_reached({type(module) for module in modules})
     for module in modules:
         if _holds_modules(module):
-            for name, function in _methods(module, reached):
+            for name, function in methods_of(module, reached):
                 _read(search, function, module, name in reached)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            for function in _functions(hook):
+            for function in functions_of(hook):
                 names = _arguments(function)[isinstance(hook, types.MethodType) :][:1]
                 known = {name: [module] for name in names}
                 Reader(search, function, None, known, function.__name__).run()
@@ -73,7 +73,7 @@ def read_in_frame(
     known = {name: [value] for name, value in frame.f_locals.items()}
     Reader(search, running, module, known, code.co_name).run()
     if not search.found and module is not None:
-        for _, function in _methods(module, frozenset()):
+        for _, function in methods_of(module, frozenset()):
             _read(search, function, module, runs=False)
     _forget_sources()
     return search.found
@@ -91,7 +91,7 @@ def _arguments(function: types.FunctionType) -> tuple[str, ...]:
 
 
 def _forget_sources() -> None:
-    for cache in (_functions_of_file, _source):
+    for cache in (functions_of_file, source_of):
         cache.cache_clear()  # syntax trees take tens of megabytes
 
 
