@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .reads import read_in_frame
+from .reads import forget_sources, read_in_frame
 from .walk import is_packed
 
 _TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
@@ -82,6 +82,7 @@ def add_explanation(module: nn.Module, args: Any, result: Any) -> None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
     explanation = _Search(module, text, args).explanation(frames[::-1])
+    forget_sources()
     if explanation:
         error.args = (f"{text}{_MARK}{explanation}", *error.args[1:])
 
@@ -143,6 +144,8 @@ class _Search:
 
     def _read(self, frame: types.FrameType, module: nn.Module | None) -> list[nn.Module]:
         """The packed layers whose weights the frame's code reads, if the error is about them."""
+        if not any(map(self._is_of, self.layers)):
+            return []
         found = read_in_frame(frame, module, {key: [layer] for key, layer in self.tensors.items()})
         layers = [layer for layer in self.layers if id(layer) in found]
         return layers if any(map(self._is_of, layers)) else []

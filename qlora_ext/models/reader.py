@@ -251,9 +251,10 @@ class Reader:
                 return None
             case ast.Call(
                 func=ast.Name(id="hasattr" | "getattr"),
-                args=[config, ast.Constant(value="_is_quantized"), *_],
+                args=[config, ast.Constant(value="_is_quantized" as name), *_],
             ):
-                return any(id(v) in self.search.marked for v in self.values(config)) or None
+                known = self.values(config)
+                return any(id(v) in self.search.marked or hasattr(v, name) for v in known) or None
         known = self.setting(node)
         return (isinstance(known[0], nn.Module) or bool(known[0])) if known else None
 

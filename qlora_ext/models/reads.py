@@ -54,7 +54,7 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
                 names = _arguments(function)[isinstance(hook, types.MethodType) :][:1]
                 known = {name: [module] for name in names}
                 Reader(search, function, None, known, function.__name__).run()
-    _forget_sources()
+    forget_sources()
     return search.found
 
 
@@ -75,7 +75,6 @@ def read_in_frame(
     if not search.found and module is not None:
         for _, function in methods_of(module, frozenset()):
             _read(search, function, module, runs=False)
-    _forget_sources()
     return search.found
 
 
@@ -90,7 +89,7 @@ def _arguments(function: types.FunctionType) -> tuple[str, ...]:
     return function.__code__.co_varnames[: function.__code__.co_argcount]
 
 
-def _forget_sources() -> None:
+def forget_sources() -> None:
     for cache in (functions_of_file, source_of):
         cache.cache_clear()  # syntax trees take tens of megabytes
 

@@ -479,10 +479,26 @@ class DottedGetter(Reading):
         return self.called(x) @ operator.attrgetter("read.weight")(self).T
 
 
+class Typed(Reading):
+    def forward(self, x):
+        return F.linear(self.called(x), self.read.weight.type(torch.float32))
+
+
+class FirstInNoForward(Reading):
+    """Swin v2's code is like this: from_pretrained calls the method after it has packed."""
+
+    def table(self):
+        return torch.zeros(4).to(next(iter(self.read.parameters())).dtype)
+
+    def forward(self, x):
+        return self.called(x)
+
+
 READS = [Direct, Sliced, Alias, ByName, Cast, Property, CachedProperty, Helper, OwnHelper, HandedOn]
 READS += [Inherited, Decorated, ByDict, CastToFirst, OtherFile, Static, Imports, FirstListed]
 READS += [ParameterLoop, ParameterDict, StateDict, GetParameter, Nested, Lambda, OtherFirstName]
-READS += [Returned, InDict, NamedLikeLoading, Penalty, Getter, DottedGetter]
+READS += [Returned, InDict, NamedLikeLoading, Penalty, Getter, DottedGetter, Typed]
+READS += [FirstInNoForward]
 
 
 @pytest.mark.parametrize("cls", READS, ids=lambda cls: cls.__name__)
@@ -660,6 +676,8 @@ class Asks(Reading):
 
     def forward(self, x):
         x = x.to(self.read.weight.device)
+        weight = self.read.weight
+        x = x.to(weight.device) if weight.requires_grad else x
         if self.read.weight is None or not isinstance(self.read.weight, torch.Tensor):
             raise ValueError
         if x.dtype != self.read.weight.dtype and self.slow:
