@@ -485,7 +485,7 @@ class Typed(Reading):
 
 
 class FirstInNoForward(Reading):
-    """Swin v2's code is like this: from_pretrained calls the method after it has packed."""
+    """As Swin v2 has it: only its `_init_weights` calls the method, maybe on a packed model."""
 
     def table(self):
         return torch.zeros(4).to(next(iter(self.read.parameters())).dtype)
