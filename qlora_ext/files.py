@@ -86,7 +86,8 @@ def find_folder(name: str, only: str | None = None) -> Path:
         return Path(name)
     if os.path.lexists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(
-            f"{printable(name)} is no folder, want one with config.json and safetensors files"
+            f"{printable(name)} is no folder, want one with "
+            f"{only or 'config.json and safetensors files'}"
         )
     try:
         from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""Finds the methods of a module that may read a weight, and parses their source."""
+"""Finds the functions behind methods and names, and parses their source."""
 
 from __future__ import annotations
 
@@ -10,85 +10,14 @@ import linecache
 import re
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
-# Methods that run before packing or replace weights on purpose. Only those that a forward calls
-# count.
-_BEFORE_PACKING = re.compile(
-    r"__init__|_?init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
-    r"(get|set)_(input|output|decoder)_?.*embeddings.*|_?resize_.*|_?get_resized_.*|"
-    r"_?prune_.*|_?load_.*|_?save_.*|convert_.*|_?freeze.*|extra_repr|__(str|repr|setstate)__|"
-    r"(apply|remove)_weight_norm"
-)
-# The methods where a model's computation begins. The steps are LightningModule's.
-_BEGINS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 # Modules with general code, which is not about a particular layer.
-_GENERAL = re.compile(
+GENERAL = re.compile(
     r"torch\.nn\.modules\.(module|container)|abc|typing|qlora_ext\.|"
     r"transformers\.(modeling_utils|distributed|generation|integrations|utils|hub)"
 )
 TORCH = re.compile(r"torch(\.|$)")
-
-
-def methods_of(module: nn.Module, reached: set[str]) -> Iterator[tuple[str, types.FunctionType]]:
-    """(name, function) of the methods that may run while a packed model is in use."""
-    for name, function in _class_methods(type(module)):
-        if name in reached or not _BEFORE_PACKING.fullmatch(name):
-            yield name, function
-    # A forward on the instance replaces the class's.
-    yield from (("forward", f) for f in functions_of(module.__dict__.get("forward")))
-
-
-@functools.lru_cache(maxsize=4096)
-def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
-    """The methods that an instance runs. An overridden method counts only if super() calls it."""
-    found, calls_super = [], {}
-    for owner in cls.__mro__:
-        if _GENERAL.match(owner.__module__) or owner is object:
-            continue
-        for name, attribute in vars(owner).items():
-            if calls_super.get(name) is not False and (functions := functions_of(attribute)):
-                found += [(name, f) for f in functions]
-                calls_super[name] = any("super" in f.__code__.co_names for f in functions)
-    return tuple(found)
-
-
-def names_reached(classes: set[type]) -> set[str]:
-    """Names of the methods that a forward may call, judged by name alone. A method that nothing
-    calls, such as one that loops over all weights to freeze or count them, is not part of the
-    computation."""
-    methods: dict[str, list] = {}
-    for cls in classes:
-        for name, function in _class_methods(cls):
-            methods.setdefault(name, []).append(function)
-    reached, queue = set(), list(_BEGINS)
-    while queue:
-        name = queue.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for function in methods.get(name, ()):
-            queue += _names_called(function)
-    return reached
-
-
-@functools.lru_cache(maxsize=16384)
-def _names_called(function: types.FunctionType) -> frozenset[str]:
-    """The names in a function, and in the functions outside the class that it names:
-    `multiply(x)`, `helpers.multiply(x)`, `Helpers.multiply(x)`."""
-    names, called = names_in(function.__code__), []
-    for name in names:
-        named = object_named(function, name)
-        called += functions_of(named)
-        if isinstance(named, (types.ModuleType, type)) and not TORCH.match(
-            getattr(named, "__module__", None) or named.__name__
-        ):
-            for other in names & vars(named).keys():
-                called += functions_of(vars(named)[other])
-    return names.union(*(names_in(each.__code__) for each in called))
 
 
 def object_named(function: types.FunctionType, name: str) -> Any:
@@ -128,7 +57,7 @@ def functions_of(attribute: Any) -> list[types.FunctionType]:
                         queue.append(cell.cell_contents)
                 except ValueError:  # an empty cell
                     continue
-    return [f for f in found if not _GENERAL.match(f.__module__ or "")]
+    return [f for f in found if not GENERAL.match(f.__module__ or "")]
 
 
 @functools.lru_cache(maxsize=512)
@@ -157,3 +86,8 @@ def names_in(code: types.CodeType) -> frozenset[str]:
     """The names and strings in a function's code, and in functions inside of it."""
     names = frozenset((*code.co_names, *(c for c in code.co_consts if isinstance(c, str))))
     return names.union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+
+def forget_sources() -> None:
+    for cache in (functions_of_file, source_of):
+        cache.cache_clear()  # syntax trees take tens of megabytes

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .reads import forget_sources, read_in_frame
+from .method_source import forget_sources
+from .reads import read_in_frame
 from .walk import is_packed
 
 _TYPES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)

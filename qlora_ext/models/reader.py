@@ -114,7 +114,7 @@ class Reader:
                 if layer is not self.module:
                     self.search.found.setdefault(id(layer), self.method)
         elif isinstance(value, (list, tuple, dict)) and depth:
-            for inner in _items(value):
+            for inner in items_of(value):
                 self.note(inner, depth - 1)
 
     # names
@@ -125,7 +125,7 @@ class Reader:
                 self.locals.setdefault(name, {}).update((id(v), v) for v in values)
             case ast.Tuple(elts=targets) | ast.List(elts=targets):
                 starred = any(isinstance(one, ast.Starred) for one in targets)
-                for inside in map(_items, values):
+                for inside in map(items_of, values):
                     paired = len(inside) == len(targets) and not starred
                     for n, one in enumerate(targets):
                         self.bind(one, [inside[n]] if paired else inside)
@@ -284,7 +284,7 @@ class Reader:
         """What is in the modules and lists that an expression may stand for."""
         values = self.values(node)
         self.note([v for v in values if isinstance(v, nn.Parameter)])
-        return [item for value in values for item in _items(value)]
+        return [item for value in values for item in items_of(value)]
 
     def values(self, node: ast.AST) -> list:
         """The objects that an expression may stand for. Notes the weights that it uses."""
@@ -391,9 +391,9 @@ class Reader:
             by_name = isinstance(owner, nn.Module) and isinstance(key, str)
             inside = owner._modules if by_name else owner
             try:
-                found.append((inside if isinstance(inside, dict) else _items(inside))[key])
+                found.append((inside if isinstance(inside, dict) else items_of(inside))[key])
             except (KeyError, IndexError, TypeError):
-                found += _items(owner)
+                found += items_of(owner)
         return found
 
     # calls
@@ -412,7 +412,7 @@ class Reader:
         given = [self.values(argument) for argument in node.args]
         self.runs = runs
         named = {k.arg: self.values(k.value) for k in node.keywords if k.arg is not None}
-        inside = [[item for v in values for item in _items(v)] for values in given]
+        inside = [[item for v in values for item in items_of(v)] for values in given]
         if name in _LISTING and (listing := [o for o in owners if _is_listed(o, name)]):
             key = _literal(node.args[0]) if node.args else None
             return [v for owner in listing for v in self.listed(owner, name, key)]
@@ -424,9 +424,9 @@ class Reader:
                 return found + [v for values in given[2:] for v in values]
             return inside[0]  # the name is computed, so it may be any child
         if name == "next" and given:
-            # An iterator that was just made gives its first item.
-            is_new = isinstance(node.args[0], ast.Call)
-            return [v for o in given[0] for v in _items(o)[:1]] if is_new else given[0] + inside[0]
+            if isinstance(node.args[0], ast.Call):  # an iterator that is new gives its first item
+                return [item for value in given[0] for item in items_of(value)[:1]]
+            return given[0] + inside[0]
         returned = self.call_handed(name, owners, given, named)
         if name in _PASSING:
             items = [item for part in inside for item in part]
@@ -456,17 +456,16 @@ class Reader:
     def call_handed(self, name: str, owners: list, given: list, named: dict) -> list:
         """What nested functions return that are arguments of a call, as in `map(f, layers)`. Each
         of their arguments may be any layer that the call has."""
-        handed = [v for values in given for o in values for v in (o, *_items(o))]
+        handed = [v for values in given for o in values for v in (o, *items_of(o))]
         if name == "apply" and self.runs:
             handed += [m for o in owners if isinstance(o, nn.Module) for m in o.modules()]
         layers = [v for v in handed if isinstance(v, (nn.Module, nn.Parameter))]
-        nested = [v for values in (*given, *named.values()) for v in values]
-        return [
-            v
-            for f in nested
-            if isinstance(f, _Nested)
-            for v in f.reader.call_nested(f.node, [layers] * len(_arguments(f.node)), {})
-        ]
+        returned = []
+        for function in [v for values in (*given, *named.values()) for v in values]:
+            if isinstance(function, _Nested):
+                every = [layers] * len(_arguments(function.node))
+                returned += function.reader.call_nested(function.node, every, {})
+        return returned
 
     def call_nested(self, node: ast.FunctionDef | ast.Lambda, given: list, named: dict) -> list:
         if node in self.active:
@@ -502,7 +501,7 @@ class Reader:
         elif isinstance(called, types.MethodType):
             owner = called.__self__
         handed = [v for values in (*given, *named.values()) for v in values]
-        handed += [item for value in handed for item in _items(value)]
+        handed += [item for value in handed for item in items_of(value)]
         is_given = any(isinstance(v, (nn.Module, nn.Parameter)) for v in handed)
         module, found = self.module if owner is None else owner, None
         for function in functions_of(called) if self.depth else ():
@@ -525,7 +524,7 @@ class Reader:
         return found
 
 
-def _items(value: Any) -> list:
+def items_of(value: Any) -> list:
     """What is in a module, dict, list or tuple."""
     if isinstance(value, nn.Module):
         value = value._modules

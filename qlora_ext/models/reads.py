@@ -12,19 +12,27 @@ Code that only compares dtypes, asks for the device or tests for None does no ha
 
 from __future__ import annotations
 
+import functools
+import re
 import types
 from collections import defaultdict
+from collections.abc import Iterator
 
 from torch import nn
 
-from .method_source import (
-    functions_of,
-    functions_of_file,
-    methods_of,
-    names_reached,
-    source_of,
+from .method_source import GENERAL, TORCH, forget_sources, functions_of, names_in, object_named
+from .reader import Reader, Search, items_of
+
+# Methods that run before packing or replace weights on purpose. Only those that a forward calls
+# count.
+_BEFORE_PACKING = re.compile(
+    r"__init__|_?init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
+    r"(get|set)_(input|output|decoder)_?.*embeddings.*|_?resize_.*|_?get_resized_.*|"
+    r"_?prune_.*|_?load_.*|_?save_.*|convert_.*|_?freeze.*|extra_repr|__(str|repr|setstate)__|"
+    r"(apply|remove)_weight_norm"
 )
-from .reader import Reader, Search, _items
+# The methods where a model's computation begins. The steps are LightningModule's.
+_BEGINS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, str]:
@@ -44,10 +52,10 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
         id(m.config) for m in modules if hasattr(m, "base_model_prefix") and hasattr(m, "config")
     }
     search = Search({}, layers, marked, values_only)
-    reached = names_reached({type(module) for module in modules})
+    reached = _reached({type(module) for module in modules})
     for module in modules:
         if _holds_modules(module):
-            for name, function in methods_of(module, reached):
+            for name, function in _methods(module, reached):
                 _read(search, function, module, name in reached)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             for function in functions_of(hook):
@@ -73,7 +81,7 @@ def read_in_frame(
     known = {name: [value] for name, value in frame.f_locals.items()}
     Reader(search, running, module, known, code.co_name).run()
     if not search.found and module is not None:
-        for _, function in methods_of(module, frozenset()):
+        for _, function in _methods(module, frozenset()):
             _read(search, function, module, runs=False)
     return search.found
 
@@ -89,11 +97,64 @@ def _arguments(function: types.FunctionType) -> tuple[str, ...]:
     return function.__code__.co_varnames[: function.__code__.co_argcount]
 
 
-def forget_sources() -> None:
-    for cache in (functions_of_file, source_of):
-        cache.cache_clear()  # syntax trees take tens of megabytes
-
-
 def _holds_modules(module: nn.Module) -> bool:
     values = [v for v in vars(module).values() if isinstance(v, (list, tuple, dict))]
-    return any(isinstance(item, nn.Module) for v in values for item in _items(v))
+    return any(isinstance(item, nn.Module) for v in values for item in items_of(v))
+
+
+def _methods(module: nn.Module, reached: set[str]) -> Iterator[tuple[str, types.FunctionType]]:
+    """(name, function) of the methods that may run while a packed model is in use."""
+    for name, function in _class_methods(type(module)):
+        if name in reached or not _BEFORE_PACKING.fullmatch(name):
+            yield name, function
+    # A forward on the instance replaces the class's.
+    yield from (("forward", f) for f in functions_of(module.__dict__.get("forward")))
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_methods(cls: type) -> tuple[tuple[str, types.FunctionType], ...]:
+    """The methods that an instance runs. An overridden method counts only if super() calls it."""
+    found, calls_super = [], {}
+    for owner in cls.__mro__:
+        if GENERAL.match(owner.__module__) or owner is object:
+            continue
+        for name, attribute in vars(owner).items():
+            if calls_super.get(name) is not False and (functions := functions_of(attribute)):
+                found += [(name, f) for f in functions]
+                calls_super[name] = any("super" in f.__code__.co_names for f in functions)
+    return tuple(found)
+
+
+def _reached(classes: set[type]) -> set[str]:
+    """Names of the methods that a forward may call, judged by name alone. A method that nothing
+    calls, such as one that loops over all weights to freeze or count them, is not part of the
+    computation."""
+    methods: dict[str, list] = {}
+    for cls in classes:
+        for name, function in _class_methods(cls):
+            methods.setdefault(name, []).append(function)
+    reached, queue = set(), list(_BEGINS)
+    while queue:
+        name = queue.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        for function in methods.get(name, ()):
+            queue += _names_called(function)
+    return reached
+
+
+@functools.lru_cache(maxsize=16384)
+def _names_called(function: types.FunctionType) -> frozenset[str]:
+    """The names in a function, and in the functions outside the class that it names:
+    `multiply(x)`, `helpers.multiply(x)`, `Helpers.multiply(x)`."""
+    names, called = names_in(function.__code__), []
+    for name in names:
+        named = object_named(function, name)
+        called += functions_of(named)
+        if isinstance(named, (types.ModuleType, type)) and not TORCH.match(
+            getattr(named, "__module__", None) or named.__name__
+        ):
+            for other in names & vars(named).keys():
+                called += functions_of(vars(named)[other])
+    return names.union(*(names_in(each.__code__) for each in called))
