@@ -516,9 +516,11 @@ class Reader:
             if (node := source_of(function)) is not None:
                 known = {} if owner is None else {"self": [owner]}
                 known |= zip(_arguments(node), given if owner is None else [[owner], *given])
+                # A read is the fault of the method that gives a layer away, else of its own.
+                own = f"{type(owner).__name__}.{function.__name__}"
                 reader = Reader(
-                    self.search, function, module, known | named, self.method,
-                    self.runs, self.depth - 1,
+                    self.search, function, module, known | named,
+                    self.method if is_given else own, self.runs, self.depth - 1,
                 )  # fmt: skip
                 found = (found or []) + reader.run()
         return found

@@ -26,7 +26,7 @@ from .reader import Reader, Search, items_of
 # Methods that run before packing or replace weights on purpose. Only those that a forward calls
 # count.
 _BEFORE_PACKING = re.compile(
-    r"__init__|_?init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
+    r"_*init_.*|_?initialize_.*|_?reset_parameters|post_init|_?tie_.*|from_.*|"
     r"(get|set)_(input|output|decoder)_?.*embeddings.*|_?resize_.*|_?get_resized_.*|"
     r"_?prune_.*|_?load_.*|_?save_.*|convert_.*|_?freeze.*|extra_repr|__(str|repr|setstate)__|"
     r"(apply|remove)_weight_norm"
