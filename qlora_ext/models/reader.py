@@ -105,6 +105,7 @@ class Reader:
                 named = [child for key, child in module._modules.items() if key in names]
                 for layer in filter(None, (module, *named)):
                     self.note(layer._parameters.get("weight"))
+        self.locals.clear()  # nested functions refer to self, and would keep weights alive
         return [v for v in self.returned if isinstance(v, _HOLDERS)]
 
     def note(self, value: Any, depth: int = _DEPTH) -> None:
