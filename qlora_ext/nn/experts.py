@@ -39,6 +39,14 @@ class _Expert(nn.Module):
         self.down = down
 
 
+def _base(expert: _Expert, side: str) -> tuple[str, nn.Module]:
+    """Name and layer of an expert's matrix, which PEFT's adapters may hold as their base_layer."""
+    name, layer = side, getattr(expert, side)
+    while hasattr(layer, "base_layer"):
+        name, layer = f"{name}.base_layer", layer.base_layer
+    return name, layer
+
+
 class Experts4bit(nn.Module):
     """Experts whose matrices are packed one by one: `packed[e].up`, `packed[e].down`: Linear4bit.
 
@@ -98,13 +106,14 @@ class Experts4bit(nn.Module):
         """Gives the dense weights of the fused module to the experts' layers, which pack them.
         Returns error messages; if there are some, no expert is given any."""
         experts, name = self.template, type(self).__name__
-        stacks = {}  # key -> (the shape of one expert's part, that part's key)
+        stacks = {}  # key -> (the shape of one expert's part, that part's layer and key)
         for stack, side in ((up_name(experts), "up"), ("down_proj", "down")):
-            N, K = getattr(self.packed[0], side)._shape
+            _, layer = _base(self.packed[0], side)
+            N, K = layer.out_features, layer.in_features
             shape = (K, N) if experts.is_transposed else (N, K)
-            stacks[prefix + stack] = shape, f"{side}.weight"
+            stacks[prefix + stack] = shape, side, "weight"
             if experts.has_bias:
-                stacks[f"{prefix}{stack}_bias"] = (N,), f"{side}.bias"
+                stacks[f"{prefix}{stack}_bias"] = (N,), side, "bias"
         given = [key for key in stacks if key in state_dict]
         read_lazy(state_dict, given)
         values = {key: state_dict.pop(key) for key in given}
@@ -129,9 +138,11 @@ class Experts4bit(nn.Module):
                 del state_dict[key]
             return errors
         for key, value in values.items():
-            for e, part in enumerate(value.unbind()):
+            _, side, kind = stacks[key]
+            for e, (expert, part) in enumerate(zip(self.packed, value.unbind())):
                 flip = experts.is_transposed and part.ndim == 2
-                state_dict[f"{prefix}packed.{e}.{stacks[key][1]}"] = part.T if flip else part
+                place, _ = _base(expert, side)
+                state_dict[f"{prefix}packed.{e}.{place}.{kind}"] = part.T if flip else part
         return []
 
     def forward(

@@ -72,7 +72,8 @@ def test_a_broken_installation_breaks_no_import(tmp_path, enable):
     (tmp_path / "qlora_ext").mkdir()
     (tmp_path / "qlora_ext" / "__init__.py").write_text("raise OSError('no library')")
     code = "import torch, bitsandbytes; print(bitsandbytes.__name__)"
-    out, said = run(code, enable, PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    out, said = run(code, enable, PYTHONPATH=path)
     assert out == "bitsandbytes\n"
     assert said and all("not enabled: OSError: no library" in line for line in said)
 

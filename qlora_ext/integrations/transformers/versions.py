@@ -38,6 +38,7 @@ def keep_values(layer: nn.Module, dtype: torch.dtype, packed: bool) -> None:
     if ((5, 21) if packed else (5, 23)) > RELEASE:
         weight = torch.empty_like(layer.weight, dtype=dtype)
         layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight._is_hf_initialized = True  # as the weight that it replaces
 
 
 def saved_key(name: str, renamings: list, converters: list) -> tuple[str, str | None]:
