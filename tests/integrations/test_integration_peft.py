@@ -662,8 +662,11 @@ SUPPORTED = {
         target_r=2, init_r=4, total_step=10, target_modules=ATTENTION
     ),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=ATTENTION),
+    "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=["v_proj"]),
     "MISS": lambda: peft.MissConfig(r=4, target_modules=ATTENTION),
     "OFT": lambda: peft.OFTConfig(oft_block_size=8, target_modules=ATTENTION),
+    "RANDLORA": lambda: peft.RandLoraConfig(r=4, target_modules=ATTENTION),
+    "ROAD": lambda: peft.RoadConfig(group_size=8, target_modules=ATTENTION),
     "SHIRA": lambda: peft.ShiraConfig(r=2, target_modules=ATTENTION),
     "VERA": lambda: peft.VeraConfig(r=4, target_modules=ATTENTION),
 }
@@ -674,17 +677,14 @@ OFT = {**SUPPORTED, **OLD}["OFT"]
 
 REFUSED = {
     **OLD,
-    "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[]),
     "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=ATTENTION),
     "LOKR": lambda: peft.LoKrConfig(r=4, target_modules=ATTENTION),
-    "ROAD": lambda: peft.RoadConfig(group_size=8, target_modules=ATTENTION),
     "HRA": lambda: peft.HRAConfig(r=4, target_modules=ATTENTION),
     "FOURIERFT": lambda: peft.FourierFTConfig(n_frequency=8, target_modules=ATTENTION),
     "VBLORA": lambda: peft.VBLoRAConfig(
         r=2, num_vectors=8, vector_length=8, target_modules=ATTENTION
     ),
     "C3A": lambda: peft.C3AConfig(block_size=8, target_modules=ATTENTION),
-    "RANDLORA": lambda: peft.RandLoraConfig(r=4, target_modules=ATTENTION),
 }
 
 
@@ -748,17 +748,11 @@ def test_two_kinds_of_tuner_on_one_layer_are_refused(folders):
         model.add_adapter("second", OFT())
 
 
-def test_target_parameters_on_a_packed_weight(folders):
-    config = lora_config(target_modules=[], target_parameters=["q_proj.weight"])
-    with pytest.raises(ValueError, match=r"got (\w+\.)*q_proj\.weight, a 4-bit"):
-        peft.get_peft_model(base_model(folders), config)
-
-
 def test_other_tuners_still_work_on_dense_models(folders):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folders[0])
-    model = peft.get_peft_model(base, REFUSED["IA3"]())
+    model = peft.get_peft_model(base, SUPPORTED["IA3"]())
     assert logits(model.merge_and_unload()).isfinite().all()
 
 
@@ -799,8 +793,8 @@ def test_unload_while_merged_is_refused(folders):
     [
         ({"modules_to_save": ["o_proj"]}, "modules_to_save names a Linear4bit, whose packed weig"),
         (
-            {"target_parameters": ["o_proj.weight"]},
-            "target_parameters got .*o_proj.weight, a 4-bit",
+            {"target_parameters": ["o_proj.weight_absmax"]},
+            "target_parameters got .*o_proj.weight_absmax of a 4-bit layer",
         ),
     ],
 )

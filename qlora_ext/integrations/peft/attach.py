@@ -5,11 +5,13 @@ These are the functions, and what the wrapped ones do:
 
     {Lora,AdaLora}Model._create_new_module   gives a packed layer `PeftLoraLinear4bit` or
                                              AdaLoRA's, a packed embedding `LoraEmbedding4bit`
+    {IA3,RandLora,Road}Model._create_new_module   gives a packed layer `IA3Linear4bit` and so on
     resolve_quantization_backend    lets BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
     dequantize_module_weight        dequantizes packed weights, for DoRA's norms
     <tuner>._create_and_replace     refuses all other tuners
     <tuner>.inject_adapter          undoes its changes if it raises
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
+    BaseTuner._cast_adapter_dtype            autocast_adapter_dtype=False gives the layer's dtype
     BaseTuner.{merge,unmerge}_adapter        refuse a sharded or offloaded model
     PeftModel.save_pretrained                refuses a sharded model unless given a state_dict;
                                              fetches offloaded weights; refuses NaN and Inf
@@ -32,6 +34,9 @@ import sys
 import peft
 from peft.tuners import lora
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.ia3 import IA3Model
+from peft.tuners.randlora import RandLoraModel
+from peft.tuners.road import RoadModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, loftq_utils, save_and_load
@@ -39,6 +44,7 @@ from peft.utils import other as peft_other
 from peft.utils.integrations import dequantize_module_weight
 
 from ... import hosts
+from .creation import _create_as, _create_lora_module
 from .files import (
     _check_combined,
     _check_swapped,
@@ -46,11 +52,12 @@ from .files import (
     _save_pretrained,
     _set_state_dict,
 )
-from .lora import _create_lora_module
 from .merging import _merge_and_unload, _refuse_sharded, adapted_model
+from .other_layers import IA3Linear4bit, RandLoraLinear4bit, RoadLinear4bit
 from .training import _count_logical_weights, _loftq, _prepare
 from .tuners import (
     _all_or_nothing,
+    _cast_adapters,
     _dequantize_module,
     _refuse_packed,
     _refuse_packed_layer,
@@ -85,6 +92,13 @@ def attach() -> None:
     hosts.adapted_models.append(adapted_model)
     for tuner in (lora.LoraModel, AdaLoraModel):
         tuner._create_new_module = staticmethod(_create_lora_module(tuner._create_new_module))
+    for tuner, layer in (
+        (IA3Model, IA3Linear4bit),
+        (RandLoraModel, RandLoraLinear4bit),
+        (RoadModel, RoadLinear4bit),
+    ):
+        tuner._create_new_module = staticmethod(_create_as(layer)(tuner._create_new_module))
+    BaseTuner._cast_adapter_dtype = _cast_adapters(BaseTuner._cast_adapter_dtype)
     for tuner in _subclasses(BaseTuner):
         if "_create_and_replace" in vars(tuner):
             tuner._create_and_replace = _refuse_packed(tuner._create_and_replace)

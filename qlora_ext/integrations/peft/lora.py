@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import types
 from typing import Any
 
-import peft
 import torch
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.variants import ALoraLinearVariant, DoraEmbeddingVariant, DoraLinearVariant
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ... import ops
 from ...checks import check_input, check_scaling
 from ...merging.dense import IN_MEMORY
 from ...models.walk import check_whole
 from ...nn.dense import dense_linear
-from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory, is_offloaded, loaded
 from .stand_in import (
@@ -276,31 +273,27 @@ class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
     unmerge = _MergesIntoDense.unmerge
 
 
-def _create_lora_module(original):
-    """Wraps `_create_new_module` of LoraModel and AdaLoraModel."""
+class ParamWrapper(PeftLoraLinear4bit):
+    """What `target_parameters=["q_proj.weight"]` gives a packed layer: the LoRA layer that
+    `target_modules` gives it, of the keys, the shapes and the outputs of PEFT's `ParamWrapper` on
+    the dense weight.
 
-    @functools.wraps(original)
-    def _create_new_module(lora_config, adapter_name, target, **kwargs):
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, (Linear4bit, Embedding4bit)):
-            return original(lora_config, adapter_name, target, **kwargs)
-        if kwargs.get("parameter_name") is not None:
-            parameter = f".{kwargs['parameter_name'].rpartition('.')[2]}"
-            layer = adapted_layer.get().removesuffix(parameter)
+    PEFT asks for the class by this name when a second adapter is added.
+    """
+
+    parameter_name = "weight"
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, *args, **kwargs) -> None:
+        """As PEFT's. Raises ValueError for settings that PEFT's `ParamWrapper` refuses."""
+        super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
+        refused = {
+            "lora_dropout": isinstance(self.lora_dropout[adapter_name], torch.nn.Dropout),
+            "lora_bias": self.lora_bias[adapter_name],
+            "DoRA or another variant": adapter_name in self.lora_variant,
+        }
+        if any(refused.values()):
+            settings = " and ".join(name for name, given in refused.items() if given)
             raise ValueError(
-                f"PEFT's target_parameters got {layer}{parameter}, a 4-bit weight; name its layer "
-                "in target_modules"
+                f"PEFT's target_parameters on {self._name}.weight does not work with {settings}; "
+                "name the layer in target_modules"
             )
-        if isinstance(base, Embedding4bit):
-            return LoraEmbedding4bit(target, adapter_name, config=lora_config, **kwargs)
-        if lora_config.fan_in_fan_out:
-            # GPT-2's layers are Conv1D, [in, out]. Packed they are ordinary [out, in] layers.
-            lora_config.fan_in_fan_out = False
-            if "fan_in_fan_out" in kwargs:
-                kwargs["fan_in_fan_out"] = False
-        if lora_config.peft_type == peft.PeftType.ADALORA:
-            kwargs.pop("device_map", None)
-            return AdaLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
-        return PeftLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
-
-    return _create_new_module

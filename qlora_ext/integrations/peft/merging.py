@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -51,6 +52,25 @@ def _refuse_sharded(original):
     return checked
 
 
+@contextlib.contextmanager
+def _no_bitsandbytes(model: torch.nn.Module):
+    """A context in which a model of our layers does not answer as one of bitsandbytes', because
+    PEFT's IA3 neither merges nor unloads such a model."""
+    answers = model.__dict__
+    ours = any(
+        isinstance(module, _Packed4bit) or "_qlora_ext_packed" in module.__dict__
+        for module in model.modules()
+    )
+    if not ours or "is_loaded_in_4bit" not in answers:
+        yield
+        return
+    answer = answers.pop("is_loaded_in_4bit")
+    try:
+        yield
+    finally:
+        answers["is_loaded_in_4bit"] = answer
+
+
 def _merge_and_unload(original):
     """Wraps `BaseTuner._unload_and_optionally_merge`."""
 
@@ -64,7 +84,8 @@ def _merge_and_unload(original):
                     kwargs["safe_merge"] = True  # for the dense layers too, which PEFT merges
         else:
             _refuse_merged(self.model)
-        model = original(self, merge, *args, **kwargs)
+        with _no_bitsandbytes(self.model):
+            model = original(self, merge, *args, **kwargs)
         if merge and not _merge_to_4bit.get():
             leave_no_packed_layer(model)
         return model

@@ -20,6 +20,7 @@ from ...nn.linear import Linear4bit
 from ...nn.lora import _Lora
 from ...nn.offload import check_can_adapt, check_in_memory, loaded
 from ...nn.packed import _Packed4bit
+from .lora import ParamWrapper
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
 from .versions import NEWER, SUPPORTED, QuantizationBackend, adapted_layer
 
@@ -95,6 +96,9 @@ def _refuse_packed(original):
     def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
         given = dict(zip(("target_name", "parent", "current_key"), args, strict=False)) | kwargs
         layer = given.get("current_key") or given.get("target_name") or "a layer"
+        if isinstance(given.get("parent"), ParamWrapper):
+            # PEFT would nest one in the other, and two that are nested cannot be merged right.
+            target = given["parent"]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if isinstance(base, _Lora):
@@ -135,7 +139,7 @@ def _refuse_packed(original):
                 adapted_layer.reset(token)
             watch(self)  # PEFT calls the model's forward directly, without the model's hook
         name, parent = given.get("target_name"), given.get("parent")
-        if parent is not None and name in parent._modules:
+        if parent is not None and parent is not target and name in parent._modules:
             parent._modules[name].__dict__["_qlora_ext_name"] = layer  # for errors
 
     return _create_and_replace
@@ -163,6 +167,31 @@ def _all_or_nothing(original):
             raise
 
     return inject_adapter
+
+
+def _cast_adapters(original):
+    """Wraps `BaseTuner._cast_adapter_dtype`, which casts to fp32 unless told not to. Then adapters
+    on packed layers get the dtype of the layer, as on bitsandbytes' layers since PEFT 0.19."""
+
+    @functools.wraps(original)
+    def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
+        original(self, adapter_name, autocast_adapter_dtype)
+        for layer in () if autocast_adapter_dtype else self.model.modules():
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+            if not isinstance(base, _Packed4bit):
+                continue
+            trained = {name: p.requires_grad for name, p in layer.named_parameters()}
+            # The attribute in which PEFT looks for the dtype of a weight whose bytes have none. It
+            # is there for this call only: adapters start in fp32, and are rounded if asked for.
+            base.compute_dtype = base.dtype
+            try:
+                layer._move_adapter_to_device_of_base_layer(adapter_name)
+            finally:
+                del base.compute_dtype
+            for name, parameter in layer.named_parameters():
+                _set_requires_grad(parameter, trained[name])
+
+    return _cast_adapter_dtype
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -47,10 +47,12 @@ else:
 
 
 # Tuners whose layers train and merge on a packed weight. The tests cover each.
-SUPPORTED = {"ADALORA", "LORA", "BOFT", "MISS", "OFT", "SHIRA", "VERA"}
+SUPPORTED = {"ADALORA", "IA3", "LORA", "RANDLORA", "ROAD"}
+READ = {"BOFT", "MISS", "OFT", "SHIRA", "VERA"}  # those that read the weight through us
 NEWER = ""  # what an error says about the others
-if resolve_quantization_backend is None:
-    SUPPORTED = {"ADALORA", "LORA"}
+if resolve_quantization_backend is not None:
+    SUPPORTED |= READ
+else:
     NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, OFT, SHIRA and VERA want 0.20)"
 
 

@@ -1,0 +1,84 @@
+"""PEFT's IA3, RandLoRA and RoAd layers on packed weights, with PEFT's forward and our merging."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft.tuners.randlora.layer import Linear as RandLoraLinear
+from peft.tuners.road.layer import Linear as RoadLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from ...merging.dense import IN_MEMORY
+from ...models.walk import check_whole
+from ...nn.dense import dense_linear
+from ...nn.offload import check_in_memory
+from .stand_in import (
+    _check_finite,
+    _innermost,
+    _MergesIntoDense,
+    _packed_base,
+    _swap_in,
+    dequantize,
+)
+
+
+class _MergesOnStandIn:
+    """A mixin for PEFT's layers whose own merge changes a dense layer's weight and bias."""
+
+    @property
+    def _name(self) -> str:
+        return self.__dict__.get("_qlora_ext_name", type(self).__name__)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
+
+        All merged adapters are merged again into the packed weight in fp32, in the order in which
+        they were merged, and the sum is rounded once.
+
+        Args:
+            safe_merge: has no effect, because values that are not finite are always refused.
+            adapter_names: None means the active adapters.
+
+        Raises:
+            ValueError: a merged value is not finite or overflows the dtype, or the layer is sharded
+                or offloaded. The layer then stays as it was.
+        """
+        check_whole(f"merge: {self._name}", self)
+        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
+        own = getattr(self, self.adapter_layer_names[0])
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in own]
+        if not names:
+            return
+        packed, holder = _packed_base(self), _innermost(self)
+        before = self.merged_adapters, holder.base_layer
+        merged = [*self.merged_adapters, *names]
+        dense = dense_linear(packed, dequantize(packed))
+        holder.base_layer, self.merged_adapters = dense, []
+        try:
+            with torch.no_grad():
+                super().merge(adapter_names=merged)
+        finally:
+            self.merged_adapters, holder.base_layer = before
+        weight, bias, dtype = dense.weight.data, dense.bias, packed.dtype
+        _check_finite(self._name, weight, names, dtype)
+        if bias is not None:
+            _check_finite(f"{self._name}.bias", bias.data, names, dtype)
+        _swap_in(self, weight.to(dtype).contiguous())
+        if bias is not None:
+            self.get_base_layer().bias.data = bias.data.to(dtype)
+        self.merged_adapters = merged
+
+    unmerge = _MergesIntoDense.unmerge
+
+
+class IA3Linear4bit(_MergesOnStandIn, IA3Linear):
+    """PEFT's IA3 layer on a `Linear4bit`: it scales the layer's outputs, or its inputs if the layer
+    is one of feedforward_modules."""
+
+
+class RandLoraLinear4bit(_MergesOnStandIn, RandLoraLinear):
+    """PEFT's RandLoRA layer on a `Linear4bit`."""
+
+
+class RoadLinear4bit(_MergesOnStandIn, RoadLinear):
+    """PEFT's RoAd layer on a `Linear4bit`: it rotates and scales groups of the layer's outputs."""
