@@ -1,5 +1,5 @@
-"""PEFT's IA3, RandLoRA and RoAd, its target_parameters and the dtype of adapters, on packed layers:
-the same keys, shapes, dtypes and outputs as PEFT's own layers on the dequantized model."""
+"""PEFT's IA3, RandLoRA, RoAd and SHiRA, its target_parameters and the dtype of adapters, on packed
+layers: the same keys, shapes, dtypes and outputs as PEFT's own layers on the dequantized model."""
 
 import copy
 import pickle
@@ -64,6 +64,14 @@ def packed_model(folder, dtype=torch.float32):
     )
 
 
+def packed_with_table(folder, dtype):
+    """A model whose embedding is packed, too."""
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return qlora_ext.quantize_model(dense, quantize_embeddings=True, progress_bar=False)
+
+
 def randomize(model, seed: int = 0):
     """Gives every trainable tensor of the adapters values that matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +107,23 @@ CONFIGS = {
     "target_parameters": by_parameters,
 }
 TUNERS = [name for name in CONFIGS if name != "target_parameters"]
+# Before 0.19 PEFT gives adapters on bitsandbytes' layers no other dtype than fp32.
+KEPT = torch.bfloat16 if versions.RELEASE >= (0, 19) else torch.float32
+AUTOCAST = {
+    **CONFIGS,
+    "lora": lora,
+    "dora": lambda: lora(use_dora=True),
+    "lora-dropout": lambda: lora(lora_dropout=0.1),
+    "adalora": lambda: peft.AdaLoraConfig(
+        target_r=2, init_r=4, total_step=10, target_modules=["q_proj"]
+    ),
+}
+if "OFT" in versions.SUPPORTED:
+    AUTOCAST["oft"] = lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+if "VERA" in versions.SUPPORTED:
+    AUTOCAST["shira"] = lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"])
+    AUTOCAST["vera"] = lambda: peft.VeraConfig(r=4, target_modules=["q_proj"])
+
 OURS = (
     plugin.IA3Linear4bit,
     plugin.RandLoraLinear4bit,
@@ -200,10 +225,10 @@ def test_gradients_are_those_of_the_dequantized_model(folder, name):
         torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TUNERS)
+@pytest.mark.parametrize("name", AUTOCAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_dtypes(folder, name, dtype):
-    model = randomize(peft.get_peft_model(packed_model(folder, dtype), CONFIGS[name]()))
+    model = randomize(peft.get_peft_model(packed_model(folder, dtype), AUTOCAST[name]()))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     model.train()(input_ids=ids(), labels=ids()).loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
@@ -337,6 +362,23 @@ def test_ia3_merges_and_unloads_where_bitsandbytes_is_answered_for(folder):
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("SHIRA" not in versions.SUPPORTED, reason="SHiRA wants PEFT 0.20")
+def test_two_shira_adapters_are_those_of_the_dequantized_model(folder):
+    base = packed_model(folder)
+    got = []
+    for model in (base, copy.deepcopy(base).dequantize()):
+        model = randomize(peft.get_peft_model(model, AUTOCAST["shira"]()))
+        model.add_adapter("second", peft.ShiraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+        model.set_adapter("second")
+        randomize(model, seed=1)
+        model.base_model.set_adapter(["default", "second"])
+        model.zero_grad()
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        got.append((logits(model), gradients))
+    torch.testing.assert_close(got[0], got[1], rtol=1e-4, atol=1e-5)
+
+
 def test_weighted_ia3_adapters(folder):
     model = randomize(peft.get_peft_model(packed_model(folder), ia3()))
     model.add_adapter("second", ia3())
@@ -409,34 +451,13 @@ def test_a_second_adapter_is_checked_too(folder):
 def test_weights_that_are_the_other_way_round_are_refused(gpt2, folder):
     with pytest.raises(ValueError, match=r"got .*c_attn\.weight of a 4-bit layer, want the weigh"):
         peft.get_peft_model(packed_model(gpt2), by_parameters(target_parameters=["c_attn.weight"]))
-    model = qlora_ext.quantize_model(
-        copy.deepcopy(packed_model(folder)).dequantize(),
-        quantize_embeddings=True,
-        progress_bar=False,
-    )
+    model = packed_with_table(folder, torch.float32)
     with pytest.raises(ValueError, match=r"got .*embed_tokens\.weight of a 4-bit layer, want"):
         config = by_parameters(target_parameters=["embed_tokens.weight"])
         peft.get_peft_model(model, config)
 
 
 # autocast_adapter_dtype --------------------------------------------------------------------------
-
-# Before 0.19 PEFT gives adapters on bitsandbytes' layers no other dtype than fp32.
-KEPT = torch.bfloat16 if versions.RELEASE >= (0, 19) else torch.float32
-AUTOCAST = {
-    **CONFIGS,
-    "lora": lora,
-    "dora": lambda: lora(use_dora=True),
-    "lora-dropout": lambda: lora(lora_dropout=0.1),
-    "adalora": lambda: peft.AdaLoraConfig(
-        target_r=2, init_r=4, total_step=10, target_modules=["q_proj"]
-    ),
-}
-if "OFT" in versions.SUPPORTED and versions.RELEASE >= (0, 21):
-    # PEFT 0.20's layer of bitsandbytes does not take the arguments that it gets.
-    AUTOCAST["oft"] = lambda: peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"])
-if "VERA" in versions.SUPPORTED:
-    AUTOCAST["vera"] = lambda: peft.VeraConfig(r=4, target_modules=["q_proj"])
 
 
 def adapter_dtypes(model):
@@ -507,12 +528,12 @@ def test_adapters_start_in_fp32_unless_asked_otherwise(folder):
 
 
 def test_a_packed_embeddings_adapter_keeps_the_dtype(folder):
-    model = qlora_ext.quantize_model(
-        packed_model(folder).dequantize(), quantize_embeddings=True, progress_bar=False
-    ).to(torch.bfloat16)
     model = peft.get_peft_model(
-        model, lora(target_modules=["embed_tokens"]), autocast_adapter_dtype=False
+        packed_with_table(folder, torch.bfloat16),
+        lora(target_modules=["embed_tokens"]),
+        autocast_adapter_dtype=False,
     )
+    assert any(isinstance(module, plugin.LoraEmbedding4bit) for module in model.modules())
     assert set(adapter_dtypes(model).values()) == {KEPT}
     before = logits(randomize(model))
     torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=0.1, atol=0.1)

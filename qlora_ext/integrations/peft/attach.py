@@ -5,7 +5,7 @@ These are the functions, and what the wrapped ones do:
 
     {Lora,AdaLora}Model._create_new_module   gives a packed layer `PeftLoraLinear4bit` or
                                              AdaLoRA's, a packed embedding `LoraEmbedding4bit`
-    {IA3,RandLora,Road}Model._create_new_module   gives a packed layer `IA3Linear4bit` and so on
+    {IA3,RandLora,Road,Shira}Model._create_new_module   gives a packed layer `IA3Linear4bit`, ...
     resolve_quantization_backend    lets BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
     dequantize_module_weight        dequantizes packed weights, for DoRA's norms
     <tuner>._create_and_replace     refuses all other tuners
@@ -37,6 +37,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.ia3 import IA3Model
 from peft.tuners.randlora import RandLoraModel
 from peft.tuners.road import RoadModel
+from peft.tuners.shira import ShiraModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, loftq_utils, save_and_load
@@ -53,7 +54,7 @@ from .files import (
     _set_state_dict,
 )
 from .merging import _merge_and_unload, _refuse_sharded, adapted_model
-from .other_layers import IA3Linear4bit, RandLoraLinear4bit, RoadLinear4bit
+from .other_layers import IA3Linear4bit, RandLoraLinear4bit, RoadLinear4bit, ShiraLinear4bit
 from .training import _count_logical_weights, _loftq, _prepare
 from .tuners import (
     _all_or_nothing,
@@ -96,6 +97,7 @@ def attach() -> None:
         (IA3Model, IA3Linear4bit),
         (RandLoraModel, RandLoraLinear4bit),
         (RoadModel, RoadLinear4bit),
+        (ShiraModel, ShiraLinear4bit),
     ):
         tuner._create_new_module = staticmethod(_create_as(layer)(tuner._create_new_module))
     BaseTuner._cast_adapter_dtype = _cast_adapters(BaseTuner._cast_adapter_dtype)

@@ -1,11 +1,15 @@
-"""PEFT's IA3, RandLoRA and RoAd layers on packed weights, with PEFT's forward and our merging."""
+"""PEFT's IA3, RandLoRA and RoAd layers on packed weights, with PEFT's forward and our merging; and
+its SHiRA layer with our forward."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.randlora.layer import Linear as RandLoraLinear
 from peft.tuners.road.layer import Linear as RoadLinear
+from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ...merging.dense import IN_MEMORY
@@ -82,3 +86,20 @@ class RandLoraLinear4bit(_MergesOnStandIn, RandLoraLinear):
 
 class RoadLinear4bit(_MergesOnStandIn, RoadLinear):
     """PEFT's RoAd layer on a `Linear4bit`: it rotates and scales groups of the layer's outputs."""
+
+
+class ShiraLinear4bit(ShiraLinear):
+    """PEFT's SHiRA layer on a `Linear4bit`, which adds to single weights. PEFT merges it through
+    `PackedBackend`."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The packed product and the adapters' own. PEFT's forward would multiply x by the sum of
+        both weights, which is fp32 whatever x is."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.shira_weight:
+                weight = self.get_delta_weight(name).to_dense().to(result.dtype)
+                result = result + torch.nn.functional.linear(x.to(result.dtype), weight)
+        return result

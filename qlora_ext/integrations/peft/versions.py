@@ -5,7 +5,8 @@ Nothing else in this package asks for PEFT's version.
     0.19    layers take the whole `config` and `target_name`; before, each setting is a keyword, and
             a layer is not told its name
     0.20    a layer lists its `lora_variants`; before, its `resolve_lora_variant` chooses one.
-            `quantization_utils`, through which BOFT, MiSS, OFT, SHiRA and VeRA read packed weights
+            `quantization_utils`, through which BOFT, MiSS, SHiRA and VeRA read packed weights
+    0.21    OFT reads them through it, too
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ else:
 
 # Tuners whose layers train and merge on a packed weight. The tests cover each.
 SUPPORTED = {"ADALORA", "IA3", "LORA", "RANDLORA", "ROAD"}
-READ = {"BOFT", "MISS", "OFT", "SHIRA", "VERA"}  # those that read the weight through us
 NEWER = ""  # what an error says about the others
-if resolve_quantization_backend is not None:
-    SUPPORTED |= READ
+if RELEASE >= (0, 20):
+    SUPPORTED |= {"BOFT", "MISS", "SHIRA", "VERA"}
+if RELEASE >= (0, 21):
+    SUPPORTED |= {"OFT"}
+elif RELEASE >= (0, 20):
+    NEWER = f" (PEFT is {peft.__version__}; OFT wants 0.21)"
 else:
-    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, OFT, SHIRA and VERA want 0.20)"
+    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, SHIRA and VERA want 0.20, OFT 0.21)"
 
 
 # The layer that is being adapted, for errors. Only from 0.19 on does PEFT tell a layer its name.
