@@ -263,3 +263,46 @@ def test_a_layer_of_another_tuner_is_not_merged_while_it_is_offloaded(tmp_path):
     with pytest.raises(ValueError, match=r"merge: .*q_proj: base_layer\.weight is offloaded"):
         model.base_model.model.model.layers[1].self_attn.q_proj.merge()
     assert torch.equal(tiny.logits(model), want)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tuner", ["IA3", "RandLora", "Road"])
+def test_pefts_other_layers_on_an_offloaded_model(way, tuner, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = {
+        "IA3": {"feedforward_modules": ["down_proj"]},
+        "RandLora": {"r": 4},
+        "Road": {"group_size": 4},
+    }[tuner]
+    config = getattr(peft, f"{tuner}Config")(target_modules=["q_proj", "down_proj"], **settings)
+
+    def tuned(model):
+        return peft.get_peft_model(model, config)
+
+    whole, model = tuned(packed()), tuned(offload(packed(), way, tmp_path))
+    torch.testing.assert_close(tiny.train(model, 3), tiny.train(whole, 3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(whole), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"merge_and_unload: .* is offloaded"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"merge: .*q_proj: base_layer\.weight is offloaded"):
+        model.base_model.model.model.layers[1].self_attn.q_proj.merge()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pefts_adapters_on_an_offloaded_model_keep_the_dtype_asked_for(way, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+
+    def tuned(model):
+        torch.manual_seed(3)
+        return randomize(peft.get_peft_model(model, config, autocast_adapter_dtype=False))
+
+    whole = tuned(packed().to(torch.bfloat16))
+    model = tuned(offload(packed().to(torch.bfloat16), way, tmp_path))
+    assert not [name for name in on_meta(model) if "lora_" in name]
+    dtypes = [
+        {p.dtype for name, p in tuned.named_parameters() if "lora_" in name}
+        for tuned in (model, whole)
+    ]
+    assert dtypes[0] == dtypes[1] and len(dtypes[0]) == 1
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(whole), rtol=1e-2, atol=1e-2)

@@ -20,7 +20,6 @@ from ...nn.linear import Linear4bit
 from ...nn.lora import _Lora
 from ...nn.offload import check_can_adapt, check_in_memory, loaded
 from ...nn.packed import _Packed4bit
-from .lora import ParamWrapper
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
 from .versions import NEWER, SUPPORTED, QuantizationBackend, adapted_layer
 
@@ -96,9 +95,6 @@ def _refuse_packed(original):
     def _create_and_replace(self, config, adapter_name, target, *args, **kwargs):
         given = dict(zip(("target_name", "parent", "current_key"), args, strict=False)) | kwargs
         layer = given.get("current_key") or given.get("target_name") or "a layer"
-        if isinstance(given.get("parent"), ParamWrapper):
-            # PEFT would nest one in the other, and two that are nested cannot be merged right.
-            target = given["parent"]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if isinstance(base, _Lora):
@@ -139,7 +135,7 @@ def _refuse_packed(original):
                 adapted_layer.reset(token)
             watch(self)  # PEFT calls the model's forward directly, without the model's hook
         name, parent = given.get("target_name"), given.get("parent")
-        if parent is not None and parent is not target and name in parent._modules:
+        if parent is not None and isinstance(parent._modules.get(name), BaseTunerLayer):
             parent._modules[name].__dict__["_qlora_ext_name"] = layer  # for errors
 
     return _create_and_replace
@@ -185,7 +181,8 @@ def _cast_adapters(original):
             # is there for this call only: adapters start in fp32, and are rounded if asked for.
             base.compute_dtype = base.dtype
             try:
-                layer._move_adapter_to_device_of_base_layer(adapter_name)
+                with loaded(base):  # or adapters would go to the meta device of its weight
+                    layer._move_adapter_to_device_of_base_layer(adapter_name)
             finally:
                 del base.compute_dtype
             for name, parameter in layer.named_parameters():
