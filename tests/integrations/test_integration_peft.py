@@ -558,7 +558,10 @@ def test_loftq_reads_what_transformers_renames(family, tmp_path):
     dense = tiny.make(family)
     dense.save_pretrained(tmp_path)
     model = qlora_ext.quantize_model(tiny.make(family), progress_bar=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
+    targets = "all-linear"
+    if PEFT[:2] == (0, 19) and family == "mixtral":  # there the word's letters would be names
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up", "down"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=targets))
 
     def errors():
         found = {}
