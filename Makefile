@@ -50,7 +50,7 @@ PYTEST = $(PY) -m pytest $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist workst
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help finetune test test-all test-deepspeed test-paths test-abi test-versions native fuzz \
+.PHONY: help finetune test test-all test-deepspeed test-paths test-abi test-versions test-trainers native fuzz \
         emulated cuda archs ptxas bench build wheel info size lint format clean distclean FORCE
 
 # What stands behind ## is the help.
@@ -80,6 +80,8 @@ test-abi: .venv-torch-$(TORCH_NEWER)/ready .venv-torch-$(TORCH_OLDER)/ready ## a
 
 test-versions: build $(STATE)/train $(STATE)/test ## the integrations under other releases of transformers, PEFT and TRL: VERSIONS=oldest
 	sh tools/versions.sh $(PY) $(STATE)/versions $(VERSIONS) $(if $(ARGS),-- $(ARGS))
+test-trainers: build $(STATE)/train $(STATE)/test $(STATE)/demo ## other trainers' own commands on our kernels: TRAINERS="trl axolotl"
+	sh tools/trainers.sh $(PY) $(STATE)/trainers $(or $(TRAINERS),trl llamafactory axolotl ms-swift) $(if $(ARGS),-- $(ARGS))
 
 native: ## the CPU kernels without torch, under ASan and UBSan, on each path of this CPU
 	sh tools/native.sh

@@ -1,6 +1,6 @@
 """trainers_table.py RESULTS [PAGE]: what `make test-trainers` ran, as a table in Markdown.
 
-RESULTS is the folder where tests/trainers left a file for each trainer. With PAGE the table also
+RESULTS is the folder where the tests left a file for each trainer. With PAGE the table also
 goes into that file, between the lines `<!-- trainers -->` and `<!-- /trainers -->`.
 """
 
@@ -9,30 +9,25 @@ import sys
 from pathlib import Path
 
 ORDER = ("trl", "llamafactory", "axolotl", "ms-swift")
-NAMES = {"trl": "TRL", "llamafactory": "LLaMA-Factory"}
-HEAD = ("trainer", "with", "way in", "lines changed", "last loss", "our kernels", "our layers", "time")
+HEAD = ("command", "with", "lines changed", "last loss", "our kernels", "our layers", "time")
 
 
 def line(row: dict) -> list[str]:
     versions = row["versions"]
-    used = " ".join(versions[name] for name in ("transformers", "peft", "trl"))
     stock, kernels, layers = (row[way] for way in ("stock", "1", "layers"))
 
     def off(run):
         pairs = zip(run["losses"], stock["losses"], strict=True)
         return f"{max(abs(a / b - 1) for a, b in pairs):.0e}"
 
-    seconds = [f"{run['seconds'] / stock['seconds']:.2f}" for run in (kernels, layers)]
-    name = NAMES.get(row["trainer"], row["trainer"])
     return [
-        f"{name} {row['release']}",
-        used,
-        row["way in"],
-        str(row.get("lines changed", 0)),
+        f"`{row['way in'].strip('`')}` {row['release']}",
+        ", ".join(versions[name] for name in ("transformers", "peft", "trl")),
+        "0",
         f"{stock['losses'][-1]:.4f}",
         off(kernels),
         off(layers),
-        ", ".join(seconds),
+        ", ".join(f"{run['seconds'] / stock['seconds']:.1f}" for run in (kernels, layers)),
     ]
 
 

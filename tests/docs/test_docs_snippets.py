@@ -184,6 +184,9 @@ def check(words: list[str]) -> None:
         for extras in re.findall(r"(?:\.|qlora_ext)\[([\w,]+)\]", " ".join(rest)):
             for extra in extras.split(","):
                 assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+    elif program in ("trl", "llamafactory-cli", "axolotl", "swift"):
+        for word in rest:
+            assert not word.startswith("examples/") or (REPOSITORY / word).exists(), words
     elif program == "cmake":
         assert (REPOSITORY / "CMakeLists.txt").exists()
     else:

@@ -43,19 +43,17 @@ class Watch(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path, target=None):
         if fullname not in WATCHED:
             return None
-        for finder in sys.meta_path:
-            spec = finder.find_spec(fullname, path, target) if finder is not self else None
-            if spec is not None:
-                run = spec.loader.exec_module
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)))
+        load = spec.loader.exec_module
 
-                def exec_module(module):
-                    run(module)
-                    for owner, name, label in WATCHED[fullname]:
-                        counted(getattr(module, owner) if owner else module, name, label)
+        def exec_module(module):
+            load(module)
+            for owner, name, label in WATCHED[fullname]:
+                counted(getattr(module, owner) if owner else module, name, label)
 
-                spec.loader.exec_module = exec_module
-                return spec
-        return None
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def write():

@@ -3,8 +3,8 @@
 Each trainer fine-tunes the same small model a few steps on the CPU three times: as it is, on
 bitsandbytes; with QLORA_EXT_ENABLE=1; with QLORA_EXT_ENABLE=layers. spy/sitecustomize.py counts
 which layers and ops ran. `make test-trainers` installs the trainers, each into an environment of
-its own in $TRAINERS, and runs this; what is not installed is skipped. TRL's test runs wherever TRL
-is. With $TRAINERS_RESULTS each test leaves a row there for tools/trainers_table.py.
+its own in $TRAINERS_FOLDER, and runs this; what is not installed is skipped. TRL's test runs
+wherever TRL is. In $TRAINERS_RESULTS each test leaves a row for tools/trainers_table.py.
 """
 
 import json
@@ -28,13 +28,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 EXAMPLES = REPOSITORY / "examples"
 STEPS, PACKED = 4, 4 * 7  # steps of training; 4-bit layers of the model
-# bitsandbytes' layers on our kernels give its losses up to the order of sums. With our layers, the
-# 8-bit code of a scale can be its neighbour where two are equally near.
-TOLERANCE = {"1": 1e-5, "layers": 1e-3}
+# bitsandbytes' layers on our kernels give its losses up to the order of sums. With our layers the
+# 8-bit code of a scale can be a neighbour of bitsandbytes': without double quantization 1e-6.
+TOLERANCE = {"1": 1e-4, "layers": 1e-3}
 
 
 def program(trainer: str, name: str) -> str:
-    path = Path(os.environ.get("TRAINERS", "nowhere"), trainer, "bin", name)
+    path = Path(os.environ.get("TRAINERS_FOLDER", "nowhere"), trainer, "bin", name)
     if not path.exists():
         pytest.skip(f"{trainer} is not installed here: make test-trainers TRAINERS={trainer}")
     return str(path)
@@ -111,10 +111,10 @@ class Run:
         self.losses = [entry["loss"] for entry in history if "loss" in entry]
         assert len(self.losses) == STEPS
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as adapter:
-            self.adapter = {key: adapter.get_slice(key).get_shape() for key in adapter.keys()}
+            self.adapter = {key: adapter.get_slice(key).get_shape() for key in adapter.keys()}  # noqa: SIM118
 
 
-def compare(trainer, release, way_in, command, start, tmp_path):
+def compare(trainer, way_in, command, start, tmp_path):
     """Runs the command three times; returns the runs by the value of QLORA_EXT_ENABLE."""
     runs = {
         enable: Run(command, start, tmp_path / (enable or "stock"), enable)
@@ -134,7 +134,7 @@ def compare(trainer, release, way_in, command, start, tmp_path):
     check_layers(runs["layers"])
     for enable in ("1", "layers"):
         check_losses(stock, runs[enable], TOLERANCE[enable])
-    note(trainer, release, way_in, runs)
+    note(trainer, way_in, runs)
     return runs
 
 
@@ -150,11 +150,14 @@ def check_losses(stock, run, tolerance):
     assert stock.losses[-1] < stock.losses[0]
 
 
-def note(trainer, release, way_in, runs):
+def note(trainer, way_in, runs):
     if not (folder := os.environ.get("TRAINERS_RESULTS")):
         return
-    row = {"trainer": trainer, "release": release, "way in": way_in}
-    row |= {"versions": runs[""].versions}
+    versions = runs[""].versions
+    row = {"way in": way_in, "versions": versions, "release": versions["trl"]}
+    if trainer != "trl":
+        pins = (TESTS / "trainers" / f"{trainer}.txt").read_text()
+        row["release"] = re.search(r"^[\w-]+==(\S+)", pins, re.M)[1]
     for enable, run in runs.items():
         row[enable or "stock"] = {"losses": run.losses, "seconds": run.seconds}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -162,23 +165,27 @@ def note(trainer, release, way_in, runs):
 
 
 def test_trl(start, tmp_path):
-    trl = pytest.importorskip("trl")
-    command = [sys.executable, "-m", "trl.cli.main", "sft"]  # what the program `trl` runs
-    command += ["--model_name_or_path", "{start}/model", "--dataset_name", "{start}/data"]
-    command += "--load_in_4bit --use_bnb_nested_quant --dtype float32 --bf16 False".split()
-    command += "--use_peft --lora_target_modules all-linear --lora_r 8 --lora_dropout 0".split()
-    command += "--use_cpu --report_to none --logging_steps 1 --output_dir {out}".split()
-    command += "--per_device_train_batch_size 2 --learning_rate 1e-3 --seed 7".split()
-    command += f"--max_steps {STEPS} --save_steps {STEPS}".split()
-    compare("trl", trl.__version__, "`trl sft`", command, start, tmp_path)
+    pytest.importorskip("trl")
+    options = f"""
+        --model_name_or_path {{start}}/model --dataset_name {{start}}/data --output_dir {{out}}
+        --load_in_4bit --use_bnb_nested_quant --dtype float32 --bf16 False
+        --use_peft --lora_target_modules all-linear --lora_r 8 --lora_dropout 0
+        --per_device_train_batch_size 2 --learning_rate 1e-3 --seed 7 --use_cpu
+        --max_steps {STEPS} --save_steps {STEPS} --logging_steps 1 --report_to none
+    """
+    # What the program `trl` runs.
+    command = [sys.executable, "-m", "trl.cli.main", "sft", *options.split()]
+    compare("trl", "trl sft", command, start, tmp_path)
 
 
 def test_llamafactory(start, tmp_path):
-    command = [program("llamafactory", "llamafactory-cli"), "train"]
-    command += [str(EXAMPLES / "trainers" / "llamafactory.yaml")]
-    command += ["model_name_or_path={start}/model", "dataset_dir={start}/llamafactory", "dataset=sums"]
-    command += f"output_dir={{out}} max_steps={STEPS} save_steps={STEPS} seed=7".split()
-    compare("llamafactory", "0.9.5", "`llamafactory-cli train`", command, start, tmp_path)
+    options = f"""
+        model_name_or_path={{start}}/model dataset_dir={{start}}/llamafactory dataset=sums
+        output_dir={{out}} max_steps={STEPS} save_steps={STEPS} seed=7
+    """
+    settings = str(EXAMPLES / "trainers" / "llamafactory.yaml")
+    command = [program("llamafactory", "llamafactory-cli"), "train", settings, *options.split()]
+    compare("llamafactory", "llamafactory-cli train", command, start, tmp_path)
 
 
 def test_axolotl(start, tmp_path):
@@ -186,31 +193,34 @@ def test_axolotl(start, tmp_path):
     settings["datasets"] = [
         {"path": f"{start}/data/sums.jsonl", "ds_type": "json", "type": "chat_template"}
     ]
-    command = [program("axolotl", "axolotl"), "train", f"{tmp_path}/axolotl.yaml"]
-    command += "--launcher python --base-model {start}/model --output-dir {out}".split()
-    # A new adapter is random in axolotl, whatever the seed: all runs start from this one.
-    command += ["--lora-model-dir", "{start}/adapter", "--seed", "7"]
-    command += f"--max-steps {STEPS} --save-steps {STEPS} --logging-steps 1".split()
-    Path(tmp_path, "axolotl.yaml").write_text(yaml.safe_dump(settings))
-    runs = compare("axolotl", "0.19.0", "`axolotl train`", command, start, tmp_path)
+    # A new adapter is random in axolotl, whatever the seed: all runs start from a saved one.
+    options = f"""
+        --launcher python --base-model {{start}}/model --lora-model-dir {{start}}/adapter
+        --output-dir {{out}} --max-steps {STEPS} --save-steps {STEPS} --logging-steps 1 --seed 7
+    """
+    path = tmp_path / "axolotl.yaml"
+    command = [program("axolotl", "axolotl"), "train", str(path), *options.split()]
+    path.write_text(yaml.safe_dump(settings))
+    runs = compare("axolotl", "axolotl train", command, start, tmp_path)
 
     # The plugin needs no variable, and turns axolotl's own kernels off.
     settings = {name: value for name, value in settings.items() if not name.endswith("_kernel")}
     settings["plugins"] = ["qlora_ext_axolotl.QLoraExtPlugin"]
-    Path(tmp_path, "axolotl.yaml").write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings))
     run = Run(command, start, tmp_path / "plugin", "", MORE_PATHS=str(EXAMPLES / "trainers"))
     check_layers(run)
     assert run.losses == pytest.approx(runs["layers"].losses, rel=1e-6)
 
 
 def test_ms_swift(start, tmp_path):
-    command = [program("ms-swift", "swift"), "sft", "--use_hf", "true"]
-    command += ["--model", "{start}/model", "--model_type", "llama", "--template", "chatml"]
-    command += "--dataset {start}/data/sums.jsonl --max_length 128 --use_cpu true".split()
-    command += "--quant_method bnb --quant_bits 4 --bnb_4bit_compute_dtype float32".split()
-    command += "--torch_dtype float32 --tuner_type lora --target_modules all-linear".split()
-    command += "--lora_rank 8 --lora_alpha 16 --lora_dropout 0 --learning_rate 1e-3".split()
-    command += "--per_device_train_batch_size 2 --gradient_accumulation_steps 1".split()
-    command += "--logging_steps 1 --report_to none --seed 7 --output_dir {out}".split()
-    command += f"--max_steps {STEPS} --save_steps {STEPS}".split()
-    compare("ms-swift", "4.6.0", "`swift sft`", command, start, tmp_path)
+    options = f"""
+        --model {{start}}/model --model_type llama --template chatml --use_hf true
+        --dataset {{start}}/data/sums.jsonl --max_length 128 --output_dir {{out}}
+        --quant_method bnb --quant_bits 4 --bnb_4bit_compute_dtype float32 --torch_dtype float32
+        --tuner_type lora --target_modules all-linear --lora_rank 8 --lora_alpha 16 --lora_dropout 0
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --learning_rate 1e-3
+        --max_steps {STEPS} --save_steps {STEPS} --logging_steps 1 --seed 7 --use_cpu true
+        --report_to none
+    """
+    command = [program("ms-swift", "swift"), "sft", *options.split()]
+    compare("ms-swift", "swift sft", command, start, tmp_path)
