@@ -135,8 +135,8 @@ def test_conv1d_weights_are_stored_the_other_way_round(width):
             layer.load_state_dict(dense().state_dict())
 
 
-@pytest.mark.parametrize("own", ["cpu", "cuda"])
-@pytest.mark.parametrize("stored", ["cpu", "cuda"])
+@pytest.mark.parametrize("own", ["cpu", "cuda"], ids=["host", "cuda"])
+@pytest.mark.parametrize("stored", ["cpu", "cuda"], ids=["from-host", "from-cuda"])
 def test_devices(own, stored):
     """A copy lands where the layer is; with assign, where the state dict is."""
     if "cuda" in (own, stored) and not torch.cuda.is_available():

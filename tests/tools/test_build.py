@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import qlora_ext
+import qlora_ext_enable
 from paths import REPOSITORY, TESTS
 from qlora_ext.ops import _C
 
@@ -317,6 +318,7 @@ def import_a_copy(tmp_path):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         package = tmp_path / "qlora_ext"
         shutil.copytree(Path(qlora_ext.__file__).parent, package, ignore=ignored)
+        shutil.copy(qlora_ext_enable.__file__, tmp_path)  # torch starts it
         for name in libraries:
             (package / name).write_text("no library")
         # Without the link to the checkout, which would give the copy the checkout's library.
@@ -550,9 +552,10 @@ def test_make_works_where_paths_have_quotes_and_spaces(tmp_path, given):
     python.chmod(0o755)
     shutil.copy(SETUP.parent / "Makefile", tree)
     shutil.copytree(TOOLS, tree / "tools")
-    (tree / "examples").mkdir()
-    for name in ("pyproject.toml", "examples/requirements.txt"):
-        (tree / name).touch()
+    needed = ("pyproject.toml", "examples/requirements.txt", "tests/versions/newest.txt")
+    for file in (tree / name for name in needed):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     name = re.sub(r"[^A-Za-z0-9.-]", "_", str(python))
     state = tree / (f"build/state{name}" if given else ".venv/qlora_ext")
     (state / "deepspeed-packages").mkdir(parents=True)
