@@ -46,6 +46,9 @@ def test_quantize_train_merge_reload(name, tmp_path):
     again = auto.from_pretrained(tmp_path / "packed")
     assert torch.equal(tiny_models.logits(again), packed_logits)
 
+    if peft.__version__.startswith("0.19.") and name == "mixtral":
+        # It takes the letters of "all-linear" for names, and calls what transformers 5.16 lacks.
+        pytest.skip("PEFT 0.19 saves and loads no adapter of a dense mixture either")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     tuned = peft.get_peft_model(again, config)
     first, last = tiny_models.train(tuned, rate=2e-2)
