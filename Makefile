@@ -141,7 +141,7 @@ $(STATE)/demo: examples/requirements.txt $(STATE)/torch
 .venv-torch-%/ready:
 	$(PYTHON3) -m venv .venv-torch-$*
 	sh tools/torch.sh .venv-torch-$*/bin/python .venv-torch-$*/torch 'torch==$*' '$(TORCH_INDEX)'
-	.venv-torch-$*/bin/python -m pip install -q pytest pytest-timeout hypothesis
+	.venv-torch-$*/bin/python -m pip install -q pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
 .venv-wheel/ready: Makefile

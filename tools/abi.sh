@@ -23,4 +23,4 @@ fi
 "$tester" -m pip install -q --no-deps --force-reinstall "$WHEEL"
 for name in $ABI_TESTS; do set -- "$@" "$PWD/tests/$name"; done
 shift 2
-sh tools/installed.sh "$tester" -m pytest -q -m 'not slow' -k 'not simt' "$@"
+sh tools/installed.sh "$tester" -m pytest -q -n 2 --dist worksteal -m 'not slow' -k 'not simt' "$@"
