@@ -15,40 +15,40 @@ import sys
 VARIABLE = "QLORA_EXT_ENABLE"
 
 
-def _wanted() -> str:
+def wanted() -> str:
     """ "", "1" or "layers"."""
     value = os.environ.get(VARIABLE, "").strip().lower()
     return "" if value == "0" else value
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(f"qlora_ext: {text} ({VARIABLE}={os.environ.get(VARIABLE)})", file=sys.stderr)
 
 
 def after_torch() -> None:
     """Imports qlora_ext if layers are wanted. Its plug-in then waits for transformers: when that
     imports bitsandbytes, it has already chosen what quantizes a model."""
-    if _wanted() != "layers":
+    if wanted() != "layers":
         return
     try:
         import qlora_ext  # noqa: F401
     except Exception as error:
-        _tell(f"not enabled: {type(error).__name__}: {error}")
+        tell(f"not enabled: {type(error).__name__}: {error}")
 
 
 def after_bitsandbytes() -> None:
     """Puts our kernels under bitsandbytes, and says so on stderr."""
-    wanted = _wanted()
-    if not wanted:
+    value = wanted()
+    if not value:
         return
-    if wanted not in ("1", "layers"):
-        _tell("not enabled: want 1 or layers")
+    if value not in ("1", "layers"):
+        tell("not enabled: want 1 or layers")
         return
     try:
         from qlora_ext.integrations import bitsandbytes
 
         bitsandbytes.enable()
     except Exception as error:
-        _tell(f"not enabled: {type(error).__name__}: {error}")
+        tell(f"not enabled: {type(error).__name__}: {error}")
     else:
-        _tell("bitsandbytes' 4-bit ops run on qlora_ext's kernels")
+        tell("bitsandbytes' 4-bit ops run on qlora_ext's kernels")

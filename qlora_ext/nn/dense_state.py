@@ -86,7 +86,7 @@ def pack_dense(layer, state_dict, prefix: str, assign: bool) -> list[str]:
     weight = weight.detach()
     if not assign and not own.is_meta:
         weight = weight.to(own.device)
-    if tuple(weight.shape) != tuple(layer._shape) or getattr(layer, "from_conv1d", False):
+    if getattr(layer, "from_conv1d", False):
         weight = weight.T.contiguous()
     try:
         q = quantize_tensor(weight, layer.config)

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from integration_helpers import ids, logits, run_python, tiny_llama
+from integration_helpers import ids, logits, randomize, run_python, tiny_llama
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -52,16 +52,6 @@ def lora_config(**kwargs):
     return peft.LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "task_type": "CAUSAL_LM", **kwargs}
     )
-
-
-def randomize(model, seed: int = 0):
-    """Gives every trainable tensor of the adapters values that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator) * 0.05
-            parameter.data += noise.to(parameter.dtype)
-    return model
 
 
 def adapted(folders, seed: int = 0, **kwargs):

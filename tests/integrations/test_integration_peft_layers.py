@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from integration_helpers import ids, logits, tiny_llama
+from integration_helpers import ids, logits, randomize, tiny_llama
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -70,16 +70,6 @@ def packed_with_table(folder, dtype):
 
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return qlora_ext.quantize_model(dense, quantize_embeddings=True, progress_bar=False)
-
-
-def randomize(model, seed: int = 0):
-    """Gives every trainable tensor of the adapters values that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator) * 0.05
-            parameter.data += noise.to(parameter.dtype)
-    return model
 
 
 def ia3(names=PROJECTIONS, inputs=("down_proj",)):

@@ -62,6 +62,16 @@ def logits(model, tokens: torch.Tensor | None = None) -> torch.Tensor:
         return model.eval()(ids() if tokens is None else tokens).logits
 
 
+def randomize(model, seed: int = 0):
+    """Gives every trainable tensor of the adapters values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data += noise.to(parameter.dtype)
+    return model
+
+
 def run_python(code: str, *, without: tuple[str, ...] = (), timeout: int = 240) -> str:
     """Runs code in a fresh interpreter in which the modules `without` cannot be imported.
 

@@ -32,6 +32,15 @@ def _create_for_parameter(base, config, adapter_name, target, *, parameter_name,
     return ParamWrapper(target, adapter_name, config=config, **{**kwargs, "target_name": layer})
 
 
+def _as_linear(config, settings: dict) -> None:
+    """Turns off fan_in_fan_out: GPT-2's layers are Conv1D, [in, out], and packed they are ordinary
+    [out, in] layers."""
+    if getattr(config, "fan_in_fan_out", False):
+        config.fan_in_fan_out = False
+        if "fan_in_fan_out" in settings:
+            settings["fan_in_fan_out"] = False
+
+
 def _create_lora_module(original):
     """Wraps `_create_new_module` of LoraModel and AdaLoraModel."""
 
@@ -44,11 +53,7 @@ def _create_lora_module(original):
             return _create_for_parameter(base, lora_config, adapter_name, target, **kwargs)
         if isinstance(base, Embedding4bit):
             return LoraEmbedding4bit(target, adapter_name, config=lora_config, **kwargs)
-        if lora_config.fan_in_fan_out:
-            # GPT-2's layers are Conv1D, [in, out]. Packed they are ordinary [out, in] layers.
-            lora_config.fan_in_fan_out = False
-            if "fan_in_fan_out" in kwargs:
-                kwargs["fan_in_fan_out"] = False
+        _as_linear(lora_config, kwargs)
         if lora_config.peft_type == peft.PeftType.ADALORA:
             kwargs.pop("device_map", None)
             return AdaLoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
@@ -67,11 +72,7 @@ def _create_as(cls: type):
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if not isinstance(base, Linear4bit):
                 return original(config, *args, **kwargs)
-            if getattr(config, "fan_in_fan_out", False):
-                # GPT-2's layers are Conv1D, [in, out]. Packed they are ordinary [out, in] layers.
-                config.fan_in_fan_out = False
-                if "fan_in_fan_out" in kwargs:
-                    kwargs["fan_in_fan_out"] = False
+            _as_linear(config, kwargs)
             # A model that answers as bitsandbytes' would make PEFT look for its layers.
             layer = original(config, *args, **{**kwargs, "loaded_in_4bit": False})
             # PEFT chooses the class itself, and its arguments differ from release to release.

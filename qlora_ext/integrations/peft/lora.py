@@ -13,16 +13,14 @@ from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.variants import ALoraLinearVariant, DoraEmbeddingVariant, DoraLinearVariant
-from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ... import ops
 from ...checks import check_input, check_scaling
-from ...merging.dense import IN_MEMORY
-from ...models.walk import check_whole
 from ...nn.dense import dense_linear
 from ...nn.linear import Linear4bit
-from ...nn.offload import check_in_memory, is_offloaded, loaded
+from ...nn.offload import is_offloaded, loaded
 from .stand_in import (
+    _adapters_to_merge,
     _check_finite,
     _innermost,
     _MergesIntoDense,
@@ -260,15 +258,12 @@ class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PeftLoraLinear4bit's merge."""
-        check_whole(f"merge: {self._name}", self)
-        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lora_A:
-                weight = dequantize(self.get_base_layer()).detach().float()
-                weight = (weight + self.get_delta_weight(name)).detach()
-                _check_finite(self._name, weight, [name], _packed_base(self).dtype)
-                _swap_in(self, weight.to(_packed_base(self).dtype))
-                self.merged_adapters.append(name)
+        for name in _adapters_to_merge(self, adapter_names, self.lora_A):
+            weight = dequantize(self.get_base_layer()).detach().float()
+            weight = (weight + self.get_delta_weight(name)).detach()
+            _check_finite(self._name, weight, [name], _packed_base(self).dtype)
+            _swap_in(self, weight.to(_packed_base(self).dtype))
+            self.merged_adapters.append(name)
 
     unmerge = _MergesIntoDense.unmerge
 

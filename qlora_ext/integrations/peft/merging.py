@@ -18,7 +18,7 @@ from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory
 from ...nn.packed import _Packed4bit
 from .lora import PeftLoraLinear4bit
-from .stand_in import _check_whole, _merge_to_4bit
+from .stand_in import _check_whole, _holds_packed, _merge_to_4bit
 
 
 def _refuse_merged(model: torch.nn.Module) -> None:
@@ -57,11 +57,7 @@ def _no_bitsandbytes(model: torch.nn.Module):
     """A context in which a model of our layers does not answer as one of bitsandbytes', because
     PEFT's IA3 neither merges nor unloads such a model."""
     answers = model.__dict__
-    ours = any(
-        isinstance(module, _Packed4bit) or "_qlora_ext_packed" in module.__dict__
-        for module in model.modules()
-    )
-    if not ours or "is_loaded_in_4bit" not in answers:
+    if "is_loaded_in_4bit" not in answers or not _holds_packed(model):
         yield
         return
     answer = answers.pop("is_loaded_in_4bit")

@@ -10,13 +10,10 @@ from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.randlora.layer import Linear as RandLoraLinear
 from peft.tuners.road.layer import Linear as RoadLinear
 from peft.tuners.shira.layer import Linear as ShiraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from ...merging.dense import IN_MEMORY
-from ...models.walk import check_whole
 from ...nn.dense import dense_linear
-from ...nn.offload import check_in_memory
 from .stand_in import (
+    _adapters_to_merge,
     _check_finite,
     _innermost,
     _MergesIntoDense,
@@ -34,23 +31,10 @@ class _MergesOnStandIn:
         return self.__dict__.get("_qlora_ext_name", type(self).__name__)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into a dense layer that stands in for the packed one until `unmerge`.
-
-        All merged adapters are merged again into the packed weight in fp32, in the order in which
-        they were merged, and the sum is rounded once.
-
-        Args:
-            safe_merge: has no effect, because values that are not finite are always refused.
-            adapter_names: None means the active adapters.
-
-        Raises:
-            ValueError: a merged value is not finite or overflows the dtype, or the layer is sharded
-                or offloaded. The layer then stays as it was.
-        """
-        check_whole(f"merge: {self._name}", self)
-        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
+        """As PeftLoraLinear4bit's merge. All merged adapters are merged again into the packed
+        weight in fp32, in the order in which they were merged, and the sum is rounded once."""
         own = getattr(self, self.adapter_layer_names[0])
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in own]
+        names = _adapters_to_merge(self, adapter_names, own)
         if not names:
             return
         packed, holder = _packed_base(self), _innermost(self)

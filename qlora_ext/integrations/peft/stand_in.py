@@ -118,6 +118,14 @@ def _check_finite(
         ) from None
 
 
+def _adapters_to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None, own) -> list[str]:
+    """The adapters in `own` to merge, of those named or else of the active ones. Raises ValueError
+    if the layer is sharded or offloaded."""
+    check_whole(f"merge: {layer._name}", layer)
+    check_in_memory(f"merge: {layer._name}", layer, IN_MEMORY)
+    return [name for name in check_adapters_to_merge(layer, adapter_names) if name in own]
+
+
 class _MergesIntoDense:
     """A mixin with merging and unmerging of LoRA on a packed layer, for a PEFT class whose
     `_stacked` gives several adapters as one. While adapters are merged, a dense layer stands in for
@@ -135,10 +143,7 @@ class _MergesIntoDense:
             ValueError: a merged value is not finite or overflows the dtype, or the layer is sharded
                 or offloaded. The layer then stays as it was.
         """
-        check_whole(f"merge: {self._name}", self)
-        check_in_memory(f"merge: {self._name}", self, IN_MEMORY)
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.r]
+        names = _adapters_to_merge(self, adapter_names, self.r)
         if not names:
             return
         dtype = _packed_base(self).dtype
@@ -209,11 +214,16 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
     return module.weight
 
 
+def _holds_packed(model: torch.nn.Module) -> bool:
+    """Whether a model has packed layers or stand-ins."""
+    return any(
+        isinstance(module, _Packed4bit) or "_qlora_ext_packed" in module.__dict__
+        for module in model.modules()
+    )
+
+
 def _check_whole(op: str, model: torch.nn.Module, only: str = "") -> None:
     """Raises ValueError for a sharded model with packed layers or with stand-ins. It looks only at
     parameters with `only` in their name."""
-    if any(
-        isinstance(module, _Packed4bit) or "_qlora_ext_packed" in module.__dict__
-        for module in model.modules()
-    ):
+    if _holds_packed(model):
         check_whole(op, model, only)

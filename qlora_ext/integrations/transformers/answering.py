@@ -9,19 +9,18 @@ of checkpoints; only the layers and the kernels are ours. QLORA_EXT_ENABLE=layer
 from __future__ import annotations
 
 import copy
-import os
-import sys
+import functools
 
 import torch
 from transformers.quantizers import auto
+
+import qlora_ext_enable
 
 from ...nn.experts import is_fused_experts
 from ...nn.linear import Linear4bit
 from .bitsandbytes_format import skip_modules
 from .config import QLoraExtConfig
 from .quantizer import QLoraExtHfQuantizer
-
-_said = False
 
 
 class _NoQuantState:
@@ -80,23 +79,12 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         return model
 
 
-def answer_bitsandbytes() -> None:
-    """From now on BitsAndBytesConfig(load_in_4bit=True) gives our layers, in this process."""
-    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AnsweringQuantizer
-
-
 def attach() -> None:
-    """Does so if QLORA_EXT_ENABLE=layers."""
-    if os.environ.get("QLORA_EXT_ENABLE", "").strip().lower() == "layers":
-        answer_bitsandbytes()
+    """With QLORA_EXT_ENABLE=layers, BitsAndBytesConfig(load_in_4bit=True) gives our layers."""
+    if qlora_ext_enable.wanted() == "layers":
+        auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AnsweringQuantizer
 
 
+@functools.cache
 def _tell_once() -> None:
-    global _said
-    if not _said:
-        print(
-            "qlora_ext: BitsAndBytesConfig(load_in_4bit=True) gives qlora_ext's layers "
-            "(QLORA_EXT_ENABLE=layers)",
-            file=sys.stderr,
-        )
-    _said = True
+    qlora_ext_enable.tell("BitsAndBytesConfig(load_in_4bit=True) gives qlora_ext's layers")

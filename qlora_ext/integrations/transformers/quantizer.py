@@ -43,7 +43,7 @@ from .files import (
     storage_dtype,
     stored_layers,
 )
-from .versions import keep_values
+from .versions import casts_to_empty, keep_values
 
 # The tensors that a bitsandbytes checkpoint has for each `weight`.
 _BITSANDBYTES = (
@@ -155,7 +155,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             warn_unmatched("QLoraExtConfig", model, plan.unmatched())
         config.modules_to_not_convert = plan.kept
         packed = 0
-        storage = storage_dtype(checkpoint_files) if self.pre_quantized else None
+        casts = casts_to_empty(packed=self.pre_quantized)
+        storage = storage_dtype(checkpoint_files) if casts and self.pre_quantized else None
         places = places_of(model)
         for name in plan.names:
             module = model.get_submodule(name)
@@ -173,8 +174,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             # tensors are refused after loading.
             for part in layer.modules():
                 part._is_hf_initialized = True
-            if isinstance(layer, Linear4bit):
-                keep_values(layer, storage or layer.dtype, packed=self.pre_quantized)
+            if casts and isinstance(layer, Linear4bit):
+                keep_values(layer, storage or layer.dtype)
             replace_module(model, module, layer, places)
             packed += 1
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

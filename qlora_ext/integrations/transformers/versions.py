@@ -27,18 +27,26 @@ RELEASE = Version(transformers.__version__).release
 _SAVING: dict[str, Any] = {"reverse": True} if RELEASE >= (5, 15) else {}
 
 
-def keep_values(layer: nn.Module, dtype: torch.dtype, packed: bool) -> None:
+def casts_to_empty(packed: bool) -> bool:
+    """Whether the loader casts what it reads for a packed layer to its empty weight's dtype.
+
+    Args:
+        packed: whether the checkpoint is packed already.
+    """
+    return RELEASE < (5, 21) or (not packed and RELEASE < (5, 23))
+
+
+def keep_values(layer: nn.Module, dtype: torch.dtype) -> None:
     """Gives the empty weight of a layer the dtype of the values that will be read for it, so that
-    an older transformers doesn't cast them to uint8.
+    a loader that casts does not turn them into uint8.
 
     Args:
         layer: a Linear4bit on the meta device. Its weight keeps the packed shape.
-        dtype: of the values. packed: whether the checkpoint is packed already.
+        dtype: of the values.
     """
-    if ((5, 21) if packed else (5, 23)) > RELEASE:
-        weight = torch.empty_like(layer.weight, dtype=dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.weight._is_hf_initialized = True  # as the weight that it replaces
+    weight = torch.empty_like(layer.weight, dtype=dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight._is_hf_initialized = True  # as the weight that it replaces
 
 
 def saved_key(name: str, renamings: list, converters: list) -> tuple[str, str | None]:
