@@ -168,6 +168,30 @@ def test_either_reads_what_either_wrote(written, tmp_path, writer, enable):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, rtol=0, atol=1e-2)
 
 
+def test_adapters_take_the_compute_dtype_if_they_keep_a_dtype(written):
+    """As on bitsandbytes' layers since PEFT 0.19: of the config, whatever the model's dtype is."""
+    dense, _ = written
+    code = (
+        PREPARE
+        + """
+import peft
+from packaging.version import Version
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+model = load(sys.argv[1], quantization_config=config)
+lora = peft.LoraConfig(r=4, target_modules="all-linear")
+model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+found = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
+new = Version(peft.__version__) >= Version("0.19")
+assert found == {torch.bfloat16 if new else torch.float32}, found
+out = model(input_ids=ids, labels=ids)
+out.loss.backward()
+assert out.logits.dtype == torch.float32
+"""
+    )
+    for enable in (None, "layers"):
+        program(code, enable, dense)
+
+
 def test_what_trainers_do_with_the_layers(written):
     """PEFT trains them through our op, and kernels that want a QuantState get an error."""
     dense, _ = written

@@ -655,9 +655,11 @@ SUPPORTED = {
         target_r=2, init_r=4, total_step=10, target_modules=ATTENTION
     ),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=ATTENTION),
+    "HIRA": lambda: peft.HiraConfig(r=4, target_modules=ATTENTION),
     "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=["v_proj"]),
     "MISS": lambda: peft.MissConfig(r=4, target_modules=ATTENTION),
     "OFT": lambda: peft.OFTConfig(oft_block_size=8, target_modules=ATTENTION),
+    "PVERA": lambda: peft.PveraConfig(r=4, target_modules=ATTENTION),
     "RANDLORA": lambda: peft.RandLoraConfig(r=4, target_modules=ATTENTION),
     "ROAD": lambda: peft.RoadConfig(group_size=8, target_modules=ATTENTION),
     "SHIRA": lambda: peft.ShiraConfig(r=2, target_modules=ATTENTION),
@@ -667,6 +669,7 @@ SUPPORTED = {
 # Before 0.20 PEFT asks nobody to read the weight for these.
 OLD = {name: SUPPORTED.pop(name) for name in list(SUPPORTED) if name not in versions.SUPPORTED}
 OFT = {**SUPPORTED, **OLD}["OFT"]
+OLD = {name: make for name, make in OLD.items() if hasattr(peft.PeftType, name)}
 
 REFUSED = {
     **OLD,

@@ -1,5 +1,6 @@
-"""PEFT's IA3, RandLoRA, RoAd and SHiRA, its target_parameters and the dtype of adapters, on packed
-layers: the same keys, shapes, dtypes and outputs as PEFT's own layers on the dequantized model."""
+"""PEFT's HiRA, IA3, PVeRA, RandLoRA, RoAd and SHiRA, its target_parameters and the dtype of
+adapters, on packed layers: the same keys, shapes, dtypes and outputs as PEFT's own layers on the
+dequantized model."""
 
 import copy
 import pickle
@@ -8,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from integration_helpers import ids, logits, randomize, tiny_llama
+from integration_helpers import ids, logits, randomize, run_python, tiny_llama
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -96,6 +97,9 @@ CONFIGS = {
     "road_4": lambda: peft.RoadConfig(variant="road_4", group_size=8, target_modules=PROJECTIONS),
     "target_parameters": by_parameters,
 }
+if "HIRA" in versions.SUPPORTED:
+    CONFIGS["hira"] = lambda: peft.HiraConfig(r=4, target_modules=PROJECTIONS)
+    CONFIGS["pvera"] = lambda: peft.PveraConfig(r=4, target_modules=PROJECTIONS)
 TUNERS = [name for name in CONFIGS if name != "target_parameters"]
 # Before 0.19 PEFT gives adapters on bitsandbytes' layers no other dtype than fp32.
 KEPT = torch.bfloat16 if versions.RELEASE >= (0, 19) else torch.float32
@@ -115,6 +119,8 @@ if "VERA" in versions.SUPPORTED:
     AUTOCAST["vera"] = lambda: peft.VeraConfig(r=4, target_modules=["q_proj"])
 
 OURS = (
+    plugin.HiraLinear4bit,
+    plugin.PveraLinear4bit,
     plugin.IA3Linear4bit,
     plugin.RandLoraLinear4bit,
     plugin.RoadLinear4bit,
@@ -174,7 +180,8 @@ def test_gpt2s_layers(gpt2, tmp_path, name):
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# PVeRA draws its outputs while it trains: a few steps show nothing.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "pvera"])
 def test_training_lowers_the_loss_and_goes_on_after_reloading(folder, tmp_path, name):
     model = peft.get_peft_model(packed_model(folder), CONFIGS[name]()).train()
 
@@ -236,6 +243,7 @@ def test_a_merge_rounds_once(folder, name):
     narrow = copy.deepcopy(wide).to(torch.bfloat16)
     models = []
     for base in (wide, narrow):
+        torch.manual_seed(5)  # HiRA's adapters start from random values
         model = randomize(peft.get_peft_model(base, CONFIGS[name]()))
         model.add_adapter("second", CONFIGS[name]())
         model.set_adapter("second")
@@ -305,7 +313,8 @@ def test_what_is_not_finite_is_not_merged(folder, name):
     model = randomize(peft.get_peft_model(packed_model(folder, torch.float16), CONFIGS[name]()))
     before = bytes_of(model)
     first = next(module for module in model.modules() if isinstance(module, OURS))
-    own = getattr(first, first.adapter_layer_names[-1])["default"]
+    owns = (getattr(first, name) for name in reversed(first.adapter_layer_names))
+    own = next(own["default"] for own in owns if "default" in own)
     for value in (float("nan"), 3e38):
         own.data.view(-1)[0] = value
         with pytest.raises(ValueError, match=r"merge: with adapters \['default'\], .*q_proj"):
@@ -539,3 +548,46 @@ def test_a_second_adapter_leaves_the_first_ones_dtype(folder, tmp_path):
     model.base_model.set_adapter(["default", "second"])
     before = logits(randomize(model))
     torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=0.1, atol=0.1)
+
+
+# What PEFT's own 4-bit tests found ----------------------------------------------------------------
+
+
+def test_arrow_routes_over_adapters_on_packed_layers(folder, tmp_path):
+    base = packed_model(folder)
+    paths = []
+    for seed in range(3):
+        model = randomize(peft.get_peft_model(copy.deepcopy(base), lora()), seed)
+        model.save_pretrained(tmp_path / str(seed))
+        paths.append(str(tmp_path / str(seed)))
+    dense = copy.deepcopy(base).dequantize()
+    got, want = (
+        logits(peft.create_arrow_model(model, paths, peft.ArrowConfig(top_k=2, rng_seed=1)).eval())
+        for model in (base, dense)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, logits(packed_model(folder)), atol=1e-3)
+    with pytest.raises(RuntimeError, match="Cannot merge an active Arrow router adapter"):
+        peft.create_arrow_model(packed_model(folder), paths, peft.ArrowConfig()).merge_adapter()
+
+
+@pytest.mark.skipif(versions.KappaTuneSelector is None, reason="KappaTune wants PEFT 0.20")
+def test_kappatune_reads_the_dequantized_weights(folder):
+    base = packed_model(folder)
+    dense = copy.deepcopy(base).dequantize()
+    got, want = (versions.KappaTuneSelector(m, show_progress=False) for m in (base, dense))
+    assert got.get_best_targets(top_p=0.5) == want.get_best_targets(top_p=0.5)
+    assert got._condition_numbers == pytest.approx(want._condition_numbers, rel=1e-3)
+    assert got.model is base
+
+
+def test_names_imported_before_us_are_ours():
+    """A program may take functions from PEFT by name and import qlora_ext after."""
+    run_python(
+        """
+        from peft import prepare_model_for_kbit_training, replace_lora_weights_loftq
+        import qlora_ext
+        for function in (prepare_model_for_kbit_training, replace_lora_weights_loftq):
+            assert "qlora_ext" in function.__code__.co_filename, function
+        """
+    )

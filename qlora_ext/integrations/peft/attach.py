@@ -5,7 +5,8 @@ These are the functions, and what the wrapped ones do:
 
     {Lora,AdaLora}Model._create_new_module   gives a packed layer `PeftLoraLinear4bit` or
                                              AdaLoRA's, a packed embedding `LoraEmbedding4bit`
-    {IA3,RandLora,Road,Shira}Model._create_new_module   gives a packed layer `IA3Linear4bit`, ...
+    {Hira,IA3,Pvera,RandLora,Road,Shira}Model._create_new_module   gives a packed layer
+                                             `HiraLinear4bit`, ...
     resolve_quantization_backend    lets BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
     dequantize_module_weight        dequantizes packed weights, for DoRA's norms
     <tuner>._create_and_replace     refuses all other tuners
@@ -23,6 +24,7 @@ These are the functions, and what the wrapped ones do:
     prepare_model_for_kbit_training          sets up checkpointing, without PEFT's fp32 copies
     hotswap_adapter_from_state_dict          refuses NaN and Inf
     replace_lora_weights_loftq               does LoftQ's start with our quantizer
+    KappaTuneSelector._compute_kappas        dequantizes packed weights
 
 Source: peft/tuners/lora/{model,layer,bnb}.py and peft/utils/quantization_utils.py of PEFT 0.21.
 """
@@ -30,6 +32,7 @@ Source: peft/tuners/lora/{model,layer,bnb}.py and peft/utils/quantization_utils.
 from __future__ import annotations
 
 import sys
+import types
 
 import peft
 from peft.tuners import lora
@@ -53,8 +56,16 @@ from .files import (
     _save_pretrained,
     _set_state_dict,
 )
+from .helpers import _condition_numbers
 from .merging import _merge_and_unload, _refuse_sharded, adapted_model
-from .other_layers import IA3Linear4bit, RandLoraLinear4bit, RoadLinear4bit, ShiraLinear4bit
+from .other_layers import (
+    HiraLinear4bit,
+    IA3Linear4bit,
+    PveraLinear4bit,
+    RandLoraLinear4bit,
+    RoadLinear4bit,
+    ShiraLinear4bit,
+)
 from .training import _count_logical_weights, _loftq, _prepare
 from .tuners import (
     _all_or_nothing,
@@ -64,7 +75,7 @@ from .tuners import (
     _refuse_packed_layer,
     _resolve_backend,
 )
-from .versions import resolve_quantization_backend
+from .versions import HiraModel, KappaTuneSelector, PveraModel, resolve_quantization_backend
 
 
 def _subclasses(cls: type) -> set[type]:
@@ -72,13 +83,12 @@ def _subclasses(cls: type) -> set[type]:
 
 
 def _replace_everywhere(function, wrap) -> None:
-    """Puts wrap(function) wherever a module of PEFT or TRL has imported `function` by name."""
+    """Puts wrap(function) wherever a module has imported `function` by name: PEFT's, and those of
+    programs that import PEFT before qlora_ext."""
     wrapper = wrap(function)
-    for name, module in list(sys.modules.items()):
-        if module is None or name.partition(".")[0] not in ("peft", "trl"):
-            continue
-        for attribute, value in list(vars(module).items()):
-            if value is function:
+    for module in list(sys.modules.values()):
+        if isinstance(module, types.ModuleType):
+            for attribute in [k for k, value in vars(module).items() if value is function]:
                 setattr(module, attribute, wrapper)
 
 
@@ -94,12 +104,15 @@ def attach() -> None:
     for tuner in (lora.LoraModel, AdaLoraModel):
         tuner._create_new_module = staticmethod(_create_lora_module(tuner._create_new_module))
     for tuner, layer in (
+        (HiraModel, HiraLinear4bit),
         (IA3Model, IA3Linear4bit),
+        (PveraModel, PveraLinear4bit),
         (RandLoraModel, RandLoraLinear4bit),
         (RoadModel, RoadLinear4bit),
         (ShiraModel, ShiraLinear4bit),
     ):
-        tuner._create_new_module = staticmethod(_create_as(layer)(tuner._create_new_module))
+        if tuner is not None:
+            tuner._create_new_module = staticmethod(_create_as(layer)(tuner._create_new_module))
     BaseTuner._cast_adapter_dtype = _cast_adapters(BaseTuner._cast_adapter_dtype)
     for tuner in _subclasses(BaseTuner):
         if "_create_and_replace" in vars(tuner):
@@ -126,6 +139,8 @@ def attach() -> None:
             )
     if resolve_quantization_backend is not None:
         _replace_everywhere(resolve_quantization_backend, _resolve_backend)
+    if KappaTuneSelector is not None:
+        KappaTuneSelector._compute_kappas = _condition_numbers(KappaTuneSelector._compute_kappas)
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _get_state_dict)
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)

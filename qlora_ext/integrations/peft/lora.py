@@ -12,7 +12,12 @@ from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
-from peft.tuners.lora.variants import ALoraLinearVariant, DoraEmbeddingVariant, DoraLinearVariant
+from peft.tuners.lora.variants import (
+    ALoraLinearVariant,
+    ArrowLinearVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
 
 from ... import ops
 from ...checks import check_input, check_scaling
@@ -63,8 +68,8 @@ class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLo
     """PEFT's LoRA layer on a `Linear4bit`.
 
     Plain adapters use the fused op: y = W x + s B A x in one pass over the packed weight, in the
-    dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, biases on B and layers with hooks
-    use PEFT's own forward.
+    dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, Arrow, biases on B and layers with
+    hooks use PEFT's own forward.
     """
 
     def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
@@ -77,6 +82,7 @@ class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLo
         return {
             (): None,
             ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("arrow_config",): ArrowLinearVariant,
             ("use_dora",): DoraLinearVariant,
         }
 

@@ -1,5 +1,5 @@
-"""PEFT's IA3, RandLoRA and RoAd layers on packed weights, with PEFT's forward and our merging; and
-its SHiRA layer with our forward."""
+"""PEFT's IA3, PVeRA, RandLoRA and RoAd layers on packed weights, with PEFT's forward and our
+merging; its HiRA layer with both of ours; and its SHiRA layer with our forward."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .stand_in import (
     _swap_in,
     dequantize,
 )
+from .versions import HiraLinear, PveraLinear
 
 
 class _MergesOnStandIn:
@@ -62,6 +63,35 @@ class _MergesOnStandIn:
 class IA3Linear4bit(_MergesOnStandIn, IA3Linear):
     """PEFT's IA3 layer on a `Linear4bit`: it scales the layer's outputs, or its inputs if the layer
     is one of feedforward_modules."""
+
+
+class HiraLinear4bit(_MergesOnStandIn, HiraLinear):
+    """PEFT's HiRA layer on a `Linear4bit`: it adds W ⊙ (B A) to the weight."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As IA3Linear4bit's."""
+        super().merge(safe_merge, adapter_names)
+        self._base_weight_before_merge = (
+            None  # PEFT's copy, to unmerge with; ours is the packed one
+        )
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The packed product and the adapters' own. PEFT's forward reads the weight as it is."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.hira_A]
+        weight = dequantize(self.get_base_layer()) if names else None
+        for name in names:
+            delta = self.hira_B[name] @ self.hira_A[name]
+            change = weight.to(delta.dtype) * delta
+            inputs = self.hira_dropout[name](self._cast_input_dtype(x, change.dtype))
+            result = result + torch.nn.functional.linear(inputs, change).to(result.dtype)
+        return result
+
+
+class PveraLinear4bit(_MergesOnStandIn, PveraLinear):
+    """PEFT's PVeRA layer on a `Linear4bit`. In training its adapter draws from a distribution."""
 
 
 class RandLoraLinear4bit(_MergesOnStandIn, RandLoraLinear):

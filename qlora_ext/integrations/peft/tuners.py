@@ -167,7 +167,8 @@ def _all_or_nothing(original):
 
 def _cast_adapters(original):
     """Wraps `BaseTuner._cast_adapter_dtype`, which casts to fp32 unless told not to. Then adapters
-    on packed layers get the dtype of the layer, as on bitsandbytes' layers since PEFT 0.19."""
+    on packed layers get the dtype of the layer, or that of bitsandbytes' config if it gave the
+    layer: as on bitsandbytes' layers since PEFT 0.19."""
 
     @functools.wraps(original)
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
@@ -179,7 +180,7 @@ def _cast_adapters(original):
             trained = {name: p.requires_grad for name, p in layer.named_parameters()}
             # The attribute in which PEFT looks for the dtype of a weight whose bytes have none. It
             # is there for this call only: adapters start in fp32, and are rounded if asked for.
-            base.compute_dtype = base.dtype
+            base.compute_dtype = base.__dict__.get("adapter_dtype", base.dtype)
             try:
                 with loaded(base):  # or adapters would go to the meta device of its weight
                     layer._move_adapter_to_device_of_base_layer(adapter_name)

@@ -5,8 +5,9 @@ Nothing else in this package asks for PEFT's version.
     0.19    layers take the whole `config` and `target_name`; before, each setting is a keyword, and
             a layer is not told its name
     0.20    a layer lists its `lora_variants`; before, its `resolve_lora_variant` chooses one.
-            `quantization_utils`, through which BOFT, MiSS, SHiRA and VeRA read packed weights
-    0.21    OFT reads them through it, too
+            KappaTune. `quantization_utils`, through which BOFT, MiSS, SHiRA and VeRA read packed
+            weights
+    0.21    OFT reads them through it, too. HiRA and PVeRA, which 0.20 and 0.19 have in another form
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from packaging.version import Version
 RELEASE = Version(peft.__version__).release
 
 if RELEASE >= (0, 20):
+    from peft.helpers import KappaTuneSelector
     from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 
     class ChoosesVariant:
@@ -27,6 +29,7 @@ if RELEASE >= (0, 20):
 
 else:
     QuantizationBackend, resolve_quantization_backend = object, None
+    KappaTuneSelector = None
 
     class ChoosesVariant:
         """A mixin for LoRA layers that chooses a variant from `lora_variants`."""
@@ -47,17 +50,28 @@ else:
             return variant and variant()
 
 
+if RELEASE >= (0, 21):
+    from peft.tuners.hira import HiraModel
+    from peft.tuners.hira.layer import Linear as HiraLinear
+    from peft.tuners.pvera import PveraModel
+    from peft.tuners.pvera.layer import Linear as PveraLinear
+else:
+    HiraModel = PveraModel = None
+    HiraLinear = PveraLinear = object
+
+
 # Tuners whose layers train and merge on a packed weight. The tests cover each.
 SUPPORTED = {"ADALORA", "IA3", "LORA", "RANDLORA", "ROAD"}
 NEWER = ""  # what an error says about the others
 if RELEASE >= (0, 20):
     SUPPORTED |= {"BOFT", "MISS", "SHIRA", "VERA"}
 if RELEASE >= (0, 21):
-    SUPPORTED |= {"OFT"}
+    SUPPORTED |= {"HIRA", "OFT", "PVERA"}
 elif RELEASE >= (0, 20):
-    NEWER = f" (PEFT is {peft.__version__}; OFT wants 0.21)"
+    NEWER = f" (PEFT is {peft.__version__}; HIRA, OFT and PVERA want 0.21)"
 else:
-    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, SHIRA and VERA want 0.20, OFT 0.21)"
+    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, SHIRA and VERA want 0.20, "
+    NEWER += "HIRA, OFT and PVERA 0.21)"
 
 
 # The layer that is being adapted, for errors. Only from 0.19 on does PEFT tell a layer its name.

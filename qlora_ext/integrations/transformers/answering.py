@@ -76,6 +76,8 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.weight.quant_state = _NoQuantState()
+                # What PEFT gives adapters that it doesn't cast to fp32.
+                module.adapter_dtype = self.quantization_config.bnb_4bit_compute_dtype
         return model
 
 

@@ -1,0 +1,52 @@
+"""PEFT's KappaTune, which chooses layers by their weights' condition numbers, on packed layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from ...nn.linear import Linear4bit
+from .stand_in import dequantize
+
+
+class _Dequantized(torch.nn.Linear):
+    """A packed layer as a linear layer that dequantizes its weight whenever it is read."""
+
+    def __init__(self, packed: Linear4bit):
+        torch.nn.Module.__init__(self)
+        self.__dict__["packed"] = packed  # not as a submodule
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return dequantize(self.packed)
+
+
+class _Dense:
+    """A model whose packed layers read as linear layers."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        for name, module in self.model.named_modules():
+            yield name, _Dequantized(module) if isinstance(module, Linear4bit) else module
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.model.named_parameters()
+
+
+def _condition_numbers(original):
+    """Wraps `KappaTuneSelector._compute_kappas`, which would read packed bytes as a weight."""
+
+    @functools.wraps(original)
+    def _compute_kappas(self):
+        model = self.model
+        self.model = _Dense(model)
+        try:
+            return original(self)
+        finally:
+            self.model = model
+
+    return _compute_kappas
