@@ -2,11 +2,15 @@
 # trainers.sh PYTHON FOLDER TRAINER... [-- ARGUMENTS...]: these trainers' own command lines on our
 # kernels (tests/trainers/test_command_lines.py), and a table of the runs. Each trainer goes into an
 # environment of its own in FOLDER (tests/trainers/TRAINER.txt). TRL is among PYTHON's packages.
+# `peft` stands for PEFT's own tests (tools/peft_tests.sh).
 set -eu
 python=$1 folder=$2
 shift 2
-wanted=''
-while [ $# -gt 0 ] && [ "$1" != -- ]; do wanted="$wanted $1"; shift; done
+wanted='' peft=''
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  if [ "$1" = peft ]; then peft=yes; else wanted="$wanted $1"; fi
+  shift
+done
 [ $# -eq 0 ] || shift
 
 mkdir -p "$folder"
@@ -20,9 +24,11 @@ for name in $wanted; do
     rm -f "$env"/lib/python*/site-packages/torchaudio/lib/*.so
 done
 
+failed=0
+[ -z "$peft" ] || sh tools/peft_tests.sh "$python" "$folder/peft" || failed=$?
+[ -n "$wanted" ] || exit "$failed"
 rm -rf "$folder/results"
 tests=$(echo "$wanted" | sed 's/^ *//; s/-/_/g; s/ / or /g')
-failed=0
 TRAINERS_FOLDER=$folder TRAINERS_RESULTS=$folder/results \
   "$python" -m pytest -q -rs -p no:cacheprovider tests/trainers/test_command_lines.py \
   -k "$tests" "$@" || failed=$?
