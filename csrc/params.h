@@ -104,6 +104,9 @@ struct Gemm4bitParams {
   DType bias_dtype;
   DType lora_dtype;
   void* workspace;  // workspace_gemm_4bit() bytes
+  // [16] in GPU memory, or null. The codebook, for callers that don't have it on the host (CUDA, no
+  // nested scales, M at most 8). weight.values then only choose how a 16-bit table is rounded.
+  const float* table;
 };
 
 // dX = dY * W + lora_dS * lora_A: the contraction runs over [N | R].

@@ -1,5 +1,6 @@
 """Loads the compiled libraries, and reports what was built and what runs (python -m qlora_ext)."""
 
+import ctypes
 import platform
 import warnings
 from importlib import metadata
@@ -51,6 +52,15 @@ def _load_cuda_backend() -> None:
         warnings.warn(f"qlora_ext runs on the CPU only: {_cuda_error}; {_BUILD}", stacklevel=2)
 
 
+def _cuda_is_live() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
+
+
+def cuda_library() -> ctypes.CDLL | None:
+    """The CUDA library, for its C functions; None if it is not loaded."""
+    return ctypes.CDLL(str(_CUDA_LIBRARIES[0])) if _cuda_is_live() else None
+
+
 def build_info() -> dict[str, object]:
     """What was built, for which architectures, and which CPU path runs.
 
@@ -60,7 +70,7 @@ def build_info() -> dict[str, object]:
     (how many torch sees), cuda_why_not (why it is not loaded, or None).
     Raises RuntimeError if QLORA_EXT_CPU names a path that does not exist or cannot run here.
     """
-    live = torch._C._dispatch_has_kernel_for_dispatch_key("qlora_ext::gemm_4bit", "CUDA")
+    live = _cuda_is_live()
     why_not = None
     if not _CUDA_LIBRARIES:
         why_not = (

@@ -117,6 +117,7 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
 const char* gemm_any(const Gemm4bitParams& p, void* stream) {
   AnyProduct product{};
   product.weight = p.weight;
+  product.table = p.table;
   product.scales = make_scales(p.weight);
   product.x = {
       .data = p.x, .row_stride = p.x_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
@@ -162,6 +163,9 @@ int64_t chunk_rows_gemm_4bit(const Gemm4bitParams& p) {
 
 const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {
   if (is_empty(p)) return nullptr;
+  if (p.table != nullptr && (p.M > 8 || p.weight.absmax_code != nullptr)) {
+    return "a codebook in GPU memory needs fp32 scales and at most 8 rows of x";
+  }
   switch (choose(p)) {
     case Variant::kFused1: return gemm_fused<1>(p, stream);
     case Variant::kFused2: return gemm_fused<2>(p, stream);

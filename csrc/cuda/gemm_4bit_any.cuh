@@ -18,6 +18,7 @@ namespace qlora_ext {
 // C[rows, cols] = A W' + lora_a lora_b', each operand by (row or column, depth).
 struct AnyProduct {
   PackedWeight weight;
+  const float* table;  // [16], the codebook in GPU memory; or null: weight.values
   Scales scales;
   DenseOperand x;       // x, or dY
   DenseOperand lora_a;  // S, or dS: [rows, R]; data null without a bypass
@@ -32,12 +33,22 @@ struct AnyProduct {
   DType out_dtype;
 };
 
+struct AnySmem {
+  TileSmem tile;
+  float values[16];  // the codebook: lanes look up different codes
+};
+
 // kTransposed (backward): columns are k and the contraction runs over n.
 template <bool kTransposed>
 __device__ __forceinline__ void any_product(const AnyProduct& p) {
-  TileSmem& s = ptx::shared_memory<TileSmem>();
+  AnySmem& s = ptx::shared_memory<AnySmem>();
+  if (threadIdx.x < 16) {
+    s.values[threadIdx.x] =
+        p.table != nullptr ? __ldg(p.table + threadIdx.x) : p.weight.values[threadIdx.x];
+  }
+  __syncthreads();
   const WeightOperand w{.packed = p.weight.packed,
-                        .values = p.weight.values,
+                        .values = s.values,
                         .scales = p.scales,
                         .K = p.weight.K,
                         .rows = p.cols,
@@ -51,9 +62,9 @@ __device__ __forceinline__ void any_product(const AnyProduct& p) {
        row0 += static_cast<int64_t>(gridDim.y) * kTileSize) {
     TileAccumulators acc;
     tile_clear(acc);
-    tile_product(s, p.x, w, row0, col0, begin, end, acc);
+    tile_product(s.tile, p.x, w, row0, col0, begin, end, acc);
     if (blockIdx.z == 0 && p.R > 0) {  // the bypass adds to the same sums
-      tile_product(s, p.lora_a, p.lora_b, row0, col0, 0, p.R, acc);
+      tile_product(s.tile, p.lora_a, p.lora_b, row0, col0, 0, p.R, acc);
     }
     tile_for_each(acc, row0, col0, rows, p.cols, [&](int64_t row, int64_t col, float v) {
       const int64_t i = row * p.cols + col;
@@ -109,8 +120,8 @@ const char* launch_any_product(AnyProduct p, void* workspace, void* stream) {
                            .out_dtype = p.out_dtype};
   p.depth_per_part = splits.stages * kTileDepth;
   if (parts > 1) p.out = workspace;
-  QLORA_EXT_TRY(launch_kernel<kernel>(tile_grid(rows, p.cols, parts), kTileThreads,
-                                      sizeof(TileSmem), stream, p));
+  QLORA_EXT_TRY(launch_kernel<kernel>(tile_grid(rows, p.cols, parts), kTileThreads, sizeof(AnySmem),
+                                      stream, p));
   return parts > 1 ? launch_reduce_parts(reduce, stream) : nullptr;
 }
 

@@ -179,6 +179,13 @@ struct FusedTile {
     scale_target = &s.scales[0][stage_run][n];
   }
 
+  __device__ __forceinline__ float codebook_value(int code) const {
+    if constexpr (kTilesM == 1 && !kNested) {
+      if (p.gemm.table != nullptr) return __ldg(p.gemm.table + code);
+    }
+    return p.gemm.weight.values[code];
+  }
+
   // Entry b of the pair table: the two values of byte b, the high nibble's (lower k) first.
   // Also fills the rows of x beyond M with zeros, in every stage.
   __device__ __forceinline__ void fill_table() {
@@ -187,8 +194,8 @@ struct FusedTile {
     for (int step = 0; step < kLanes; ++step) {
       const int i = step * Traits::kThreads + threadIdx.x;
       const int entry = i / kLanes;
-      const uint32_t pair = pack_pair<T>(p.gemm.weight.values[entry >> 4] * p.table_factor,
-                                         p.gemm.weight.values[entry & 15] * p.table_factor);
+      const uint32_t pair = pack_pair<T>(codebook_value(entry >> 4) * p.table_factor,
+                                         codebook_value(entry & 15) * p.table_factor);
       *reinterpret_cast<uint4*>(s.table + entry * Traits::kPairStride + i % kLanes * 16) =
           make_uint4(pair, pair, pair, pair);
     }

@@ -6,6 +6,7 @@
 
 #include "../host/common.h"
 #include "cuda/launch.cuh"
+#include "cuda/stream_workspace.h"
 
 namespace qlora_ext::host {
 
@@ -33,6 +34,36 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
                double beta) {
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
+}
+
+namespace {
+
+// Makes `stream` torch's current one on the current device.
+struct StreamScope {
+  explicit StreamScope(void* stream) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_stream_guard(stream, device, &guard));
+  }
+  ~StreamScope() { aoti_torch_delete_cuda_stream_guard(guard); }
+  StreamScope(const StreamScope&) = delete;
+  StreamScope& operator=(const StreamScope&) = delete;
+
+  int32_t device = 0;
+  CUDAStreamGuardHandle guard = nullptr;
+};
+
+}  // namespace
+
+Tensor stream_workspace(const char* op, int64_t bytes, void* stream) {
+  const StreamScope scope(stream);
+  const int64_t stride = 1;
+  AtenTensorHandle memory;
+  const AOTITorchError error =
+      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                               aoti_torch_device_type_cuda(), scope.device, &memory);
+  QLORA_CHECK(error == AOTI_TORCH_SUCCESS, op, "torch could not allocate ", bytes,
+              " bytes for its workspace, want more free memory");
+  return Tensor(memory);
 }
 
 }  // namespace qlora_ext::host

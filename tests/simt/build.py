@@ -316,6 +316,8 @@ def library(sanitize=None, *, ptx=()):
         torch_flags += ["-isystem", str(directory)]
     kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     hosts = [*sorted((ROOT / "csrc" / "host").rglob("*.cpp")), SIMT / "register.cpp"]
+    # Of the CUDA library's own host code register.cpp has a twin here; the rest is as it is.
+    hosts += sorted(set((ROOT / "csrc" / "cuda").glob("*.cpp")) - {ROOT / "csrc/cuda/register.cpp"})
     with _locked():
         jobs = [(SIMT / "machine.cpp", _flags(sanitize, machine=True))]
         jobs += [(source, _flags(sanitize)) for source in kernels]

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "cuda/launch.cuh"
+#include "cuda/stream_workspace.h"
 #include "host/common.h"
 #include "params.h"
 #include "schemas.h"
@@ -22,6 +23,10 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
                double beta) {
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
+}
+
+Tensor stream_workspace(const char*, int64_t bytes, void*) {
+  return torch::stable::empty({bytes}, ScalarType::Byte);
 }
 
 }  // namespace qlora_ext::host

@@ -17,6 +17,9 @@ if __name__ == "__main__":
     tests = Path(__file__).resolve().parent.parent
     sys.path[:0] = [str(tests), str(tests / "support")]
 
+from c_functions import CFunctions
+from qlora_ext.ops import _C
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -105,6 +108,21 @@ def _gemm(name, dtype, M, N, K, *, nested, lora=0, bias=False, **case):
             return (ops.gemm_4bit(x, *w4, b),)
         S, B = _randn(g, M, lora), _randn(g, N, lora, scale=0.1)
         return (ops.gemm_4bit(x, *w4, b, S, B),)
+
+    return Case(name, run, **case)
+
+
+def _function(name, dtype, N, K, **case):
+    """bitsandbytes' C function, which takes the codebook from memory."""
+
+    def run(ops):
+        g = _seeded(name)
+        w4 = _weight(g, (N, K), nested=False)
+        x = _randn(g, 1, K, dtype=dtype)
+        if ops is torch.ops.qlora_ext:
+            return (ops.gemm_4bit(x, *w4, None).reshape(-1),)
+        table = torch.tensor(_C.codebooks()["nf4"], dtype=torch.float32)
+        return (CFunctions(ops).gemm(x, w4[0], w4[1], table, N, 64),)
 
     return Case(name, run, **case)
 
@@ -222,7 +240,7 @@ def _cases():
                     f"backward-{s}-M{M}", dtype, M, 72, 192, nested=nested, lora=5, arch=arch
                 )
         yield _gemm(
-            f"gemm-{d}-sm{arch}-split", dtype, 3, 40, 4608, nested=True, arch=arch, sm_count=132
+            f"gemm-{d}-sm{arch}-split", dtype, 3, 40, 9216, nested=True, arch=arch, sm_count=132
         )
         yield _backward(
             f"backward-{d}-sm{arch}-split", dtype, 3, 640, 64, nested=True, arch=arch, sm_count=132
@@ -233,6 +251,9 @@ def _cases():
         yield _backward(
             f"backward-{d}-sm{arch}-chunks", dtype, 300, 72, 128, nested=True, arch=arch
         )
+        yield _function(f"function-{d}-sm{arch}", dtype, 72, 256, arch=arch)
+    yield _function("function-fp32", torch.float32, 9, 66)
+    yield _function("function-bf16-split", torch.bfloat16, 40, 9216, sm_count=132)
     # More rows than the fused kernels take, and one SM, which a cuBLAS tile of 256 lines fills: a
     # chunk of 256 and one of 64.
     one = {"nested": True, "lora": 5, "arch": 90, "sm_count": 1, "large": True}
