@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
+from ..build_info import cuda_library
 from ..ops import _C
+from . import bitsandbytes_functions
 
 TESTED = "0.50"
 _SMALLEST = 1e-38  # bitsandbytes never divides a block by less
 
 _library: torch.library.Library | None = None
 _pack_for_cpu = None
+_swap: bitsandbytes_functions.Swap | None = None
 
 
 def _w4(packed, absmax, nested, shape, blocksize: int, quant_type: str) -> ops.W4:
@@ -135,12 +138,17 @@ def enable() -> None:
     first evaluation. enable() turns that off, but a layer that was repacked before stays on
     bitsandbytes' kernel. Calling it again does nothing.
 
+    On CUDA it also replaces the C functions that axolotl's and unsloth's kernels call, in
+    `bitsandbytes.functional.lib`. They take them when they are imported: a warning names modules
+    that have done so before, and keep bitsandbytes' own.
+
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    global _library, _pack_for_cpu
+    global _library, _pack_for_cpu, _swap
     if _library is not None:
         return
+    from bitsandbytes import functional
     from bitsandbytes.nn import modules
 
     found = metadata.version("bitsandbytes")
@@ -173,15 +181,18 @@ def enable() -> None:
         weight,
         quant_state,
     )
+    _swap = bitsandbytes_functions.put_into(functional.lib, cuda_library())
 
 
 def disable() -> None:
     """Puts bitsandbytes' own kernels back. Does nothing if ours are not in use."""
-    global _library, _pack_for_cpu
+    global _library, _pack_for_cpu, _swap
     if _library is None:
         return
     from bitsandbytes.nn import modules
 
     _library._destroy()
     modules._convert_weight_packed_for_cpu = _pack_for_cpu
-    _library = _pack_for_cpu = None
+    if _swap is not None:
+        _swap.undo()
+    _library = _pack_for_cpu = _swap = None
