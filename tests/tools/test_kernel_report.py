@@ -9,6 +9,7 @@ import pytest
 
 import qlora_ext
 from paths import REPOSITORY
+from qlora_ext.integrations.bitsandbytes_functions import ARGTYPES
 from runtime_calls import RUNTIME_CALLS
 
 ROOT = REPOSITORY
@@ -304,3 +305,11 @@ def test_library_imports_no_call_that_allocates_or_copies(library):
     imported = set(re.findall(r"\bU (cuda\w+|cu[A-Z]\w+)", names))
     assert "cudaLaunchKernel" in imported
     assert imported <= RUNTIME_CALLS, imported
+
+
+def test_library_exports_the_c_functions(library):
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    exported = set(re.findall(r" T (\S+)$", names, re.M))
+    assert {*ARGTYPES, "qlora_ext_take_error"} <= exported
