@@ -40,9 +40,11 @@ namespace {
 
 // Makes `stream` torch's current one on the current device.
 struct StreamScope {
-  explicit StreamScope(void* stream) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&device));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_stream_guard(stream, device, &guard));
+  StreamScope(const char* op, void* stream) {
+    QLORA_CHECK(
+        aoti_torch_get_current_device_index(&device) == AOTI_TORCH_SUCCESS &&
+            aoti_torch_create_cuda_stream_guard(stream, device, &guard) == AOTI_TORCH_SUCCESS,
+        op, "torch could not make the stream current, want one of the current GPU");
   }
   ~StreamScope() { aoti_torch_delete_cuda_stream_guard(guard); }
   StreamScope(const StreamScope&) = delete;
@@ -55,7 +57,7 @@ struct StreamScope {
 }  // namespace
 
 Tensor stream_workspace(const char* op, int64_t bytes, void* stream) {
-  const StreamScope scope(stream);
+  const StreamScope scope(op, stream);
   const int64_t stride = 1;
   AtenTensorHandle memory;
   const AOTITorchError error =
