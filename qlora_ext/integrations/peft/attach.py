@@ -88,8 +88,10 @@ def _replace_everywhere(function, wrap) -> None:
     wrapper = wrap(function)
     for module in list(sys.modules.values()):
         if isinstance(module, types.ModuleType):
-            for attribute in [k for k, value in vars(module).items() if value is function]:
-                setattr(module, attribute, wrapper)
+            # A copy: another thread may be importing the module.
+            for attribute, value in list(vars(module).items()):
+                if value is function:
+                    setattr(module, attribute, wrapper)
 
 
 def attach() -> None:
