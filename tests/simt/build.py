@@ -531,6 +531,24 @@ class Simt:
             self._machine.simt_set_last_blocks(0)
 
     @contextlib.contextmanager
+    def trace(self, kernel):
+        """Yields a function that returns what the first block of `kernel` has done to shared
+        memory so far: (PTX line, thread, address, bytes) of each lane's access, as nvcc compiled
+        it."""
+        accesses = ctypes.POINTER(ctypes.c_uint32 * 4)()
+        self._machine.simt_traced.restype = ctypes.c_int64
+        self._machine.simt_trace(kernel.encode())
+
+        def read():
+            count = self._machine.simt_traced(ctypes.byref(accesses))
+            return [tuple(accesses[i]) for i in range(count)]
+
+        try:
+            yield read
+        finally:
+            self._machine.simt_trace(b"")
+
+    @contextlib.contextmanager
     def skip(self, *kernels):
         """These kernels do nothing: whatever tests them must fail."""
         before = os.environ.get("SIMT_SKIP")

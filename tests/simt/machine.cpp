@@ -46,6 +46,7 @@ namespace qlora_ext::simt {
 
 Thread* current = nullptr;
 uint64_t register_poison = 0;
+bool tracing = false;
 
 namespace {
 
@@ -216,6 +217,9 @@ struct Machine {
   int64_t last_blocks = 0;  // 0: all of them
   Device device{80, 4, 0};
   Stream stream{};
+
+  std::string traced;  // the kernel whose first block's accesses to shared memory are noted
+  std::vector<SharedAccess> trace;
 };
 
 Machine& machine() {
@@ -1013,6 +1017,11 @@ unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alignment, 
   return m.arena + address;
 }
 
+void note_shared(uint32_t address, uint32_t bytes, int line) {
+  Machine& m = machine();
+  m.trace.push_back({line, m.running->linear, address - kRedZone, bytes});
+}
+
 void copy_async(uint32_t address, const void* global, int bytes, int valid_bytes,
                 const char* what) {
   Fiber& f = self();
@@ -1337,8 +1346,10 @@ const char* run(Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, cons
     const int64_t b = m.reverse ? blocks - 1 - (i - begin) : i;
     const uint3 index{static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                       static_cast<unsigned>(b / grid.x / grid.y)};
+    tracing = b == 0 && m.traced == name;
     if (!run_block(static_cast<int>(i % kFiberSets), index, grid, block, shared_bytes)) break;
   }
+  tracing = false;
   tsan_acquire(&m.end_sync);
   current = nullptr;
   if (!m.error.empty()) return sentence(name + ": run failed: " + m.error);
@@ -1406,3 +1417,13 @@ SIMT_EXPORT const char* simt_translations() {
 }
 // Runs only the last n blocks of every grid; 0 is all.
 SIMT_EXPORT void simt_set_last_blocks(int64_t n) { machine().last_blocks = n; }
+// Notes the accesses to shared memory of this kernel's first block, in every launch, until another
+// (or "") is named.
+SIMT_EXPORT void simt_trace(const char* kernel) {
+  machine().traced = kernel;
+  machine().trace.clear();
+}
+SIMT_EXPORT int64_t simt_traced(const SharedAccess** accesses) {
+  *accesses = machine().trace.data();
+  return static_cast<int64_t>(machine().trace.size());
+}

@@ -302,15 +302,15 @@ class Function:
                 raise Unknown(f"memory access .{p}")
         return space.removesuffix("::cta"), width, parts[-1]
 
-    def _memory(self, space, address, kind, width):
+    def _memory(self, space, address, kind, width, line):
         size = {"pred": 1}.get(kind) or int(re.sub(r"\D", "", kind)) // 8
         if space == "shared":
-            return f"isa::shared_pointer({address}, {size * width})"
+            return f"isa::shared_pointer({address}, {size * width}, {line})"
         return f"isa::pointer({address}, {size * width})"
 
     def _ld(self, parts, operands, line):
         space, width, kind = self._space(parts)
-        where = self._memory(space, self.address(operands[1], space), kind, width)
+        where = self._memory(space, self.address(operands[1], space), kind, width, line)
         to = self.vector(operands[0]) if operands[0].startswith("{") else [operands[0]]
         if len(to) != width:
             raise Unknown(f"ld.{'.'.join(parts)} into {operands[0]}")
@@ -319,7 +319,7 @@ class Function:
 
     def _st(self, parts, operands, line):
         space, width, kind = self._space(parts)
-        where = self._memory(space, self.address(operands[0], space), kind, width)
+        where = self._memory(space, self.address(operands[0], space), kind, width, line)
         values = self.vector(operands[1]) if operands[1].startswith("{") else [operands[1]]
         if len(values) != width:
             raise Unknown(f"st.{'.'.join(parts)} of {operands[1]}")
@@ -329,7 +329,7 @@ class Function:
     def _atom(self, parts, operands, line):
         space, operation, kind = parts
         known(space in ("global", "shared") and operation in ("add", "min", "max", "exch"))
-        where = self._memory(space, self.address(operands[1], space), kind, 1)
+        where = self._memory(space, self.address(operands[1], space), kind, 1, line)
         value = self.value(operands[2], kind)
         return (
             f"{self.target(operands[0])} = isa::atom_{operation}<{TYPES[kind]}>({where}, {value});"
@@ -440,7 +440,7 @@ class Function:
         shared = self.address(operands[0], "shared")
         source = self.address(operands[1], "global")
         valid = self.value(operands[3], "b32") if len(operands) == 4 else "16"
-        return f"isa::cp_async_16({shared}, {source}, {valid});"
+        return f"isa::cp_async_16({shared}, {source}, {valid}, {line});"
 
     def _membar(self, parts, operands, line):
         known(parts in (["gl"], ["cta"], ["sys"]))

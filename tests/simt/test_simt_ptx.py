@@ -111,5 +111,8 @@ def test_a_statement_an_instruction():
     assert "isa::load<uint64_t>(isa::pointer(isa::address(arguments[0]) + " in code
     assert "if (!p1) goto SL__BB0_2;" in code.replace("S_L", "SL")
     assert "isa::load<uint32_t>(isa::pointer(rd1 + static_cast<int64_t>(-8), 8), r1, r2);" in code
-    assert "isa::store<uint32_t>(isa::shared_pointer(r3 + static_cast<int64_t>(4), 4), r1);" in code
+    assert (
+        "isa::store<uint32_t>(isa::shared_pointer(r3 + static_cast<int64_t>(4), 4, 15), r1);"
+        in code
+    )
     assert 'register_translation(80, "kernel", &kernel, {24}, 32)' in code

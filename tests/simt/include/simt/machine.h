@@ -93,6 +93,20 @@ void copy_async(uint32_t address, const void* global, int bytes, int valid_bytes
 void copy_async_commit();
 void copy_async_wait(int pending);
 
+// One lane's access to shared memory, noted while simt_trace_begin's kernel runs its first block.
+// `line` is the instruction's in the PTX.
+struct SharedAccess {
+  int32_t line;
+  uint32_t thread;
+  uint32_t address;
+  uint32_t bytes;
+};
+extern bool tracing;
+void note_shared(uint32_t address, uint32_t bytes, int line);
+inline void trace_shared(uint32_t address, uint32_t bytes, int line) {
+  if (tracing) note_shared(address, bytes, line);
+}
+
 void mbarrier_init(uint32_t address, int arrivals);
 void mbarrier_arrive(uint32_t address, uint32_t expected_bytes);
 void mbarrier_wait(uint32_t address, uint32_t parity, Site site);

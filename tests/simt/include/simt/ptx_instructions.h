@@ -298,7 +298,8 @@ inline unsigned char* pointer(uint64_t address, uint32_t bytes) {
   }
   return reinterpret_cast<unsigned char*>(address);
 }
-inline unsigned char* shared_pointer(uint64_t address, uint32_t bytes) {
+inline unsigned char* shared_pointer(uint64_t address, uint32_t bytes, int line) {
+  simt::trace_shared(static_cast<uint32_t>(address), bytes, line);
   return simt::shared_pointer(static_cast<uint32_t>(address), bytes, bytes, "shared memory access");
 }
 inline uint32_t shared_begin() { return simt::shared_address(simt::shared_memory(0, "")); }
@@ -360,7 +361,8 @@ Bits<T> atom_exch(unsigned char* at, Bits<T> value) {
 
 // ---------------------------------------------------------------- copies, warps, blocks
 
-inline void cp_async_16(uint64_t shared, uint64_t global, uint32_t valid_bytes) {
+inline void cp_async_16(uint64_t shared, uint64_t global, uint32_t valid_bytes, int line) {
+  simt::trace_shared(static_cast<uint32_t>(shared), 16, line);
   if (valid_bytes > 16) simt::fail("cp.async: %u valid bytes, want 0 to 16", valid_bytes);
   const auto* source = reinterpret_cast<const volatile unsigned char*>(global);
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -445,6 +447,7 @@ inline void mma(const simt::Meeting& meeting, uint32_t (&d)[4], const uint32_t* 
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint64_t shared, simt::Site site) {
+  simt::trace_shared(static_cast<uint32_t>(shared), 16, site.line);
   simt::LdmatrixOperand operand{static_cast<uint32_t>(shared), d, {}};
   simt::meet(simt::kLdmatrixX4Trans, 0xffffffffu, &operand, site);
 #if defined(__SANITIZE_THREAD__)
