@@ -37,7 +37,8 @@ PAGE = ROOT / "docs" / "generated" / "kernel_report.md"
 ARCHS = ("7.5", "8.0", "9.0a")  # in the table
 FLOW_ARCHS = (*ARCHS, "10.0", "12.0")  # in the data-flow check
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
-PTXAS_FLAGS = ["--warn-on-spills", "--warning-as-error"]
+# Line information (which PTX line an instruction comes from) changes no instruction.
+PTXAS_FLAGS = ["--warn-on-spills", "--warning-as-error", "--generate-line-info"]
 
 # Facts that SASS does not contain: threads per block, bytes of shared memory, and the weights that
 # a thread decodes in one turn of the main loop. {0}, {1}, ... are the kernel's template arguments.
@@ -210,6 +211,7 @@ class Kernel:
     registers: int
     stack: int  # bytes per thread: spills, indexed arrays, arguments of printf
     code: list
+    mangled: str = ""
     threads: int = 0
     shared: int = 0
     weights: int | None = None
@@ -247,18 +249,25 @@ class Kernel:
     def occupancy(self):
         return self.blocks_per_sm * self.threads / SM_LIMITS[self.arch][1]
 
-    def main_loop(self):
-        """Instructions of the loop with the most MMA (of those, the shortest). Without MMA: of the
-        longest loop if the kernel's weights are known, else an empty list."""
-        loops = []
+    def loop_bounds(self):
+        """(first, last) address of the loop with the most MMA (of those, the shortest). Without
+        MMA: of the longest loop if the kernel's weights are known. None if there is none."""
+        loops = {}
         for address, text in self.code:
             target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)\s*$", text)
             if target and int(target[1], 16) < address:
-                loops.append([i for a, i in self.code if int(target[1], 16) <= a <= address])
-        with_mma = [loop for loop in loops if count(loop, "HMMA", "HGMMA")]
-        if with_mma:
-            return max(with_mma, key=lambda loop: (count(loop, "HMMA", "HGMMA"), -len(loop)))
-        return max(loops, key=len, default=[]) if self.weights else []
+                bounds = int(target[1], 16), address
+                loops[bounds] = [i for a, i in self.code if bounds[0] <= a <= address]
+        mma = {bounds: count(loop, "HMMA", "HGMMA") for bounds, loop in loops.items()}
+        if any(mma.values()):
+            return max(loops, key=lambda bounds: (mma[bounds], -len(loops[bounds])))
+        return max(loops, key=lambda b: len(loops[b]), default=None) if self.weights else None
+
+    def main_loop(self):
+        """The instructions within loop_bounds()."""
+        if (bounds := self.loop_bounds()) is None:
+            return []
+        return [text for address, text in self.code if bounds[0] <= address <= bounds[1]]
 
     @property
     def sass_per_weight(self):
@@ -314,18 +323,13 @@ def disassemble(cubin, arch):
         ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
     ).stdout
     names = [clean_name(n) for n in plain.splitlines()]
-    return [Kernel(n, arch, *usage[m], code[m]) for m, n in zip(mangled, names, strict=True)]
+    return [Kernel(n, arch, *usage[m], code[m], m) for m, n in zip(mangled, names, strict=True)]
 
 
-def cpp_expressions(kernels):
-    """Sets threads, shared and weights. A host program that includes the kernels' headers prints
-    them."""
-    lines = []
-    for k in kernels:
-        threads, shared, weights = (e.format(*k.arguments) if e else "-1" for e in KERNELS[k.base])
-        lines.append(
-            f'  std::printf("%ld %ld %ld\\n", long({threads}), long({shared}), long({weights}));'
-        )
+def evaluate(expressions, name="sizes"):
+    """The values of constant C++ expressions. A host program of this name, which includes the
+    kernels' headers, prints them."""
+    lines = [f'  std::printf("%ld\\n", long({expression}));' for expression in expressions]
     text = "\n".join(
         [
             "#include <cstdio>",
@@ -338,15 +342,23 @@ def cpp_expressions(kernels):
     )
 
     def make(partial):
-        source = BUILD / "sizes.cu"
+        source = BUILD / f"{name}.cu"
         source.write_text(text)
         target = "arch=compute_80,code=sm_80"
         run("nvcc", *FLAGS, "-I", ROOT / "csrc", "-gencode", target, "-o", partial, source)
 
     files = sorted([*CUDA.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")])
-    program = made("sizes", digest_of(text, files=files), "", make)
-    for k, line in zip(kernels, run(program).splitlines(), strict=True):
-        k.threads, k.shared, weights = map(int, line.split())
+    program = made(name, digest_of(text, files=files), "", make)
+    return [int(line) for line in run(program).splitlines()]
+
+
+def cpp_expressions(kernels):
+    """Sets threads, shared and weights."""
+    values = iter(
+        evaluate(e.format(*k.arguments) if e else "-1" for k in kernels for e in KERNELS[k.base])
+    )
+    for k in kernels:
+        k.threads, k.shared, weights = next(values), next(values), next(values)
         k.weights = weights if weights > 0 else None
 
 
