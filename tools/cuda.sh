@@ -13,7 +13,8 @@ sh tools/installed.sh "$1" -c 'import qlora_ext
 info = qlora_ext.build_info()
 assert info["cuda_live"], info["cuda_why_not"]'
 if [ "$2" = cuda ]; then
-  sh tools/installed.sh "$1" -m pytest -q "$PWD"/tests/tools/test_kernel_report.py
+  sh tools/installed.sh "$1" -m pytest -q "$PWD"/tests/tools/test_kernel_report.py \
+    "$PWD"/tests/tools/test_kernel_model.py
   "$1" bench/kernel_report.py
 else
   # shellcheck disable=SC2046

@@ -1,0 +1,236 @@
+"""The ops as launches of our kernels and calls of cuBLAS, as dispatch makes them, and the ways of
+others to get the same result. Each function takes a GPU and a scenario and returns Parts."""
+
+from __future__ import annotations
+
+import math
+
+from . import shared
+from .cases import PACKED, RANK
+from .kernels import Launch, Part, launch_time, library
+
+
+def ceil(a, b):
+    return -(-a // b)
+
+
+def total(parts):
+    return sum(part.time for part in parts)
+
+
+def limits(parts):
+    """{limit: us} of all parts together."""
+    names = {name for part in parts for name in part.limits}
+    return {name: sum(part.limits.get(name, 0) for part in parts) for name in sorted(names)}
+
+
+# ---------------------------------------------------------------- dispatch, as recorded
+
+
+def plan(gpu, op, N, K, M):
+    """(parts, lines of a chunk) that dispatch chose for this shape."""
+    return shared.record()["plans"][f"{gpu.arch}x{gpu.sms}"][op][f"{N}x{K}"][str(M)]
+
+
+def kernel_of(gpu, op, rows):
+    """(kernel, rows of the run that was traced)"""
+    runs = shared.record()["kernels"][str(gpu.arch)][op]
+    traced = max((int(r) for r in runs if int(r) <= rows), default=min(map(int, runs)))
+    return runs[str(traced)][0], traced
+
+
+# ---------------------------------------------------------------- what is not our kernel
+
+
+def cublas(gpu, scenario, M, N, K, depth_in_l2=False):
+    """A dense bf16 product [M, K] by [K, N]."""
+    waste = scenario.value("cublas waves", gpu)
+    small = scenario.value("cublas small tiles", gpu)
+    tiles = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.5 + small / 2), (64, 128, small))
+    if gpu.arch in (80, 86, 89):  # mma.sync needs no 256 lines to reach its rate
+        tiles = ((128, 256, 1.0), (128, 128, 1.0), (64, 128, small))
+    work = math.inf
+    for rows, columns, share in tiles:
+        waves = ceil(M, rows) * ceil(N, columns) / gpu.sms
+        waves += (math.ceil(waves) - waves) * waste
+        work = min(work, waves * gpu.sms * rows * columns * 2 * K / share)
+    compute = work / scenario.value("cublas", gpu) / 1e6
+    weight = 2 * N * K
+    memory = (
+        (2 * M * (N + K) + (0 if depth_in_l2 else weight)) / scenario.value("memory", gpu) / 1e6
+    )
+    fixed = scenario.value("launch", gpu) + scenario.value("cublas start", gpu)
+    return Part(
+        fixed + max(compute, memory),
+        {"cuBLAS": compute, "memory": memory, "launch, start, tail": fixed},
+    )
+
+
+def streaming(gpu, scenario, moved, l2=False, launches=1):
+    """A kernel that only moves bytes, such as torch's elementwise ones."""
+    time = moved / scenario.value("l2" if l2 else "memory", gpu) / 1e6
+    fixed = launches * (scenario.value("launch", gpu) + scenario.value("tail", gpu))
+    return Part(fixed + time, {"L2" if l2 else "memory": time, "launch, start, tail": fixed})
+
+
+def fits_l2(gpu, moved):
+    return moved <= gpu.l2 * (1 << 20) / 2
+
+
+def reduction(gpu, scenario, parts, numel):
+    """reduce_parts: the kernel that adds the parts of a split."""
+    moved = numel * (4 * parts + 2)
+    return [streaming(gpu, scenario, moved, fits_l2(gpu, moved))] if parts > 1 else []
+
+
+# ---------------------------------------------------------------- ours
+
+
+def dequantize(gpu, scenario, N, K, to_l2=False):
+    name, rows = kernel_of(gpu, "dequantize_4bit", 256)
+    tile = library(gpu.binary)[name].tile
+    read, written = N * K * PACKED, N * K * 2
+    launch = Launch(
+        name,
+        rows,
+        ceil(N * K, tile.rows),
+        1,
+        read + (0 if to_l2 else written),
+        read + written,
+        short=True,
+    )
+    return [launch_time(gpu, scenario, launch)]
+
+
+def quantize(gpu, scenario, N, K):
+    name, rows = kernel_of(gpu, "quantize_4bit", 256)
+    tile = library(gpu.binary)[name].tile
+    moved = N * K * (2 + 0.5 + 4 / 64)
+    launch = Launch(name, rows, ceil(N * K, tile.rows), 1, moved, moved, short=True)
+    return [launch_time(gpu, scenario, launch)]
+
+
+def fused(gpu, scenario, op, M, N, K):
+    """gemm_4bit or gemm_4bit_backward in one kernel that decodes W itself."""
+    lines, depth = (N, K) if op == "gemm_4bit" else (K, N)
+    parts, _ = plan(gpu, op, N, K, M)
+    name, rows = kernel_of(gpu, op, M)
+    tile = library(gpu.binary)[name].tile
+    row_tiles, line_tiles = ceil(M, tile.rows), ceil(lines, tile.columns)
+    steps = ceil(ceil(depth, tile.step), parts)
+    weight, dense = N * K * PACKED, 2 * M * (N + K)
+    launch = Launch(
+        name,
+        rows,
+        row_tiles * line_tiles * parts,
+        steps / tile.steps,
+        weight + dense,
+        weight * row_tiles + 2 * M * depth * line_tiles + 2 * M * lines,
+    )
+    return [launch_time(gpu, scenario, launch), *reduction(gpu, scenario, parts, M * lines)]
+
+
+def chunked(gpu, scenario, op, M, N, K, lora):
+    """W decoded in chunks that cuBLAS multiplies; a second product adds the bypass to each."""
+    lines, depth = (N, K) if op == "gemm_4bit" else (K, N)
+    _, chunk = plan(gpu, op, N, K, M)
+    parts = []
+    for begin in range(0, lines, chunk):
+        count = min(chunk, lines - begin)
+        in_l2 = fits_l2(gpu, 2 * count * depth)
+        parts += dequantize(gpu, scenario, count, depth, in_l2)
+        parts.append(cublas(gpu, scenario, M, count, depth, in_l2))
+        if lora:
+            result = 2 * M * count
+            parts.append(streaming(gpu, scenario, 2 * result, fits_l2(gpu, 2 * result)))
+    return parts
+
+
+def product(gpu, scenario, op, M, N, K, lora=False):
+    _, chunk = plan(gpu, op, N, K, M)
+    if chunk:
+        return chunked(gpu, scenario, op, M, N, K, lora)
+    return fused(gpu, scenario, op, M, N, K)
+
+
+def lora_product(gpu, scenario, over_rows, M, columns):
+    """A long operand [M, columns] by a small one: over its columns (S, dS) or its rows (dA, dB)."""
+    if over_rows:
+        (_, traced), op = kernel_of(gpu, "lora_expand_backward", 256), "lora_shrink_backward"
+        names = shared.record()["kernels"][str(gpu.arch)]["lora_expand_backward"]["256"]
+        name = next(n for n in names if n.startswith("lora_columns"))
+        length, depth = columns, M
+    else:
+        (name, traced), op = kernel_of(gpu, "lora_shrink", 256), "lora_shrink"
+        length, depth = M, columns
+    parts, _ = plan(gpu, op, columns, columns, M)
+    tile = library(gpu.binary)[name].tile
+    tiles = ceil(length, tile.rows) * ceil(RANK, tile.columns)
+    big, small = 2 * M * columns, 4 * depth * RANK
+    launch = Launch(
+        name,
+        traced,
+        tiles * parts,
+        ceil(ceil(depth, tile.step), parts),
+        big + small,
+        big + small * ceil(length, tile.rows),
+    )
+    numel = length * RANK
+    return [launch_time(gpu, scenario, launch), *reduction(gpu, scenario, parts, numel)]
+
+
+def lora_shrink(gpu, scenario, M, K):
+    return lora_product(gpu, scenario, False, M, K)
+
+
+def lora_shrink_backward(gpu, scenario, M, K):
+    """dA."""
+    return lora_product(gpu, scenario, True, M, K)
+
+
+def lora_expand_backward(gpu, scenario, M, N):
+    """dS and dB."""
+    return [
+        *lora_product(gpu, scenario, False, M, N),
+        *lora_product(gpu, scenario, True, M, N),
+    ]
+
+
+def lora_forward(gpu, scenario, M, N, K):
+    return [
+        *lora_shrink(gpu, scenario, M, K),
+        *product(gpu, scenario, "gemm_4bit", M, N, K, lora=True),
+    ]
+
+
+def lora_backward(gpu, scenario, M, N, K):
+    """dX, dA and dB."""
+    return [
+        *lora_expand_backward(gpu, scenario, M, N),
+        *lora_shrink_backward(gpu, scenario, M, K),
+        *product(gpu, scenario, "gemm_4bit_backward", M, N, K, lora=True),
+    ]
+
+
+# ---------------------------------------------------------------- the others
+
+
+def two_passes(gpu, scenario, M, N, K):
+    """All of W decoded to memory at once by our kernel, then cuBLAS."""
+    in_l2 = fits_l2(gpu, 2 * N * K)
+    return [
+        *dequantize(gpu, scenario, N, K, in_l2),
+        cublas(gpu, scenario, M, N, K, in_l2),
+    ]
+
+
+def peft_backward(gpu, scenario, M, N, K):
+    """bitsandbytes + PEFT: W decoded at the speed of a copy, dY W, and the adapters' chain in bf16:
+    dY scaled, dB, dS, dA, dS A, and the sum of the two gradients of x."""
+    dy, x = 2 * M * N, 2 * M * K
+    chain = 2 * dy + dy + dy + x + x + 3 * x
+    return [
+        streaming(gpu, scenario, N * K * (PACKED + 2)),
+        cublas(gpu, scenario, M, K, N, fits_l2(gpu, 2 * N * K)),
+        streaming(gpu, scenario, chain, fits_l2(gpu, chain / 4), launches=6),
+    ]

@@ -1,0 +1,16 @@
+"""What the performance model takes from the emulated machine."""
+
+import subprocess
+import sys
+
+from paths import REPOSITORY
+from simt import build
+
+
+def test_the_record_is_current():
+    """`python tests/simt/record.py --write` renews it. In a process of its own: this one may have
+    loaded the library without PTX."""
+    build.require_nvcc()
+    command = [sys.executable, str(REPOSITORY / "tests" / "simt" / "record.py")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
