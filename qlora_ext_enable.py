@@ -9,6 +9,7 @@ package, whose import attaches plug-ins, and its functions raise nothing: that w
 torch`. Without the variable they do nothing.
 """
 
+import contextlib
 import os
 import sys
 
@@ -21,29 +22,53 @@ def wanted() -> str:
     return "" if value == "0" else value
 
 
+_failed = False  # whether qlora_ext could not be imported
+_too_late = False  # whether bitsandbytes was imported before qlora_ext
+
+
+def layers_wanted() -> bool:
+    """Whether BitsAndBytesConfig(load_in_4bit=True) gives our layers."""
+    return wanted() == "layers" and not _too_late
+
+
 def tell(text: str) -> None:
-    print(f"qlora_ext: {text} ({VARIABLE}={os.environ.get(VARIABLE)})", file=sys.stderr)
+    """Writes a line to stderr, if that can be written to."""
+    if sys.stderr is None:  # closed; print would take stdout
+        return
+    with contextlib.suppress(Exception):
+        print(f"qlora_ext: {text} ({VARIABLE}={os.environ.get(VARIABLE)})", file=sys.stderr)
 
 
 def after_torch() -> None:
     """Imports qlora_ext if layers are wanted. Its plug-in then waits for transformers: when that
     imports bitsandbytes, it has already chosen what quantizes a model."""
+    global _failed
     if wanted() != "layers":
         return
     try:
         import qlora_ext  # noqa: F401
     except Exception as error:
+        _failed = True
         tell(f"not enabled: {type(error).__name__}: {error}")
 
 
 def after_bitsandbytes() -> None:
     """Puts our kernels under bitsandbytes, and says so on stderr."""
+    global _too_late
     value = wanted()
     if not value:
         return
     if value not in ("1", "layers"):
         tell("not enabled: want 1 or layers")
         return
+    if value == "layers" and "qlora_ext" not in sys.modules:
+        # A model may be loading right now, with bitsandbytes' layers. The next ones get them too.
+        _too_late = True
+        if not _failed:
+            tell(
+                "layers not enabled: torch did not start qlora_ext, as with "
+                "TORCH_DEVICE_BACKEND_AUTOLOAD=0; import qlora_ext before bitsandbytes"
+            )
     try:
         from qlora_ext.integrations import bitsandbytes
 

@@ -177,7 +177,8 @@ def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) ->
         if isinstance(module, (Linear4bit, Embedding4bit)):
             check_weight(f"dequantize: {name}.weight", module, dtype or module.dtype)
     if dtype is not None:
-        model.to(dtype)
+        # Not the model's own `to`: transformers' refuses a model that answers as bitsandbytes'.
+        nn.Module.to(model, dtype)
     done = set()  # the parts of an Experts4bit, which becomes one dense module
     for module in list(model.modules()):
         if module in done:

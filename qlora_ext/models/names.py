@@ -24,12 +24,12 @@ from .patterns import bad_regex
 _PLAIN = re.compile(r"[\w.-]+")
 
 
-def as_names(names: Any, owner: str) -> list[str]:
+def as_names(names: Any, owner: str, argument: str = "modules_to_not_convert") -> list[str]:
     """`modules_to_not_convert` as a list of names. A string is one name; None gives an empty list.
 
     Args:
         names: None, a string, or any iterable of strings except a mapping.
-        owner: the function or class whose argument it is, for the error.
+        owner, argument: the function or class and its argument, for the error.
 
     Raises:
         ValueError: names holds something else, or a regular expression that could take long.
@@ -40,11 +40,11 @@ def as_names(names: Any, owner: str) -> list[str]:
     listed = [names] if isinstance(names, str) or not is_list else list(names)
     if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(
-            f"{owner}: modules_to_not_convert got {shorten(names)}, want a list of names of layers"
+            f"{owner}: {argument} got {shorten(names)}, want a list of names of layers"
         )
     patterns = [name for name in listed if not _PLAIN.fullmatch(name)]
     if bad := bad_regex(patterns):
-        raise ValueError(f"{owner}: modules_to_not_convert has {shorten(bad[0])}, want {bad[1]}")
+        raise ValueError(f"{owner}: {argument} has {shorten(bad[0])}, want {bad[1]}")
     return sorted(listed) if isinstance(names, (set, frozenset)) else listed
 
 

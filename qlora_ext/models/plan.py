@@ -365,11 +365,13 @@ def _named(layers: list[LayerReport]) -> str:
     return "; ".join(f"{name} ({reason})" for name, reason in list(patterns.items())[:8])
 
 
-def warn_unmatched(op: str, model: nn.Module, names: list[str]) -> None:
+def warn_unmatched(
+    op: str, model: nn.Module, names: list[str], argument: str = "modules_to_not_convert"
+) -> None:
     """Warns about names to leave alone that match no module."""
     if names:
         warnings.warn(
-            f"{op}: modules_to_not_convert has {', '.join(map(repr, names))}, which matches no "
-            f"module of {type(model).__name__}: nothing is left alone by it",
+            f"{op}: {argument} has {', '.join(map(repr, names))}, which matches no module of "
+            f"{type(model).__name__}: nothing is left alone by it",
             stacklevel=3,
         )

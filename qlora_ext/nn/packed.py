@@ -22,6 +22,9 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,6 +86,9 @@ class _Packed4bit(nn.Module):
     _probe: ctypes.Array | None
     _probed: bytes | None
     _forwards_left: int
+    # Attributes of the parameter `weight` for other libraries. Reading `layer.weight` puts them on
+    # it: a copy, load_state_dict(assign=True) and offloading make another parameter.
+    weight_marks: Mapping[str, Any] = MappingProxyType({})
 
     def _init_packed(self, N: int, K: int, config, dtype) -> None:
         name = type(self).__name__
@@ -299,7 +305,11 @@ class _Packed4bit(nn.Module):
             and sys._getframe(1).f_globals.get("__name__") in _REPARAMETRIZING
         ):
             raise self._packed_error(name)
-        return super().__getattr__(name)
+        value = super().__getattr__(name)
+        if name == "weight" and value is not None and not is_compiling():
+            for mark, content in self.weight_marks.items():
+                setattr(value, mark, content)
+        return value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; raises RuntimeError if torch.nn.utils.prune renames a packed weight."""

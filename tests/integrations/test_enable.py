@@ -78,6 +78,28 @@ def test_a_broken_installation_breaks_no_import(tmp_path, enable):
     assert said and all("not enabled: OSError: no library" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("enable", "stderr"), [("1", "None"), ("1", "broken"), ("yes", "broken"), ("layers", "broken")]
+)
+def test_a_stderr_that_cannot_be_written_breaks_no_import(enable, stderr):
+    """None is what Python has for a closed one (2>&-); print would take stdout instead."""
+    code = f"""
+import sys
+class Broken:
+    def write(self, text):
+        raise OSError("broken pipe")
+    def flush(self):
+        pass  # Python calls it at exit
+broken = Broken()
+sys.stderr = {stderr}
+import torch, bitsandbytes
+import qlora_ext_enable
+qlora_ext_enable.tell("something")
+print(bitsandbytes.__name__, "qlora_ext" in sys.modules)
+"""
+    assert run(code, enable) == (f"bitsandbytes {enable != 'yes'}\n", [])
+
+
 # Layers ----------------------------------------------------------------------------------------
 
 PREPARE = """
@@ -134,9 +156,33 @@ def written(tmp_path_factory):
     return dense, found
 
 
-def program(code, enable, *paths):
-    code = f"import sys; sys.argv[1:] = {list(map(str, paths))!r}\n{code}"
-    return run(code, enable)
+def program(code, enable, *arguments, **env):
+    code = f"import sys; sys.argv[1:] = {list(map(str, arguments))!r}\n{code}"
+    return run(code, enable, **env)
+
+
+def test_layers_are_off_for_good_if_torch_did_not_start_them(written):
+    """The first load imports bitsandbytes, which starts qlora_ext in the middle of it."""
+    dense, _ = written
+    code = (
+        PREPARE
+        + """
+early = sys.argv[2] == "early"
+if early:
+    import qlora_ext
+kinds = [layer(load(sys.argv[1], quantization_config=config)) for _ in range(2)]
+import qlora_ext
+print(*kinds, layer(load(sys.argv[1], quantization_config=config)))
+"""
+    )
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    out, said = program(code, "layers", dense, "late", **off)
+    assert out.split() == [THEIRS.strip()] * 3
+    assert sum("layers not enabled: torch did not start qlora_ext" in line for line in said) == 1
+    assert not any("gives qlora_ext's layers" in line for line in said)
+    out, said = program(code, "layers", dense, "early", **off)
+    assert out.split() == [OURS.strip()] * 3
+    assert not any("not enabled" in line for line in said)
 
 
 def test_layers_answer_and_save_as_bitsandbytes(written):
@@ -166,30 +212,6 @@ def test_either_reads_what_either_wrote(written, tmp_path, writer, enable):
     assert out == (OURS if enable else THEIRS)
     want = torch.load(folders[writer] / "logits.pt")
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, rtol=0, atol=1e-2)
-
-
-def test_adapters_take_the_compute_dtype_if_they_keep_a_dtype(written):
-    """As on bitsandbytes' layers since PEFT 0.19: of the config, whatever the model's dtype is."""
-    dense, _ = written
-    code = (
-        PREPARE
-        + """
-import peft
-from packaging.version import Version
-config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-model = load(sys.argv[1], quantization_config=config)
-lora = peft.LoraConfig(r=4, target_modules="all-linear")
-model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
-found = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
-new = Version(peft.__version__) >= Version("0.19")
-assert found == {torch.bfloat16 if new else torch.float32}, found
-out = model(input_ids=ids, labels=ids)
-out.loss.backward()
-assert out.logits.dtype == torch.float32
-"""
-    )
-    for enable in (None, "layers"):
-        program(code, enable, dense)
 
 
 def test_what_trainers_do_with_the_layers(written):

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import qlora_ext_enable
 
+from ...models.names import matches
+from ...models.plan import Plan, warn_unmatched
 from ...nn.experts import is_fused_experts
-from ...nn.linear import Linear4bit
+from ...nn.linear import Linear4bit, is_plain_linear
+from . import bitsandbytes_config
 from .bitsandbytes_format import skip_modules
 from .config import QLoraExtConfig
 from .quantizer import QLoraExtHfQuantizer
@@ -41,11 +48,16 @@ class _NoQuantState:
 class AnsweringQuantizer(QLoraExtHfQuantizer):
     """Takes the place of transformers' Bnb4BitHfQuantizer."""
 
+    config_name = bitsandbytes_config.NAME
+    names_argument = bitsandbytes_config.SKIPPED
     saves_as = "bitsandbytes"
 
     def __init__(self, quantization_config, **kwargs):
-        settings = QLoraExtConfig.from_bnb(quantization_config)
-        if kwargs.get("pre_quantized", True):
+        packed = kwargs.get("pre_quantized", True)
+        settings = QLoraExtConfig.from_bnb(
+            quantization_config.to_dict() if packed else quantization_config
+        )
+        if packed:
             settings.checkpoint_format = "bitsandbytes"
         super().__init__(settings, **kwargs)
         # Loading writes the list of dense layers into it, and the caller may use it again.
@@ -59,13 +71,19 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        # bitsandbytes leaves fused experts dense, so its format has no name for them.
-        experts = [name for name, m in model.named_modules() if is_fused_experts(m)]
-        self.settings.modules_to_not_convert = [
-            *(self.settings.modules_to_not_convert or []),
-            *experts,
-        ]
+        names = self.settings.modules_to_not_convert or []
+        if not self.pre_quantized:
+            names = [*names, *_left_by_bitsandbytes(model, names)]
+        self.settings.modules_to_not_convert = names
         super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _warn_unmatched(self, model, plan: Plan) -> None:
+        asked = self.quantization_config.llm_int8_skip_modules or []
+        # A name may match in their way alone.
+        names = [name for name, _ in model.named_modules() if name]
+        ours = [name for name in plan.unmatched() if name in asked]
+        missed = [one for one in ours if all(should_convert_module(n, [one]) for n in names)]
+        warn_unmatched(self.config_name, model, missed, self.names_argument)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model = super()._process_model_after_weight_loading(model, **kwargs)
@@ -75,16 +93,39 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         model.config.quantization_config = self.quantization_config
         for module in model.modules():
             if isinstance(module, Linear4bit):
-                module.weight.quant_state = _NoQuantState()
+                module.weight_marks = {"quant_state": _NoQuantState()}
                 # What PEFT gives adapters that it doesn't cast to fp32.
                 module.adapter_dtype = self.quantization_config.bnb_4bit_compute_dtype
         return model
 
 
+def _left_by_bitsandbytes(model: nn.Module, skipped: list[str]) -> list[str]:
+    """Patterns for the layers that transformers would leave dense for bitsandbytes, and we not:
+    names in `skipped` also match in the middle of a word there ("proj"), and its format has no name
+    for fused experts and for subclasses of nn.Linear."""
+    left = []
+    for name, module in model.named_modules():
+        is_linear = is_plain_linear(module)
+        if is_fused_experts(module) or (
+            is_linear
+            and (
+                type(module) not in (nn.Linear, Conv1D)
+                or not (should_convert_module(name, skipped) or matches(name, skipped))
+            )
+        ):
+            left.append(f"^{re.escape(name)}$")
+    return left
+
+
+def answer_bitsandbytes() -> None:
+    """From now on BitsAndBytesConfig(load_in_4bit=True) gives our layers, in this process."""
+    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AnsweringQuantizer
+
+
 def attach() -> None:
-    """With QLORA_EXT_ENABLE=layers, BitsAndBytesConfig(load_in_4bit=True) gives our layers."""
-    if qlora_ext_enable.wanted() == "layers":
-        auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AnsweringQuantizer
+    """Does so if QLORA_EXT_ENABLE=layers, unless it is too late for that."""
+    if qlora_ext_enable.layers_wanted():
+        answer_bitsandbytes()
 
 
 @functools.cache

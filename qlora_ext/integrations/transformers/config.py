@@ -9,6 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...models.names import as_names
 from ...tensor.config import FORMAT_VERSION, QuantConfig, check_format_version
+from .bitsandbytes_config import our_settings
 
 QUANT_METHOD = "qlora_ext"
 CHECKPOINT_FORMATS = ("qlora_ext", "bitsandbytes")
@@ -84,17 +85,6 @@ class QLoraExtConfig(QuantizationConfigMixin):
         activations' dtype and store bytes. transformers' bitsandbytes packs blocks of 64.
 
         Raises:
-            ValueError: the config does not ask for 4 bits.
+            ValueError: the config does not ask for 4 bits, or asks for something that we don't do.
         """
-        settings = config if isinstance(config, dict) else config.to_dict()
-        four_bit = settings.get("load_in_4bit", settings.get("_load_in_4bit", False))
-        if not four_bit:
-            raise ValueError("QLoraExtConfig.from_bnb: load_in_4bit got False, want True")
-        return cls(
-            # An old config.json may lack keys; these defaults are BitsAndBytesConfig's.
-            quant_type=settings.get("bnb_4bit_quant_type", "fp4"),
-            # This key is ours: `save_pretrained` adds it, and stock transformers ignores it.
-            blocksize=settings.get("bnb_4bit_blocksize", 64),
-            double_quant=settings.get("bnb_4bit_use_double_quant", False),
-            modules_to_not_convert=settings.get("llm_int8_skip_modules"),
-        )
+        return cls(**our_settings(config))

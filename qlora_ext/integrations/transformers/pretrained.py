@@ -116,21 +116,31 @@ def save_pretrained(
             "save_pretrained, and here what its unload() returns"
         )
     if format == "qlora_ext":
-        model.save_pretrained(path, **kwargs)
+        with _saving(model, format, quantizer.settings):
+            model.save_pretrained(path, **kwargs)
         return
     if kwargs.get("state_dict") is not None:
         raise ValueError(
             "save_pretrained: state_dict holds our layout, want it with format='qlora_ext' only"
         )
     check_in_memory("save_pretrained", model, "load it without 'cpu' and 'disk' in device_map")
-    ours = model.config.quantization_config
-    model.config.quantization_config = _bitsandbytes_config(model, quantizer.quantization_config)
-    quantizer.saves_as = format
-    try:
+    theirs = _bitsandbytes_config(model, quantizer.settings)
+    if quantizer.saves_as == format:  # it was loaded with a config of theirs
+        theirs = quantizer.quantization_config
+    with _saving(model, format, theirs):
         model.save_pretrained(path, **kwargs)
+
+
+@contextlib.contextmanager
+def _saving(model, format: str, config: Any):
+    """A context in which model.save_pretrained writes this format and config."""
+    quantizer = model.hf_quantizer
+    before = quantizer.saves_as, model.config.quantization_config
+    quantizer.saves_as, model.config.quantization_config = format, config
+    try:
+        yield
     finally:
-        quantizer.saves_as = "qlora_ext"
-        model.config.quantization_config = ours
+        quantizer.saves_as, model.config.quantization_config = before
 
 
 def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:

@@ -61,6 +61,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
     """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
 
     requires_calibration = False
+    # How the user calls the config and its list of names, for messages.
+    config_name = "QLoraExtConfig"
+    names_argument = "modules_to_not_convert"
     saves_as = "qlora_ext"  # the format to write; qlora_ext.save_pretrained can change it
     given_state = None  # the state_dict that save_pretrained was given
 
@@ -80,7 +83,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             and "disk" in [str(device) for device in device_map.values()]
         ):
             raise ValueError(
-                "QLoraExtConfig: device_map sends layers to disk, but a weight packed while "
+                f"{self.config_name}: device_map sends layers to disk, but a weight packed while "
                 "loading exists only in memory. Load and save the 4-bit model once without "
                 "'disk', then load that with this device_map."
             )
@@ -142,7 +145,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self.checkpoint_files = checkpoint_files
         self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
         config = self.settings
-        keep = as_names(config.modules_to_not_convert, "QLoraExtConfig")
+        keep = as_names(config.modules_to_not_convert, self.config_name, self.names_argument)
         self.plan = plan = Plan(
             model,
             keep,
@@ -152,7 +155,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         )
         self._tell_packed(model, plan)
         if not self.pre_quantized:
-            warn_unmatched("QLoraExtConfig", model, plan.unmatched())
+            self._warn_unmatched(model, plan)
         config.modules_to_not_convert = plan.kept
         packed = 0
         casts = casts_to_empty(packed=self.pre_quantized)
@@ -180,11 +183,14 @@ class QLoraExtHfQuantizer(HfQuantizer):
             packed += 1
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if packed == 0:
-            message = "QLoraExtConfig: found no linear layer to pack in"
+            message = f"{self.config_name}: found no linear layer to pack in"
             if self.pre_quantized:
-                message = "QLoraExtConfig: found no packed layer in the checkpoint of"
+                message = f"{self.config_name}: found no packed layer in the checkpoint of"
             why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}"
             raise ValueError(f"{message} {type(model).__name__}. {why}")
+
+    def _warn_unmatched(self, model, plan: Plan) -> None:
+        warn_unmatched(self.config_name, model, plan.unmatched())
 
     def _tell_packed(self, model, plan: Plan) -> None:
         """Warns about layers that the caller wanted dense but a packed checkpoint has packed."""
@@ -210,14 +216,14 @@ class QLoraExtHfQuantizer(HfQuantizer):
         cut = [name for name, size in sizes.items() if size > 1]
         if cut:
             raise ValueError(
-                f"QLoraExtConfig: distributed_config with {', '.join(cut)} > 1 is not supported on "
-                "4-bit layers; shard the loaded model with FSDP2, or cut its layers with "
+                f"{self.config_name}: distributed_config with {', '.join(cut)} > 1 is not "
+                "supported on 4-bit layers; shard the loaded model with FSDP2, or cut its layers with "
                 "qlora_ext.integrations.tensor_parallel"
             )
         if not self.pre_quantized:
             raise ValueError(
-                "QLoraExtConfig: distributed_config reads pieces of a weight, and packing needs "
-                "the whole; pack and save the model once without it"
+                f"{self.config_name}: distributed_config reads pieces of a weight, and packing "
+                "needs the whole; pack and save the model once without it"
             )
 
     def _pack_experts(self, model) -> None:
@@ -304,7 +310,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             self.plan.packed_layer(name, model.get_submodule(name)) for name in self.plan.names
         )
         if not self.pre_quantized:
-            log_report("QLoraExtConfig", model.quantization_report, least=0.0)
+            log_report(self.config_name, model.quantization_report, least=0.0)
         del self.plan  # it holds the unpacked model's layers
         use_dense_panels(model)
         explain_errors(model)
