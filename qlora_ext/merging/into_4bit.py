@@ -206,4 +206,4 @@ def _with_weight(packed: Linear4bit, q: QuantizedTensor) -> Linear4bit:
     new._set_quantized(q)
     new.register_parameter("bias", packed._parameters["bias"])
     new.from_conv1d = packed.from_conv1d
-    return new.train(packed.training)
+    return new._in_place_of(packed).train(packed.training)

@@ -89,6 +89,8 @@ class _Packed4bit(nn.Module):
     # Attributes of the parameter `weight` for other libraries. Reading `layer.weight` puts them on
     # it: a copy, load_state_dict(assign=True) and offloading make another parameter.
     weight_marks: Mapping[str, Any] = MappingProxyType({})
+    # The dtype of adapters that are not cast to fp32; None is `dtype`.
+    adapter_dtype: torch.dtype | None = None
 
     def _init_packed(self, N: int, K: int, config, dtype) -> None:
         name = type(self).__name__
@@ -165,6 +167,11 @@ class _Packed4bit(nn.Module):
         other._check_bytes()
         self._sealed = other._sealed
         self.__dict__.update(_UNSEEN)
+
+    def _in_place_of(self, other: _Packed4bit):
+        """Takes what other libraries look for on `other`. Returns self."""
+        self.weight_marks, self.adapter_dtype = other.weight_marks, other.adapter_dtype
+        return self
 
     def _held(self) -> list[torch.Tensor]:
         """The packed tensors, weight first; an empty list if one has another shape, as one

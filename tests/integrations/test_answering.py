@@ -89,6 +89,21 @@ def test_saves_in_both_formats(layers, folder, tmp_path, double_quant):
         torch.testing.assert_close(logits(again), want, rtol=0, atol=0)
 
 
+def test_reads_their_format_in_other_blocks(layers, folder, tmp_path):
+    """transformers' config has no block size, so it would be lost on the way."""
+    config = qlora_ext.QLoraExtConfig(blocksize=32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    )
+    qlora_ext.save_pretrained(model, tmp_path / "first", format="bitsandbytes")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
+    again.save_pretrained(tmp_path / "second")
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32)
+    for each in (again, last):
+        assert type(each.hf_quantizer) is AnsweringQuantizer
+        torch.testing.assert_close(logits(each), logits(model), rtol=0, atol=0)
+
+
 def test_a_failed_save_changes_nothing(layers, folder, tmp_path, monkeypatch):
     model = load(folder)
     before = model.config.quantization_config, model.hf_quantizer.saves_as
@@ -257,7 +272,15 @@ def test_messages_name_the_config_that_the_user_wrote(layers, folder):
 # The guard ---------------------------------------------------------------------------------------
 
 
-def _torch_save(model):
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _moved(model):
+    return model.to("cpu")
+
+
+def _torch_saved(model):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -276,23 +299,55 @@ def _offloaded(model):
     return model
 
 
+def _merged(model):
+    model = _randomized(model, r=2)
+    return qlora_ext.merge_into_4bit(model, base=model.name_or_path, progress_bar=False)
+
+
+def _merged_by_peft(model):
+    model = _randomized(model, r=2)
+    from qlora_ext.integrations.peft import merging_to_4bit
+
+    with merging_to_4bit():
+        return model.merge_and_unload()
+
+
+def _initialised_from_the_weight(model):
+    return _randomized(model, r=2, init_lora_weights="olora")
+
+
+def _randomized(model, **settings):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    return model
+
+
 @pytest.mark.parametrize(
     "change",
     [
         copy.deepcopy,
-        lambda model: pickle.loads(pickle.dumps(model)),
-        _torch_save,
+        _pickled,
+        _torch_saved,
         _assigned,
         _offloaded,
-        lambda model: model.to("cpu"),
-        lambda model: qlora_ext.add_lora(model),
+        _moved,
+        qlora_ext.add_lora,
+        _merged,
+        _merged_by_peft,
+        _initialised_from_the_weight,
     ],
-    ids=["deepcopy", "pickle", "torch.save", "assign", "cpu_offload", "to", "add_lora"],
+    ids=lambda change: getattr(change, "__name__", "").strip("_"),
 )
 def test_no_kernel_takes_bytes_for_a_dense_weight(layers, folder, change):
     """Trainers' kernels ask getattr(layer.weight, "quant_state", None), and None means dense."""
-    model = change(load(folder))
-    for layer in (m for m in model.modules() if isinstance(m, Linear4bit)):
+    model = change(load(folder, bnb_4bit_compute_dtype=torch.bfloat16))
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    for layer in layers:
+        assert layer.adapter_dtype == torch.bfloat16
         state = getattr(layer.weight, "quant_state", None)
         with pytest.raises(RuntimeError, match=NO_STATE):
             state.absmax  # noqa: B018

@@ -176,7 +176,8 @@ class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLo
         finally:
             holder.base_layer = packed
         if not torch.equal(before, dense.weight):
-            holder.base_layer = Linear4bit.from_linear(dense, packed.config).to(packed.dtype)
+            again = Linear4bit.from_linear(dense, packed.config).to(packed.dtype)
+            holder.base_layer = again._in_place_of(packed)
 
     def olora_init(self, adapter_name: str) -> None:
         """OLoRA: B A takes the leading part of the weight's QR, and the rest is packed again."""

@@ -67,7 +67,7 @@ def _repacked(dense: torch.nn.Module, packed: _Packed4bit) -> _Packed4bit:
     """The dense layer packed with the settings of `packed`."""
     if isinstance(packed, Embedding4bit):
         return Embedding4bit.from_embedding(dense, packed.config)
-    return Linear4bit.from_linear(dense, packed.config)
+    return Linear4bit.from_linear(dense, packed.config)._in_place_of(packed)
 
 
 def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:

@@ -180,7 +180,7 @@ def _cast_adapters(original):
             trained = {name: p.requires_grad for name, p in layer.named_parameters()}
             # The attribute in which PEFT looks for the dtype of a weight whose bytes have none. It
             # is there for this call only: adapters start in fp32, and are rounded if asked for.
-            base.compute_dtype = base.__dict__.get("adapter_dtype", base.dtype)
+            base.compute_dtype = base.adapter_dtype or base.dtype
             try:
                 with loaded(base):  # or adapters would go to the meta device of its weight
                     layer._move_adapter_to_device_of_base_layer(adapter_name)

@@ -10,6 +10,7 @@ from ...models.names import as_names
 
 NAME = "BitsAndBytesConfig"
 SKIPPED = "llm_int8_skip_modules"
+BLOCKSIZE = "bnb_4bit_blocksize"
 
 
 class Setting(NamedTuple):
@@ -30,7 +31,7 @@ SETTINGS = {
     "bnb_4bit_quant_type": Setting("quant_type", ("nf4", "fp4")),
     "bnb_4bit_use_double_quant": Setting("double_quant", (True, False)),
     # This key is ours: `save_pretrained` adds it, and stock transformers ignores it.
-    "bnb_4bit_blocksize": Setting("blocksize"),
+    BLOCKSIZE: Setting("blocksize"),
     SKIPPED: Setting("modules_to_not_convert"),
     "bnb_4bit_compute_dtype": Setting(want=("float32", "bfloat16", "float16")),
     "bnb_4bit_quant_storage": Setting(),

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
@@ -19,6 +20,7 @@ from ...models.report import logical_surplus
 from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit
+from .bitsandbytes_config import BLOCKSIZE
 from .config import QUANT_METHOD, QLoraExtConfig
 from .files import checkpoint_names
 from .marks import mark_adapted, mark_dense, mark_packed, mark_untied
@@ -94,7 +96,8 @@ def _refuse_packed_resize(original):
 
 def _keep_what_was_asked(original):
     """Wraps `AutoHfQuantizer.merge_quantization_configs`, which drops the caller's config if the
-    checkpoint has one. It keeps the names that the caller wanted dense, for a warning."""
+    checkpoint has one, and what it does not know. It keeps the names that the caller wanted dense,
+    for a warning, and the block size in a checkpoint of bitsandbytes' format."""
 
     @functools.wraps(original)
     def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):
@@ -102,6 +105,10 @@ def _keep_what_was_asked(original):
         asked = quantization_config_from_args
         if isinstance(merged, QLoraExtConfig) and isinstance(asked, QLoraExtConfig):
             merged._asked = as_names(asked.modules_to_not_convert, "QLoraExtConfig")
+        ours = issubclass(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"], QLoraExtHfQuantizer)
+        if ours and isinstance(quantization_config, dict) and BLOCKSIZE in quantization_config:
+            # BitsAndBytesConfig drops it.
+            setattr(merged, BLOCKSIZE, quantization_config[BLOCKSIZE])
         return merged
 
     return classmethod(merge_quantization_configs)

@@ -217,8 +217,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if cut:
             raise ValueError(
                 f"{self.config_name}: distributed_config with {', '.join(cut)} > 1 is not "
-                "supported on 4-bit layers; shard the loaded model with FSDP2, or cut its layers with "
-                "qlora_ext.integrations.tensor_parallel"
+                "supported on 4-bit layers; shard the loaded model with FSDP2, or cut its layers "
+                "with qlora_ext.integrations.tensor_parallel"
             )
         if not self.pre_quantized:
             raise ValueError(
