@@ -35,8 +35,9 @@ def tell(text: str) -> None:
     """Writes a line to stderr, if that can be written to."""
     if sys.stderr is None:  # closed; print would take stdout
         return
+    value = os.environ.get(VARIABLE)
     with contextlib.suppress(Exception):
-        print(f"qlora_ext: {text} ({VARIABLE}={os.environ.get(VARIABLE)})", file=sys.stderr)
+        print(f"qlora_ext: {text}" + f" ({VARIABLE}={value})" * bool(value), file=sys.stderr)
 
 
 def after_torch() -> None:
