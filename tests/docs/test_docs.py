@@ -88,7 +88,7 @@ def holds(message: str, sentence: str) -> bool:
 
 
 def test_quoted_sentences_are_those_of_the_sources():
-    ours = [m for path in [*ROOT.glob("qlora_ext/**/*.py"), ROOT / "setup.py"]
+    ours = [m for path in [*ROOT.glob("qlora_ext/**/*.py"), *ROOT.glob("*.py")]
             for m in python_messages(path)]  # fmt: skip
     for suffix in ("cpp", "h", "cu", "cuh"):
         ours += [m for path in ROOT.glob(f"csrc/**/*.{suffix}") for m in cpp_messages(path)]

@@ -63,13 +63,14 @@ def our_settings(config: Any) -> dict[str, Any]:
         if setting.want and value not in setting.want and (key in _MATTERS_STORED or not stored):
             want = setting.want[0] if len(setting.want) == 1 else f"one of {setting.want}"
             raise ValueError(
-                f"{NAME}: {key} got {value!r}, want {want}"
+                f"BitsAndBytesConfig: {key} got {value!r}, want {want}"
                 + f" ({setting.why})" * bool(setting.why)
             )
-    for key in () if stored else settings.keys() - SETTINGS.keys() - _BESIDES:
+    for key in () if stored else sorted(settings.keys() - SETTINGS.keys() - _BESIDES):
         if key not in defaults or settings[key] != defaults[key]:
             raise ValueError(
-                f"{NAME}: {key} got {settings[key]!r}, want it left out: qlora_ext does not know it"
+                f"BitsAndBytesConfig: {key} got {settings[key]!r}, want it left out: qlora_ext "
+                "does not know it"
             )
     result = {
         setting.ours: settings.get(key, defaults.get(key))
