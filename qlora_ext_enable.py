@@ -10,6 +10,7 @@ torch`. Without the variable they do nothing.
 """
 
 import contextlib
+import functools
 import os
 import sys
 
@@ -31,8 +32,9 @@ def layers_wanted() -> bool:
     return wanted() == "layers" and not _too_late
 
 
+@functools.cache  # an environment over another one has each entry point twice
 def tell(text: str) -> None:
-    """Writes a line to stderr, if that can be written to."""
+    """Writes a line to stderr once, if that can be written to."""
     if sys.stderr is None:  # closed; print would take stdout
         return
     value = os.environ.get(VARIABLE)

@@ -9,7 +9,6 @@ of checkpoints; only the layers and the kernels are ours. QLORA_EXT_ENABLE=layer
 from __future__ import annotations
 
 import copy
-import functools
 import re
 
 import torch
@@ -62,7 +61,7 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         super().__init__(settings, **kwargs)
         # Loading writes the list of dense layers into it, and the caller may use it again.
         self.quantization_config = copy.deepcopy(quantization_config)
-        _tell_once()
+        qlora_ext_enable.tell("BitsAndBytesConfig(load_in_4bit=True) gives qlora_ext's layers")
 
     def update_device_map(self, device_map):
         """As bitsandbytes': without a device map the model goes to the current GPU."""
@@ -126,8 +125,3 @@ def attach() -> None:
     """Does so if QLORA_EXT_ENABLE=layers, unless it is too late for that."""
     if qlora_ext_enable.layers_wanted():
         answer_bitsandbytes()
-
-
-@functools.cache
-def _tell_once() -> None:
-    qlora_ext_enable.tell("BitsAndBytesConfig(load_in_4bit=True) gives qlora_ext's layers")
