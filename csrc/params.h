@@ -40,6 +40,22 @@ struct PackedWeight {
   float values[16];            // the codebook, by code
 };
 
+// A stack of E such weights: expert e's parts lie behind those of the experts before it.
+struct PackedStack {
+  PackedWeight first;  // expert 0; N, K, blocksize and num_blocks are those of each expert
+  int64_t E;
+
+  PackedWeight expert(int64_t e) const {
+    PackedWeight weight = first;
+    weight.packed += e * (first.N * first.K / 2);  // K is even
+    if (first.absmax_code != nullptr) weight.absmax_code += e * first.num_blocks;
+    if (first.absmax != nullptr) weight.absmax += e * first.num_blocks;
+    if (first.nested != nullptr) weight.nested += e * (1 + ceil_div(first.num_blocks, 256));
+    if (first.mean != nullptr) weight.mean += e * first.num_blocks;
+    return weight;
+  }
+};
+
 enum class Normalization : int8_t { kAbsmax = 0, kStandard = 1, kNone = 2 };
 
 struct Quantize4bitParams {
@@ -122,6 +138,117 @@ struct Gemm4bitBackwardParams {
   DType dtype;
   DType lora_dtype;
   void* workspace;
+};
+
+// The products of a mixture of experts. The M rows are sorted by expert: expert e has the rows from
+// offsets[e - 1] (0 for the first) to offsets[e]; rows from offsets[E - 1] on have none, and their
+// results are zeros. x has T rows; row m reads row rows[m] of it, or row m if rows is null.
+// Both are device memory, and a CUDA kernel must not trust them: it takes
+// min(max(offsets), M) and reads zeros for a row outside [0, T).
+struct Groups {
+  const int32_t* offsets;  // [E]
+  const int32_t* rows;     // [M]; or null: T is M
+  int64_t E;
+  int64_t M;
+  int64_t T;
+};
+
+// y[m] = x[rows[m]] * W_e^T + bias_e + lora_S[m] * lora_B_e^T.
+struct GroupedGemm4bitParams {
+  PackedStack weight;
+  Groups groups;
+  const void* x;        // [T, K], dtype, rows x_stride apart
+  const void* bias;     // [E, N], bias_dtype; or null
+  const float* lora_S;  // [M, R] fp32, rows S_stride apart, already scaled; or null
+  const void* lora_B;   // [E, N, R], lora_dtype; or null
+  void* y;              // [M, N], dtype, contiguous
+  int64_t R;            // 0 without a bypass
+  int64_t x_stride;
+  int64_t S_stride;
+  DType dtype;
+  DType bias_dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// dX[m] = dY[m] * W_e + lora_dS[m] * lora_A_e.
+struct GroupedGemm4bitBackwardParams {
+  PackedStack weight;
+  Groups groups;         // rows is null
+  const void* dY;        // [M, N], dtype, rows dY_stride apart
+  const float* lora_dS;  // [M, R] fp32, contiguous, already scaled; or null
+  const void* lora_A;    // [E, R, K], lora_dtype; or null
+  void* dX;              // [M, K], dtype, contiguous
+  int64_t R;
+  int64_t dY_stride;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// S[m] = scaling * x[rows[m]] * A_e^T.
+struct GroupedLoraShrinkParams {
+  Groups groups;
+  const void* x;       // [T, K], dtype, rows x_stride apart
+  const void* lora_A;  // [E, R, K], lora_dtype
+  float* S;            // [M, R] fp32, contiguous
+  int64_t R;
+  int64_t K;
+  int64_t x_stride;
+  float scaling;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// dA_e = scaling * dS_e^T * x_e, and dx[m] = scaling * dS[m] * A_e if asked for.
+struct GroupedLoraShrinkBackwardParams {
+  Groups groups;
+  const float* dS;     // [M, R] fp32, contiguous
+  const void* x;       // [T, K], dtype, rows x_stride apart
+  const void* lora_A;  // [E, R, K], lora_dtype
+  void* dx;            // [M, K], dtype, contiguous; or null
+  void* dA;            // [E, R, K], lora_dtype, contiguous
+  int64_t R;
+  int64_t K;
+  int64_t x_stride;
+  float scaling;
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// dS[m] = scaling * dY[m] * B_e and dB_e = dY_e^T * S_e.
+struct GroupedLoraExpandBackwardParams {
+  Groups groups;       // rows is null
+  const void* dY;      // [M, N], dtype, rows dY_stride apart
+  const float* S;      // [M, R] fp32, rows S_stride apart
+  const void* lora_B;  // [E, N, R], lora_dtype
+  float* dS;           // [M, R] fp32, contiguous
+  void* dB;            // [E, N, R], lora_dtype, contiguous
+  int64_t R;
+  int64_t N;
+  int64_t dY_stride;
+  int64_t S_stride;
+  float scaling;  // multiplies dS only
+  DType dtype;
+  DType lora_dtype;
+  void* workspace;
+};
+
+// out[t] = sum of values[order[i]] for i from ends[t - 1] (0 for the first) to ends[t], in that
+// order, in fp32, rounded once.
+struct SumRowsParams {
+  const void* values;    // [M, K], dtype, rows values_stride apart
+  const int32_t* order;  // [L]
+  const int32_t* ends;   // [T]
+  void* out;             // [T, K], dtype, contiguous
+  int64_t M;
+  int64_t L;
+  int64_t T;
+  int64_t K;
+  int64_t values_stride;
+  DType dtype;
 };
 
 // S = scaling * x * A^T.
@@ -244,6 +371,13 @@ const char* lora_expand_backward(const LoraExpandBackwardParams&, void* stream);
 const char* merge_lora_4bit(const MergeLora4bitParams&, void* stream);
 const char* embedding_4bit(const Embedding4bitParams&, void* stream);
 
+const char* grouped_gemm_4bit(const GroupedGemm4bitParams&, void* stream);
+const char* grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardParams&, void* stream);
+const char* grouped_lora_shrink(const GroupedLoraShrinkParams&, void* stream);
+const char* grouped_lora_shrink_backward(const GroupedLoraShrinkBackwardParams&, void* stream);
+const char* grouped_lora_expand_backward(const GroupedLoraExpandBackwardParams&, void* stream);
+const char* sum_rows(const SumRowsParams&, void* stream);
+
 const char* linear(const LinearParams&, void* stream);                   // CPU only
 const char* linear_backward(const LinearBackwardParams&, void* stream);  // CPU only
 
@@ -254,6 +388,11 @@ int64_t workspace_gemm_4bit_backward(const Gemm4bitBackwardParams&);
 int64_t workspace_lora_shrink(const LoraShrinkParams&);
 int64_t workspace_lora_shrink_backward(const LoraShrinkBackwardParams&);
 int64_t workspace_lora_expand_backward(const LoraExpandBackwardParams&);
+int64_t workspace_grouped_gemm_4bit(const GroupedGemm4bitParams&);
+int64_t workspace_grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardParams&);
+int64_t workspace_grouped_lora_shrink(const GroupedLoraShrinkParams&);
+int64_t workspace_grouped_lora_shrink_backward(const GroupedLoraShrinkBackwardParams&);
+int64_t workspace_grouped_lora_expand_backward(const GroupedLoraExpandBackwardParams&);
 int64_t workspace_linear(const LinearParams&);
 int64_t workspace_linear_backward(const LinearBackwardParams&);
 

@@ -50,6 +50,37 @@ constexpr const char* kSchemas[] = {
     "merge_lora_4bit(" QLORA_EXT_W4
     ", Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor",
     "embedding_4bit(Tensor indices, " QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
+    // Mixtures of experts. W4 is a stack of shape [E, N, K], K even: each expert has the bytes that
+    // packing it alone gives, so packed is [E, N, K / 2] and each statistic [E, ...], and these may
+    // be slices of dimension 0. The M rows of y are sorted by expert: offsets int32 [E] is where each
+    // expert's end. Rows past the last are zero in every result. x is [T, K]; rows int32 [M] says
+    // which row of x each takes, and without it M = T.
+    //
+    // y = x[rows] W_e^T + bias_e + S B_e^T; bias [E, N], S [M, R], lora_B [E, N, R].
+    "grouped_gemm_4bit(Tensor x, " QLORA_EXT_W4
+    ", Tensor offsets, Tensor? rows=None, Tensor? bias=None, Tensor? lora_S=None, "
+    "Tensor? lora_B=None) -> Tensor",
+    // dX [M, K] = dY W_e + dS A_e; lora_A [E, R, K].
+    "grouped_gemm_4bit_backward(Tensor dY, " QLORA_EXT_W4
+    ", Tensor offsets, Tensor? lora_dS=None, Tensor? lora_A=None) -> Tensor",
+    // S = scaling x[rows] A_e^T.
+    "grouped_lora_shrink(Tensor x, Tensor lora_A, float scaling, Tensor offsets, Tensor? rows=None) -> Tensor",
+    // dx [M, K] = scaling dS A_e (empty unless need_dx), dA = scaling dS^T x[rows].
+    "grouped_lora_shrink_backward(Tensor dS, Tensor x, Tensor lora_A, float scaling, Tensor offsets, "
+    "Tensor? rows, bool need_dx) -> (Tensor dx, Tensor dA)",
+    // dS = dY B_e, dB = dY^T S.
+    "grouped_lora_expand_backward(Tensor dY, Tensor lora_S, Tensor lora_B, Tensor offsets) "
+    "-> (Tensor dS, Tensor dB)",
+    // y = x[rows] W_e^T + bias_e + scaling (x[rows] A_e^T) B_e^T, and S for the backward.
+    "grouped_lora_gemm_4bit(Tensor x, " QLORA_EXT_W4
+    ", Tensor lora_A, Tensor lora_B, float scaling, Tensor offsets, Tensor? rows=None, "
+    "Tensor? bias=None) -> (Tensor y, Tensor S)",
+    "grouped_lora_gemm_4bit_backward(Tensor dY, Tensor x, Tensor lora_S, " QLORA_EXT_W4
+    ", Tensor lora_A, Tensor lora_B, float scaling, Tensor offsets, Tensor? rows, bool need_dx) "
+    "-> (Tensor dX, Tensor dA, Tensor dB)",
+    // out[t] = sum of values[order[i]] for ends[t - 1] <= i < ends[t]; order int32 [L], ends int32
+    // [T]. With order the stable argsort of rows it gives the gradient of x.
+    "sum_rows(Tensor values, Tensor order, Tensor ends) -> Tensor",
     // CPU only: y = x W^T + bias and dX = dY W with a dense W [N, K], for layers left unquantized.
     "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_backward(Tensor dY, Tensor weight) -> Tensor",

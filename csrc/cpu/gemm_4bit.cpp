@@ -3,6 +3,10 @@
 // Few rows of x: dot products with each row of W, which is read once and decoded in registers
 // (docs/cpu.md says what limits them). More rows: W is decoded, transposed, into panels that stay
 // in L1, and the LoRA bypass is added as one more block of the contraction.
+//
+// A mixture of experts does the same for each expert's rows, and shares out all experts' tasks at
+// once.
+#include "groups.h"
 #include "matmul.h"
 #include "scales.h"
 
@@ -10,8 +14,9 @@ namespace qlora_ext {
 namespace cpu {
 namespace {
 
-constexpr int64_t kFewRows = 8;     // up to here: dot products
+constexpr int64_t kFewRows = 8;     // up to here: dot products (groups.h counts on it)
 constexpr int64_t kDotRegion = 32;  // rows of W per task, for few rows of x
+static_assert(kDotRegion == kRegionTiles * kPanelWidth);  // a grouped product cuts columns once
 constexpr int64_t kDotAlign = 128;  // x is cut at multiples of this: whole groups of any path
 
 // The bias of columns [n, n + count), in fp32; zeros without one.
@@ -127,6 +132,112 @@ void many_rows(const Gemm4bitParams& p) {
   }
 }
 
+// ---- experts ----
+
+LeftOperand all_rows(const GroupedGemm4bitParams& p) {
+  return rows_of(p.x, p.dtype, p.x_stride, p.weight.first.K, p.groups.rows);
+}
+
+// Whether no row of x is copied: kernels read rows in place only if they are evenly spaced.
+bool reads_in_place(const GroupedGemm4bitParams& p) {
+  return p.groups.rows == nullptr && multiplies_bf16(all_rows(p));
+}
+
+// What the tasks of one piece of an expert's rows multiply.
+struct ExpertRows {
+  Gemm4bitParams p;  // of this piece alone
+  bool few;
+  bool packed;    // x is packed to fp32
+  LeftOperand x;  // of the piece's rows
+};
+
+ExpertRows rows_of_piece(const GroupedGemm4bitParams& p, const Piece& piece, int64_t slot) {
+  const int64_t K = p.weight.first.K;
+  const int64_t N = p.weight.first.N;
+  const int64_t row_bytes = packed_bytes(1, K);
+  ExpertRows e{.p = {.weight = p.weight.expert(piece.expert),
+                     .x = nullptr,
+                     .bias = of_expert(p.bias, p.bias_dtype, piece.expert, N),
+                     .lora_S = p.R > 0 ? p.lora_S + piece.row * p.S_stride : nullptr,
+                     .lora_B = of_expert(p.lora_B, p.lora_dtype, piece.expert, N * p.R),
+                     .y = element(p.y, p.dtype, piece.row * N),
+                     .M = rows_of_expert(p.groups, piece.expert).rows,
+                     .R = p.R,
+                     .x_stride = p.x_stride,
+                     .S_stride = p.S_stride,
+                     .dtype = p.dtype,
+                     .bias_dtype = p.bias_dtype,
+                     .lora_dtype = p.lora_dtype,
+                     .workspace = nullptr},
+               .few = false,
+               .packed = false,
+               .x = {}};
+  // Chosen by all of the expert's rows, as gemm_4bit would.
+  const LeftOperand all = all_rows(p);
+  e.few = e.p.M <= (multiplies_bf16(all) ? kMaxDotRows : kFewRows);
+  const bool copied = p.groups.rows != nullptr;
+  e.packed = !e.few && (packs(e.p.M, all) || (copied && !multiplies_bf16(all)));
+  e.p.M = piece.rows;
+  char* copy = static_cast<char*>(p.workspace) + (p.workspace ? slot * row_bytes : 0);
+  if (e.packed) {
+    e.x = packed_rows(reinterpret_cast<const float*>(copy), piece.rows, K);
+    return e;
+  }
+  e.p.x = copied ? copy : element(p.x, p.dtype, piece.row * p.x_stride);
+  e.p.x_stride = copied ? K : p.x_stride;
+  e.x = rows_of(e.p.x, p.dtype, e.p.x_stride, K);
+  return e;
+}
+
+// Copies the rows of x that `slab` needs, in parallel.
+void copy_rows(const GroupedGemm4bitParams& p, const std::vector<ExpertRows>& slab,
+               const std::vector<Piece>& pieces) {
+  const LeftOperand x = all_rows(p);
+  const int64_t first = pieces.front().row;
+  const int64_t last = pieces.back().row + pieces.back().rows;
+  std::vector<int32_t> owner(static_cast<size_t>(last - first));  // a row's piece
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    std::fill_n(owner.begin() + (pieces[i].row - first), pieces[i].rows, static_cast<int32_t>(i));
+  }
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, x.depth));
+  parallel_for(last - first, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const ExpertRows& e = slab[owner[m]];
+      const int64_t at = first + m - pieces[owner[m]].row;
+      if (e.packed) {
+        float* packed = const_cast<float*>(static_cast<const float*>(e.x.data));
+        pack_row(x, first + m, at, e.p.M, packed);
+      } else if (p.groups.rows != nullptr) {
+        char* copy = const_cast<char*>(static_cast<const char*>(e.p.x));
+        const int64_t bytes = x.depth * dtype_size(p.dtype);
+        std::memcpy(copy + at * bytes, element(p.x, p.dtype, x.offset_of(first + m)), bytes);
+      }
+    }
+  });
+}
+
+// Multiplies pieces whose copied rows fit the workspace together.
+void multiply_slab(const GroupedGemm4bitParams& p, const std::vector<Piece>& pieces) {
+  std::vector<ExpertRows> slab;
+  slab.reserve(pieces.size());
+  for (const Piece& piece : pieces) {
+    slab.push_back(rows_of_piece(p, piece, piece.row - pieces.front().row));
+  }
+  if (!reads_in_place(p)) copy_rows(p, slab, pieces);
+  const int64_t rows = pieces.back().row + pieces.back().rows - pieces.front().row;
+  for_each_piece(
+      slab, rows, p.weight.first.N, kDotRegion, p.weight.first.K,
+      [&](const ExpertRows& e, int64_t column, int64_t columns) {
+        const Region region{.row = 0, .rows = e.p.M, .column = column, .columns = columns};
+        if (e.few) {
+          few_rows_region(e.p, region);
+        } else {
+          const LeftOperand lora_S = rows_of(e.p.lora_S, DType::kFloat32, p.S_stride, p.R);
+          many_rows_region(e.p, e.x, lora_S, region, 0);
+        }
+      });
+}
+
 }  // namespace
 }  // namespace cpu
 
@@ -141,6 +252,30 @@ const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
     cpu::many_rows(p);
   }
   return nullptr;
+}
+
+const char* launch::grouped_gemm_4bit(const GroupedGemm4bitParams& p, void*) {
+  using namespace cpu;
+  if (const char* error = cpu_path_error()) return error;
+  zero_rest(p.groups, p.dtype, p.weight.first.N, p.y);
+  const LeftOperand x = all_rows(p);
+  const int64_t few = multiplies_bf16(x) ? kMaxDotRows : kFewRows;
+  const std::vector<Piece> pieces = pieces_of(p.groups, [&](int64_t rows) {
+    return rows <= few ? rows : chunk_rows(rows, x.depth, kRegionTiles);
+  });
+  const int64_t most = reads_in_place(p) ? p.groups.M : slab_rows(p.weight.first.K);
+  for (size_t begin = 0, end = 0; begin < pieces.size(); begin = end) {
+    const int64_t first = pieces[begin].row;
+    while (end < pieces.size() && pieces[end].row + pieces[end].rows - first <= most) ++end;
+    multiply_slab(p, {pieces.begin() + begin, pieces.begin() + end});
+  }
+  return nullptr;
+}
+
+int64_t launch::workspace_grouped_gemm_4bit(const GroupedGemm4bitParams& p) {
+  if (cpu::reads_in_place(p)) return 0;
+  return std::min(p.groups.M, cpu::slab_rows(p.weight.first.K)) *
+         cpu::packed_bytes(1, p.weight.first.K);
 }
 
 int64_t launch::workspace_gemm_4bit(const Gemm4bitParams& p) {

@@ -2,6 +2,7 @@
 //
 // W's rows are decoded, without a transpose, into panels [n, 16 columns] that stay in L1. The
 // bypass is added as one more block of the contraction.
+#include "groups.h"
 #include "matmul.h"
 
 namespace qlora_ext {
@@ -51,6 +52,64 @@ const char* launch::gemm_4bit_backward(const Gemm4bitBackwardParams& p, void*) {
                     [&](const Region& region) { backward_region(p, dY, dS, region, row); });
   }
   return nullptr;
+}
+
+// Each piece's dY is packed into its own rows of the workspace, a slab of pieces at a time.
+const char* launch::grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardParams& p, void*) {
+  using namespace cpu;
+  if (const char* error = cpu_path_error()) return error;
+  const int64_t N = p.weight.first.N;
+  const int64_t K = p.weight.first.K;
+  zero_rest(p.groups, p.dtype, K, p.dX);
+  const LeftOperand all = rows_of(p.dY, p.dtype, p.dY_stride, N);
+  const std::vector<Piece> pieces =
+      pieces_of(p.groups, [&](int64_t rows) { return chunk_rows(rows, N, kRegionTiles); });
+  struct ExpertRows {
+    Gemm4bitBackwardParams p;
+    LeftOperand dY;
+  };
+  const int64_t most = p.workspace == nullptr ? p.groups.M : slab_rows(N);
+  for (size_t begin = 0, end = 0; begin < pieces.size(); begin = end) {
+    const int64_t first = pieces[begin].row;
+    std::vector<ExpertRows> slab;
+    for (; end < pieces.size() && pieces[end].row + pieces[end].rows - first <= most; ++end) {
+      const Piece& piece = pieces[end];
+      LeftOperand dY = all.from(piece.row);
+      if (packs(rows_of_expert(p.groups, piece.expert).rows, all)) {
+        float* packed = static_cast<float*>(p.workspace) +
+                        (piece.row - first) * packed_bytes(1, N) / int64_t{sizeof(float)};
+        dY = pack(all, piece.row, piece.rows, packed);
+      }
+      slab.push_back({.p = {.weight = p.weight.expert(piece.expert),
+                            .dY = nullptr,
+                            .lora_dS = p.R > 0 ? p.lora_dS + piece.row * p.R : nullptr,
+                            .lora_A = of_expert(p.lora_A, p.lora_dtype, piece.expert, p.R * K),
+                            .dX = element(p.dX, p.dtype, piece.row * K),
+                            .M = piece.rows,
+                            .R = p.R,
+                            .dY_stride = p.dY_stride,
+                            .dtype = p.dtype,
+                            .lora_dtype = p.lora_dtype,
+                            .workspace = nullptr},
+                      .dY = dY});
+    }
+    const int64_t rows = pieces[end - 1].row + pieces[end - 1].rows - first;
+    for_each_piece(slab, rows, K, kRegionTiles * kPanelWidth, N,
+                   [&](const ExpertRows& e, int64_t column, int64_t columns) {
+                     const LeftOperand dS = rows_of(e.p.lora_dS, DType::kFloat32, p.R, p.R);
+                     const Region region{
+                         .row = 0, .rows = e.p.M, .column = column, .columns = columns};
+                     backward_region(e.p, e.dY, dS, region, 0);
+                   });
+  }
+  return nullptr;
+}
+
+int64_t launch::workspace_grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardParams& p) {
+  using namespace cpu;
+  const int64_t N = p.weight.first.N;
+  if (!packs(p.groups.M, rows_of(p.dY, p.dtype, p.dY_stride, N))) return 0;
+  return std::min(p.groups.M, slab_rows(N)) * packed_bytes(1, N);
 }
 
 int64_t launch::workspace_gemm_4bit_backward(const Gemm4bitBackwardParams& p) {

@@ -38,22 +38,31 @@ struct LeftOperand {
   int64_t depth_stride;  // 1, or anything for fp32
   int64_t block_stride;
   int64_t depth;
+  const int32_t* index = nullptr;  // row m is row index[m] of data; or null
 
   // The rows from `row` on.
   LeftOperand from(int64_t row) const {
     LeftOperand rest = *this;
-    rest.data = element(data, dtype, row * row_stride);
+    if (index != nullptr) {
+      rest.index = index + row;
+    } else {
+      rest.data = element(data, dtype, row * row_stride);
+    }
     return rest;
   }
+
+  int64_t offset_of(int64_t row) const { return (index ? index[row] : row) * row_stride; }
 };
 
-inline LeftOperand rows_of(const void* data, DType dtype, int64_t row_stride, int64_t depth) {
+inline LeftOperand rows_of(const void* data, DType dtype, int64_t row_stride, int64_t depth,
+                           const int32_t* index = nullptr) {
   return {.data = data,
           .dtype = dtype,
           .row_stride = row_stride,
           .depth_stride = 1,
           .block_stride = kDepth,
-          .depth = depth};
+          .depth = depth,
+          .index = index};
 }
 
 // The transpose of fp32 `data` [depth, rows], whose rows are depth_stride elements apart.
@@ -66,13 +75,20 @@ inline LeftOperand columns_of(const float* data, int64_t depth_stride, int64_t d
           .depth = depth};
 }
 
-// Panels of a dense right operand: right[d, c] = source[d, c], rows `stride` elements apart.
+// Panels of a dense right operand: right[d, c] = source[d, c], rows `stride` elements apart. With an
+// index, right[d, c] = source[index[d], c].
 struct RowPanels {
   const void* source;
   DType dtype;
   int64_t stride;
+  const int32_t* index = nullptr;
 
   void operator()(int64_t column, int64_t width, int64_t d, int64_t depth, float* panel) const {
+    for (int64_t i = 0; index != nullptr && i < depth; ++i) {
+      kernels().pack_rows(element(source, dtype, index[d + i] * stride + column), dtype, stride,
+                          width, 1, panel + i * kPanelWidth);
+    }
+    if (index != nullptr) return;
     kernels().pack_rows(element(source, dtype, d * stride + column), dtype, stride, width, depth,
                         panel);
   }
@@ -137,14 +153,16 @@ void add_product(const LeftOperand& left, const Region& region, const Fill& fill
   alignas(64) float panel[kDepth * kPanelWidth];
   alignas(64) float converted[kMaxConvertedRows * kDepth];
   const Kernels& simd = kernels();
-  const bool converts = left.dtype != DType::kFloat32;
+  const bool converts = left.dtype != DType::kFloat32 || left.index != nullptr;
   const int64_t row_stride = converts ? kDepth : left.row_stride;
   for (int64_t d = 0; d < left.depth; d += kDepth) {
     const int64_t depth = std::min(kDepth, left.depth - d);
-    const int64_t offset = region.row * left.row_stride + d / kDepth * left.block_stride;
-    const float* x = converts ? converted : static_cast<const float*>(left.data) + offset;
+    const int64_t block = d / kDepth * left.block_stride;
+    const float* x =
+        converts ? converted
+                 : static_cast<const float*>(left.data) + region.row * left.row_stride + block;
     for (int64_t m = 0; converts && m < region.rows; ++m) {
-      const void* row = element(left.data, left.dtype, offset + m * left.row_stride);
+      const void* row = element(left.data, left.dtype, left.offset_of(region.row + m) + block);
       simd.to_float(row, left.dtype, depth, converted + m * kDepth);
     }
     for (int64_t tile = 0; tile < region.tiles(); ++tile) {
@@ -213,25 +231,31 @@ inline int64_t packed_bytes(int64_t rows, int64_t depth) {
   return rows * ceil_div(depth, kDepth) * kDepth * static_cast<int64_t>(sizeof(float));
 }
 
-inline LeftOperand pack(const LeftOperand& left, int64_t row, int64_t rows, float* packed) {
-  const int64_t block_stride = rows * kDepth;
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, left.depth));
-  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      for (int64_t d = 0; d < left.depth; d += kDepth) {
-        const int64_t depth = std::min(kDepth, left.depth - d);
-        const void* from = element(left.data, left.dtype, (row + m) * left.row_stride + d);
-        kernels().to_float(from, left.dtype, depth,
-                           packed + d / kDepth * block_stride + m * kDepth);
-      }
-    }
-  });
+// `rows` packed rows.
+inline LeftOperand packed_rows(const float* packed, int64_t rows, int64_t depth) {
   return {.data = packed,
           .dtype = DType::kFloat32,
           .row_stride = kDepth,
           .depth_stride = 1,
-          .block_stride = block_stride,
-          .depth = left.depth};
+          .block_stride = rows * kDepth,
+          .depth = depth};
+}
+
+// Writes row m of `left` as row `at` of `rows` packed ones.
+inline void pack_row(const LeftOperand& left, int64_t m, int64_t at, int64_t rows, float* packed) {
+  for (int64_t d = 0; d < left.depth; d += kDepth) {
+    const void* from = element(left.data, left.dtype, left.offset_of(m) + d);
+    kernels().to_float(from, left.dtype, std::min(kDepth, left.depth - d),
+                       packed + (d / kDepth * rows + at) * kDepth);
+  }
+}
+
+inline LeftOperand pack(const LeftOperand& left, int64_t row, int64_t rows, float* packed) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, left.depth));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) pack_row(left, row + m, m, rows, packed);
+  });
+  return packed_rows(packed, rows, left.depth);
 }
 
 // How many rows of a product to take at a time: as many as fit the accumulators and, if packed, the

@@ -13,6 +13,10 @@ int64_t DeviceScope::read(const Tensor& flag) const {
   return *static_cast<const int64_t*>(flag.data_ptr());
 }
 
+const int32_t* host_values(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta) {
   TORCH_ERROR_CODE_CHECK(

@@ -306,23 +306,18 @@ const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, i
   return static_cast<const uint8_t*>(keep.data_ptr());
 }
 
-Weight as_weight(const char* op, const Tensor& packed, const Tensor& absmax,
-                 const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
-                 int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
-                 const Tensor& device_of) {
-  Weight w;
-  PackedWeight& v = w.view;
-  const int64_t numel = checked_numel(op, shape);
-  v.K = shape.empty() ? 1 : shape.back();
-  v.N = 1;
-  for (size_t d = 0; d + 1 < shape.size(); ++d) v.N *= shape[d];
-  v.blocksize = checked_blocksize(op, blocksize, numel);
-  v.num_blocks = ceil_div(numel, v.blocksize);
+namespace {
 
+// Fills `view` with the statistics of `count` weights of v.num_blocks blocks each, and the codebook.
+void fill_weight(const char* op, PackedWeight& v, std::array<Tensor, 4>& keep, int64_t count,
+                 int64_t packed_bytes, const Tensor& packed, const Tensor& absmax,
+                 const OptionalTensor& nested, const OptionalTensor& mean,
+                 const std::string& quant_type, const OptionalFloats& codebook,
+                 const Tensor& device_of) {
   auto bytes = [&](const char* arg, const Tensor& t, int64_t want, const char* meaning, int slot) {
-    return as_bytes(op, arg, t, want, meaning, device_of, w.keep[slot]);
+    return as_bytes(op, arg, t, count * want, meaning, device_of, keep[slot]);
   };
-  v.packed = bytes("packed", packed, (numel + 1) / 2, "two codes a byte", 0);
+  v.packed = bytes("packed", packed, packed_bytes, "two codes a byte", 0);
   v.absmax = nullptr;
   v.absmax_code = nullptr;
   v.nested = nullptr;
@@ -347,7 +342,45 @@ Weight as_weight(const char* op, const Tensor& packed, const Tensor& absmax,
     const Codebook book = as_codebook(op, quant_type, codebook, "none", 1.0);
     std::memcpy(v.values, book.values, sizeof v.values);
   }
+}
+
+}  // namespace
+
+Weight as_weight(const char* op, const Tensor& packed, const Tensor& absmax,
+                 const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
+                 int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
+                 const Tensor& device_of) {
+  Weight w;
+  PackedWeight& v = w.view;
+  const int64_t numel = checked_numel(op, shape);
+  v.K = shape.empty() ? 1 : shape.back();
+  v.N = 1;
+  for (size_t d = 0; d + 1 < shape.size(); ++d) v.N *= shape[d];
+  v.blocksize = checked_blocksize(op, blocksize, numel);
+  v.num_blocks = ceil_div(numel, v.blocksize);
+  fill_weight(op, v, w.keep, 1, (numel + 1) / 2, packed, absmax, nested, mean, quant_type, codebook,
+              device_of);
   return w;
+}
+
+Stack as_stack(const char* op, const Tensor& packed, const Tensor& absmax,
+               const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
+               int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
+               const Tensor& device_of) {
+  QLORA_CHECK(shape.size() == 3, op, "shape is ", list_string(shape), ", want [E, N, K]");
+  checked_numel(op, shape);
+  Stack stack;
+  stack.view.E = shape[0];
+  PackedWeight& v = stack.view.first;
+  v.N = shape[1];
+  v.K = shape[2];
+  QLORA_CHECK(v.K % 2 == 0, op, "shape is ", list_string(shape),
+              ", want an even K: each expert's codes must start at a byte");
+  v.blocksize = checked_blocksize(op, blocksize, v.N * v.K);
+  v.num_blocks = ceil_div(v.N * v.K, v.blocksize);
+  fill_weight(op, v, stack.keep, shape[0], v.N * v.K / 2, packed, absmax, nested, mean, quant_type,
+              codebook, device_of);
+  return stack;
 }
 
 void check_matrix(const char* op, const Ints& shape) {

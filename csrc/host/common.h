@@ -41,6 +41,10 @@ class DeviceScope {
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                double beta);
 
+// The values of an int32 tensor if the host can read them without waiting for a device, else null;
+// defined next to DeviceScope.
+const int32_t* host_values(const Tensor& tensor);
+
 // Turns a launcher's error message into an exception.
 inline void check_launch(const char* op, const char* error) {
   QLORA_CHECK(error == nullptr, op, error);
@@ -124,6 +128,17 @@ Weight as_weight(const char* op, const Tensor& packed, const Tensor& absmax,
                  const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
                  int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
                  const Tensor& device_of);
+
+// The W4 arguments of a stack of experts, checked. If alignment or strides need copies, `keep` owns
+// them.
+struct Stack {
+  PackedStack view;
+  std::array<Tensor, 4> keep;
+};
+Stack as_stack(const char* op, const Tensor& packed, const Tensor& absmax,
+               const OptionalTensor& nested, const OptionalTensor& mean, const Ints& shape,
+               int64_t blocksize, const std::string& quant_type, const OptionalFloats& codebook,
+               const Tensor& device_of);
 
 // lora_A [r, K] and lora_B [N, r] of one dtype.
 struct LoraPair {

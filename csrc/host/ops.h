@@ -79,6 +79,41 @@ Tensor embedding_4bit(const Tensor& indices, const Tensor& packed, const Tensor&
                       int64_t blocksize, const std::string& quant_type,
                       const OptionalFloats& codebook, ScalarType dtype);
 
+// Mixtures of experts.
+Tensor grouped_gemm_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                         const OptionalTensor& nested, const OptionalTensor& mean,
+                         const Ints& shape, int64_t blocksize, const std::string& quant_type,
+                         const OptionalFloats& codebook, const Tensor& offsets,
+                         const OptionalTensor& rows, const OptionalTensor& bias,
+                         const OptionalTensor& lora_S, const OptionalTensor& lora_B);
+Tensor grouped_gemm_4bit_backward(const Tensor& dY, const Tensor& packed, const Tensor& absmax,
+                                  const OptionalTensor& nested, const OptionalTensor& mean,
+                                  const Ints& shape, int64_t blocksize,
+                                  const std::string& quant_type, const OptionalFloats& codebook,
+                                  const Tensor& offsets, const OptionalTensor& lora_dS,
+                                  const OptionalTensor& lora_A);
+Tensor grouped_lora_shrink(const Tensor& x, const Tensor& lora_A, double scaling,
+                           const Tensor& offsets, const OptionalTensor& rows);
+std::tuple<Tensor, Tensor> grouped_lora_shrink_backward(const Tensor& dS, const Tensor& x,
+                                                        const Tensor& lora_A, double scaling,
+                                                        const Tensor& offsets,
+                                                        const OptionalTensor& rows, bool need_dx);
+std::tuple<Tensor, Tensor> grouped_lora_expand_backward(const Tensor& dY, const Tensor& lora_S,
+                                                        const Tensor& lora_B,
+                                                        const Tensor& offsets);
+std::tuple<Tensor, Tensor> grouped_lora_gemm_4bit(
+    const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested,
+    const OptionalTensor& mean, const Ints& shape, int64_t blocksize, const std::string& quant_type,
+    const OptionalFloats& codebook, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const Tensor& offsets, const OptionalTensor& rows, const OptionalTensor& bias);
+std::tuple<Tensor, Tensor, Tensor> grouped_lora_gemm_4bit_backward(
+    const Tensor& dY, const Tensor& x, const Tensor& lora_S, const Tensor& packed,
+    const Tensor& absmax, const OptionalTensor& nested, const OptionalTensor& mean,
+    const Ints& shape, int64_t blocksize, const std::string& quant_type,
+    const OptionalFloats& codebook, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const Tensor& offsets, const OptionalTensor& rows, bool need_dx);
+Tensor sum_rows(const Tensor& values, const Tensor& order, const Tensor& ends);
+
 // Binds every op to its host function; called once per backend library.
 inline void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
@@ -95,6 +130,14 @@ inline void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("lora_gemm_4bit_backward", TORCH_BOX(&lora_gemm_4bit_backward));
   m.impl("merge_lora_4bit", TORCH_BOX(&merge_lora_4bit));
   m.impl("embedding_4bit", TORCH_BOX(&embedding_4bit));
+  m.impl("grouped_gemm_4bit", TORCH_BOX(&grouped_gemm_4bit));
+  m.impl("grouped_gemm_4bit_backward", TORCH_BOX(&grouped_gemm_4bit_backward));
+  m.impl("grouped_lora_shrink", TORCH_BOX(&grouped_lora_shrink));
+  m.impl("grouped_lora_shrink_backward", TORCH_BOX(&grouped_lora_shrink_backward));
+  m.impl("grouped_lora_expand_backward", TORCH_BOX(&grouped_lora_expand_backward));
+  m.impl("grouped_lora_gemm_4bit", TORCH_BOX(&grouped_lora_gemm_4bit));
+  m.impl("grouped_lora_gemm_4bit_backward", TORCH_BOX(&grouped_lora_gemm_4bit_backward));
+  m.impl("sum_rows", TORCH_BOX(&sum_rows));
 }
 
 }  // namespace qlora_ext::host
