@@ -21,6 +21,7 @@ from .tensor.functions import (
     lora_linear_4bit,
     merge_lora_4bit,
     quantize_4bit,
+    quantize_stack_4bit,
 )
 from .tensor.quantized import QuantizedTensor
 
@@ -43,6 +44,7 @@ __all__ = [
     "print_trainable_parameters",
     "quantize_4bit",
     "quantize_model",
+    "quantize_stack_4bit",
     "save_adapter",
     "write_calibration",
 ]

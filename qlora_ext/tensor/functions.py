@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,41 @@ def quantize_tensor(weight: Tensor, config: QuantConfig) -> QuantizedTensor:
     )
 
 
+def quantize_stack_4bit(weight: Tensor, config: QuantConfig | None = None) -> QuantizedTensor:
+    """Packs a stack of experts [E, N, K]: each has the bytes that packing it alone gives.
+
+    weight: float32, float16 or bfloat16, K even; it is read one expert at a time. config: the
+    settings; None is NF4 with blocks of 64. Returns a QuantizedTensor of the same shape, whose
+    tensors all have E as their first size.
+
+    Raises ValueError for another number of dimensions, an odd K or no experts, and as
+    `quantize_4bit` does; the error names the expert.
+    """
+    _check_weight(weight)
+    if weight.dim() != 3 or weight.shape[0] == 0 or weight.shape[2] % 2:
+        raise ValueError(
+            f"quantize_stack_4bit: weight has shape {list(weight.shape)}, want [E, N, K] with at "
+            "least one expert and an even K"
+        )
+    config = config or QuantConfig()
+    stack: list[Tensor | None] = []
+    for e, expert in enumerate(weight.detach()):
+        try:
+            q = quantize_tensor(expert, config)
+        except RuntimeError as error:
+            raise RuntimeError(f"expert {e}: {error}") from error
+        parts = (q.packed, q.absmax, q.nested, q.mean)
+        if e == 0:
+            stack = [t if t is None else t.new_empty((len(weight), *t.shape)) for t in parts]
+        for whole, part in zip(stack, parts, strict=True):
+            if whole is not None:
+                whole[e] = part
+    packed, absmax, nested, mean = stack
+    return dataclasses.replace(
+        q, packed=packed, absmax=absmax, nested=nested, mean=mean, shape=weight.shape
+    )
+
+
 def dequantize_4bit(
     q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
 ) -> Tensor:
@@ -111,7 +148,18 @@ def dequantize_4bit(
         raise ValueError("dequantize_4bit: out requires grad, want a tensor that does not")
     if out is not None and dtype is not None and dtype != out.dtype:
         raise ValueError(f"dequantize_4bit: dtype is {dtype}, want out's {out.dtype} (or None)")
-    return ops.dequantize_4bit(_op_args("dequantize_4bit", q), dtype or q.dtype, out)
+    args = _op_args("dequantize_4bit", q)
+    if not q.is_stack:
+        return ops.dequantize_4bit(args, dtype or q.dtype, out)
+    if out is None:
+        out = q.packed.new_empty(q.shape, dtype=dtype or q.dtype)
+    elif out.shape != q.shape:
+        raise RuntimeError(
+            f"dequantize_4bit: out has shape {list(out.shape)}, want {list(q.shape)}"
+        )
+    for e, part in enumerate(out):
+        ops.dequantize_4bit(q[e].op_args(), part.dtype, part)
+    return out
 
 
 def _op_args(function: str, q: QuantizedTensor) -> ops.W4:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import _C
+from ..text import shorten
 from . import bitsandbytes_keys
 from .config import _DTYPES
 
@@ -31,6 +32,10 @@ def view_matrix(packed: Tensor, shape) -> Tensor:
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A tensor in 4 bits, which stands for a dense one of `shape` and `dtype`.
+
+    A stack of experts [E, N, K] has E as the first size of every tensor: packed is [E, N, K / 2],
+    and each expert has the bytes that packing it alone gives. `q[e]` is one expert and `q[a:b]` a
+    smaller stack; both share the bytes.
 
     packed: uint8, two codes a byte, high nibble first; [out, in / 2] for a matrix with an even
         number of columns, else flat [ceil(numel / 2)].
@@ -62,6 +67,41 @@ class QuantizedTensor:
             self.blocksize,
             self.quant_type,
             self.codebook,
+        )
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether this is a stack of experts, as `quantize_stack_4bit` makes it."""
+        return self.absmax.dim() == 2
+
+    def __getitem__(self, index: int | slice) -> QuantizedTensor:
+        """One expert of a stack, or a stack of some, without a copy. Raises TypeError if this is
+        not a stack or index is neither an int nor a slice of step 1, IndexError if it is out of
+        range."""
+        step = index.step if isinstance(index, slice) else None
+        if not self.is_stack or not isinstance(index, (int, slice)) or step not in (None, 1):
+            raise TypeError(
+                f"QuantizedTensor: index is {shorten(index)} into shape {list(self.shape)}, want "
+                "an int or a slice of step 1 into a stack of experts"
+            )
+        E = self.shape[0]
+        if isinstance(index, int):
+            if not -E <= index < E:
+                raise IndexError(f"QuantizedTensor: index is {index}, want one of {E} experts")
+            shape = self.shape[1:]
+        else:
+            shape = torch.Size((len(range(E)[index]), *self.shape[1:]))
+
+        def part(t):
+            return None if t is None else t[index]
+
+        return dataclasses.replace(
+            self,
+            packed=part(self.packed),
+            absmax=part(self.absmax),
+            nested=part(self.nested),
+            mean=part(self.mean),
+            shape=shape,
         )
 
     @property
@@ -124,8 +164,13 @@ class QuantizedTensor:
         `prefix.nested_absmax`, `prefix.nested_quant_map`, `prefix.quant_state.bitsandbytes__nf4`.
 
         What bitsandbytes does not have (any quant_type but nf4 and fp4, `mean`) is stored in the
-        same way, under names that bitsandbytes refuses.
+        same way, under names that bitsandbytes refuses. Raises ValueError for a stack of experts.
         """
+        if self.is_stack:
+            raise ValueError(
+                f"QuantizedTensor.state_dict: shape is {list(self.shape)}, a stack of experts, "
+                "which bitsandbytes' keys cannot describe; want one expert (q[e])"
+            )
         return bitsandbytes_keys.entries(self, prefix)
 
     @classmethod

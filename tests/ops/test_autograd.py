@@ -13,6 +13,7 @@ from cases import (
     Tolerance,
     assert_close,
     assert_same_bytes,
+    make_stack,
     make_weight,
     random_weight,
 )
@@ -43,6 +44,17 @@ def sample_calls():
     a, b, x0 = A.detach(), B.detach(), x.detach()
     absmax = weight.abs().amax(1).view(torch.uint8)
     code, nested = OPS.quantize_absmax(absmax)
+    _, stack = make_stack((3, 48, 64))
+    e4 = stack.op_args()
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    rows = torch.tensor([4, 0, 1, 1, 3, 2, 0, 2], dtype=torch.int32)
+    eA, eB = (torch.randn(3, 4, 64) / 8).requires_grad_(), torch.randn(3, 48, 4).requires_grad_()
+    ebias, eS = torch.randn(3, 48, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    eA0, eB0, eS0, edY, edS = (
+        *(t.detach() for t in (eA, eB, eS)),
+        torch.randn(8, 48),
+        torch.randn(8, 4),
+    )
     return [
         (OPS.quantize_4bit.default, (weight, 64, "nf4", None, "absmax", 3.0, "none", 1.0)),
         (
@@ -70,16 +82,35 @@ def sample_calls():
         (OPS.lora_gemm_4bit_backward.default, (dY, x0, S.detach(), *w4, a, b, 2.0, False)),
         (OPS.merge_lora_4bit.default, (*w4, a, b, 2.0, torch.float16)),
         (OPS.embedding_4bit.default, (torch.tensor([[0, 47], [3, 3]]), *w4, torch.float32)),
+        (OPS.grouped_gemm_4bit.default, (x, *e4, ends.clamp(max=5))),
+        (OPS.grouped_gemm_4bit.default, (x, *e4, ends, rows, ebias, eS, eB)),
+        (OPS.grouped_gemm_4bit_backward.default, (edY, *e4, ends)),
+        (OPS.grouped_gemm_4bit_backward.default, (edY, *e4, ends, edS, eA0)),
+        (OPS.grouped_lora_shrink.default, (x, eA, 0.5, ends, rows)),
+        (OPS.grouped_lora_shrink_backward.default, (edS, x0, eA0, 0.5, ends, rows, True)),
+        (OPS.grouped_lora_shrink_backward.default, (edS, x0, eA0, 0.5, ends, rows, False)),
+        (OPS.grouped_lora_expand_backward.default, (edY, eS0, eB0, ends)),
+        (OPS.grouped_lora_gemm_4bit.default, (x, *e4, eA, eB, 2.0, ends, rows)),
+        (OPS.grouped_lora_gemm_4bit.default, (x, *e4, eA, eB, 2.0, ends.clamp(max=5), None, ebias)),
+        (
+            OPS.grouped_lora_gemm_4bit_backward.default,
+            (edY, x0, eS0, *e4, eA0, eB0, 2.0, ends, rows, True),
+        ),
+        (
+            OPS.grouped_lora_gemm_4bit_backward.default,
+            (edY, x0, eS0, *e4, eA0, eB0, 2.0, ends, rows, False),
+        ),
+        (OPS.sum_rows.default, (edY, rows[:7], ends)),
         (OPS.linear.default, (x, weight, bias)),
         (OPS.linear.default, (x0.bfloat16(), weight.bfloat16())),
         (OPS.linear_backward.default, (dY, weight)),
     ]
 
 
-@pytest.mark.parametrize("index", range(26))
+@pytest.mark.parametrize("index", range(39))
 def test_opcheck(index):
     calls = sample_calls()
-    assert len(calls) == 26
+    assert len(calls) == 39
     op, args = calls[index]
     torch.library.opcheck(op, args)
 

@@ -120,6 +120,28 @@ def make_weight(
     return array, to_tensor(array, config, device)
 
 
+def make_stack(
+    shape, config=CONFIGS["nf4"], device="cpu"
+) -> tuple[list[R.QuantizedArray], QuantizedTensor]:
+    """The reference's bytes of each expert, and all of them as one stack."""
+    E, N, K = shape
+    arrays, experts = zip(*(make_weight((N, K), config, device) for _ in range(E)), strict=True)
+
+    def stacked(name):
+        parts = [getattr(q, name) for q in experts]
+        return None if parts[0] is None else torch.stack(parts)
+
+    stack = dataclasses.replace(
+        experts[0],
+        packed=stacked("packed").reshape(E, N, K // 2),
+        absmax=stacked("absmax"),
+        nested=stacked("nested"),
+        mean=stacked("mean"),
+        shape=torch.Size(shape),
+    )
+    return list(arrays), stack
+
+
 def quantize(backend, weight: torch.Tensor, config: QuantConfig):
     """A backend's quantizers in turn: (packed, absmax, nested | None, mean | None)."""
     packed, absmax, mean = backend.ops.quantize_4bit(
