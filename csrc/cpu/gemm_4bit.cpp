@@ -223,10 +223,10 @@ void multiply_slab(const GroupedGemm4bitParams& p, const std::vector<Piece>& pie
   for (const Piece& piece : pieces) {
     slab.push_back(rows_of_piece(p, piece, piece.row - pieces.front().row));
   }
-  if (!reads_in_place(p)) copy_rows(p, slab, pieces);
-  const int64_t rows = pieces.back().row + pieces.back().rows - pieces.front().row;
-  for_each_piece(
-      slab, rows, p.weight.first.N, kDotRegion, p.weight.first.K,
+  if (!reads_in_place(p) && p.weight.first.K > 0) copy_rows(p, slab, pieces);
+  for_each_part(
+      slab, [](const ExpertRows& e) { return e.p.M; }, p.weight.first.N, kDotRegion,
+      p.weight.first.K,
       [&](const ExpertRows& e, int64_t column, int64_t columns) {
         const Region region{.row = 0, .rows = e.p.M, .column = column, .columns = columns};
         if (e.few) {

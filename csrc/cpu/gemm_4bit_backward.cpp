@@ -93,14 +93,13 @@ const char* launch::grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardPara
                             .workspace = nullptr},
                       .dY = dY});
     }
-    const int64_t rows = pieces[end - 1].row + pieces[end - 1].rows - first;
-    for_each_piece(slab, rows, K, kRegionTiles * kPanelWidth, N,
-                   [&](const ExpertRows& e, int64_t column, int64_t columns) {
-                     const LeftOperand dS = rows_of(e.p.lora_dS, DType::kFloat32, p.R, p.R);
-                     const Region region{
-                         .row = 0, .rows = e.p.M, .column = column, .columns = columns};
-                     backward_region(e.p, e.dY, dS, region, 0);
-                   });
+    for_each_part(
+        slab, [](const ExpertRows& e) { return e.p.M; }, K, kRegionTiles * kPanelWidth, N,
+        [&](const ExpertRows& e, int64_t column, int64_t columns) {
+          const LeftOperand dS = rows_of(e.p.lora_dS, DType::kFloat32, p.R, p.R);
+          const Region region{.row = 0, .rows = e.p.M, .column = column, .columns = columns};
+          backward_region(e.p, e.dY, dS, region, 0);
+        });
   }
   return nullptr;
 }

@@ -1,6 +1,7 @@
 // Which rows of a grouped product belong to which expert.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -35,22 +36,28 @@ std::vector<Piece> pieces_of(const Groups& groups, const Most& most) {
   return pieces;
 }
 
-// Calls f(piece, column, columns) in parallel for every piece and every `width` of the `columns`.
-// Each thread gets some columns of all pieces rather than all columns of some, because experts may
-// have very different numbers of rows. `depth` is that of the contraction.
-template <class T, class F>
-void for_each_piece(const std::vector<T>& pieces, int64_t rows, int64_t columns, int64_t width,
-                    int64_t depth, const F& f) {
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  if (count == 0) return;
-  const int64_t mean_rows = ceil_div(rows, count);
-  parallel_for(ceil_div(columns, width) * count, grain_of(mean_rows * width * depth),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t column = i / count * width;
-                   f(pieces[i % count], column, std::min(width, columns - column));
-                 }
-               });
+// Calls f(part, column, columns) in parallel for every part and every `width` of the `columns`.
+// rows_of(part) is how many rows it multiplies: experts may have very different numbers, so threads
+// get equal shares of the work and not of the parts. A part's columns follow each other, because
+// they share its rows. `depth` is that of the contraction.
+template <class T, class RowsOf, class F>
+void for_each_part(const std::vector<T>& parts, const RowsOf& rows_of, int64_t columns,
+                   int64_t width, int64_t depth, const F& f) {
+  constexpr int64_t kFixedCost = 8;  // of a task, in rows: decoding W
+  const int64_t tasks = ceil_div(columns, width);
+  std::vector<int64_t> start = {0};  // of each part, in units of a row's work
+  for (const T& part : parts) start.push_back(start.back() + tasks * (kFixedCost + rows_of(part)));
+  parallel_for(start.back(), grain_of(width * depth), [&](int64_t begin, int64_t end) {
+    // The tasks that start in [begin, end).
+    size_t i = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
+    for (; i < parts.size() && start[i] < end; ++i) {
+      const int64_t cost = kFixedCost + rows_of(parts[i]);
+      int64_t task = begin > start[i] ? ceil_div(begin - start[i], cost) : 0;
+      for (; task < tasks && start[i] + task * cost < end; ++task) {
+        f(parts[i], task * width, std::min(width, columns - task * width));
+      }
+    }
+  });
 }
 
 // How many rows of `depth` a grouped product copies or packs at a time.

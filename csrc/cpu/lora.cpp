@@ -45,13 +45,13 @@ void grouped_shrink(const Groups& groups, const LeftOperand& left, const RightOf
                     int64_t columns, float scaling, DType dtype, void* out) {
   zero_rest(groups, dtype, columns, out);
   const auto pieces = pieces_of(groups, [](int64_t) { return kShrinkRows; });
-  for_each_piece(pieces, groups.M, columns, kShrinkColumns, left.depth,
-                 [&](const Piece& piece, int64_t column, int64_t width) {
-                   const Region region{
-                       .row = 0, .rows = piece.rows, .column = column, .columns = width};
-                   shrink_region(left.from(piece.row), right_of(piece.expert), region, columns,
-                                 scaling, dtype, element(out, dtype, piece.row * columns));
-                 });
+  for_each_part(
+      pieces, [](const Piece& piece) { return piece.rows; }, columns, kShrinkColumns, left.depth,
+      [&](const Piece& piece, int64_t column, int64_t width) {
+        const Region region{.row = 0, .rows = piece.rows, .column = column, .columns = width};
+        shrink_region(left.from(piece.row), right_of(piece.expert), region, columns, scaling, dtype,
+                      element(out, dtype, piece.row * columns));
+      });
 }
 
 // How many rows of a gradient [R, columns] fit the accumulators.
@@ -81,27 +81,28 @@ void grouped_factor_gradient(const Groups& groups, const float* left, int64_t le
                              const Finish& finish) {
   std::vector<Piece> experts;
   for (int64_t e = 0; e < groups.E; ++e) experts.push_back(rows_of_expert(groups, e));
-  for_each_piece(experts, groups.M, columns, kGradientColumns, R,
-                 [&](const Piece& expert, int64_t column, int64_t width) {
-                   const LeftOperand mine =
-                       columns_of(left + expert.row * left_stride, left_stride, expert.rows);
-                   RowPanels rows = right;
-                   if (rows.index != nullptr) {
-                     rows.index += expert.row;
-                   } else {
-                     rows.source = element(right.source, right.dtype, expert.row * right.stride);
-                   }
-                   for (int64_t r = 0; r < R; r += gradient_rows(R)) {
-                     const Region region{.row = r,
-                                         .rows = std::min(gradient_rows(R), R - r),
-                                         .column = column,
-                                         .columns = width};
-                     Accumulators sums;
-                     clear(region, sums);
-                     add_product(mine, region, rows, sums);
-                     finish(expert.expert, region, sums);
-                   }
-                 });
+  for_each_part(
+      experts, [](const Piece& expert) { return expert.rows; }, columns, kGradientColumns, R,
+      [&](const Piece& expert, int64_t column, int64_t width) {
+        const LeftOperand mine =
+            columns_of(left + expert.row * left_stride, left_stride, expert.rows);
+        RowPanels rows = right;
+        if (rows.index != nullptr) {
+          rows.index += expert.row;
+        } else {
+          rows.source = element(right.source, right.dtype, expert.row * right.stride);
+        }
+        for (int64_t r = 0; r < R; r += gradient_rows(R)) {
+          const Region region{.row = r,
+                              .rows = std::min(gradient_rows(R), R - r),
+                              .column = column,
+                              .columns = width};
+          Accumulators sums;
+          clear(region, sums);
+          add_product(mine, region, rows, sums);
+          finish(expert.expert, region, sums);
+        }
+      });
 }
 
 // Stores a region of dA [R, K] * scaling.

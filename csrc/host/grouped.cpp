@@ -84,6 +84,15 @@ Rows as_matrix(const char* op, const char* arg, const Tensor& x, int64_t columns
   return rows;
 }
 
+// S or dS: fp32 [M, R].
+Rows as_rank_matrix(const char* op, const char* arg, const Tensor& S, int64_t M, int64_t R,
+                    const Tensor& device_of) {
+  const Rows rows = as_rank_rows(op, arg, S, M, R, device_of);
+  QLORA_CHECK(S.dim() == 2, op, arg, " has shape ", list_string(S.sizes()), ", want [", M, ", ", R,
+              "]");
+  return rows;
+}
+
 Tensor gemm_forward(const char* op, const Tensor& x, const Stack& w, const Tensor& offsets,
                     const OptionalTensor& rows, const OptionalTensor& bias,
                     const OptionalTensor& lora_S, const OptionalTensor& lora_B,
@@ -109,7 +118,7 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Stack& w, const Tenso
   if (lora_S) {
     dense_B = as_dense(op, "lora_B", *lora_B, {E, N, kAnyRank}, x);
     p.R = lora_B->size(2);
-    rows_S = as_rank_rows(op, "lora_S", *lora_S, p.groups.M, p.R, x);
+    rows_S = as_rank_matrix(op, "lora_S", *lora_S, p.groups.M, p.R, x);
     p.lora_S = static_cast<const float*>(rows_S.data);
     p.lora_B = dense_B.data;
     p.S_stride = rows_S.stride;
@@ -142,7 +151,7 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Stack& w, const Ten
   if (lora_dS) {
     dense_A = as_dense(op, "lora_A", *lora_A, {E, kAnyRank, K}, dY);
     p.R = lora_A->size(1);
-    const Rows rows_dS = as_rank_rows(op, "lora_dS", *lora_dS, p.groups.M, p.R, dY);
+    const Rows rows_dS = as_rank_matrix(op, "lora_dS", *lora_dS, p.groups.M, p.R, dY);
     dense_dS = contiguous(op, "lora_dS", rows_dS.tensor, 4);
     p.lora_dS = static_cast<const float*>(dense_dS.data_ptr());
     p.lora_A = dense_A.data;
@@ -192,7 +201,7 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
   GroupedLoraShrinkBackwardParams p{};
   p.groups = groups.view;
   p.R = lora_A.size(1);
-  const Rows dS_rows = as_rank_rows(op, "dS", dS, p.groups.M, p.R, x);
+  const Rows dS_rows = as_rank_matrix(op, "dS", dS, p.groups.M, p.R, x);
   const Tensor dense_dS = contiguous(op, "dS", dS_rows.tensor, 4);
   p.dS = static_cast<const float*>(dense_dS.data_ptr());
   p.x = x_rows.data;
@@ -228,7 +237,7 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
   GroupedLoraExpandBackwardParams p{};
   p.groups = groups.view;
   p.R = lora_B.size(2);
-  const Rows S = as_rank_rows(op, "lora_S", lora_S, p.groups.M, p.R, dY);
+  const Rows S = as_rank_matrix(op, "lora_S", lora_S, p.groups.M, p.R, dY);
   p.dY = rows.data;
   p.S = static_cast<const float*>(S.data);
   p.lora_B = B.data;

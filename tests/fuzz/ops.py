@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import grouped
 import numpy as np
 import torch
 
@@ -139,6 +140,7 @@ SIGNATURES = {
     "embedding_4bit": ["indices", *W4, "dtype"],
     "linear": ["x", "weight", "bias"],
     "linear_backward": ["dY", "weight"],
+    **grouped.SIGNATURES,
 }
 SIZES = (0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 128, 130, 192, 320)
 ROWS = (0, 1, 1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 33)
@@ -179,6 +181,9 @@ def draw_weight(rng, reference, shape):
 
 def draw(rng, reference, op):
     """Valid arguments of `op`, by name."""
+    if op in grouped.SIGNATURES:
+        values = grouped.draw(rng, lambda shape: draw_weight(rng, reference, shape), FLOATS)
+        return {name: values[name] for name in SIGNATURES[op]}
     N, K, M, R = rng.choice(SIZES), rng.choice(SIZES), rng.choice(ROWS), rng.choice(RANKS)
     dtype, lora_dtype = rng.choice(FLOATS), rng.choice(FLOATS)
     scale = 10.0 ** rng.uniform(-3, 2)
@@ -327,6 +332,9 @@ def spoil(rng, name, value):
         changed = value.clone().reshape(-1)
         changed[rng.randrange(changed.numel())] = rng.choice((-1, 2**31 - 1, -(2**31), 320, 1000))
         return changed.reshape(value.shape)
+    indices = name in grouped.INDICES and torch.is_tensor(value) and value.numel()
+    if indices and rng.random() < 0.5:
+        return grouped.spoil_index(rng, value)
     if torch.is_tensor(value):
         return spoil_tensor(rng, value)
     return rng.choice((None, torch.zeros(3), torch.zeros(3, dtype=torch.uint8), 1.0))
@@ -426,6 +434,9 @@ def narrowest(*tensors):
 def check(reference, op, args, result):
     """Raises AssertionError where `result` is not what the reference says of `args`."""
     name = op.partition(".")[0]
+    if op in grouped.SIGNATURES:
+        grouped.check(op, args, result)
+        return
     if op == "quantize_4bit":
         book = reference.make_codebook(
             args["quant_type"], args["codebook"], args["companding"], args["companding_k"]

@@ -136,9 +136,29 @@ def test_one_expert_is_the_plain_op():
     x = torch.randn(9, K)
     y = grouped_ops.grouped_gemm_4bit(x, q.op_args(), torch.tensor([9], dtype=torch.int32))
     assert_same_bytes(y, ops.gemm_4bit(x, q[0].op_args()), "y")
-    torch.testing.assert_close(
-        y.double(), torch.from_numpy(R.linear_4bit(x.double().numpy(), arrays[0])), rtol=0, atol=1e-5
-    )
+    want = torch.from_numpy(R.linear_4bit(x.double().numpy(), arrays[0]))
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    """Experts with 1 to 600 rows: threads share the work of one, and of several."""
+    sizes = torch.tensor([1, 600, 0, 9, 30])
+    offsets = sizes.cumsum(0).to(torch.int32)
+    rows = torch.randint(0, T, (int(sizes.sum()) + 2,), dtype=torch.int32)
+    q, x, A, B, bias = inputs(dtype)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 7):
+            torch.set_num_threads(count)
+            y = grouped_ops.grouped_lora_gemm_4bit(x, q.op_args(), A, B, 2.0, offsets, rows, bias)
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, A, B, bias))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert_same_bytes(got, want, "result")
 
 
 def test_sum_rows():
