@@ -150,7 +150,7 @@ void for_each_region(int64_t rows, int64_t columns, int64_t region_rows, int64_t
 template <class Fill>
 void add_product(const LeftOperand& left, const Region& region, const Fill& fill,
                  Accumulators& sums) {
-  alignas(64) float panel[kDepth * kPanelWidth];
+  alignas(64) float panel[2 * kDepth * kPanelWidth];
   alignas(64) float converted[kMaxConvertedRows * kDepth];
   const Kernels& simd = kernels();
   const bool converts = left.dtype != DType::kFloat32 || left.index != nullptr;
@@ -165,10 +165,19 @@ void add_product(const LeftOperand& left, const Region& region, const Fill& fill
       const void* row = element(left.data, left.dtype, left.offset_of(region.row + m) + block);
       simd.to_float(row, left.dtype, depth, converted + m * kDepth);
     }
-    for (int64_t tile = 0; tile < region.tiles(); ++tile) {
+    for (int64_t tile = 0; tile < region.tiles();) {
       fill(region.column + tile * kPanelWidth, region.tile_width(tile), d, depth, panel);
-      simd.multiply(x, row_stride, left.depth_stride, region.rows, panel, depth,
-                    sums.row(region, tile, 0));
+      if (simd.multiply_two != nullptr && tile + 1 < region.tiles()) {
+        fill(region.column + (tile + 1) * kPanelWidth, region.tile_width(tile + 1), d, depth,
+             panel + depth * kPanelWidth);
+        simd.multiply_two(x, row_stride, left.depth_stride, region.rows, panel, depth,
+                          sums.row(region, tile, 0));
+        tile += 2;
+      } else {
+        simd.multiply(x, row_stride, left.depth_stride, region.rows, panel, depth,
+                      sums.row(region, tile, 0));
+        ++tile;
+      }
     }
   }
 }

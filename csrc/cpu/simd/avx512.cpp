@@ -370,6 +370,42 @@ void multiply_rows(const float* x, int64_t row_stride, int64_t depth_stride, con
   for (int m = 0; m < kRows; ++m) _mm512_storeu_ps(acc + m * kPanelWidth, sum[m]);
 }
 
+// acc[2][rows][kPanelWidth] += x [kRows, depth] * panels [2][depth][kPanelWidth]: each element of x
+// that is loaded serves two vectors.
+template <int kRows>
+void multiply_rows_two(const float* x, int64_t row_stride, int64_t depth_stride,
+                       const float* panels, int64_t depth, int64_t rows, float* acc) {
+  __m512 sum[2][kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    sum[0][m] = _mm512_loadu_ps(acc + m * kPanelWidth);
+    sum[1][m] = _mm512_loadu_ps(acc + (rows + m) * kPanelWidth);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    const __m512 right0 = _mm512_loadu_ps(panels + d * kPanelWidth);
+    const __m512 right1 = _mm512_loadu_ps(panels + (depth + d) * kPanelWidth);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 left = _mm512_set1_ps(x[m * row_stride + d * depth_stride]);
+      sum[0][m] = _mm512_fmadd_ps(left, right0, sum[0][m]);
+      sum[1][m] = _mm512_fmadd_ps(left, right1, sum[1][m]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    _mm512_storeu_ps(acc + m * kPanelWidth, sum[0][m]);
+    _mm512_storeu_ps(acc + (rows + m) * kPanelWidth, sum[1][m]);
+  }
+}
+
+void multiply_two(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
+                  const float* panels, int64_t depth, float* acc) {
+  for_each_row_tile<8>(rows, [&](auto count, int64_t row) {
+    multiply_rows_two<count>(x + row * row_stride, row_stride, depth_stride, panels, depth, rows,
+                             acc + row * kPanelWidth);
+  });
+}
+
 void multiply(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
               const float* panel, int64_t depth, float* acc) {
   for_each_row_tile<8>(rows, [&](auto count, int64_t row) {
@@ -398,6 +434,7 @@ Kernels avx512_kernels() {
   table.decode_rows = decode_rows;
   table.dot = dot;
   table.multiply = multiply;
+  table.multiply_two = multiply_two;
   return table;
 }
 

@@ -214,6 +214,7 @@ const Kernels kPortableKernels = {
     .pack_rows = pack_rows,
     .pack_columns = pack_columns,
     .multiply = multiply,
+    .multiply_two = nullptr,
     .pair_bf16 = nullptr,
     .multiply_bf16 = nullptr,
 };
