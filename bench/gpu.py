@@ -609,6 +609,21 @@ def first_call(in_a_graph: bool) -> None:
 # ---------------------------------------------------------------- sanitizer's set
 
 
+def touch_experts(q, x, A, B):
+    """The ops of a mixture, on three experts of q's bytes: one without rows, and rows without an
+    expert."""
+    E, M = 3, len(x)
+    parts = [None if t is None else torch.stack([t] * E) for t in q.op_args()[:4]]
+    w4 = (*parts, [E, *q.shape], *q.op_args()[5:])
+    A, B = A.expand(E, -1, -1).contiguous(), B.expand(E, -1, -1).contiguous()
+    order = torch.randint(M, (2 * M,), device="cuda", dtype=torch.int32)
+    ends = torch.tensor([M, M, 2 * M - 1], device="cuda", dtype=torch.int32)
+    y, S = ops.grouped_lora_gemm_4bit(x, *w4, A, B, SCALING, ends, order)
+    ops.grouped_lora_gemm_4bit_backward(y, x, S, *w4, A, B, SCALING, ends, order, True)
+    ops.grouped_lora_shrink_backward(S, x, A, SCALING, ends, order, True)
+    ops.sum_rows(x, order, ends)
+
+
 def touch_every_op():
     """Runs each op at small shapes, tails included, for compute-sanitizer.
 
@@ -650,6 +665,8 @@ def touch_every_op():
                 bias = torch.randn(N, device="cuda", dtype=dtype)
                 y, S = ops.lora_gemm_4bit(x, *w4, A, B, SCALING, bias)
                 ops.lora_gemm_4bit_backward(y, x, S, *w4, A, B, SCALING, True)
+                if K % 2 == 0:
+                    touch_experts(q, x, A, B)
     torch.cuda.synchronize()
     print("touched every op")
 

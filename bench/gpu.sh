@@ -135,7 +135,8 @@ step capture 20 "$python" bench/gpu.py --first-call --in-a-graph
 step parity 45 "$python" bench/parity.py
 # The shared op tests' cuda backend. Without an import of transformers or peft they need little.
 step tests 80 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider -k 'cuda and not simt' \
-  tests/ops/test_ops.py tests/ops/test_cuda_kernels.py tests/nn/test_devices.py
+  tests/ops/test_ops.py tests/ops/test_grouped.py tests/ops/test_cuda_kernels.py \
+  tests/nn/test_devices.py
 
 # What compute-sanitizer prints that is no finding: its own heading, empty lines, a count of zero, and
 # what the signal at the time limit makes it say.

@@ -68,10 +68,27 @@ KERNELS = {
     "gemm_4bit_any": ("kTileThreads", "sizeof(AnySmem)", None),
     "gemm_4bit_backward_fused": (f"{BACKWARD}::kThreads", "sizeof(BackwardSmem<{0}, {2}>)", "64"),
     "gemm_4bit_backward_any": ("kTileThreads", "sizeof(AnySmem)", None),
+    "grouped_gemm_4bit_fused": (
+        f"{FUSED}::kThreads",
+        "sizeof(FusedSmem<{0}, {2}>)",
+        f"64 * {FUSED}::kStages",
+    ),
+    "grouped_gemm_4bit_any": ("kTileThreads", "sizeof(AnySmem)", None),
+    "grouped_gemm_4bit_backward_fused": (
+        f"{BACKWARD}::kThreads",
+        "sizeof(BackwardSmem<{0}, {2}>)",
+        "64",
+    ),
+    "grouped_gemm_4bit_backward_any": ("kTileThreads", "sizeof(AnySmem)", None),
     "reduce_parts": ("256", "0", None),
     "lora_rows_mma": ("kLoraThreads", "sizeof(LoraRowsSmem<{2}>)", None),
     "lora_columns_mma": ("kLoraThreads", "sizeof(LoraColumnsSmem<{2}>)", None),
     "lora_tile": ("kTileThreads", "sizeof(TileSmem)", None),
+    "grouped_lora_rows_mma": ("kLoraThreads", "sizeof(LoraRowsSmem<{2}>)", None),
+    "grouped_lora_columns_mma": ("kLoraThreads", "sizeof(LoraColumnsSmem<{2}>)", None),
+    "grouped_lora_rows_tile": ("kTileThreads", "sizeof(TileSmem)", None),
+    "grouped_lora_columns_tile": ("kTileThreads", "sizeof(TileSmem)", None),
+    "sum_rows_tokens": ("kSumRowsThreads", "0", None),
     "merge_lora_4bit_tile": ("kTileThreads", "sizeof(TileSmem)", None),
 }
 

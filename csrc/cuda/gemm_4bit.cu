@@ -18,11 +18,8 @@ enum class Variant {
   kAny,     // FFMA, any shape
 };
 
-// What the fused kernel requires of its operands.
 bool fused_can_run(const Gemm4bitParams& p, const DeviceInfo& device) {
-  const PackedWeight& w = p.weight;
-  return has_tensor_cores(p.dtype, device) && has_uniform_runs(w) && is_aligned(p.x, 16) &&
-         p.x_stride % 8 == 0;
+  return fused_can_read(p.weight, p.x, p.x_stride, p.dtype, device);
 }
 
 Variant choose(const Gemm4bitParams& p) {
@@ -37,21 +34,16 @@ Variant choose(const Gemm4bitParams& p) {
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
-// Simulated time of a stage (16384 weights) of a block alone on its SM: 631, 733, 1013 and 1657
-// cycles at 1.7 GHz. Two blocks fit an SM with 228 KiB of shared memory; from 32 rows on they need
-// too many registers.
+// Two blocks fit an SM with 228 KiB of shared memory; from 32 rows on they need too many registers.
 template <int kTilesM>
 BlockCost fused_cost(const DeviceInfo& device) {
-  constexpr float kStage = kTilesM == 1   ? 0.37f
-                           : kTilesM == 2 ? 0.43f
-                           : kTilesM == 4 ? 0.6f
-                                          : 0.97f;
+  constexpr float kStage = fused_stage(kTilesM);
   const bool two =
       kTilesM <= 2 && device.shared_bytes >= 2 * int{sizeof(FusedSmem<Sm80, 1>)} + 1024;
   return {.resident = two ? 2 : 1,
           .least_stages = 4,
           .stage = kStage,
-          .share = 0.6f * kStage,
+          .share = kFusedShare * kStage,
           .start = 1.2f};
 }
 
@@ -74,13 +66,7 @@ int64_t workspace_fused(const Gemm4bitParams& p) {
 template <class Arch, class T, int kTilesM>
 const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
   using Traits = FusedTraits<Arch, kTilesM>;
-  FusedParams fused{};
-  fused.gemm = p;
-  fused.scales = make_scales(p.weight);
-  fused.run_shift = run_shift(fused.scales);
-  fused.table_factor = table_factor<T>(p.weight.values, p.weight.blocksize);
-  fused.scale_factor = 1 / fused.table_factor;
-  fused.parts = static_cast<float*>(p.workspace);
+  FusedParams fused = make_fused_params<T>(p);
   const Splits splits = fused_splits<kTilesM>(p);
   fused.k_per_split = splits.stages * Traits::kTileK;
   const dim3 grid(grid_blocks(ceil_div(p.weight.N, Traits::kTileN)),
@@ -114,33 +100,6 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
                                     : gemm_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
 }
 
-const char* gemm_any(const Gemm4bitParams& p, void* stream) {
-  AnyProduct product{};
-  product.weight = p.weight;
-  product.table = p.table;
-  product.scales = make_scales(p.weight);
-  product.x = {
-      .data = p.x, .row_stride = p.x_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
-  product.lora_a = {.data = p.lora_S,
-                    .row_stride = p.S_stride,
-                    .depth_stride = 1,
-                    .rows = p.M,
-                    .dtype = DType::kFloat32};
-  product.lora_b = {.data = p.lora_B,
-                    .row_stride = p.R,
-                    .depth_stride = 1,
-                    .rows = p.weight.N,
-                    .dtype = p.lora_dtype};
-  product.R = p.R;
-  product.cols = p.weight.N;
-  product.depth = p.weight.K;
-  product.bias = p.bias;
-  product.bias_dtype = p.bias_dtype;
-  product.out = p.y;
-  product.out_dtype = p.dtype;
-  return launch_any_product<gemm_4bit_any<>>(product, p.workspace, stream);
-}
-
 bool is_empty(const Gemm4bitParams& p) { return p.M <= 0 || p.weight.N <= 0; }
 
 }  // namespace
@@ -172,7 +131,7 @@ const char* gemm_4bit(const Gemm4bitParams& p, void* stream) {
     case Variant::kFused4: return gemm_fused<4>(p, stream);
     case Variant::kFused8: return gemm_fused<8>(p, stream);
     default:  // also kChunks, if the caller did not ask chunk_rows_gemm_4bit first
-      return gemm_any(p, stream);
+      return launch_any_product<gemm_4bit_any<>>(as_any_product(p), p.workspace, stream);
   }
 }
 

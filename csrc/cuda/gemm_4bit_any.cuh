@@ -11,6 +11,7 @@
 
 #include "cuda/heuristics.cuh"
 #include "cuda/reduce_parts.cuh"
+#include "cuda/row_groups.cuh"
 #include "cuda/tile.cuh"
 
 namespace qlora_ext {
@@ -38,21 +39,94 @@ struct AnySmem {
   float values[16];  // the codebook: lanes look up different codes
 };
 
-// kTransposed (backward): columns are k and the contraction runs over n.
-template <bool kTransposed>
-__device__ __forceinline__ void any_product(const AnyProduct& p) {
-  AnySmem& s = ptx::shared_memory<AnySmem>();
+// Each op's product.
+inline AnyProduct as_any_product(const Gemm4bitParams& p) {
+  AnyProduct product{};
+  product.weight = p.weight;
+  product.table = p.table;
+  product.scales = make_scales(p.weight);
+  product.x = {
+      .data = p.x, .row_stride = p.x_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
+  product.lora_a = {.data = p.lora_S,
+                    .row_stride = p.S_stride,
+                    .depth_stride = 1,
+                    .rows = p.M,
+                    .dtype = DType::kFloat32};
+  product.lora_b = {.data = p.lora_B,
+                    .row_stride = p.R,
+                    .depth_stride = 1,
+                    .rows = p.weight.N,
+                    .dtype = p.lora_dtype};
+  product.R = p.R;
+  product.cols = p.weight.N;
+  product.depth = p.weight.K;
+  product.bias = p.bias;
+  product.bias_dtype = p.bias_dtype;
+  product.out = p.y;
+  product.out_dtype = p.dtype;
+  return product;
+}
+
+inline AnyProduct as_any_product(const Gemm4bitBackwardParams& p) {
+  AnyProduct product{};
+  product.weight = p.weight;
+  product.scales = make_scales(p.weight);
+  product.x = {
+      .data = p.dY, .row_stride = p.dY_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
+  product.lora_a = {.data = p.lora_dS,
+                    .row_stride = p.R,
+                    .depth_stride = 1,
+                    .rows = p.M,
+                    .dtype = DType::kFloat32};
+  // Row k, depth r.
+  product.lora_b = {.data = p.lora_A,
+                    .row_stride = 1,
+                    .depth_stride = p.weight.K,
+                    .rows = p.weight.K,
+                    .dtype = p.lora_dtype};
+  product.R = p.R;
+  product.cols = p.weight.K;
+  product.depth = p.weight.N;
+  product.out = p.dX;
+  product.out_dtype = p.dtype;
+  return product;
+}
+
+// The block's 64x64 tile from row0 and col0, over [begin, end) of the contraction, in acc.
+// kTransposed (backward): columns are k and the contraction runs over n. `x` is what p.x is.
+template <bool kTransposed, class X, class Rows>
+__device__ __forceinline__ void any_tile(AnySmem& s, const AnyProduct& p, const X& x,
+                                         const Rows& rows, int64_t row0, int64_t col0,
+                                         int64_t begin, int64_t end, TileAccumulators& acc) {
+  const int64_t expert = rows.expert();
+  const WeightOperand w{.packed = packed_of(p.weight, expert),
+                        .values = s.values,
+                        .scales = scales_of(p.scales, p.weight, expert),
+                        .K = p.weight.K,
+                        .rows = p.cols,
+                        .transposed = kTransposed};
+  tile_clear(acc);
+  tile_product(s.tile, x, w, row0, col0, begin, end, acc);
+  if (begin == 0 && p.R > 0) {  // the bypass adds to the same sums
+    DenseOperand lora_a = p.lora_a;
+    lora_a.rows = rows.end(lora_a.rows);
+    tile_product(s.tile, lora_a, p.lora_b.from(expert * p.cols * p.R), row0, col0, 0, p.R, acc);
+  }
+}
+
+// The codebook. The whole block calls it before any_tile.
+__device__ __forceinline__ void any_values(AnySmem& s, const AnyProduct& p) {
   if (threadIdx.x < 16) {
     s.values[threadIdx.x] =
         p.table != nullptr ? __ldg(p.table + threadIdx.x) : p.weight.values[threadIdx.x];
   }
   __syncthreads();
-  const WeightOperand w{.packed = p.weight.packed,
-                        .values = s.values,
-                        .scales = p.scales,
-                        .K = p.weight.K,
-                        .rows = p.cols,
-                        .transposed = kTransposed};
+}
+
+template <bool kTransposed>
+__device__ __forceinline__ void any_product(const AnyProduct& p) {
+  AnySmem& s = ptx::shared_memory<AnySmem>();
+  any_values(s, p);
   const int64_t rows = p.x.rows;
   const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kTileSize;
   const int64_t begin = blockIdx.z * p.depth_per_part;
@@ -61,11 +135,7 @@ __device__ __forceinline__ void any_product(const AnyProduct& p) {
   for (int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileSize; row0 < rows;
        row0 += static_cast<int64_t>(gridDim.y) * kTileSize) {
     TileAccumulators acc;
-    tile_clear(acc);
-    tile_product(s.tile, p.x, w, row0, col0, begin, end, acc);
-    if (blockIdx.z == 0 && p.R > 0) {  // the bypass adds to the same sums
-      tile_product(s.tile, p.lora_a, p.lora_b, row0, col0, 0, p.R, acc);
-    }
+    any_tile<kTransposed>(s, p, p.x, OneWeight{row0}, row0, col0, begin, end, acc);
     tile_for_each(acc, row0, col0, rows, p.cols, [&](int64_t row, int64_t col, float v) {
       const int64_t i = row * p.cols + col;
       if (whole) {

@@ -16,8 +16,7 @@ enum class Variant {
 };
 
 bool fused_can_run(const Gemm4bitBackwardParams& p, const DeviceInfo& device) {
-  return has_tensor_cores(p.dtype, device) && has_uniform_runs(p.weight) && is_aligned(p.dY, 16) &&
-         p.dY_stride % 8 == 0 && is_aligned(p.dX, 16);
+  return fused_can_read(p.weight, p.dY, p.dY_stride, p.dtype, device) && is_aligned(p.dX, 16);
 }
 
 Variant choose(const Gemm4bitBackwardParams& p) {
@@ -31,12 +30,11 @@ Variant choose(const Gemm4bitBackwardParams& p) {
   return p.M <= 32 || !wide ? Variant::kFused4 : Variant::kFused8;
 }
 
-// Simulated time of a stage (64 rows of W, 256 columns): 1154 cycles with 32 rows of dY, 1653 with
-// 64, at 1.7 GHz. The registers leave room for one block per SM.
+// A stage is 64 rows of W by 256 columns. The registers leave room for one block per SM.
 template <int kTilesM>
 constexpr BlockCost kFusedCost{.resident = 1,
                                .least_stages = 4,
-                               .stage = kTilesM == 4 ? 0.68f : 0.97f,
+                               .stage = backward_stage(kTilesM),
                                .share = 0.0f,
                                .start = 1.2f};
 
@@ -58,11 +56,7 @@ int64_t workspace_fused(const Gemm4bitBackwardParams& p) {
 template <class Arch, class T, int kTilesM>
 const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
   using Traits = BackwardTraits<Arch, kTilesM>;
-  BackwardParams fused{};
-  fused.gemm = p;
-  fused.scales = make_scales(p.weight);
-  fused.run_shift = run_shift(fused.scales);
-  fused.parts = static_cast<float*>(p.workspace);
+  BackwardParams fused = make_backward_params(p);
   const Splits splits = fused_splits<kTilesM>(p);
   fused.n_per_split = splits.stages * Traits::kStageN;
   const dim3 grid(grid_blocks(ceil_div(p.weight.K, Traits::kTileK)),
@@ -96,31 +90,6 @@ const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
                                     : backward_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
 }
 
-const char* backward_any(const Gemm4bitBackwardParams& p, void* stream) {
-  AnyProduct product{};
-  product.weight = p.weight;
-  product.scales = make_scales(p.weight);
-  product.x = {
-      .data = p.dY, .row_stride = p.dY_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
-  product.lora_a = {.data = p.lora_dS,
-                    .row_stride = p.R,
-                    .depth_stride = 1,
-                    .rows = p.M,
-                    .dtype = DType::kFloat32};
-  // Row k, depth r.
-  product.lora_b = {.data = p.lora_A,
-                    .row_stride = 1,
-                    .depth_stride = p.weight.K,
-                    .rows = p.weight.K,
-                    .dtype = p.lora_dtype};
-  product.R = p.R;
-  product.cols = p.weight.K;
-  product.depth = p.weight.N;
-  product.out = p.dX;
-  product.out_dtype = p.dtype;
-  return launch_any_product<gemm_4bit_backward_any<>>(product, p.workspace, stream);
-}
-
 bool is_empty(const Gemm4bitBackwardParams& p) { return p.M <= 0 || p.weight.K <= 0; }
 
 }  // namespace
@@ -145,7 +114,7 @@ const char* gemm_4bit_backward(const Gemm4bitBackwardParams& p, void* stream) {
     case Variant::kFused4: return backward_fused<4>(p, stream);
     case Variant::kFused8: return backward_fused<8>(p, stream);
     default:  // also kChunks, if the caller did not ask chunk_columns_gemm_4bit_backward first
-      return backward_any(p, stream);
+      return launch_any_product<gemm_4bit_backward_any<>>(as_any_product(p), p.workspace, stream);
   }
 }
 

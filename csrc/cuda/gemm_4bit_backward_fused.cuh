@@ -23,59 +23,20 @@
 //         116992 at 64 (3 stages). sm_75: a 2 KiB table of single values instead.
 #pragma once
 
+#include "cuda/gemm_4bit_backward_fused_layout.cuh"
 #include "cuda/reduce_parts.cuh"
-#include "cuda/scale_pipeline.cuh"
+#include "cuda/row_groups.cuh"
 
 namespace qlora_ext {
 
-template <class Arch, int kTilesM>
-struct BackwardTraits {
-  static constexpr int kThreads = 256;
-  static constexpr int kTileM = 8 * kTilesM;
-  static constexpr int kTileK = 256;           // columns of dX
-  static constexpr int kStageN = 64;           // rows of W per stage
-  static constexpr int kRuns = kTileK / kRun;  // = warps along k
-  static_assert(kRuns * kStageN == kThreads, "a stage has one scale for each thread");
-  static constexpr bool kCompact = std::is_same_v<Arch, Sm75>;
-  static constexpr int kStages = kTilesM <= 4 ? 2 : 3;
-  static constexpr int kTableBytes = kCompact ? 16 * 32 * 4 : 256 * 256;
-  static constexpr int kWRowBytes = kTileK / 2;
-  static constexpr int kWStageBytes = kStageN * kWRowBytes;
-  static constexpr int kYRowBytes = 2 * kStageN;
-  static constexpr int kYStageBytes = kTileM * kYRowBytes;
-  static constexpr int kYCopies = kYStageBytes / 16 / kThreads;  // 16-byte copies per thread
-  static constexpr int kScalePitch = kStageN + 8;                // conflict-free writes
-  static constexpr int kSumBytes = kTileM * kTileK * 4;
-};
-
-// Table and stages. At the end the same memory holds the sums of one half of the warps.
-template <class Arch, int kTilesM>
-union BackwardSmem {
-  using Traits = BackwardTraits<Arch, kTilesM>;
-  struct {
-    unsigned char table[Traits::kTableBytes];
-    unsigned char w[Traits::kStages][Traits::kWStageBytes];  // 32-byte segments, run ^ (n / 8 & 3)
-    unsigned char y[Traits::kStages][Traits::kYStageBytes];  // 16-byte units, unit ^ (m & 1) * 4
-    float scales[2][Traits::kRuns][Traits::kScalePitch];     // [buffer][run][n]
-  };
-  float sums[Traits::kTileM][Traits::kTileK];
-};
-
-struct BackwardParams {
-  Gemm4bitBackwardParams gemm;
-  Scales scales;
-  int run_shift;        // run index -> block index
-  int64_t n_per_split;  // a multiple of kStageN
-  float* parts;         // [splits, M, K] if splits > 1
-};
-
 // One block's tile: columns k0.. of dX, rows m0.., contraction over rows [n_begin, + length) of W.
-template <class Arch, class T, int kTilesM, bool kNested>
+template <class Arch, class T, int kTilesM, bool kNested, class Rows>
 struct BackwardTile {
   using Traits = BackwardTraits<Arch, kTilesM>;
 
   const BackwardParams& p;
   BackwardSmem<Arch, kTilesM>& s;
+  const Rows rows;
   int64_t k0, m0, n_begin;
   int length;             // of the contraction in this block; the n below count from n_begin
   int lane, warp_n, run;  // this warp's half of a stage's rows, and its 64 columns
@@ -99,11 +60,16 @@ struct BackwardTile {
   float acc[4][kTilesM][4];  // [byte of the lane's word][8 rows m][mma register]
 
   __device__ __forceinline__ BackwardTile(const BackwardParams& params,
-                                          BackwardSmem<Arch, kTilesM>& smem)
-      : p(params), s(smem), scale_pipeline(params.scales, params.run_shift, 1.0f) {
+                                          BackwardSmem<Arch, kTilesM>& smem, const Rows& block_rows,
+                                          int64_t column_tile)
+      : p(params),
+        s(smem),
+        rows(block_rows),
+        scale_pipeline(scales_of(params.scales, params.gemm.weight, block_rows.expert()),
+                       params.run_shift, 1.0f) {
     const int tid = threadIdx.x;
-    k0 = static_cast<int64_t>(blockIdx.x) * Traits::kTileK;
-    m0 = static_cast<int64_t>(blockIdx.y) * Traits::kTileM;
+    k0 = column_tile * Traits::kTileK;
+    m0 = rows.first;
     n_begin = blockIdx.z * p.n_per_split;
     length = static_cast<int>(min(p.n_per_split, p.gemm.weight.N - n_begin));
     lane = tid % 32;
@@ -130,13 +96,15 @@ struct BackwardTile {
     const int piece = tid % 8;  // of a row of W, two per run
     w_n = tid / 8;
     w_valid = k0 + piece * 32 < K;
-    w_source = p.gemm.weight.packed + ((n_begin + w_n) * K + k0 + piece * 32) / 2;
+    w_source =
+        packed_of(p.gemm.weight, rows.expert()) + ((n_begin + w_n) * K + k0 + piece * 32) / 2;
     w_target = ptx::shared_address(s.w) + w_n * Traits::kWRowBytes +
                ((piece / 2) ^ (w_n / 8 & 3)) * 32 + piece % 2 * 16;
 
     const int unit = tid % 8, m = tid / 8;
     y_n = unit * 8;
-    y_rows = static_cast<int>(min(p.gemm.M - m0, static_cast<int64_t>(Traits::kTileM))) - m;
+    y_rows =
+        static_cast<int>(min(rows.end(p.gemm.M) - m0, static_cast<int64_t>(Traits::kTileM))) - m;
     y_source = static_cast<const T*>(p.gemm.dY) + (m0 + m) * p.gemm.dY_stride + n_begin + y_n;
     y_target = ptx::shared_address(s.y) + m * Traits::kYRowBytes + (unit ^ (m & 1) * 4) * 16;
   }
@@ -262,6 +230,7 @@ struct BackwardTile {
     const Gemm4bitBackwardParams& gemm = p.gemm;
     const int g = lane / 4, t = lane % 4;
     const int64_t k = k0 + run * kRun + g * 8;
+    const int64_t first = rows.expert() * gemm.R;  // row of lora_A
     for (int64_t r0 = warp_n * 16; r0 < gemm.R; r0 += 32) {
       const int64_t r = r0 + t * 4;
       const int ranks = static_cast<int>(min(max(gemm.R - r, int64_t{0}), int64_t{4}));
@@ -271,7 +240,7 @@ struct BackwardTile {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float four[4];
-          load_four(gemm.lora_A, gemm.lora_dtype, (r + i) * gemm.weight.K + k + half * 4,
+          load_four(gemm.lora_A, gemm.lora_dtype, (first + r + i) * gemm.weight.K + k + half * 4,
                     i < ranks && k < gemm.weight.K ? 4 : 0, four);
 #pragma unroll
           for (int j = 0; j < 4; ++j) v[i][half * 4 + j] = four[j];
@@ -281,7 +250,8 @@ struct BackwardTile {
       for (int tile = 0; tile < kTilesM; ++tile) {
         const int64_t m = m0 + tile * 8 + g;
         float dS[4];
-        load_four(gemm.lora_dS, DType::kFloat32, m * gemm.R + r, m < gemm.M ? ranks : 0, dS);
+        load_four(gemm.lora_dS, DType::kFloat32, m * gemm.R + r, m < rows.end(gemm.M) ? ranks : 0,
+                  dS);
         const uint32_t b[2] = {pack_pair<T>(dS[0], dS[1]), pack_pair<T>(dS[2], dS[3])};
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
@@ -316,7 +286,7 @@ struct BackwardTile {
     for_each_row([&](int tile, int i) {
       const int row = tile * 8 + t * 2 + i;
       const int64_t m = m0 + row;
-      if (m >= gemm.M) return;
+      if (m >= rows.end(gemm.M)) return;
       const float4* sums = reinterpret_cast<const float4*>(&s.sums[row][column]);
       const float4 left = sums[0], right = sums[1];
       const float v[8] = {acc[0][tile][i] + left.x,  acc[0][tile][i + 2] + left.y,
@@ -324,7 +294,7 @@ struct BackwardTile {
                           acc[2][tile][i] + right.x, acc[2][tile][i + 2] + right.y,
                           acc[3][tile][i] + right.z, acc[3][tile][i + 2] + right.w};
       const int64_t at = m * gemm.weight.K + k0 + column;
-      if (gridDim.z > 1) {
+      if (!Rows::kGrouped && gridDim.z > 1) {
         store_eight(p.parts + blockIdx.z * gemm.M * gemm.weight.K + at, v);
       } else {
         store_eight(static_cast<T*>(gemm.dX) + at, v);
@@ -375,8 +345,9 @@ __global__ void __launch_bounds__(256, 1) gemm_4bit_backward_fused(BackwardParam
   if constexpr (!ptx::is_compiled<Arch, BackwardSmem<Arch, kTilesM>>()) {
     ptx::trap();
   } else {
-    BackwardTile<Arch, T, kTilesM, kNested> tile(p,
-                                                 ptx::shared_memory<BackwardSmem<Arch, kTilesM>>());
+    const OneWeight rows{static_cast<int64_t>(blockIdx.y) * BackwardTraits<Arch, kTilesM>::kTileM};
+    BackwardTile<Arch, T, kTilesM, kNested, OneWeight> tile(
+        p, ptx::shared_memory<BackwardSmem<Arch, kTilesM>>(), rows, blockIdx.x);
     tile.run_all();
   }
 }

@@ -26,76 +26,55 @@
 //         blocks per SM on H100, one on A100 and on sm_86/89/120 (limit 101376).
 #pragma once
 
+#include "cuda/gemm_4bit_fused_layout.cuh"
 #include "cuda/reduce_parts.cuh"
-#include "cuda/scale_pipeline.cuh"
-#include "cuda/table_factor.cuh"
+#include "cuda/row_groups.cuh"
 
 namespace qlora_ext {
 
-// kTilesM mma tiles of 8 rows of x. A stage is always 16384 weights (8 KiB). Few rows of x leave
-// room for long rows of W; with many rows, more columns per block pay off.
-template <class Arch, int kTilesM>
-struct FusedTraits {
-  static constexpr int kThreads = 256;
-  static constexpr int kTileM = 8 * kTilesM;
-  static constexpr int kTileN = kTilesM == 1 ? 32 : kTilesM == 2 ? 64 : 128;
-  static constexpr int kTileK = 16384 / kTileN;
-  static constexpr int kRuns = kTileK / kRun;  // = warps along k
-  static constexpr int kWarpsN = kTileN / 32;
-  static_assert(kRuns * kWarpsN * 32 == kThreads, "one run of 64 and 32 rows n for each warp");
-  static_assert(kRuns * kTileN == kThreads, "a stage has one scale for each thread");
+// This thread's 16-byte pieces of a stage of x: `kCount` rows `kStep` apart.
+template <class T, class Rows, int kCount, int kStep>
+struct RowPieces {
+  const T* source;
 
-  // sm_75 has 64 KiB of shared memory: a compact table (two lanes share a bank) and two stages.
-  static constexpr bool kCompact = std::is_same_v<Arch, Sm75>;
-  static constexpr int kStages = kCompact ? 2 : 4;
-  static constexpr int kPairStride = kCompact ? 64 : 256;   // bytes between table entries
-  static constexpr int kLineStride = kCompact ? 128 : 256;  // between 128-byte lines of packed W
-  static constexpr int kFirstLine = kCompact ? 256 * 64 : 128;
-  static constexpr int kStageLines = 64;
-  static constexpr int kTableBytes = 256 * 64 + (kCompact ? kStages * 8192 : 48 * 1024);
-  static_assert(kCompact || kStages * kStageLines == 256, "stages fill the table's gaps exactly");
-
-  static constexpr int kXRowBytes = 2 * kTileK;
-  static constexpr int kXStageBytes = kTileM * kXRowBytes;
-  static constexpr int kXCopies = kXStageBytes / 16 / kThreads;  // 16-byte copies per thread
-  static constexpr int kXCopyRows = kThreads / (kTileK / 8);     // rows between two copies
-  static constexpr int kScalePitch = kTileN + 32 / kRuns;        // conflict-free writes
-
-  // The 32-byte segment of run `run` of row `n`, as a byte offset into a stage: XOR swizzled so
-  // that four neighbouring rows lie in different banks.
-  __device__ __forceinline__ static int segment(int n, int run) {
-    constexpr int kRowSegments = kTileK / kRun;  // 8, 4 or 2
-    const int linear = n * kRowSegments + run;
-    const int swizzle = kRowSegments == 2 ? (n >> 1) & 1 : n & 3;
-    return linear / 4 * kLineStride + ((linear % 4) ^ swizzle) * 32;
+  __device__ __forceinline__ void locate(const T* x, int64_t stride, const Rows&, int64_t row,
+                                         int) {
+    source = x + row * stride;
   }
+  __device__ __forceinline__ void copy(uint32_t target, int i, int64_t stride) const {
+    ptx::cp_async_16(target, source + i * (kStep * stride));
+  }
+  __device__ __forceinline__ void advance(int elements) { source += elements; }
 };
 
-template <class Arch, int kTilesM>
-struct FusedSmem {
-  using Traits = FusedTraits<Arch, kTilesM>;
-  unsigned char table[Traits::kTableBytes];  // pair table, packed stages; at the end partial sums
-  unsigned char x[Traits::kStages][Traits::kXStageBytes];  // 16-byte units, unit ^ (row & 1)
-  float scales[2][Traits::kRuns][Traits::kScalePitch];     // [buffer][run][n]
-};
+// The same through an index. A row outside x is filled with zeros.
+template <class T, int kCount, int kStep>
+struct RowPieces<T, ExpertRows, kCount, kStep> {
+  const T* source;
+  int row[kCount];
 
-struct FusedParams {
-  Gemm4bitParams gemm;
-  Scales scales;
-  int run_shift;        // run index -> block index
-  float table_factor;   // of the pair table: table_factor.cuh
-  float scale_factor;   // its inverse, multiplied into the scales
-  int64_t k_per_split;  // a multiple of kTileK
-  float* parts;         // [splits, M, N] if splits > 1
+  __device__ __forceinline__ void locate(const T* x, int64_t, const ExpertRows& rows, int64_t first,
+                                         int count) {
+    source = x;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      row[i] = i * kStep < count ? static_cast<int>(rows.source(first + i * kStep)) : -1;
+    }
+  }
+  __device__ __forceinline__ void copy(uint32_t target, int i, int64_t stride) const {
+    ptx::cp_async_16_zfill(target, source + max(row[i], 0) * stride, row[i] < 0 ? 0 : 16);
+  }
+  __device__ __forceinline__ void advance(int elements) { source += elements; }
 };
 
 // One block's tile: [kTileN] columns n0.. of y, [kTileM] rows m0.., contraction [k_begin, k_end).
-template <class Arch, class T, int kTilesM, bool kNested>
+template <class Arch, class T, int kTilesM, bool kNested, class Rows>
 struct FusedTile {
   using Traits = FusedTraits<Arch, kTilesM>;
 
   const FusedParams& p;
   FusedSmem<Arch, kTilesM>& s;
+  const Rows rows;
   int64_t n0, m0, k_begin;
   int length;             // of the contraction in this block; the k below count from k_begin
   int lane, warp_n, run;  // this warp's 32 rows and run of 64
@@ -103,7 +82,7 @@ struct FusedTile {
   // Copies: this thread's first 16-byte pieces of W and of x in a stage. Its other pieces lie a
   // fixed number of rows below.
   const uint8_t* w_source;
-  const T* x_source;
+  RowPieces<T, Rows, Traits::kXCopies, Traits::kXCopyRows> x_pieces;
   uint32_t w_target, x_target;  // shared addresses in stage 0
   int w_k, x_k;                 // k of the pieces, counted from the stage's first
   int w_rows, x_rows;           // how many rows exist from the first piece's on
@@ -119,11 +98,16 @@ struct FusedTile {
 
   float acc[2][kTilesM][4];  // [16 rows n][8 rows m][mma register]
 
-  __device__ __forceinline__ FusedTile(const FusedParams& params, FusedSmem<Arch, kTilesM>& smem)
-      : p(params), s(smem), scale_pipeline(params.scales, params.run_shift, params.scale_factor) {
+  __device__ __forceinline__ FusedTile(const FusedParams& params, FusedSmem<Arch, kTilesM>& smem,
+                                       const Rows& block_rows, int64_t column_tile)
+      : p(params),
+        s(smem),
+        rows(block_rows),
+        scale_pipeline(scales_of(params.scales, params.gemm.weight, block_rows.expert()),
+                       params.run_shift, params.scale_factor) {
     const int tid = threadIdx.x;
-    n0 = static_cast<int64_t>(blockIdx.x) * Traits::kTileN;
-    m0 = static_cast<int64_t>(blockIdx.y) * Traits::kTileM;
+    n0 = column_tile * Traits::kTileN;
+    m0 = rows.first;
     k_begin = blockIdx.z * p.k_per_split;
     length = static_cast<int>(min(p.k_per_split, p.gemm.weight.K - k_begin));
     lane = tid % 32;
@@ -159,15 +143,17 @@ struct FusedTile {
     w_k = piece * 32;
     const int segment = Traits::segment(n, piece / 2) + piece % 2 * 16;
     w_target = ptx::shared_address(s.table) + Traits::kFirstLine + segment;
-    w_source = p.gemm.weight.packed + ((n0 + n) * K + k_begin + w_k) / 2;
+    w_source = packed_of(p.gemm.weight, rows.expert()) + ((n0 + n) * K + k_begin + w_k) / 2;
     w_rows = static_cast<int>(min(p.gemm.weight.N - n0, static_cast<int64_t>(Traits::kTileN))) - n;
 
     constexpr int kUnits = Traits::kTileK / 8;  // of a row of x
     const int unit = tid % kUnits, m = tid / kUnits;
     x_k = unit * 8;
     x_target = ptx::shared_address(s.x) + m * Traits::kXRowBytes + (unit ^ (m & 1)) * 16;
-    x_source = static_cast<const T*>(p.gemm.x) + (m0 + m) * p.gemm.x_stride + k_begin + x_k;
-    x_rows = static_cast<int>(min(p.gemm.M - m0, static_cast<int64_t>(Traits::kTileM))) - m;
+    x_rows =
+        static_cast<int>(min(rows.end(p.gemm.M) - m0, static_cast<int64_t>(Traits::kTileM))) - m;
+    x_pieces.locate(static_cast<const T*>(p.gemm.x) + k_begin + x_k, p.gemm.x_stride, rows, m0 + m,
+                    x_rows);
   }
 
   __device__ __forceinline__ void locate_scales(int tid) {
@@ -200,12 +186,12 @@ struct FusedTile {
           make_uint4(pair, pair, pair, pair);
     }
     constexpr int kRowUnits = Traits::kXRowBytes / 16;
-    const int64_t left = p.gemm.M - m0;
-    const int rows = left < Traits::kTileM ? static_cast<int>(left) : Traits::kTileM;
+    const int64_t left = rows.end(p.gemm.M) - m0;
+    const int count = left < Traits::kTileM ? static_cast<int>(left) : Traits::kTileM;
 #pragma unroll 1
     for (int stage = 0; stage < Traits::kStages; ++stage) {
 #pragma unroll 1
-      for (int i = rows * kRowUnits + threadIdx.x; i < Traits::kTileM * kRowUnits;
+      for (int i = count * kRowUnits + threadIdx.x; i < Traits::kTileM * kRowUnits;
            i += Traits::kThreads) {
         *reinterpret_cast<uint4*>(s.x[stage] + i * 16) = make_uint4(0, 0, 0, 0);
       }
@@ -229,11 +215,11 @@ struct FusedTile {
       const uint32_t target =
           x_target + slot * Traits::kXStageBytes + i * Traits::kXCopyRows * Traits::kXRowBytes;
       if (k + x_k < length && i * Traits::kXCopyRows < x_rows) {
-        ptx::cp_async_16(target, x_source + i * (Traits::kXCopyRows * p.gemm.x_stride));
+        x_pieces.copy(target, i, p.gemm.x_stride);
       }
     }
     w_source += Traits::kTileK / 2;
-    x_source += Traits::kTileK;
+    x_pieces.advance(Traits::kTileK);
     ptx::cp_async_commit();
   }
 
@@ -279,9 +265,9 @@ struct FusedTile {
     const unsigned char* x = s.x[slot];
 #pragma unroll
     for (int tile = 0; tile < kTilesM; ++tile) {
-      const unsigned char* rows = x + tile * (8 * Traits::kXRowBytes);
-      const uint4 low = *reinterpret_cast<const uint4*>(rows + x_read);
-      const uint4 high = *reinterpret_cast<const uint4*>(rows + x_read_other);
+      const unsigned char* eight = x + tile * (8 * Traits::kXRowBytes);
+      const uint4 low = *reinterpret_cast<const uint4*>(eight + x_read);
+      const uint4 high = *reinterpret_cast<const uint4*>(eight + x_read_other);
       const uint32_t b[4][2] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -298,6 +284,7 @@ struct FusedTile {
   __device__ __forceinline__ void add_bypass() {
     const Gemm4bitParams& gemm = p.gemm;
     const int g = lane / 4, t = lane % 4;
+    const int64_t first = rows.expert() * gemm.weight.N;  // row of lora_B
     for (int64_t r0 = run * 16; r0 < gemm.R; r0 += Traits::kRuns * 16) {
       const int64_t r = r0 + t * 4;
       const int ranks = static_cast<int>(min(max(gemm.R - r, int64_t{0}), int64_t{4}));
@@ -306,7 +293,8 @@ struct FusedTile {
       for (int row = 0; row < 4; ++row) {
         const int64_t n = n0 + warp_n * 32 + row * 8 + g;
         float v[4];
-        load_four(gemm.lora_B, gemm.lora_dtype, n * gemm.R + r, n < gemm.weight.N ? ranks : 0, v);
+        load_four(gemm.lora_B, gemm.lora_dtype, (first + n) * gemm.R + r,
+                  n < gemm.weight.N ? ranks : 0, v);
         a[row / 2][row % 2] = pack_pair<T>(v[0], v[1]);
         a[row / 2][row % 2 + 2] = pack_pair<T>(v[2], v[3]);
       }
@@ -314,7 +302,8 @@ struct FusedTile {
       for (int tile = 0; tile < kTilesM; ++tile) {
         const int64_t m = m0 + tile * 8 + g;
         float v[4];
-        load_four(gemm.lora_S, DType::kFloat32, m * gemm.S_stride + r, m < gemm.M ? ranks : 0, v);
+        load_four(gemm.lora_S, DType::kFloat32, m * gemm.S_stride + r,
+                  m < rows.end(gemm.M) ? ranks : 0, v);
         const uint32_t b[2] = {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3])};
 #pragma unroll
         for (int half = 0; half < 2; ++half) ptx::mma_k16<Arch, T>(acc[half][tile], a[half], b);
@@ -347,15 +336,16 @@ struct FusedTile {
     const int64_t N = gemm.weight.N;
     for (int i = threadIdx.x; i < Traits::kTileM * Traits::kTileN; i += Traits::kThreads) {
       const int64_t m = m0 + i / Traits::kTileN, n = n0 + i % Traits::kTileN;
-      if (m >= gemm.M || n >= N) continue;
+      if (m >= rows.end(gemm.M) || n >= N) continue;
       float v = 0.0f;
 #pragma unroll
       for (int r = 0; r < Traits::kRuns; ++r) v += sums[r * Traits::kTileM * Traits::kTileN + i];
-      if (gridDim.z > 1) {
+      if (!Rows::kGrouped && gridDim.z > 1) {
         p.parts[(blockIdx.z * gemm.M + m) * N + n] = v;
         continue;
       }
-      if (gemm.bias != nullptr) v += load_as_float(gemm.bias, gemm.bias_dtype, n);
+      if (gemm.bias != nullptr)
+        v += load_as_float(gemm.bias, gemm.bias_dtype, rows.expert() * N + n);
       static_cast<T*>(gemm.y)[m * N + n] = from_float<T>(v);
     }
   }
@@ -399,7 +389,9 @@ __global__ void __launch_bounds__(256, kFusedBlocksPerSm<kTilesM>) gemm_4bit_fus
   if constexpr (!ptx::is_compiled<Arch, FusedSmem<Arch, kTilesM>>()) {
     ptx::trap();
   } else {
-    FusedTile<Arch, T, kTilesM, kNested> tile(p, ptx::shared_memory<FusedSmem<Arch, kTilesM>>());
+    const OneWeight rows{static_cast<int64_t>(blockIdx.y) * FusedTraits<Arch, kTilesM>::kTileM};
+    FusedTile<Arch, T, kTilesM, kNested, OneWeight> tile(
+        p, ptx::shared_memory<FusedSmem<Arch, kTilesM>>(), rows, blockIdx.x);
     tile.run_all();
   }
 }

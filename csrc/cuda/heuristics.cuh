@@ -5,9 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
-#include "cuda/format.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/scale_pipeline.cuh"
 
 namespace qlora_ext {
 
@@ -15,6 +16,13 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
   return dtype == DType::kFloat16    ? device.arch >= 75
          : dtype == DType::kBFloat16 ? device.arch >= 80
                                      : false;
+}
+
+// What the tensor-core kernels require of a weight and of the rows of x or dY.
+inline bool fused_can_read(const PackedWeight& w, const void* x, int64_t stride, DType dtype,
+                           const DeviceInfo& device) {
+  return has_tensor_cores(dtype, device) && has_uniform_runs(w) && is_aligned(x, 16) &&
+         stride % 8 == 0;
 }
 
 // Up to this many rows of x (backward: of dY) the kernel decodes W itself. Above, W is decoded to
@@ -28,6 +36,41 @@ inline int64_t fused_max_rows(const DeviceInfo& device) {
 }
 // One FFMA tile has 64 rows. Above that cuBLAS is far ahead.
 constexpr int64_t kAnyMaxRows = 64;
+
+// Simulated time of a stage (16384 weights) of gemm_4bit_fused and of its backward, in a block alone
+// on its SM, by mma tiles of 8 rows: 631, 733, 1013 and 1657 cycles at 1.7 GHz; 1154 and 1653.
+constexpr float fused_stage(int tiles) {
+  return tiles == 1 ? 0.37f : tiles == 2 ? 0.43f : tiles == 4 ? 0.6f : 0.97f;
+}
+constexpr float backward_stage(int tiles) { return tiles == 4 ? 0.68f : 0.97f; }
+// What a further block on the SM adds to fused_stage.
+constexpr float kFusedShare = 0.6f;
+
+// ---------------------------------------------------------------- grouped products
+
+// A tile of `rows` rows, and the time of a stage of it on an SM.
+struct RowTile {
+  int rows;
+  float time;
+};
+
+// Which of the tiles takes the least time for M rows of E experts, if the experts that have rows
+// have about the same number. Those take half a tile more than their rows fill, on average.
+inline int best_row_tile(int64_t M, int64_t E, std::initializer_list<RowTile> tiles) {
+  const float mean =
+      static_cast<float>(M) / static_cast<float>(std::max<int64_t>(1, std::min(E, M)));
+  int best = 0;
+  float least = 0;
+  for (const RowTile& tile : tiles) {
+    const float size = static_cast<float>(tile.rows);
+    const float count = static_cast<float>(M) <= size ? 1.0f : std::max(1.0f, mean / size + 0.5f);
+    if (best == 0 || count * tile.time < least) {
+      best = tile.rows;
+      least = count * tile.time;
+    }
+  }
+  return best;
+}
 
 // ---------------------------------------------------------------- splits of a contraction
 

@@ -1,49 +1,13 @@
 // The LoRA bypass's own products on CUDA: S = x A^T, and the gradients of A, B, S and x.
 #include <algorithm>
 
-#include "cuda/heuristics.cuh"
 #include "cuda/lora_mma.cuh"
+#include "cuda/lora_plan.cuh"
 #include "cuda/lora_tile.cuh"
 
 namespace qlora_ext::launch {
 
 namespace {
-
-// What a block's step costs. lora_mma.cuh's kernels wait for memory: a step is 16 KiB of the long
-// operand, with one more in flight. A step of lora_tile.cuh's is 64x64x16 FFMA. A part has a depth
-// of at least 128. Estimated, not simulated.
-constexpr BlockCost kMmaCost{
-    .resident = 2, .least_stages = 2, .stage = 0.8f, .share = 0.25f, .start = 1.0f};
-constexpr BlockCost kTileCost{
-    .resident = 2, .least_stages = 8, .stage = 0.5f, .share = 0.3f, .start = 1.0f};
-
-// How a product out[rows, cols] over `depth` is cut.
-struct Plan {
-  bool mma;
-  int64_t parts;
-  int64_t depth_per_part;
-  int64_t bytes;  // of workspace
-};
-
-Plan plan_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
-  const int64_t step = mma ? kLoraStep : kTileDepth;
-  const Splits splits = split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step), numel,
-                                          mma ? kMmaCost : kTileCost);
-  return {.mma = mma,
-          .parts = splits.count,
-          .depth_per_part = splits.stages * step,
-          .bytes = splits.count > 1 ? splits.count * numel * 4 : 0};
-}
-
-// Tensor cores take a 16-bit x or dY whose rows, of `cols` contiguous elements, are 16-byte
-// aligned. fp16 is multiplied as bf16 too, which sm_75 lacks.
-bool mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
-  return dtype != DType::kFloat32 && device_info().arch >= 80 && is_aligned(big, 16) &&
-         stride % 8 == 0 && cols % 8 == 0;
-}
-
-// mma tiles of 8 ranks in a block: 1, 2 or 4; more ranks take more blocks.
-int rank_tiles(int64_t ranks) { return ranks <= 8 ? 1 : ranks <= 16 ? 2 : 4; }
 
 // One product of a long operand big[M, cols] and a small one that has a row per rank.
 struct Product {
@@ -60,14 +24,15 @@ struct Product {
   int64_t depth() const { return over_rows ? big.rows : cols; }
 };
 
-Plan plan_product(const Product& p) {
+LoraPlan plan_product(const Product& p) {
   const int64_t ranks = p.small.rows, numel = p.length() * ranks;
-  if (mma_can_run(p.big.data, p.big.dtype, p.big.row_stride, p.cols)) {
-    const int64_t tiles = ceil_div(p.length(), kLoraTile) * ceil_div(ranks, 8 * rank_tiles(ranks));
-    return plan_parts(true, tiles, numel, p.depth());
+  if (lora_mma_can_run(p.big.data, p.big.dtype, p.big.row_stride, p.cols)) {
+    const int64_t tiles =
+        ceil_div(p.length(), kLoraTile) * ceil_div(ranks, 8 * lora_rank_tiles(ranks));
+    return plan_lora_parts(true, tiles, numel, p.depth());
   }
   const int64_t tiles = ceil_div(p.length(), kTileSize) * ceil_div(ranks, kTileSize);
-  return plan_parts(false, tiles, numel, p.depth());
+  return plan_lora_parts(false, tiles, numel, p.depth());
 }
 
 template <class T, int kRankTiles>
@@ -83,14 +48,7 @@ const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void
       dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraRowsSmem<kRankTiles>), stream, mma);
 }
 
-template <int kRankTiles>
-const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void* stream) {
-  return p.big.dtype == DType::kFloat16
-             ? launch_mma<__half, kRankTiles>(p, mma, parts, stream)
-             : launch_mma<__nv_bfloat16, kRankTiles>(p, mma, parts, stream);
-}
-
-const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream) {
+const char* run_mma(const Product& p, const LoraPlan& plan, void* out, void* stream) {
   const int64_t length = p.length(), ranks = p.small.rows;
   const LoraMma mma{.big = p.big.data,
                     .big_stride = p.big.row_stride,
@@ -104,16 +62,14 @@ const char* run_mma(const Product& p, const Plan& plan, void* out, void* stream)
                     .rank_stride = p.rank_major ? length : 1,
                     .out_numel = length * ranks,
                     .out_dtype = p.out_dtype};
-  switch (rank_tiles(ranks)) {
-    case 1: return launch_mma<1>(p, mma, plan.parts, stream);
-    case 2: return launch_mma<2>(p, mma, plan.parts, stream);
-    default: return launch_mma<4>(p, mma, plan.parts, stream);
-  }
+  return visit_lora_mma(p.big.dtype, ranks, [&](auto tag, auto tiles) {
+    return launch_mma<typename decltype(tag)::type, tiles()>(p, mma, plan.parts, stream);
+  });
 }
 
 // out[rows, cols] = scale * A B^T by FFMA tiles. Any side may be the long one.
 const char* run_tile(const DenseOperand& a, const DenseOperand& b, int64_t depth, float scale,
-                     const Plan& plan, void* out, DType out_dtype, void* stream) {
+                     const LoraPlan& plan, void* out, DType out_dtype, void* stream) {
   const LoraProduct p{.a = a,
                       .b = b,
                       .depth = depth,
@@ -137,7 +93,7 @@ DenseOperand transposed(const Product& p) {
 const char* run(const Product& p, void* workspace, void* stream) {
   const int64_t length = p.length(), ranks = p.small.rows;
   if (length <= 0 || ranks <= 0) return nullptr;
-  const Plan plan = plan_product(p);
+  const LoraPlan plan = plan_product(p);
   void* out = plan.parts == 1 ? p.out : workspace;
   const DenseOperand big = p.over_rows ? transposed(p) : p.big;
   const char* error =
@@ -253,10 +209,10 @@ const char* lora_shrink_backward(const LoraShrinkBackwardParams& p, void* stream
   QLORA_EXT_TRY(run(gradient_of_A(p), p.workspace, stream));
   if (p.dx == nullptr || p.M <= 0 || p.K <= 0) return nullptr;
   // dx[m, k] = scaling * sum over r of dS[m, r] A[r, k]. The contraction is the rank, never split.
-  const Plan whole{.mma = false,
-                   .parts = 1,
-                   .depth_per_part = align_up(std::max<int64_t>(p.R, 1), kTileDepth),
-                   .bytes = 0};
+  const LoraPlan whole{.mma = false,
+                       .parts = 1,
+                       .depth_per_part = align_up(std::max<int64_t>(p.R, 1), kTileDepth),
+                       .bytes = 0};
   const DenseOperand dS{
       .data = p.dS, .row_stride = p.R, .depth_stride = 1, .rows = p.M, .dtype = DType::kFloat32};
   const DenseOperand lora_A{

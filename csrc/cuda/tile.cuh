@@ -67,6 +67,12 @@ struct DenseOperand {
   __device__ __forceinline__ float at(int64_t row, int64_t d) const {
     return load_as_float(data, dtype, row * row_stride + d * depth_stride);
   }
+  // The same, `elements` further on.
+  __device__ __forceinline__ DenseOperand from(int64_t elements) const {
+    DenseOperand other = *this;
+    other.data = static_cast<const char*>(data) + elements * (dtype == DType::kFloat32 ? 4 : 2);
+    return other;
+  }
 };
 
 // A packed weight W[n, k] as an operand: rows are n and d is k; if transposed, the other way round.

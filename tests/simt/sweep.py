@@ -173,6 +173,74 @@ def _merge(name, dtype, N, K, r, **weight):
     return Case(name, run)
 
 
+def _stack(generator, shape, **weight):
+    """W4 arguments of experts of `shape` [E, N, K], each packed alone."""
+    experts = [_weight(generator, shape[1:], **weight) for _ in range(shape[0])]
+    packed, absmax, nested, mean = (
+        None if parts[0] is None else torch.stack(parts)
+        for parts in zip(*(expert[:4] for expert in experts), strict=True)
+    )
+    return packed, absmax, nested, mean, list(shape), *experts[0][5:]
+
+
+def _groups(generator, E, M, T):
+    """offsets, with an empty expert and rows past the last, and rows of x [T, ...]."""
+    cuts = torch.randint(0, M, (E,), generator=generator).sort().values
+    if E > 1:
+        cuts[1] = cuts[0]
+    rows = torch.randint(0, T, (M,), generator=generator)
+    return cuts.int(), rows.int()
+
+
+def lawful(offsets, rows, x, M):
+    """What kernels make of bad offsets and rows, as arguments that the CPU takes: running maxima
+    cut to [0, M], and a row of zeros for indices outside x."""
+    offsets = offsets.clamp(0, M).cummax(0).values
+    if rows is not None:
+        rows = torch.where((rows >= 0) & (rows < len(x)), rows, len(x)).int()
+    return offsets, rows, torch.cat([x, torch.zeros_like(x[:1])])
+
+
+def _grouped(name, dtype, E, M, N, K, *, nested=True, r=5, hostile=False, blocksize=64, **case):
+    """The products and the LoRA products of M rows of E experts, x through an index."""
+
+    def run(ops):
+        g = _seeded(name)
+        w4 = _stack(g, (E, N, K), nested=nested, blocksize=blocksize)
+        T = M // 2 + 1
+        offsets, rows = _groups(g, E, M, T)
+        x, dY = _randn(g, T, K, dtype=dtype), _randn(g, M, N, dtype=dtype)
+        if hostile:
+            offsets[-1] = M + 1000
+            offsets[E // 2 :: 3] = -7
+            rows[::3] = T + 5
+            rows[1::5] = -1
+            if ops is torch.ops.qlora_ext:
+                offsets, rows, x = lawful(offsets, rows, x, M)
+        bias = _randn(g, E, N, dtype=dtype)
+        A, B = _randn(g, E, r, K, scale=0.1), _randn(g, E, N, r, scale=0.1)
+        S, dS = _randn(g, M, r), _randn(g, M, r)
+        results = [ops.grouped_gemm_4bit(x, *w4, offsets, rows, bias, S, B)]
+        results += [ops.grouped_gemm_4bit_backward(dY, *w4, offsets, dS, A)]
+        results += [ops.grouped_lora_shrink(x, A, 0.5, offsets, rows)]
+        results += ops.grouped_lora_shrink_backward(dS, x, A, 0.5, offsets, rows, True)
+        results += ops.grouped_lora_expand_backward(dY, S, B, offsets)
+        return tuple(results)
+
+    return Case(name, run, **case)
+
+
+def _sum_rows(name, dtype, K):
+    def run(ops):
+        g = _seeded(name)
+        values = _randn(g, 30, K, dtype=dtype)
+        order = torch.randint(0, 30, (41,), generator=g).int()
+        ends = torch.randint(0, 42, (12,), generator=g).sort().values.int()
+        return (ops.sum_rows(values, order, ends),)
+
+    return Case(name, run, exact=True)
+
+
 def _cases():
     for d, dtype in DTYPES.items():
         for aligned in (True, False):
@@ -223,6 +291,12 @@ def _cases():
         yield _lora(f"lora-{d}-odd", dtype, torch.float32, 19, 41, 73, 7)
         yield _gemm(f"gemm-{d}-odd", dtype, 5, 33, 65, nested=True, lora=3, bias=True)
         yield _backward(f"backward-{d}-odd", dtype, 5, 33, 65, nested=True, lora=3)
+        for hostile in (False, True):
+            h = "-hostile" if hostile else ""
+            yield _grouped(f"grouped-{d}-odd{h}", dtype, 3, 40, 33, 66, r=3, hostile=hostile)
+        yield _grouped(f"grouped-{d}-split", dtype, 3, 9, 576, 600, r=9, sm_count=132, hostile=True)
+        yield _sum_rows(f"sum-rows-{d}", dtype, 64)
+        yield _sum_rows(f"sum-rows-{d}-odd", dtype, 41)
     for n in (1, 300, 20_000):
         yield _scales(f"scales-{n}", n)
     yield _scales("scales-4300000", 4_300_000, large=True)
@@ -238,6 +312,21 @@ def _cases():
                 )
                 yield _backward(
                     f"backward-{s}-M{M}", dtype, M, 72, 192, nested=nested, lora=5, arch=arch
+                )
+            # Tiles of 8, 16, 32 and, if the shared memory is there, 64 rows.
+            for E, M, r in ((40, 9, 5), (3, 36, 12), (1, 30, 20), (2, 130, 5)):
+                hostile = nested and E == 40
+                yield _grouped(
+                    f"grouped-{s}-E{E}-M{M}{'-hostile' if hostile else ''}",
+                    dtype,
+                    E,
+                    M,
+                    72,
+                    192,
+                    nested=nested,
+                    r=r,
+                    hostile=hostile,
+                    arch=arch,
                 )
         yield _gemm(
             f"gemm-{d}-sm{arch}-split", dtype, 3, 40, 9216, nested=True, arch=arch, sm_count=132

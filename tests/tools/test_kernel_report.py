@@ -39,11 +39,17 @@ def of(kernels, base, archs=report.ARCHS):
 AMPERE = ("8.0", "9.0a")  # cp.async, m16n8k16
 
 
+def products(kernels, base, archs=report.ARCHS):
+    """The kernels of one weight and of a mixture of experts."""
+    return of(kernels, base, archs) + of(kernels, f"grouped_{base}", archs)
+
+
 def test_every_kernel_is_compiled_for_every_architecture(kernels):
     assert {k.base for k in kernels} == set(report.KERNELS)
     for base in report.KERNELS:
         # In bf16 on tensor cores, which 7.5 has not: there dispatch takes lora_tile.
-        of(kernels, base, AMPERE if base in ("lora_rows_mma", "lora_columns_mma") else report.ARCHS)
+        mma = re.fullmatch(r"(grouped_)?lora_(rows|columns)_mma", base)
+        of(kernels, base, AMPERE if mma else report.ARCHS)
 
 
 def opcodes(code):
@@ -83,7 +89,7 @@ def test_no_spills(kernels):
 
 
 def test_fused_kernels_use_tensor_cores_and_wide_loads(kernels):
-    for k in of(kernels, "gemm_4bit_fused") + of(kernels, "gemm_4bit_backward_fused"):
+    for k in products(kernels, "gemm_4bit_fused") + products(kernels, "gemm_4bit_backward_fused"):
         loop = k.main_loop()
         tiles = int(k.arguments[2])
         # One m16n8k16 for 16x16 weights and 8 rows of x: a warp decodes 32 of each thread's. 7.5
@@ -99,7 +105,7 @@ def test_fused_kernels_use_tensor_cores_and_wide_loads(kernels):
 
 def test_lora_products_use_tensor_cores_and_wide_loads(kernels):
     for base, opcode in (("lora_rows_mma", "LDG"), ("lora_columns_mma", "LDGSTS")):
-        for k in of(kernels, base, AMPERE):
+        for k in products(kernels, base, AMPERE):
             loop = k.main_loop()
             # Of 64 deep, for each of the small operand's two halves: four steps of m16n8k16.
             assert report.count(loop, "HMMA") >= 4 * int(k.arguments[2]), k.name
@@ -115,16 +121,17 @@ def test_quantize_reads_sixteen_bytes_at_a_time(kernels):
 
 
 def test_dispatch_assumes_the_blocks_that_an_sm_holds(kernels):
-    """fused_cost in gemm_4bit.cu and kFusedCost in gemm_4bit_backward.cu count waves by them."""
-    for k in of(kernels, "gemm_4bit_fused", AMPERE):
+    """fused_cost in gemm_4bit.cu, kFusedCost in gemm_4bit_backward.cu and row_tile in
+    grouped_gemm_4bit.cu count waves by them."""
+    for k in products(kernels, "gemm_4bit_fused", AMPERE):
         two = k.arch == "9.0a" and k.arguments[2] in ("1", "2")
         assert k.blocks_per_sm == (2 if two else 1), k.name
-    for k in of(kernels, "gemm_4bit_backward_fused", AMPERE):
+    for k in products(kernels, "gemm_4bit_backward_fused", AMPERE):
         assert k.blocks_per_sm == 1, k.name
 
 
 def test_small_m_takes_at_most_three_instructions_per_weight(kernels):
-    for k in of(kernels, "gemm_4bit_fused"):
+    for k in products(kernels, "gemm_4bit_fused"):
         tiles = k.arguments[2]
         # At 9 to 16 rows of x 7.5 takes two m16n8k8 for each m16n8k16.
         limit = {"1": 3.0, "2": 3.5 if k.arch == "7.5" else 3.0}.get(tiles, 6.0)
@@ -133,9 +140,9 @@ def test_small_m_takes_at_most_three_instructions_per_weight(kernels):
 
 def test_scales_are_decoded_without_fma(kernels):
     # Scaling the accumulators takes 8 FFMA for 64 weights and 8 rows of x; there are no others.
-    for k in of(kernels, "gemm_4bit_fused"):
+    for k in products(kernels, "gemm_4bit_fused"):
         assert report.count(k.main_loop(), "FFMA") == k.weights // 8 * int(k.arguments[2]), k.name
-    for k in of(kernels, "gemm_4bit_backward_fused"):
+    for k in products(kernels, "gemm_4bit_backward_fused"):
         assert report.count(k.main_loop(), "FFMA") == 0, k.name
     for base in (
         "dequantize_4bit_vector",

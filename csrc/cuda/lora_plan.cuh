@@ -1,0 +1,59 @@
+// Dispatch of the LoRA products: which kernel, and how a contraction is cut.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/heuristics.cuh"
+#include "cuda/lora_mma_operands.cuh"
+
+namespace qlora_ext {
+
+// lora_mma.cuh takes a 16-bit x or dY whose rows, of `cols` contiguous elements, are 16-byte
+// aligned. fp16 is multiplied as bf16 too, which sm_75 lacks.
+inline bool lora_mma_can_run(const void* big, DType dtype, int64_t stride, int64_t cols) {
+  return dtype != DType::kFloat32 && device_info().arch >= 80 && is_aligned(big, 16) &&
+         stride % 8 == 0 && cols % 8 == 0;
+}
+
+// mma tiles of 8 ranks in a block: 1, 2 or 4; more ranks take more blocks.
+inline int lora_rank_tiles(int64_t ranks) { return ranks <= 8 ? 1 : ranks <= 16 ? 2 : 4; }
+
+// f(tag of the long operand's type, its rank tiles as a constant)
+template <class F>
+const char* visit_lora_mma(DType dtype, int64_t ranks, F&& f) {
+  return visit_dtype<__half, __half, __nv_bfloat16>(dtype, [&](auto tag) {
+    switch (lora_rank_tiles(ranks)) {
+      case 1: return f(tag, std::integral_constant<int, 1>{});
+      case 2: return f(tag, std::integral_constant<int, 2>{});
+      default: return f(tag, std::integral_constant<int, 4>{});
+    }
+  });
+}
+
+// What a block's step costs. lora_mma.cuh's kernels wait for memory: a step is 16 KiB of the long
+// operand, with one more in flight. A step of lora_tile.cuh's is 64x64x16 FFMA. A part has a depth
+// of at least 128. Estimated, not simulated.
+constexpr BlockCost kLoraMmaCost{
+    .resident = 2, .least_stages = 2, .stage = 0.8f, .share = 0.25f, .start = 1.0f};
+constexpr BlockCost kLoraTileCost{
+    .resident = 2, .least_stages = 8, .stage = 0.5f, .share = 0.3f, .start = 1.0f};
+
+// How a product out[rows, cols] over `depth` is cut.
+struct LoraPlan {
+  bool mma;
+  int64_t parts;
+  int64_t depth_per_part;
+  int64_t bytes;  // of workspace
+};
+
+inline LoraPlan plan_lora_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
+  const int64_t step = mma ? kLoraStep : kTileDepth;
+  const Splits splits = split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step), numel,
+                                          mma ? kLoraMmaCost : kLoraTileCost);
+  return {.mma = mma,
+          .parts = splits.count,
+          .depth_per_part = splits.stages * step,
+          .bytes = splits.count > 1 ? splits.count * numel * 4 : 0};
+}
+
+}  // namespace qlora_ext
