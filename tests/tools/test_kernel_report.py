@@ -133,8 +133,11 @@ def test_dispatch_assumes_the_blocks_that_an_sm_holds(kernels):
 def test_small_m_takes_at_most_three_instructions_per_weight(kernels):
     for k in products(kernels, "gemm_4bit_fused"):
         tiles = k.arguments[2]
-        # At 9 to 16 rows of x 7.5 takes two m16n8k8 for each m16n8k16.
+        # At 9 to 16 rows of x 7.5 takes two m16n8k8 for each m16n8k16. Its copies are loads, and
+        # through an index they choose between x and zeros.
         limit = {"1": 3.0, "2": 3.5 if k.arch == "7.5" else 3.0}.get(tiles, 6.0)
+        if k.base.startswith("grouped") and k.arch == "7.5":
+            limit += 0.6
         assert k.sass_per_weight <= limit, k.name
 
 
