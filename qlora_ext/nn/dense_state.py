@@ -59,6 +59,27 @@ def is_dense(layer, value) -> bool:
     )
 
 
+def is_own(own: torch.Tensor | None, value) -> bool:
+    """Whether value, an entry of a state dict, is the parameter own itself."""
+    if value is own:
+        return True
+    if type(own) not in _PLAIN or type(value) not in _PLAIN or value.shape != own.shape:
+        return False
+    # Not data_ptr: on the meta device all addresses are 0.
+    return value.untyped_storage()._cdata == own.untyped_storage()._cdata
+
+
+def drop_own_beside_dense(layer, state_dict, prefix: str, keys) -> None:
+    """If a state dict holds a dense weight for layer, drops those of keys that are the layer's own
+    parameters. set_model_state_dict of torch, which accelerate calls too, fills up what it is given
+    with the model's own state."""
+    if is_dense(layer, state_dict.get(prefix + "weight")):
+        for key in keys:
+            value = state_dict.get(prefix + key)
+            if value is not None and is_own(layer._parameters[key], value):
+                del state_dict[prefix + key]
+
+
 def pack_dense(layer, state_dict, prefix: str, assign: bool) -> list[str]:
     """Replaces the dense weight of a state dict by packed entries. Returns error messages; if there
     are some, the state dict is as it was.

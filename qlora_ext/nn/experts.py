@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checks import check_finite, not_dense
 from ..tensor.config import FLOAT_DTYPES
-from .dense_state import pre_hooks_first, read_lazy
+from .dense_state import is_own, pre_hooks_first, read_lazy
 from .linear import Linear4bit, _share
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -118,9 +118,11 @@ class Experts4bit(nn.Module):
         read_lazy(state_dict, given)
         values = {key: state_dict.pop(key) for key in given}
         packed = [key for key in state_dict if key.startswith(f"{prefix}packed.")]
+        own = {prefix + key: p for key, p in self.named_parameters()} if given and packed else {}
+        others = [key for key in packed if not is_own(own.get(key), state_dict[key])]
         errors = []
-        if given and packed:
-            errors.append(f"{name}: {given[0]} is beside {packed[0]}, want one of them")
+        if given and others:
+            errors.append(f"{name}: {given[0]} is beside {others[0]}, want one of them")
         for key, value in values.items():
             want = [len(self.packed), *stacks[key][0]]
             got = not_dense(value)

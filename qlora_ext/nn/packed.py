@@ -35,7 +35,14 @@ from ..ops import _C
 from ..tensor.config import FLOAT_DTYPES, QuantConfig
 from ..tensor.functions import quantize_tensor
 from ..tensor.quantized import QuantizedTensor
-from .dense_state import dense_shape, is_dense, pack_dense, pre_hooks_first, read_lazy
+from .dense_state import (
+    dense_shape,
+    drop_own_beside_dense,
+    is_dense,
+    pack_dense,
+    pre_hooks_first,
+    read_lazy,
+)
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 
 _CODEBOOK_BYTES = 64
@@ -375,6 +382,7 @@ class _Packed4bit(nn.Module):
         # A pre-hook may rename, pack or unpack entries, so the checks see what it made of them.
         with pre_hooks_first(self, *args, error_msgs):
             read_lazy(state_dict, [prefix + key for key in self._parameters])
+            drop_own_beside_dense(self, state_dict, prefix, _PACKED_KEYS)
             dtype = self.dtype
             errors = self._check_kinds(state_dict, prefix)
             if not errors and self._is_given_dense(state_dict, prefix):
@@ -448,7 +456,7 @@ class _Packed4bit(nn.Module):
                     f"{prefix}weight ({self._describe()})"
                 )
             elif tensor.dtype != torch.uint8:
-                hint = "; a dense weight is packed only without the packed entries beside it"
+                hint = "; a dense weight is packed only if no packed entries are given beside it"
                 if tuple(tensor.shape) == size:
                     hint = _AVERAGE
                 errors.append(

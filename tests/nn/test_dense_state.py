@@ -334,6 +334,42 @@ def test_a_packed_model_of_transformers_takes_another_dense_checkpoint(family, a
     assert_same_state(model, quantize_model(source, progress_bar=False))
 
 
+@pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one might expect")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_tools_that_fill_up_a_state_dict_with_the_models_own(family, tmp_path):
+    """set_model_state_dict gives load_state_dict the model's own packed entries beside the dense
+    weight. accelerate calls it for each shard."""
+    pytest.importorskip("transformers")
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    source = tiny.make(family, seed=2)
+    want = quantize_model(copy.deepcopy(source), progress_bar=False)
+    model = quantize_model(tiny.make(family, seed=1), progress_bar=False)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, dict(source.state_dict()), options=options)
+    assert_same_state(model, want)
+    set_model_state_dict(model, dict(model.state_dict()), options=options)  # its own, packed
+    assert_same_state(model, want)
+
+    accelerate = pytest.importorskip("accelerate")
+    source.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    if family == "mixtral":
+        return  # transformers writes experts one by one, under names of their own
+    model = quantize_model(tiny.make(family, seed=1), progress_bar=False)
+    accelerate.load_checkpoint_in_model(model, str(tmp_path))
+    assert_same_state(model, want)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layers_own_packed_entries_do_not_count(device):
+    for kind in (dict, lambda pairs: {key: value.detach() for key, value in pairs}):
+        layer = Linear4bit(64, 16, device=device)
+        own = kind(layer.named_parameters())
+        layer.load_state_dict({**own, **dense().state_dict()}, assign=device == "meta")
+        assert_same_state(layer, Linear4bit.from_linear(dense()))
+
+
 def test_below_an_adapter_of_peft():
     peft = pytest.importorskip("peft")
     source = tiny.make("llama", seed=2)
@@ -394,10 +430,14 @@ def test_bad_dense_weights_change_nothing(assign):
 
 
 def test_a_dense_weight_beside_packed_entries_is_refused():
-    packed = Linear4bit(64, 16).state_dict()
+    packed, layer = Linear4bit(64, 16).state_dict(), Linear4bit(64, 16)
     for key in ("weight_absmax", "weight_nested", "weight_codebook"):
         state = {"weight": dense().weight, key: packed[key]}
-        refused(Linear4bit(64, 16), state, r"weight is torch.float32 \[16, 64\], want uint8")
+        refused(Linear4bit(64, 16), state, r"\[16, 64\], want uint8 .*only if no packed entries")
+        with pytest.raises(RuntimeError, match="only if no packed entries"):
+            Linear4bit(64, 16, device="meta").load_state_dict(state, strict=False)
+        copied = {k: t.clone() for k, t in layer.state_dict().items() if k == key}
+        refused(layer, {**state, **copied}, "only if no packed entries")
     average = {key: t.float() for key, t in Linear4bit(1, 1).state_dict().items()}
     refused(Linear4bit(1, 1), average, "average of packed bytes")
 
@@ -500,7 +540,7 @@ def test_bad_fused_weights_change_no_expert():
     )
     refused(experts, changed("down_proj", None), "down_proj is NoneType, want float")
     packed = experts.state_dict(prefix="")
-    mixed = {**source, "packed.1.up.weight": packed["packed.1.up.weight"]}
+    mixed = {**source, "packed.1.up.weight": packed["packed.1.up.weight"].clone()}
     refused(experts, mixed, "gate_up_proj is beside packed.1.up.weight, want one of them")
     with pytest.raises(RuntimeError, match=r"Missing key.*packed.0.down.weight"):
         experts.load_state_dict({k: v for k, v in source.items() if k != "down_proj"})
