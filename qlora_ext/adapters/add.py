@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
 from .. import hosts
 from ..models.architectures import SAME_INPUT
+from ..models.plan import TRAINS, is_factor
 from ..models.raw_errors import explain_errors
 from ..models.report import num_parameters
-from ..models.walk import check_model, places_of, replace_module
+from ..models.walk import check_model, places_of, replace_module, stacked_names
 from ..nn.linear import Linear4bit, is_conv1d, linear_shape
 from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora, check_lora_rank
 from ..nn.offload import check_can_adapt
@@ -41,6 +44,42 @@ def check_trainable(op: str, model: nn.Module) -> None:
                 f"{op}: {name} was made under torch.inference_mode, and autograd cannot train "
                 "through it; load the model outside of inference_mode, or under torch.no_grad()"
             )
+
+
+def check_foreign(op: str, model: nn.Module) -> None:
+    """Raises ValueError if another library's adapters in model require gradients, because op
+    freezes all but its own."""
+    own = {id(p) for m in adapters_of(model).values() for p in (m.lora_A, m.lora_B)}
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in own and is_factor(name)
+    ]
+    if names:
+        raise ValueError(
+            f"{op}: {', '.join(stacked_names(names)[:4])} are adapters of another library and "
+            f"require gradients, and {op} would freeze them: train them without {op}, or merge "
+            "them first, or freeze them yourself (requires_grad_(False)) to keep them as they are"
+        )
+
+
+def _warn_of_frozen(model: nn.Module) -> None:
+    """Warns about layers that quantize_model left alone because they train, and that are about to
+    be frozen."""
+    report = getattr(model, "quantization_report", None)
+    left = {part.name for part in report.unquantized if part.reason == TRAINS} if report else ()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name in left
+        and any(p.requires_grad for p in module._parameters.values() if p is not None)
+    ]
+    if names:
+        warnings.warn(
+            f"add_lora: froze {', '.join(stacked_names(names)[:8])}, which quantize_model left "
+            "alone because they train; call requires_grad_(True) on those that you train on",
+            stacklevel=3,
+        )
 
 
 def with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
@@ -107,11 +146,11 @@ def add_lora(
         TypeError: config is not a LoraConfig; model is a single layer or has PEFT's adapters; a
             target is an unquantized Conv1D, or a subclass of nn.Linear whose forward may compute
             something else ("all-linear" leaves those out and warns).
-        ValueError: the model has adapters or was loaded under torch.inference_mode; r is larger
-            than a weight's smaller side; the architecture is unknown, or a switch or name matches
-            nothing (the error lists the linear layers); config selects a part of a fused
-            query-key-value layer; share_inputs=True, but no two layers can share. The model then
-            stays as it was.
+        ValueError: the model has adapters (others' count if they require gradients) or was loaded
+            under torch.inference_mode; r is larger than a weight's smaller side; the architecture
+            is unknown, or a switch or name matches nothing (the error lists the linear layers);
+            config selects a part of a fused query-key-value layer; share_inputs=True, but no two
+            layers can share. The model then stays as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
@@ -125,6 +164,7 @@ def add_lora(
             f"add_lora: {next(iter(present))} has an adapter already, want a model without; "
             "merge_and_unload merges them"
         )
+    check_foreign("add_lora", model)
     names = target_names(model, config)
     settings = {
         "r": config.r,
@@ -137,6 +177,7 @@ def add_lora(
     install(model, {name: settings for name in names})
     for group in groups:
         SharedInput([model.get_submodule(name) for name in group])
+    _warn_of_frozen(model)
     model.requires_grad_(False)
     for module in adapters_of(model).values():
         module.lora_A.requires_grad_(True)

@@ -19,7 +19,14 @@ from ..nn.offload import keep_adapter, loaded, value_of
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import dequantize_4bit
 from ..text import CheckpointError, shorten
-from .add import adapters_of, allow_training, check_adaptable, check_trainable, install
+from .add import (
+    adapters_of,
+    allow_training,
+    check_adaptable,
+    check_foreign,
+    check_trainable,
+    install,
+)
 from .peft_config import (
     CONFIG,
     WEIGHTS,
@@ -157,6 +164,7 @@ def load_adapter(
         )
     if trainable:
         check_trainable("load_adapter", model)
+    check_foreign("load_adapter", model)
     path = Path(path)
     config = read_adapter_config(path)
     present = adapters_of(model)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..models.architectures import FAMILIES, Family
+from ..models.plan import is_factor
 from ..models.reads import read_past_forward
 from ..models.walk import linear_names, output_embeddings
 from ..nn.experts import Experts4bit
@@ -146,7 +147,9 @@ def _explicit_targets(model, targets, linears) -> list[str]:
             [f"{n} ({type(linears[n]).__name__})" for n in odd],
             "a subclass of nn.Linear may compute something else than x W^T + b",
         )
-        odd += read
+        foreign = [n for n in names if n not in odd and n not in read and is_factor(n)]
+        _warn_left_out(foreign, "adapters of another library")
+        odd += [*read, *foreign]
         if len(odd) == len(names):
             raise ValueError(
                 'add_lora: target_modules="all-linear" finds no layer to adapt; '

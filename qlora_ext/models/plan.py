@@ -24,7 +24,7 @@ from .heads import heads_of
 from .names import Names, literal, matches
 from .reads import read_past_forward
 from .report import LayerReport, QuantizationReport
-from .walk import _numel
+from .walk import _numel, stacked_names
 
 logger = logging.getLogger("qlora_ext")
 
@@ -35,6 +35,11 @@ ADAPTER = "an adapter of another library"
 TRAINS = "trainable, while other weights of the model are frozen"
 # How other libraries call the two factors of LoRA if these are layers (torchtune, PEFT, kohya).
 _FACTORS = frozenset(("lora_a", "lora_b", "lora_down", "lora_up"))
+
+
+def is_factor(name: str) -> bool:
+    """Whether a module or parameter is a factor of LoRA by its name. Ours are called so too."""
+    return not _FACTORS.isdisjoint(name.lower().split("."))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +250,7 @@ class Plan:
     def _reason_trained(self, name: str, module: nn.Module) -> str | None:
         trains = any(module._parameters[key].requires_grad for key in weight_names(module))
         reason = None
-        if not _FACTORS.isdisjoint(name.lower().split(".")):
+        if is_factor(name):
             reason = ADAPTER
         elif trains and self.keep_trained:
             reason = TRAINS
@@ -340,8 +345,10 @@ def log_report(
     logger.info("%s", report)
     if trained := [part for part in report.unquantized if part.reason in (ADAPTER, TRAINS)]:
         advice = ""
-        if any(part.reason == TRAINS for part in trained):
-            advice = (
+        if stay := sum(part.reason == TRAINS for part in trained):
+            if stay > (packed := len(report.quantized)):
+                advice = f"; layers left alone: {stay}, packed: {packed}"
+            advice += (
                 "; to pack those that are no adapters, freeze them first (requires_grad_(False))"
             )
         warnings.warn(
@@ -361,8 +368,12 @@ def log_report(
 
 def _named(layers: list[LayerReport]) -> str:
     """The first names and reasons; the layers of a stack share one."""
-    patterns = {re.sub(r"\b\d+\b", "*", part.name): part.reason for part in layers}
-    return "; ".join(f"{name} ({reason})" for name, reason in list(patterns.items())[:8])
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for part in layers:
+        reasons[part.reason].append(part.name or "the model itself")
+    texts = [f"{name} ({reason})" for reason in reasons for name in stacked_names(reasons[reason])]
+    more = [f"and {len(texts) - 8} more"] if len(texts) > 8 else []
+    return "; ".join(texts[:8] + more)
 
 
 def warn_unmatched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections import defaultdict
@@ -176,3 +177,35 @@ def use_dense_panels(
     for layer in [m for m in model.modules() if type(m) is nn.Linear and m not in left]:
         if panels or (layer.weight.device.type == "cpu" and layer.weight.is_floating_point()):
             replace_module(model, layer, PanelLinear.from_linear(layer, always=bool(panels)))
+
+
+def stacked_names(names: Iterable[str]) -> list[str]:
+    """Names of layers, each stack's as one, with its numbers as a shell would write them:
+    layers.{0..3,7}.mlp.up_proj. A name that is alone stays as it is."""
+    stacks: dict[str, list[list[str]]] = defaultdict(list)
+    for name in names:
+        stacks[re.sub(r"\b\d+\b", "*", name)].append(re.findall(r"\b\d+\b", name))
+    texts = []
+    for pattern, numbers in stacks.items():
+        places = [sorted(set(map(int, place))) for place in zip(*numbers)]
+        whole = math.prod(map(len, places)) == len(numbers)
+        parts = pattern.split("*")
+        for i, place in enumerate(places):
+            some = len(place) > 1
+            parts[i] += "*" if some and not whole else _ranges(place)
+        texts.append("".join(parts) + ("" if whole else f" x{len(numbers)}"))
+    return texts
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted numbers as 3, or {0..3,7}; of many ranges the first ones."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    if len(numbers) == 1:
+        return str(numbers[0])
+    texts = [f"{a}" if a == b else f"{a}{',' if b == a + 1 else '..'}{b}" for a, b in ranges]
+    return "{" + ",".join(texts[:8] + ["..."] * (len(texts) > 8)) + "}"

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny_models as tiny
-from qlora_ext import LoraConfig, add_lora, quantize_model
+from qlora_ext import LoraConfig, add_lora, load_adapter, quantize_model, save_adapter
 from qlora_ext.models.plan import ADAPTER, TRAINS
-from qlora_ext.nn import Embedding4bit, Linear4bit, PanelLinear
+from qlora_ext.models.walk import stacked_names
+from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear4bit, PanelLinear
 
 
 def quantize(model, **settings):
@@ -106,7 +107,7 @@ def test_lora_factors_go_by_their_names(names, marked):
         freeze_all_but(model, "lora_")
     before = {n: i for n, i in trainable(model).items() if "lora_" in n}
     x = torch.randn(3, 64)
-    with pytest.warns(UserWarning, match=rf"left alone, .*\*\.{names[0]} \(an adapter") as caught:
+    with pytest.warns(UserWarning, match=rf"them: \{{0,2\}}\.{names[0]} \(an adapter") as caught:
         quantize(model)
     assert len(caught) == 1
     assert packed(model) == {"0.base", "2.base"}
@@ -139,8 +140,8 @@ def test_a_model_with_nothing_but_adapters_to_pack_stays_and_that_is_said():
     with pytest.warns(UserWarning) as caught:
         assert quantize(model) is model
     messages = [str(w.message) for w in caught]
-    assert any("left alone" in m and "*.lora_b (an adapter" in m for m in messages)
-    assert any("stay unquantized" in m and "* (not an nn.Linear)" in m for m in messages)
+    assert any("left alone" in m and "{0,1}.lora_b (an adapter" in m for m in messages)
+    assert any("stay unquantized" in m and "{0,1} (not an nn.Linear)" in m for m in messages)
     assert trainable(model) == before and torch.equal(model(x), want)
     assert not packed(model) and not model.quantization_report.quantized
 
@@ -169,7 +170,7 @@ def test_a_layer_that_trains_while_others_are_frozen_is_left_alone():
     with pytest.warns(UserWarning) as caught:
         quantize(model)
     assert [str(w.message) for w in caught] == [
-        "quantize_model: left alone, because packing would freeze them: layers.*.extra "
+        "quantize_model: left alone, because packing would freeze them: layers.{0,1}.extra "
         "(trainable, while other weights of the model are frozen); to pack those that are no "
         "adapters, freeze them first (requires_grad_(False))"
     ]
@@ -235,7 +236,7 @@ def test_adapters_do_not_become_panels():
 def test_experts_that_train():
     pytest.importorskip("transformers")
     model = freeze_all_but(tiny.make("mixtral"), r"layers\.1\.mlp\.experts")
-    with pytest.warns(UserWarning, match=r"layers\.\*\.mlp\.experts \(trainable, while"):
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.experts \(trainable, while"):
         quantize(model)
     names = packed(model)
     assert any("layers.0.mlp.experts" in name for name in names)
@@ -245,8 +246,79 @@ def test_experts_that_train():
 def test_a_partly_frozen_model_of_transformers_takes_our_adapters():
     pytest.importorskip("transformers")
     model = freeze_all_but(tiny.make("llama"), r"layers\.1\.mlp")
-    with pytest.warns(UserWarning, match=r"layers\.\*\.mlp\.down_proj \(trainable, while"):
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.down_proj \(trainable, while"):
         quantize(model)
     assert all("layers.1.mlp" not in name for name in packed(model)) and len(packed(model)) == 11
-    add_lora(model, LoraConfig(target_modules=["q_proj"]))
+    message = r"froze model\.layers\.1\.mlp\.gate_proj.*left alone because they train"
+    with pytest.warns(UserWarning, match=message):
+        add_lora(model, LoraConfig(target_modules=["q_proj"]))
+    assert all("lora_" in name for name in trainable(model))
     model(**tiny.inputs(model)).logits.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [Wrapped, BareFactors])
+@pytest.mark.parametrize("op", ["add_lora", "load_adapter"])
+def test_our_adapters_freeze_no_others(op, kind, tmp_path):
+    def layer():
+        return kind(("lora_a", "lora_b")) if kind is Wrapped else kind()
+
+    model = freeze_all_but(nn.Sequential(layer(), nn.Linear(64, 64), layer()), "lora_")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize(model)
+    before, config = trainable(model), LoraConfig(r=4, target_modules="all-linear")
+    calls = {"add_lora": lambda: add_lora(model, config)}
+    calls["load_adapter"] = lambda: load_adapter(model, tmp_path)
+    if op == "load_adapter":
+        save_adapter(add_lora(nn.Sequential(nn.Identity(), nn.Linear(64, 64)), config), tmp_path)
+    with pytest.raises(ValueError, match=rf"{op}: \{{0,2\}}\.lora_.*, and {op} would freeze them"):
+        calls[op]()
+    assert trainable(model) == before and len(before) == 4
+    model.requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calls[op]()
+    said = [str(w.message) for w in caught]
+    left = '"all-linear" leaves out 0.lora_a, 0.lora_b, 2.lora_a, 2.lora_b: adapters of another'
+    assert any(left in message for message in said) == (op == "add_lora" and kind is Wrapped)
+    # Loaded again over ours, and ours do not count as others'.
+    load_adapter(model, save_adapter(model, tmp_path / "again"), trainable=True)
+    ours = {n for n, m in model.named_modules() if isinstance(m, LoraLinear4bit)}
+    base = "base" if kind is Wrapped else "linear"
+    assert ours == ({"1"} if op == "load_adapter" else {f"0.{base}", "1", f"2.{base}"})
+    assert set(trainable(model)) == {f"{name}.lora_{x}" for name in ours for x in "AB"}
+
+
+def test_warnings_name_the_layers():
+    """A name that is alone stays a name, a stack has its numbers, and if most layers stay dense
+    that is said."""
+
+    def said(frozen):
+        model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
+        for i in frozen:
+            model[i].requires_grad_(False)
+        with pytest.warns(UserWarning) as caught:
+            quantize(model)
+        return str(caught[0].message)
+
+    start = "quantize_model: left alone, because packing would freeze them: "
+    reason = " (trainable, while other weights of the model are frozen)"
+    assert said([0, 2, 3, 4, 5]).startswith(f"{start}1{reason}; to pack")
+    assert said([0, 2, 4]).startswith(f"{start}{{1,3,5}}{reason}; to pack")
+    assert said([0]).startswith(f"{start}{{1..5}}{reason}; layers left alone: 5, packed: 1; to")
+
+
+@pytest.mark.parametrize(
+    "names, want",
+    [
+        (["a.1.b"], ["a.1.b"]),
+        (["a.0.b", "a.1.b", "a.0.c"], ["a.{0,1}.b", "a.0.c"]),
+        ([f"a.{i}.b.{j}" for i in (2, 3, 4, 9) for j in (0, 1)], ["a.{2..4,9}.b.{0,1}"]),
+        (["a.0.b.0", "a.1.b.0", "a.1.b.1"], ["a.*.b.* x3"]),
+        (["a.7.b.0", "a.7.b.1"], ["a.7.b.{0,1}"]),
+        ([f"{i}" for i in range(0, 40, 2)], ["{0,2,4,6,8,10,12,14,...}"]),
+        (["head", "layer1.x"], ["head", "layer1.x"]),
+    ],
+)
+def test_stacked_names(names, want):
+    assert stacked_names(names) == want
