@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--weight-decay", type=float)
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--steps", type=int, help="optimizer steps; a number given here is kept to")
-    add("--minutes", type=float, help="training takes fewer steps to end within this; 0: no limit")
+    add("--minutes", type=float, help="training takes fewer steps to end about then; 0: no limit")
     add("--max-length", type=int, help="tokens per pair; longer ones are cut")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16)
@@ -389,9 +390,12 @@ def train(model, batches: instructions.Batches, args, report, resumed: dict | No
             bar.set_postfix_str(f"loss {report.recent_loss():.3f}, {report.speed():.0f} tokens/s")
             bar.update()
             # Three steps tell the pace; the first is left out, since it also warms caches up.
-            if len(durations) == 4 and resumed is None and not args.steps_given and args.minutes:
-                pace = parallel.from_first(sorted(durations[1:])[1])
-                steps = bar.total = fitting_steps(steps, pace, args)
+            if len(durations) >= 4 and not args.steps_given and args.minutes and step < steps:
+                used = sum(h["seconds"] for h in report.history)
+                used, pace = parallel.from_first((used, statistics.median(durations[1:][-5:])))
+                steps = bar.total = fitting_steps(
+                    steps, step, used, pace, args, first=len(durations) == 4
+                )
                 bar.refresh()
             if any(parallel.total(bool(stopped))):  # of whichever process was told
                 save()
@@ -419,15 +423,33 @@ def set_random_states(states: dict, args) -> None:
         torch.cuda.set_rng_state(states["cuda_rng"], args.device)
 
 
-def fitting_steps(steps: int, seconds: float, args) -> int:
-    fitting = max(min(MIN_STEPS, steps), int(args.minutes * 60 / seconds))
-    whole = f"{steps} steps at {seconds:.1f} s take {steps * seconds / 60:.1f} minutes"
-    if fitting >= steps:
-        say(f"{whole}: taking them all (at most {args.minutes:g} minutes are allowed)")
-        return steps
-    minutes = fitting * seconds / 60
-    say(f"{whole}: taking {fitting}, {minutes:.1f} minutes (change with --minutes or --steps)")
-    return fitting
+def fitting_steps(steps: int, step: int, used: float, pace: float, args, first: bool) -> int:
+    """How many steps to take in all, so that training ends in time.
+
+    It is asked after every step, because a machine may slow down: then fewer steps are left than
+    were planned, and the learning rate, which goes by their number, falls faster. The number never
+    grows. After the first time, a tenth of the time may be missing before it changes.
+
+    Args:
+        steps: the number planned so far.
+        step: steps taken, in `used` seconds.
+        pace: seconds of a step now.
+        first: whether nothing was said about it yet.
+    """
+    allowed = args.minutes * 60
+    end = used + (steps - step) * pace
+    slack = 0 if first else 0.1 * allowed
+    # Two more steps at least, in which the learning rate comes down.
+    fitting = step + max(2, int((allowed - used) / pace))
+    fitting = max(min(MIN_STEPS, steps), fitting)
+    fits = end <= allowed + slack or fitting >= steps
+    if first or not fits:
+        plan = "taking them all" if fits else f"taking {fitting}"
+        say(
+            f"{steps} steps end after {end / 60:.1f} minutes, at {pace:.1f} s each now: {plan} "
+            f"({args.minutes:g} minutes are allowed; change with --minutes or --steps)"
+        )
+    return steps if fits else fitting
 
 
 @contextmanager
@@ -734,12 +756,19 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """main(), with what stops it from outside told in a sentence."""
+    again = (
+        "Checkpoints are written whole or not at all: the same command goes on from the last one"
+    )
     try:
         main()
     except (OSError, SafetensorError) as e:
-        raise SystemExit(
-            f"{type(e).__name__}: {e}\nCheckpoints are written whole or not at all: the same "
-            "command goes on from the last one, if there is one."
-        ) from e
+        raise SystemExit(f"{type(e).__name__}: {e}\n{again}, if there is one.") from e
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nInterrupted at once. {again}, if there is one.") from None
     parallel.finish()
+
+
+if __name__ == "__main__":
+    run()

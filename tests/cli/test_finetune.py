@@ -202,11 +202,72 @@ def test_letters_that_the_terminal_lacks_are_escaped(example, monkeypatch):
 def test_steps_fit_the_time(example, capsys):
     module = example("finetune")
     args = module.parse_arguments(["--minutes", "5"])
-    assert module.fitting_steps(60, 3.0, args) == 60
-    assert module.fitting_steps(60, 10.0, args) == 30
-    assert module.fitting_steps(60, 100.0, args) == module.MIN_STEPS
+
+    def fitting(steps, step, used, pace, first=False):
+        return module.fitting_steps(steps, step, used, pace, args, first)
+
+    assert fitting(60, 4, 4 * 3.0, 3.0, first=True) == 60
+    assert fitting(60, 4, 4 * 10.0, 10.0, first=True) == 30
+    assert fitting(60, 4, 4 * 100.0, 100.0, first=True) == module.MIN_STEPS
     said = capsys.readouterr().out
     assert "taking them all" in said and "taking 30" in said
+    # The machine slows down later.
+    assert fitting(60, 30, 150.0, 5.9) == 60  # 27 s too long, a tenth of the time is 30 s
+    assert capsys.readouterr().out == ""
+    assert fitting(60, 30, 150.0, 10.0) == 45
+    assert (
+        "60 steps end after 7.5 minutes, at 10.0 s each now: taking 45" in capsys.readouterr().out
+    )
+    assert fitting(60, 30, 400.0, 60.0) == 32  # the time is over: two steps to end with
+    assert fitting(32, 31, 460.0, 60.0) == 32
+    assert fitting(60, 10, 400.0, 60.0) == module.MIN_STEPS
+    assert fitting(8, 4, 400.0, 60.0) == 8
+
+
+def test_a_machine_that_slows_down_takes_fewer_steps(example, tmp_path, monkeypatch):
+    """Steps take 5 s at first, and 60 s from the 25th on. Training ends soon after the time that
+    is allowed, with the lowest learning rate."""
+    module, instructions = example("finetune"), example("instructions")
+    clock, rates = [0.0], []
+
+    class Slow(Table):
+        def forward(self, input_ids, attention_mask):
+            clock[0] += 5.0 if len(rates) < 24 else 60.0
+            return super().forward(input_ids, attention_mask)
+
+    def rate(step, steps, args):
+        rates.append(real(step, steps, args))
+        return rates[-1]
+
+    real = module.rate
+    monkeypatch.setattr(module, "rate", rate)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    args = module.parse_arguments(["--output", str(tmp_path), "--batch-size", "2"])
+    assert args.minutes == 6 and args.steps == 60
+    report = module.Report(args)
+    report.precision = {"chosen": "fp32"}
+    batches = instructions.Batches([([1, 2, 3], [1, 2, 3])] * 4, 2, seed=0, pad_id=0)
+    module.train(Slow(), batches, args, report, None)
+    taken = len(report.history)
+    assert 25 < taken <= 30 and clock[0] <= 6 * 60 + 4 * 60
+    assert rates[-1] < 0.2 and rates[20] > 0.8
+    state, _ = module.checkpoints.load_newest(tmp_path / "checkpoints")
+    assert state["step"] == state["steps"] == taken
+
+
+def test_a_second_interrupt_is_a_sentence(example, monkeypatch, capsys):
+    module = example("finetune")
+
+    def main():
+        with module.stop_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopped == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "main", main)
+    with pytest.raises(SystemExit, match=r"Interrupted at once.*goes on from the last one"):
+        module.run()
+    assert "Stopping after this step (again: at once)" in capsys.readouterr().out
 
 
 def test_a_run_and_what_it_leaves(tiny_model, pairs_file, tmp_path):
