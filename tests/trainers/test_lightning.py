@@ -1,6 +1,6 @@
 """The precision plug-ins for Lightning's Fabric and Trainer.
 
-To run it, install REQUIREMENTS without what they depend on, into a folder on PYTHONPATH.
+`make test-trainers TRAINERS=lightning` runs it.
 """
 
 import pickle
@@ -12,8 +12,7 @@ from torch import nn
 from qlora_ext import QuantConfig, quantize_model
 from qlora_ext.nn import Linear4bit
 
-REQUIREMENTS = ("lightning==2.6.6", "lightning-utilities==0.15.3", "torchmetrics==1.9.0")
-lightning = pytest.importorskip("lightning", reason="its REQUIREMENTS are not installed")
+lightning = pytest.importorskip("lightning", reason="tests/trainers/lightning.txt is not installed")
 
 from qlora_ext.integrations.lightning import FabricPrecision4bit, TrainerPrecision4bit
 
@@ -91,6 +90,26 @@ def test_a_model_that_is_set_up_dense_is_packed_by_the_plan():
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     again = fabric.setup_module(model.module)  # as it is
     assert all(torch.equal(tensor, before[key]) for key, tensor in again.state_dict().items())
+
+
+def test_layers_under_other_names_are_named():
+    """init_module replaces torch.nn.Linear, and not what other modules have imported before."""
+    fabric, Linear = fabric_of(), nn.Linear
+
+    def build():
+        attention = nn.MultiheadAttention(64, 4)
+        layers = {"up": nn.Linear(64, 64), "own": Linear(64, 64), "lora_a": Linear(64, 4)}
+        return nn.ModuleDict({**layers, "attention": attention})
+
+    with fabric.init_module():
+        model = build()
+    dense_ones = "own, attention, attention.out_proj; to pack nn.Linear layers, build the model"
+    with pytest.warns(UserWarning, match=f"name torch.nn.Linear only: {dense_ones}"):
+        fabric.setup_module(model)
+    assert packed(model) == {"up"}
+    with pytest.warns(UserWarning):  # the advice holds
+        model = fabric.setup_module(build())
+    assert packed(model.module) == {"up", "own"}
 
 
 def test_floating_point_inputs_and_outputs_are_cast():

@@ -1,11 +1,7 @@
 """litgpt's `finetune lora` in 4 bits (examples/trainers/litgpt_lora.py), against its own on the
 dequantized weights.
 
-To run it, install REQUIREMENTS without what they depend on (litgpt wants an older huggingface_hub
-than transformers 5 does, but runs with the newer one), for example into a folder of their own:
-
-    pip install --no-deps --target DIR litgpt==0.5.13 ...
-    PYTHONPATH=DIR pytest tests/trainers/test_litgpt.py
+`make test-trainers TRAINERS=litgpt` runs it.
 """
 
 import csv
@@ -21,17 +17,8 @@ import torch
 
 import qlora_ext
 
-REQUIREMENTS = (
-    "litgpt==0.5.13",
-    "lightning==2.6.6",
-    "lightning-utilities==0.15.3",
-    "torchmetrics==1.9.0",
-    "jsonargparse==4.41.0",
-    "docstring-parser==0.18.0",
-    "typeshed-client==2.15.0",
-)
 for module in ("lightning", "litgpt", "jsonargparse"):
-    pytest.importorskip(module, reason="its REQUIREMENTS are not installed")
+    pytest.importorskip(module, reason="tests/trainers/litgpt.txt is not installed")
 
 pytestmark = pytest.mark.slow
 
