@@ -65,7 +65,7 @@ def after_bitsandbytes() -> None:
         tell("not enabled: want 1 or layers")
         return
     if value == "layers" and "qlora_ext" not in sys.modules:
-        # A model may be loading right now, with bitsandbytes' layers. The next ones get them too.
+        # A model may be loading right now, with bitsandbytes' layers; the next ones get the same.
         _too_late = True
         if not _failed:
             tell(

@@ -169,6 +169,25 @@ struct GroupedGemm4bitParams {
   DType bias_dtype;
   DType lora_dtype;
   void* workspace;
+
+  // The product as that of expert 0 with all M rows.
+  Gemm4bitParams of_first() const {
+    return {.weight = weight.first,
+            .x = x,
+            .bias = bias,
+            .lora_S = lora_S,
+            .lora_B = lora_B,
+            .y = y,
+            .M = groups.M,
+            .R = R,
+            .x_stride = x_stride,
+            .S_stride = S_stride,
+            .dtype = dtype,
+            .bias_dtype = bias_dtype,
+            .lora_dtype = lora_dtype,
+            .workspace = nullptr,
+            .table = nullptr};
+  }
 };
 
 // dX[m] = dY[m] * W_e + lora_dS[m] * lora_A_e.
@@ -184,6 +203,21 @@ struct GroupedGemm4bitBackwardParams {
   DType dtype;
   DType lora_dtype;
   void* workspace;
+
+  // The product as that of expert 0 with all M rows.
+  Gemm4bitBackwardParams of_first() const {
+    return {.weight = weight.first,
+            .dY = dY,
+            .lora_dS = lora_dS,
+            .lora_A = lora_A,
+            .dX = dX,
+            .M = groups.M,
+            .R = R,
+            .dY_stride = dY_stride,
+            .dtype = dtype,
+            .lora_dtype = lora_dtype,
+            .workspace = nullptr};
+  }
 };
 
 // S[m] = scaling * x[rows[m]] * A_e^T.

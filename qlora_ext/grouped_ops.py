@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops import W4, _below_autograd, _direct_apply, _ops, _register_autograd, _register_fake
+from .ops import (
+    W4,
+    _below_autograd,
+    _direct_apply,
+    _empty_like,
+    _ops,
+    _register_autograd,
+    _register_fake,
+)
 
 
 def _sorted_rows(a) -> int:
@@ -125,10 +133,6 @@ def grouped_gemm_4bit(
 @_register_fake("qlora_ext::grouped_lora_shrink")
 def _(a):
     return a.x.new_empty((_sorted_rows(a), a.lora_A.shape[1]), dtype=torch.float32)
-
-
-def _empty_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 @_register_fake("qlora_ext::grouped_lora_shrink_backward")

@@ -58,6 +58,11 @@ def _register_fake(name: str) -> Callable[..., Any]:
     return register
 
 
+def _empty_like(t: Tensor) -> Tensor:
+    """An uninitialized tensor of t's shape and dtype, contiguous as all results are."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def _register_autograd(name: str, eager: Callable[..., Any]) -> None:
     """Registers `eager` for the op's Autograd key. It gets the weight's eight arguments as one w4
     tuple. (torch.library.register_autograd would cost 50 us a call; csrc/schemas.h has the argument
@@ -255,18 +260,14 @@ def _(a):
 
 @_register_fake("qlora_ext::lora_shrink_backward")
 def _(a):
-    return torch.empty_like(
-        a.x, memory_format=torch.contiguous_format
-    ) if a.need_dx else a.x.new_empty(0), torch.empty_like(
-        a.lora_A, memory_format=torch.contiguous_format
-    )
+    return _empty_like(a.x) if a.need_dx else a.x.new_empty(0), _empty_like(a.lora_A)
 
 
 @_register_fake("qlora_ext::lora_expand_backward")
 def _(a):
     return (
         a.dY.new_empty((*a.dY.shape[:-1], a.lora_B.shape[1]), dtype=torch.float32),
-        torch.empty_like(a.lora_B, memory_format=torch.contiguous_format),
+        _empty_like(a.lora_B),
     )
 
 
@@ -336,8 +337,8 @@ def _(a):
     dX = a.dY.new_empty((*a.dY.shape[:-1], a.shape[1])) if a.need_dx else a.dY.new_empty(0)
     return (
         dX,
-        torch.empty_like(a.lora_A, memory_format=torch.contiguous_format),
-        torch.empty_like(a.lora_B, memory_format=torch.contiguous_format),
+        _empty_like(a.lora_A),
+        _empty_like(a.lora_B),
     )
 
 

@@ -110,10 +110,9 @@ LeftOperand all_rows(const Gemm4bitParams& p) {
   return rows_of(p.x, p.dtype, p.x_stride, p.weight.K);
 }
 
-// Two passes of dot products (8 rows) beat fp32 panels; only one pass beats panels in bf16.
-bool has_few_rows(const Gemm4bitParams& p) {
-  return p.M <= (multiplies_bf16(all_rows(p)) ? kMaxDotRows : kFewRows);
-}
+// Up to how many rows of x dot products win: two passes of them (8 rows) beat fp32 panels, and only
+// one pass beats panels in bf16.
+int64_t few_rows(const LeftOperand& x) { return multiplies_bf16(x) ? kMaxDotRows : kFewRows; }
 
 void many_rows(const Gemm4bitParams& p) {
   const int64_t K = p.weight.K;
@@ -154,31 +153,20 @@ struct ExpertRows {
 ExpertRows rows_of_piece(const GroupedGemm4bitParams& p, const Piece& piece, int64_t slot) {
   const int64_t K = p.weight.first.K;
   const int64_t N = p.weight.first.N;
-  const int64_t row_bytes = packed_bytes(1, K);
-  ExpertRows e{.p = {.weight = p.weight.expert(piece.expert),
-                     .x = nullptr,
-                     .bias = of_expert(p.bias, p.bias_dtype, piece.expert, N),
-                     .lora_S = p.R > 0 ? p.lora_S + piece.row * p.S_stride : nullptr,
-                     .lora_B = of_expert(p.lora_B, p.lora_dtype, piece.expert, N * p.R),
-                     .y = element(p.y, p.dtype, piece.row * N),
-                     .M = rows_of_expert(p.groups, piece.expert).rows,
-                     .R = p.R,
-                     .x_stride = p.x_stride,
-                     .S_stride = p.S_stride,
-                     .dtype = p.dtype,
-                     .bias_dtype = p.bias_dtype,
-                     .lora_dtype = p.lora_dtype,
-                     .workspace = nullptr},
-               .few = false,
-               .packed = false,
-               .x = {}};
+  ExpertRows e{.p = p.of_first(), .few = false, .packed = false, .x = {}};
+  e.p.weight = p.weight.expert(piece.expert);
+  e.p.bias = of_expert(p.bias, p.bias_dtype, piece.expert, N);
+  e.p.lora_S = p.R > 0 ? p.lora_S + piece.row * p.S_stride : nullptr;
+  e.p.lora_B = of_expert(p.lora_B, p.lora_dtype, piece.expert, N * p.R);
+  e.p.y = element(p.y, p.dtype, piece.row * N);
+  e.p.M = piece.rows;
   // Chosen by all of the expert's rows, as gemm_4bit would.
   const LeftOperand all = all_rows(p);
-  e.few = e.p.M <= (multiplies_bf16(all) ? kMaxDotRows : kFewRows);
+  const int64_t rows = rows_of_expert(p.groups, piece.expert).rows;
   const bool copied = p.groups.rows != nullptr;
-  e.packed = !e.few && (packs(e.p.M, all) || (copied && !multiplies_bf16(all)));
-  e.p.M = piece.rows;
-  char* copy = static_cast<char*>(p.workspace) + (p.workspace ? slot * row_bytes : 0);
+  e.few = rows <= few_rows(all);
+  e.packed = !e.few && (packs(rows, all) || (copied && !multiplies_bf16(all)));
+  char* copy = static_cast<char*>(p.workspace) + (p.workspace ? slot * packed_bytes(1, K) : 0);
   if (e.packed) {
     e.x = packed_rows(reinterpret_cast<const float*>(copy), piece.rows, K);
     return e;
@@ -244,7 +232,7 @@ void multiply_slab(const GroupedGemm4bitParams& p, const std::vector<Piece>& pie
 const char* launch::gemm_4bit(const Gemm4bitParams& p, void*) {
   if (const char* error = cpu::cpu_path_error()) return error;
   if (p.M == 0 || p.weight.N == 0) return nullptr;
-  if (cpu::has_few_rows(p)) {
+  if (p.M <= cpu::few_rows(cpu::all_rows(p))) {
     cpu::for_each_region(p.M, p.weight.N, p.M, cpu::kDotRegion,
                          cpu::grain_of(p.M * cpu::kDotRegion * p.weight.K),
                          [&](const cpu::Region& region) { cpu::few_rows_region(p, region); });
@@ -259,16 +247,11 @@ const char* launch::grouped_gemm_4bit(const GroupedGemm4bitParams& p, void*) {
   if (const char* error = cpu_path_error()) return error;
   zero_rest(p.groups, p.dtype, p.weight.first.N, p.y);
   const LeftOperand x = all_rows(p);
-  const int64_t few = multiplies_bf16(x) ? kMaxDotRows : kFewRows;
   const std::vector<Piece> pieces = pieces_of(p.groups, [&](int64_t rows) {
-    return rows <= few ? rows : chunk_rows(rows, x.depth, kRegionTiles);
+    return rows <= few_rows(x) ? rows : chunk_rows(rows, x.depth, kRegionTiles);
   });
-  const int64_t most = reads_in_place(p) ? p.groups.M : slab_rows(p.weight.first.K);
-  for (size_t begin = 0, end = 0; begin < pieces.size(); begin = end) {
-    const int64_t first = pieces[begin].row;
-    while (end < pieces.size() && pieces[end].row + pieces[end].rows - first <= most) ++end;
-    multiply_slab(p, {pieces.begin() + begin, pieces.begin() + end});
-  }
+  const int64_t most = reads_in_place(p) ? p.groups.M : slab_rows(x.depth);
+  for_each_slab(pieces, most, [&](const std::vector<Piece>& slab) { multiply_slab(p, slab); });
   return nullptr;
 }
 

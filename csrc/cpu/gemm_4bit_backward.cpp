@@ -65,33 +65,25 @@ const char* launch::grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardPara
   const std::vector<Piece> pieces =
       pieces_of(p.groups, [&](int64_t rows) { return chunk_rows(rows, N, kRegionTiles); });
   struct ExpertRows {
-    Gemm4bitBackwardParams p;
+    Gemm4bitBackwardParams p;  // of a piece of an expert's rows
     LeftOperand dY;
   };
   const int64_t most = p.workspace == nullptr ? p.groups.M : slab_rows(N);
-  for (size_t begin = 0, end = 0; begin < pieces.size(); begin = end) {
-    const int64_t first = pieces[begin].row;
+  for_each_slab(pieces, most, [&](const std::vector<Piece>& run) {
     std::vector<ExpertRows> slab;
-    for (; end < pieces.size() && pieces[end].row + pieces[end].rows - first <= most; ++end) {
-      const Piece& piece = pieces[end];
-      LeftOperand dY = all.from(piece.row);
+    for (const Piece& piece : run) {
+      ExpertRows e{.p = p.of_first(), .dY = all.from(piece.row)};
+      e.p.weight = p.weight.expert(piece.expert);
+      e.p.lora_dS = p.R > 0 ? p.lora_dS + piece.row * p.R : nullptr;
+      e.p.lora_A = of_expert(p.lora_A, p.lora_dtype, piece.expert, p.R * K);
+      e.p.dX = element(p.dX, p.dtype, piece.row * K);
+      e.p.M = piece.rows;
       if (packs(rows_of_expert(p.groups, piece.expert).rows, all)) {
         float* packed = static_cast<float*>(p.workspace) +
-                        (piece.row - first) * packed_bytes(1, N) / int64_t{sizeof(float)};
-        dY = pack(all, piece.row, piece.rows, packed);
+                        (piece.row - run.front().row) * packed_bytes(1, N) / int64_t{sizeof(float)};
+        e.dY = pack(all, piece.row, piece.rows, packed);
       }
-      slab.push_back({.p = {.weight = p.weight.expert(piece.expert),
-                            .dY = nullptr,
-                            .lora_dS = p.R > 0 ? p.lora_dS + piece.row * p.R : nullptr,
-                            .lora_A = of_expert(p.lora_A, p.lora_dtype, piece.expert, p.R * K),
-                            .dX = element(p.dX, p.dtype, piece.row * K),
-                            .M = piece.rows,
-                            .R = p.R,
-                            .dY_stride = p.dY_stride,
-                            .dtype = p.dtype,
-                            .lora_dtype = p.lora_dtype,
-                            .workspace = nullptr},
-                      .dY = dY});
+      slab.push_back(e);
     }
     for_each_part(
         slab, [](const ExpertRows& e) { return e.p.M; }, K, kRegionTiles * kPanelWidth, N,
@@ -100,7 +92,7 @@ const char* launch::grouped_gemm_4bit_backward(const GroupedGemm4bitBackwardPara
           const Region region{.row = 0, .rows = e.p.M, .column = column, .columns = columns};
           backward_region(e.p, e.dY, dS, region, 0);
         });
-  }
+  });
   return nullptr;
 }
 

@@ -65,6 +65,15 @@ inline int64_t slab_rows(int64_t depth) {
   return std::max<int64_t>(8, kMaxWorkspace / packed_bytes(1, std::max<int64_t>(1, depth)));
 }
 
+// Calls f(slab) for runs of pieces that have at most `most` rows together; no piece has more.
+template <class F>
+void for_each_slab(const std::vector<Piece>& pieces, int64_t most, const F& f) {
+  for (auto begin = pieces.begin(), end = begin; begin != pieces.end(); begin = end) {
+    while (end != pieces.end() && end->row + end->rows - begin->row <= most) ++end;
+    f(std::vector<Piece>(begin, end));
+  }
+}
+
 // Zeros in the rows of out [M, columns] that no expert has.
 inline void zero_rest(const Groups& groups, DType dtype, int64_t columns, void* out) {
   const int64_t end = groups.E > 0 ? groups.offsets[groups.E - 1] : 0;

@@ -93,11 +93,9 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
 
 template <int kTilesM>
 const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
-  if (device_info().arch < 80) {
-    if constexpr (kTilesM <= 4) return gemm_fused<Sm75, __half, kTilesM>(p, stream);
-  }
-  return p.dtype == DType::kFloat16 ? gemm_fused<Sm80, __half, kTilesM>(p, stream)
-                                    : gemm_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
+  return visit_fused<kTilesM>(p.dtype, [&](auto arch, auto type) {
+    return gemm_fused<decltype(arch), typename decltype(type)::type, kTilesM>(p, stream);
+  });
 }
 
 bool is_empty(const Gemm4bitParams& p) { return p.M <= 0 || p.weight.N <= 0; }

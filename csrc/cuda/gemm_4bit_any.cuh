@@ -45,18 +45,9 @@ inline AnyProduct as_any_product(const Gemm4bitParams& p) {
   product.weight = p.weight;
   product.table = p.table;
   product.scales = make_scales(p.weight);
-  product.x = {
-      .data = p.x, .row_stride = p.x_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
-  product.lora_a = {.data = p.lora_S,
-                    .row_stride = p.S_stride,
-                    .depth_stride = 1,
-                    .rows = p.M,
-                    .dtype = DType::kFloat32};
-  product.lora_b = {.data = p.lora_B,
-                    .row_stride = p.R,
-                    .depth_stride = 1,
-                    .rows = p.weight.N,
-                    .dtype = p.lora_dtype};
+  product.x = operand_of_rows(p.x, p.x_stride, p.M, p.dtype);
+  product.lora_a = operand_of_rows(p.lora_S, p.S_stride, p.M, DType::kFloat32);
+  product.lora_b = operand_of_rows(p.lora_B, p.R, p.weight.N, p.lora_dtype);
   product.R = p.R;
   product.cols = p.weight.N;
   product.depth = p.weight.K;
@@ -71,19 +62,10 @@ inline AnyProduct as_any_product(const Gemm4bitBackwardParams& p) {
   AnyProduct product{};
   product.weight = p.weight;
   product.scales = make_scales(p.weight);
-  product.x = {
-      .data = p.dY, .row_stride = p.dY_stride, .depth_stride = 1, .rows = p.M, .dtype = p.dtype};
-  product.lora_a = {.data = p.lora_dS,
-                    .row_stride = p.R,
-                    .depth_stride = 1,
-                    .rows = p.M,
-                    .dtype = DType::kFloat32};
+  product.x = operand_of_rows(p.dY, p.dY_stride, p.M, p.dtype);
+  product.lora_a = operand_of_rows(p.lora_dS, p.R, p.M, DType::kFloat32);
   // Row k, depth r.
-  product.lora_b = {.data = p.lora_A,
-                    .row_stride = 1,
-                    .depth_stride = p.weight.K,
-                    .rows = p.weight.K,
-                    .dtype = p.lora_dtype};
+  product.lora_b = operand_of_columns(p.lora_A, p.weight.K, p.weight.K, p.lora_dtype);
   product.R = p.R;
   product.cols = p.weight.K;
   product.depth = p.weight.N;

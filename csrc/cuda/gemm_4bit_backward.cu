@@ -83,11 +83,9 @@ const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
 
 template <int kTilesM>
 const char* backward_fused(const Gemm4bitBackwardParams& p, void* stream) {
-  if (device_info().arch < 80) {
-    if constexpr (kTilesM <= 4) return backward_fused<Sm75, __half, kTilesM>(p, stream);
-  }
-  return p.dtype == DType::kFloat16 ? backward_fused<Sm80, __half, kTilesM>(p, stream)
-                                    : backward_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
+  return visit_fused<kTilesM>(p.dtype, [&](auto arch, auto type) {
+    return backward_fused<decltype(arch), typename decltype(type)::type, kTilesM>(p, stream);
+  });
 }
 
 bool is_empty(const Gemm4bitBackwardParams& p) { return p.M <= 0 || p.weight.K <= 0; }

@@ -22,30 +22,11 @@ int row_tile(const Groups& groups, const DeviceInfo& device) {
   return best_row_tile(groups.M, groups.E, {eight, sixteen, thirty_two, sixty_four});
 }
 
-// The product as that of expert 0 with all rows.
-Gemm4bitParams of_first(const GroupedGemm4bitParams& p) {
-  return {.weight = p.weight.first,
-          .x = p.x,
-          .bias = p.bias,
-          .lora_S = p.lora_S,
-          .lora_B = p.lora_B,
-          .y = p.y,
-          .M = p.groups.M,
-          .R = p.R,
-          .x_stride = p.x_stride,
-          .S_stride = p.S_stride,
-          .dtype = p.dtype,
-          .bias_dtype = p.bias_dtype,
-          .lora_dtype = p.lora_dtype,
-          .workspace = nullptr,
-          .table = nullptr};
-}
-
 template <class Arch, class T, int kTilesM>
 const char* grouped_fused(const GroupedGemm4bitParams& p, void* stream) {
   using Traits = FusedTraits<Arch, kTilesM>;
   GroupedFusedParams grouped{};
-  grouped.fused = make_fused_params<T>(of_first(p));
+  grouped.fused = make_fused_params<T>(p.of_first());
   const int64_t column_tiles = ceil_div(p.weight.first.N, Traits::kTileN);
   constexpr size_t kBytes = sizeof(FusedSmem<Arch, kTilesM>);
   return grouped.fused.scales.code != nullptr
@@ -59,11 +40,9 @@ const char* grouped_fused(const GroupedGemm4bitParams& p, void* stream) {
 
 template <int kTilesM>
 const char* grouped_fused(const GroupedGemm4bitParams& p, void* stream) {
-  if (device_info().arch < 80) {
-    if constexpr (kTilesM <= 4) return grouped_fused<Sm75, __half, kTilesM>(p, stream);
-  }
-  return p.dtype == DType::kFloat16 ? grouped_fused<Sm80, __half, kTilesM>(p, stream)
-                                    : grouped_fused<Sm80, __nv_bfloat16, kTilesM>(p, stream);
+  return visit_fused<kTilesM>(p.dtype, [&](auto arch, auto type) {
+    return grouped_fused<decltype(arch), typename decltype(type)::type, kTilesM>(p, stream);
+  });
 }
 
 }  // namespace
@@ -73,7 +52,7 @@ int64_t workspace_grouped_gemm_4bit(const GroupedGemm4bitParams&) { return 0; }
 const char* grouped_gemm_4bit(const GroupedGemm4bitParams& p, void* stream) {
   const DeviceInfo& device = device_info();
   if (!fused_can_read(p.weight.first, p.x, p.x_stride, p.dtype, device)) {
-    return launch_grouped_any_product<grouped_gemm_4bit_any<>>(as_any_product(of_first(p)),
+    return launch_grouped_any_product<grouped_gemm_4bit_any<>>(as_any_product(p.of_first()),
                                                                p.groups, stream);
   }
   switch (row_tile(p.groups, device)) {

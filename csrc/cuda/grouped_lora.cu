@@ -20,13 +20,6 @@ struct Product {
   int64_t ranks() const { return small.rows; }
 };
 
-DenseOperand rows_of(const void* data, int64_t stride, int64_t rows, DType dtype) {
-  return {.data = data, .row_stride = stride, .depth_stride = 1, .rows = rows, .dtype = dtype};
-}
-DenseOperand columns_of(const void* data, int64_t stride, int64_t columns, DType dtype) {
-  return {.data = data, .row_stride = 1, .depth_stride = stride, .rows = columns, .dtype = dtype};
-}
-
 // How the contraction over columns is cut; the tiles of rows are an upper bound.
 LoraPlan plan_over_columns(const Product& p) {
   const Groups& groups = p.groups;
@@ -136,9 +129,9 @@ const char* over_rows(const Product& p, void* stream) {
 // S[m, r] = scaling * sum over k of x[rows[m], k] A_e[r, k]
 Product shrink(const GroupedLoraShrinkParams& p) {
   return {.groups = p.groups,
-          .big = rows_of(p.x, p.x_stride, p.groups.T, p.dtype),
+          .big = operand_of_rows(p.x, p.x_stride, p.groups.T, p.dtype),
           .cols = p.K,
-          .small = rows_of(p.lora_A, p.K, p.R, p.lora_dtype),
+          .small = operand_of_rows(p.lora_A, p.K, p.R, p.lora_dtype),
           .scale = p.scaling,
           .out = p.S,
           .out_dtype = DType::kFloat32};
@@ -147,9 +140,9 @@ Product shrink(const GroupedLoraShrinkParams& p) {
 // dS[m, r] = scaling * sum over n of dY[m, n] B_e[n, r]
 Product gradient_of_S(const GroupedLoraExpandBackwardParams& p) {
   return {.groups = p.groups,
-          .big = rows_of(p.dY, p.dY_stride, p.groups.M, p.dtype),
+          .big = operand_of_rows(p.dY, p.dY_stride, p.groups.M, p.dtype),
           .cols = p.N,
-          .small = columns_of(p.lora_B, p.R, p.R, p.lora_dtype),
+          .small = operand_of_columns(p.lora_B, p.R, p.R, p.lora_dtype),
           .scale = p.scaling,
           .out = p.dS,
           .out_dtype = DType::kFloat32};
@@ -172,9 +165,9 @@ const char* grouped_lora_shrink(const GroupedLoraShrinkParams& p, void* stream) 
 const char* grouped_lora_shrink_backward(const GroupedLoraShrinkBackwardParams& p, void* stream) {
   // dA_e[r, k] = scaling * sum over m of dS[m, r] x[rows[m], k]
   QLORA_EXT_TRY(over_rows<true>({.groups = p.groups,
-                                 .big = rows_of(p.x, p.x_stride, p.groups.T, p.dtype),
+                                 .big = operand_of_rows(p.x, p.x_stride, p.groups.T, p.dtype),
                                  .cols = p.K,
-                                 .small = columns_of(p.dS, p.R, p.R, DType::kFloat32),
+                                 .small = operand_of_columns(p.dS, p.R, p.R, DType::kFloat32),
                                  .scale = p.scaling,
                                  .out = p.dA,
                                  .out_dtype = p.lora_dtype},
@@ -184,8 +177,8 @@ const char* grouped_lora_shrink_backward(const GroupedLoraShrinkBackwardParams& 
   Groups in_order = p.groups;
   in_order.rows = nullptr;
   in_order.T = p.groups.M;
-  const GroupedLoraProduct product{.a = rows_of(p.dS, p.R, p.groups.M, DType::kFloat32),
-                                   .b = columns_of(p.lora_A, p.K, p.K, p.lora_dtype),
+  const GroupedLoraProduct product{.a = operand_of_rows(p.dS, p.R, p.groups.M, DType::kFloat32),
+                                   .b = operand_of_columns(p.lora_A, p.K, p.K, p.lora_dtype),
                                    .columns = p.K,
                                    .depth = p.R,
                                    .depth_per_part = p.R,
@@ -203,7 +196,7 @@ const char* grouped_lora_expand_backward(const GroupedLoraExpandBackwardParams& 
   Product product = gradient_of_S(p);
   QLORA_EXT_TRY(over_columns(product, p.workspace, stream));
   // dB_e[n, r] = sum over m of dY[m, n] S[m, r]
-  product.small = columns_of(p.S, p.S_stride, p.R, DType::kFloat32);
+  product.small = operand_of_columns(p.S, p.S_stride, p.R, DType::kFloat32);
   product.scale = 1.0f;
   product.out = p.dB;
   product.out_dtype = p.lora_dtype;

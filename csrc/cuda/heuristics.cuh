@@ -9,6 +9,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/scale_pipeline.cuh"
+#include "dispatch.h"
 
 namespace qlora_ext {
 
@@ -16,6 +17,17 @@ inline bool has_tensor_cores(DType dtype, const DeviceInfo& device) {
   return dtype == DType::kFloat16    ? device.arch >= 75
          : dtype == DType::kBFloat16 ? device.arch >= 80
                                      : false;
+}
+
+// f(architecture, tag of the 16-bit type) of the fused kernels that this device runs for a dtype.
+// sm_75 has only fp16, and kernels of at most four mma tiles of rows.
+template <int kTilesM, class F>
+const char* visit_fused(DType dtype, const F& f) {
+  if (device_info().arch < 80) {
+    if constexpr (kTilesM <= 4) return f(Sm75{}, TypeTag<__half>{});
+  }
+  return dtype == DType::kFloat16 ? f(Sm80{}, TypeTag<__half>{})
+                                  : f(Sm80{}, TypeTag<__nv_bfloat16>{});
 }
 
 // What the tensor-core kernels require of a weight and of the rows of x or dY.

@@ -115,17 +115,9 @@ const char* run(const Product& p, void* workspace, void* stream) {
 
 // S[m, r] = scaling * sum over k of x[m, k] A[r, k]
 Product shrink(const LoraShrinkParams& p) {
-  return {.big = {.data = p.x,
-                  .row_stride = p.x_stride,
-                  .depth_stride = 1,
-                  .rows = p.M,
-                  .dtype = p.dtype},
+  return {.big = operand_of_rows(p.x, p.x_stride, p.M, p.dtype),
           .cols = p.K,
-          .small = {.data = p.lora_A,
-                    .row_stride = p.K,
-                    .depth_stride = 1,
-                    .rows = p.R,
-                    .dtype = p.lora_dtype},
+          .small = operand_of_rows(p.lora_A, p.K, p.R, p.lora_dtype),
           .over_rows = false,
           .scale = p.scaling,
           .out = p.S,
@@ -135,17 +127,9 @@ Product shrink(const LoraShrinkParams& p) {
 
 // dA[r, k] = scaling * sum over m of dS[m, r] x[m, k]
 Product gradient_of_A(const LoraShrinkBackwardParams& p) {
-  return {.big = {.data = p.x,
-                  .row_stride = p.x_stride,
-                  .depth_stride = 1,
-                  .rows = p.M,
-                  .dtype = p.dtype},
+  return {.big = operand_of_rows(p.x, p.x_stride, p.M, p.dtype),
           .cols = p.K,
-          .small = {.data = p.dS,
-                    .row_stride = 1,
-                    .depth_stride = p.R,
-                    .rows = p.R,
-                    .dtype = DType::kFloat32},
+          .small = operand_of_columns(p.dS, p.R, p.R, DType::kFloat32),
           .over_rows = true,
           .scale = p.scaling,
           .out = p.dA,
@@ -155,17 +139,9 @@ Product gradient_of_A(const LoraShrinkBackwardParams& p) {
 
 // dS[m, r] = scaling * sum over n of dY[m, n] B[n, r]
 Product gradient_of_S(const LoraExpandBackwardParams& p) {
-  return {.big = {.data = p.dY,
-                  .row_stride = p.dY_stride,
-                  .depth_stride = 1,
-                  .rows = p.M,
-                  .dtype = p.dtype},
+  return {.big = operand_of_rows(p.dY, p.dY_stride, p.M, p.dtype),
           .cols = p.N,
-          .small = {.data = p.lora_B,
-                    .row_stride = 1,
-                    .depth_stride = p.R,
-                    .rows = p.R,
-                    .dtype = p.lora_dtype},
+          .small = operand_of_columns(p.lora_B, p.R, p.R, p.lora_dtype),
           .over_rows = false,
           .scale = p.scaling,
           .out = p.dS,
@@ -175,17 +151,9 @@ Product gradient_of_S(const LoraExpandBackwardParams& p) {
 
 // dB[n, r] = sum over m of dY[m, n] S[m, r]
 Product gradient_of_B(const LoraExpandBackwardParams& p) {
-  return {.big = {.data = p.dY,
-                  .row_stride = p.dY_stride,
-                  .depth_stride = 1,
-                  .rows = p.M,
-                  .dtype = p.dtype},
+  return {.big = operand_of_rows(p.dY, p.dY_stride, p.M, p.dtype),
           .cols = p.N,
-          .small = {.data = p.S,
-                    .row_stride = 1,
-                    .depth_stride = p.S_stride,
-                    .rows = p.R,
-                    .dtype = DType::kFloat32},
+          .small = operand_of_columns(p.S, p.S_stride, p.R, DType::kFloat32),
           .over_rows = true,
           .scale = 1.0f,
           .out = p.dB,
@@ -213,10 +181,8 @@ const char* lora_shrink_backward(const LoraShrinkBackwardParams& p, void* stream
                        .parts = 1,
                        .depth_per_part = align_up(std::max<int64_t>(p.R, 1), kTileDepth),
                        .bytes = 0};
-  const DenseOperand dS{
-      .data = p.dS, .row_stride = p.R, .depth_stride = 1, .rows = p.M, .dtype = DType::kFloat32};
-  const DenseOperand lora_A{
-      .data = p.lora_A, .row_stride = 1, .depth_stride = p.K, .rows = p.K, .dtype = p.lora_dtype};
+  const DenseOperand dS = operand_of_rows(p.dS, p.R, p.M, DType::kFloat32);
+  const DenseOperand lora_A = operand_of_columns(p.lora_A, p.K, p.K, p.lora_dtype);
   return run_tile(dS, lora_A, p.R, p.scaling, whole, p.dx, p.dtype, stream);
 }
 

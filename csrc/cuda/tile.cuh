@@ -75,6 +75,15 @@ struct DenseOperand {
   }
 };
 
+// The rows of a matrix, `stride` elements apart, as an operand; or its columns.
+inline DenseOperand operand_of_rows(const void* data, int64_t stride, int64_t rows, DType dtype) {
+  return {.data = data, .row_stride = stride, .depth_stride = 1, .rows = rows, .dtype = dtype};
+}
+inline DenseOperand operand_of_columns(const void* data, int64_t stride, int64_t columns,
+                                       DType dtype) {
+  return {.data = data, .row_stride = 1, .depth_stride = stride, .rows = columns, .dtype = dtype};
+}
+
 // A packed weight W[n, k] as an operand: rows are n and d is k; if transposed, the other way round.
 struct WeightOperand {
   const uint8_t* packed;

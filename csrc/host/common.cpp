@@ -387,6 +387,14 @@ void check_matrix(const char* op, const Ints& shape) {
   QLORA_CHECK(shape.size() == 2, op, "shape is ", list_string(shape), ", want [N, K]");
 }
 
+void check_both(const char* op, const char* first_arg, const OptionalTensor& first,
+                const char* second_arg, const OptionalTensor& second) {
+  QLORA_CHECK(first.has_value() == second.has_value(), op, first ? second_arg : first_arg,
+              " is missing, want both or neither");
+}
+
+void fill_zeros(Tensor tensor) { torch::stable::fill_(tensor, 0); }
+
 Ints replace_last(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();
   Ints result(sizes.begin(), sizes.end());

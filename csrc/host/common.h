@@ -156,6 +156,12 @@ Rows as_rank_rows(const char* op, const char* arg, const Tensor& S, int64_t M, i
 
 void check_matrix(const char* op, const Ints& shape);
 
+// S and B, or dS and A: an error unless both are given or neither is.
+void check_both(const char* op, const char* first_arg, const OptionalTensor& first,
+                const char* second_arg, const OptionalTensor& second);
+
+void fill_zeros(Tensor tensor);  // by value: torch's fill_ wants it mutable
+
 // Product of the sizes. An error if a size is negative or int64 overflows.
 int64_t checked_numel(const char* op, const Ints& shape);
 

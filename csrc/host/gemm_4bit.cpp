@@ -86,8 +86,7 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Weight& w, const Opti
     p.bias = dense_bias.data;
     p.bias_dtype = dense_bias.dtype;
   }
-  QLORA_CHECK(lora_S.has_value() == lora_B.has_value(), op, lora_S ? "lora_B" : "lora_S",
-              " is missing, want both or neither");
+  check_both(op, "lora_S", lora_S, "lora_B", lora_B);
   Rows rows_S;
   if (lora_S) {
     dense_B = as_dense(op, "lora_B", *lora_B, {p.weight.N, kAnyRank}, x);

@@ -53,8 +53,7 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Weight& w,
   p.M = rows.rows;
   p.dY_stride = rows.stride;
   p.dtype = rows.dtype;
-  QLORA_CHECK(lora_dS.has_value() == lora_A.has_value(), op, lora_dS ? "lora_A" : "lora_dS",
-              " is missing, want both or neither");
+  check_both(op, "lora_dS", lora_dS, "lora_A", lora_A);
   Dense dense_A;
   Tensor dense_dS;
   if (lora_dS) {

@@ -112,8 +112,7 @@ Tensor gemm_forward(const char* op, const Tensor& x, const Stack& w, const Tenso
     p.bias = dense_bias.data;
     p.bias_dtype = dense_bias.dtype;
   }
-  QLORA_CHECK(lora_S.has_value() == lora_B.has_value(), op, lora_S ? "lora_B" : "lora_S",
-              " is missing, want both or neither");
+  check_both(op, "lora_S", lora_S, "lora_B", lora_B);
   Rows rows_S;
   if (lora_S) {
     dense_B = as_dense(op, "lora_B", *lora_B, {E, N, kAnyRank}, x);
@@ -144,8 +143,7 @@ Tensor gemm_backward(const char* op, const Tensor& dY, const Stack& w, const Ten
   p.dY = rows.data;
   p.dY_stride = rows.stride;
   p.dtype = rows.dtype;
-  QLORA_CHECK(lora_dS.has_value() == lora_A.has_value(), op, lora_dS ? "lora_A" : "lora_dS",
-              " is missing, want both or neither");
+  check_both(op, "lora_dS", lora_dS, "lora_A", lora_A);
   Dense dense_A;
   Tensor dense_dS;
   if (lora_dS) {
@@ -216,9 +214,8 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
   p.dx = need_dx ? dx.data_ptr() : nullptr;
   p.dA = dA.data_ptr();
   if (p.groups.M == 0 || p.R == 0 || K == 0) {
-    Tensor zero_dx = dx, zero_dA = dA;
-    torch::stable::fill_(zero_dx, 0);
-    torch::stable::fill_(zero_dA, 0);
+    fill_zeros(dx);
+    fill_zeros(dA);
     return {dx, dA};
   }
   launch_with_workspace(op, launch::grouped_lora_shrink_backward,
@@ -252,9 +249,8 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
   p.dS = static_cast<float*>(dS.data_ptr());
   p.dB = dB.data_ptr();
   if (p.groups.M == 0 || p.R == 0 || N == 0) {
-    Tensor zero_dS = dS, zero_dB = dB;
-    torch::stable::fill_(zero_dS, 0);
-    torch::stable::fill_(zero_dB, 0);
+    fill_zeros(dS);
+    fill_zeros(dB);
     return {dS, dB};
   }
   launch_with_workspace(op, launch::grouped_lora_expand_backward,

@@ -67,9 +67,8 @@ std::tuple<Tensor, Tensor> shrink_backward(const char* op, const Tensor& dS, con
   p.dtype = rows.dtype;
   p.lora_dtype = A.dtype;
   if (p.M == 0 || p.R == 0 || p.K == 0) {
-    torch::stable::fill_(dA, 0);
-    Tensor zero_dx = dx;
-    torch::stable::fill_(zero_dx, 0);
+    fill_zeros(dA);
+    fill_zeros(dx);
     return {dx, dA};
   }
   launch_with_workspace(op, launch::lora_shrink_backward, launch::workspace_lora_shrink_backward, p,
@@ -108,8 +107,8 @@ std::tuple<Tensor, Tensor> expand_backward(const char* op, const Tensor& dY, con
   p.dtype = rows.dtype;
   p.lora_dtype = B.dtype;
   if (p.M == 0 || p.R == 0 || p.N == 0) {
-    torch::stable::fill_(dS, 0);
-    torch::stable::fill_(dB, 0);
+    fill_zeros(dS);
+    fill_zeros(dB);
     return {dS, dB};
   }
   launch_with_workspace(op, launch::lora_expand_backward, launch::workspace_lora_expand_backward, p,
