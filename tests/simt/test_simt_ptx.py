@@ -17,9 +17,10 @@ from simt.test_simt_kernels import sweep
 TESTS = Path(__file__).resolve().parent.parent
 SWEEP = ["simt/test_simt_kernels.py", "simt/test_simt_huge.py", "simt/ptx_checks.py"]
 SWEEP += ["simt/test_simt_properties.py"]
+# The sweep has cases on 7.5 of its own and runs the others on the architecture asked for (sweep.py).
 # 8.0 and 9.0a are compiled from the same lines: 9.0a runs the shared bodies too, and 8.0 is left to
 # `make test-all`, since g++ takes minutes for each.
-BODIES = {75: [*SWEEP, "ops/test_ops.py"], 80: SWEEP, 90: [*SWEEP, "ops/test_ops.py"]}
+BODIES = {75: ["ops/test_ops.py"], 80: SWEEP, 90: [*SWEEP, "ops/test_ops.py"]}
 
 
 @pytest.mark.parametrize("arch", [75, pytest.param(80, marks=pytest.mark.slow), 90])
@@ -42,7 +43,8 @@ def test_ptx(arch):
     )
     assert result.returncode == 0, result.stdout[-20000:]
     passed = re.search(r"(\d+) passed(.*)", result.stdout)
-    assert int(passed[1]) > len(CASES) and "skipped" not in passed[2], passed[0]
+    least = 100 if arch == 75 else len(CASES)
+    assert int(passed[1]) > least and "skipped" not in passed[2], passed[0]
 
 
 @pytest.mark.slow
