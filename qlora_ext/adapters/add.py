@@ -15,8 +15,9 @@ from ..models.report import num_parameters
 from ..models.walk import check_model, places_of, replace_module, stacked_names
 from ..nn.linear import Linear4bit, is_conv1d, linear_shape
 from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora, check_lora_rank
-from ..nn.offload import check_can_adapt
+from ..nn.offload import check_can_adapt, device_of
 from ..nn.shared_input import SharedInput
+from ..nn.stack import LoraStack4bit, Stack4bit
 from ..text import first_few, shorten
 from .config import LoraConfig
 from .targets import _read_past_forward, target_names
@@ -83,6 +84,9 @@ def _warn_of_frozen(model: nn.Module) -> None:
 
 
 def with_adapter(name: str, base: nn.Module, **settings) -> _Lora:
+    if isinstance(base, Stack4bit):
+        settings.pop("lora_dropout")
+        return LoraStack4bit.from_stack(base, device=device_of(base), **settings)
     if isinstance(base, Linear4bit):
         return LoraLinear4bit.from_linear(base, **settings)
     if is_conv1d(base):
@@ -125,7 +129,8 @@ def add_lora(
 ) -> nn.Module:
     """Freezes a model and puts a trainable adapter on the layers that config selects, in place.
 
-    Packed layers become LoraLinear4bit, unquantized ones (a head) LoraLinear. Their weights are
+    Packed layers become LoraLinear4bit, the stacks of a mixture's experts LoraStack4bit (without
+    dropout), unquantized layers (a head) LoraLinear. Their weights are
     shared, not copied. Until it is trained, the model computes what it did before. If a head's
     weight is tied to the embedding, only the head gets the adapter; the embedding does not change.
     If accelerate offloads a layer, its adapter stays on the device that the layer computes on.

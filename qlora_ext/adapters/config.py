@@ -13,7 +13,7 @@ from ..checks import FLOAT_MAX, is_number
 from ..models.architectures import FAMILIES
 from ..models.patterns import is_regex
 from ..text import shorten
-from .targets import ATTENTION, SWITCHES, shorten_names, target_names, task_type
+from .targets import ATTENTION, SWITCHES, peft_targets, target_names, task_type
 
 # key -> (whether a value is valid, what is wanted)
 WANTED = {
@@ -47,6 +47,9 @@ class LoraConfig:
         target_modules: used instead of the switches: ends of dotted names, a regular expression
             for whole names (a str), or "all-linear" (every linear layer except the head).
         use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
+        target_parameters: ends of the names of weights to adapt besides, as in PEFT: the experts of
+            a mixture by "experts.gate_up_proj" and "experts.down_proj". The switch mlp adapts them
+            too. lora_dropout does not act on experts, since PEFT's files cannot store that.
 
     Raises:
         ValueError: a value is out of range, or no switch is on.
@@ -64,6 +67,7 @@ class LoraConfig:
     head: bool = False
     target_modules: tuple[str, ...] | str | None = None
     use_rslora: bool = False
+    target_parameters: tuple[str, ...] | None = None
 
     def __post_init__(self):
         for key in WANTED:
@@ -74,10 +78,18 @@ class LoraConfig:
             )
         if isinstance(self.target_modules, Iterable) and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if self.target_modules is not None and not self.target_modules:
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"LoraConfig: target_parameters is {shorten(self.target_parameters)}, want a list "
+                "of names"
+            )
+        if self.target_parameters is not None:
+            object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
+            check_targets(self.target_parameters, "target_parameters")
+        if self.target_modules is not None and not (self.target_modules or self.target_parameters):
             raise ValueError("LoraConfig: target_modules is empty, want names of layers, or None")
         check_targets(self.target_modules)
-        if self.target_modules is None and not self.switches:
+        if self.target_modules is None and not self.switches and not self.target_parameters:
             raise ValueError(
                 "LoraConfig: every switch is off, want at least one of query, key, value, "
                 "projection, mlp, head"
@@ -102,11 +114,14 @@ class LoraConfig:
                 FAMILIES, and PEFT adapts those it finds. Layers that fuse query, key and value are
                 included if all three switches are on.
 
+        PEFT has no dropout for experts, nor beside them: if there are any, it is 0.
+
         Raises:
             ValueError: as for add_lora, if a model is given.
         """
+        parameters = list(self.target_parameters or ())
         if model is not None:
-            targets = shorten_names(model, target_names(model, self))
+            targets, parameters = peft_targets(model, target_names(model, self))
         elif self.target_modules is not None:
             targets = self.target_modules
             targets = targets if isinstance(targets, str) else list(targets)
@@ -115,11 +130,13 @@ class LoraConfig:
         return hosts.peft_lora_config(
             r=self.r,
             lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
+            # PEFT refuses a dropout with target_parameters.
+            lora_dropout=0.0 if parameters else self.lora_dropout,
             bias=self.bias,
             target_modules=targets,
             use_rslora=self.use_rslora,
             task_type=None if model is None else task_type(model),
+            **({"target_parameters": parameters} if parameters else {}),
         )
 
     def _names_anywhere(self) -> list[str]:
@@ -135,7 +152,7 @@ class LoraConfig:
         return list(names)
 
 
-def check_targets(targets) -> None:
+def check_targets(targets, called: str = "target_modules") -> None:
     """Raises ValueError unless targets is None, a regular expression, or names."""
     if isinstance(targets, str) and not is_regex(targets):
         raise ValueError(
@@ -146,5 +163,5 @@ def check_targets(targets) -> None:
     for name in names if isinstance(names, (list, tuple)) else [names]:
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(
-                f"LoraConfig: target_modules holds {shorten(name)}, want names of layers (str)"
+                f"LoraConfig: {called} holds {shorten(name)}, want names (str)"
             )

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..checks import check_finite
 from ..files import SafetensorsFiles
-from ..models.walk import check_whole
+from ..models.walk import check_whole, stacked_names
 from ..nn.embedding import Embedding4bit
 from ..nn.linear import Linear4bit
 from ..nn.offload import keep_adapter, loaded, value_of
+from ..nn.stack import LoraStack4bit
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import dequantize_4bit
 from ..text import CheckpointError, shorten
@@ -32,11 +33,19 @@ from .peft_config import (
     WEIGHTS,
     NotPlainLora,
     exactly,
-    per_layer,
+    alpha_of,
     rank_of,
     read_adapter_config,
 )
-from .targets import layers_found, linears_of, shorten_names, task_type
+from .stacks import (
+    LAYOUT_OF,
+    from_file,
+    is_swapped,
+    keys_in_file,
+    parameter_names,
+    to_file,
+)
+from .targets import _ends_with, layers_found, linears_of, peft_targets, task_type
 
 _PREFIX = "base_model.model."
 
@@ -86,6 +95,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     if not adapters:
         raise ValueError("save_adapter: model has no adapters, want one that add_lora was given")
     first = next(iter(adapters.values()))
+    modules, parameters = peft_targets(model, list(adapters))
+    names = parameter_names(model)
+    in_config = {name: names.get(name, name) for name in adapters}
+    in_file = keys_in_file([names[name] for name in adapters if name in names])
     conv1d = {isinstance(m, Linear4bit) and m.from_conv1d for m in adapters.values()}
     config = {
         "peft_type": "LORA",
@@ -93,13 +106,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "r": first.r,
         "lora_alpha": first.lora_alpha,
-        "lora_dropout": first.lora_dropout,
+        # PEFT refuses a dropout with target_parameters.
+        "lora_dropout": 0.0 if parameters else first.lora_dropout,
         "use_rslora": first.use_rslora,
         "bias": "none",
-        "target_modules": shorten_names(model, list(adapters)),
-        "rank_pattern": {exactly(n): m.r for n, m in adapters.items() if m.r != first.r},
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "peft_version": LAYOUT_OF,
+        "rank_pattern": {exactly(in_config[n]): m.r for n, m in adapters.items() if m.r != first.r},
         "alpha_pattern": {
-            exactly(n): m.lora_alpha
+            exactly(in_config[n]): m.lora_alpha
             for n, m in adapters.items()
             if m.lora_alpha != first.lora_alpha
         },
@@ -111,6 +127,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     }
     tensors = {}
     for name, module in adapters.items():
+        pair = {}
         for key in ("lora_A", "lora_B"):
             tensor = value_of(module, key).detach()
             if tensor.is_meta:
@@ -120,6 +137,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
                     "was offloaded"
                 )
             check_finite(f"save_adapter: {name}.{key}", tensor, tensor.dtype)
+            pair[key] = tensor
+        if isinstance(module, LoraStack4bit):
+            pair = dict(zip(pair, to_file(*pair.values())))
+            name = in_file[names[name]]
+        for key, tensor in pair.items():
             tensors[f"{_PREFIX}{name}.{key}.weight"] = tensor.to("cpu").contiguous()
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -169,7 +191,10 @@ def load_adapter(
     config = read_adapter_config(path)
     present = adapters_of(model)
     pairs = read_pairs(
-        model, path, lambda name: present[name].lora_A.dtype if name in present else lora_dtype
+        model,
+        path,
+        config,
+        lambda name: present[name].lora_A.dtype if name in present else lora_dtype,
     )
     if present and set(present) != set(pairs):
         odd = sorted(set(present) ^ set(pairs))[0]
@@ -178,8 +203,10 @@ def load_adapter(
             "the same layers, or a model without adapters"
         )
     settings = {}
+    names = parameter_names(model)
     for name, (lora_A, lora_B) in pairs.items():
-        r = rank_of(path, config, name, model.get_submodule(name), lora_A, lora_B)
+        base = model.get_submodule(name)
+        r = rank_of(path, config, names.get(name, name), base, lora_A, lora_B)
         if name in present and present[name].r != r:
             raise ValueError(
                 f"load_adapter: {name} has an adapter of rank {present[name].r} and {path} has one "
@@ -187,7 +214,7 @@ def load_adapter(
             )
         settings[name] = {
             "r": r,
-            "lora_alpha": per_layer(config, "alpha_pattern", name, config["lora_alpha"]),
+            "lora_alpha": alpha_of(config, names.get(name, name)),
             "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": config.get("use_rslora", False),
             "lora_dtype": lora_dtype,
@@ -221,8 +248,13 @@ def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtyp
         )
 
 
-def read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
-    """Layer name -> (lora_A, lora_B) from an adapter file. dtype_of(name) is their later dtype."""
+def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str, tuple]:
+    """Layer name -> (lora_A, lora_B) from an adapter file.
+
+    Args:
+        config: as read_adapter_config returns it.
+        dtype_of: gives the later dtype of a layer's factors from its name.
+    """
     file = path / WEIGHTS
     if not file.exists():
         raise FileNotFoundError(f"load_adapter: {file} is missing, want the adapter's weights")
@@ -231,13 +263,14 @@ def read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
     except CheckpointError as error:
         raise CheckpointError(f"load_adapter: {error}") from error
     linears = linears_of(model)
+    stacks = _stacks_in_file(model, file, config)
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key in tensors:
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B)\.weight", key)
         if match is None:
             _check_extra(model, file, key, tensors)
             continue
-        name = match[1]
+        name = stacks.get(match[1], match[1])
         if name not in linears:
             raise ValueError(f"load_adapter: {file} adapts {name}, no layer; {layers_found(model)}")
         halves.setdefault(name, {})[match[2]] = tensors[key]
@@ -250,7 +283,38 @@ def read_pairs(model: nn.Module, path: Path, dtype_of) -> dict[str, tuple]:
         raise ValueError(
             f"load_adapter: {file} holds no LoRA weights, want {_PREFIX}*.lora_A.weight"
         )
-    return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+    pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+    for name in set(stacks.values()) & set(pairs):
+        A, B = pairs[name]
+        stack = linears[name]
+        pair = from_file(A, B, stack, is_swapped(path / CONFIG, config, stack))
+        if pair is None:
+            E, N, K = stack._shape
+            raise ValueError(
+                f"load_adapter: {file}: {name} has lora_A {list(A.shape)} and lora_B "
+                f"{list(B.shape)}, want [{E} r, {K}] and [{N}, {E} r] for {E} experts of "
+                f"[{N}, {K}]: the adapter is another model's"
+            )
+        pairs[name] = pair
+    return pairs
+
+
+def _stacks_in_file(model: nn.Module, file: Path, config: dict) -> dict[str, str]:
+    """The start of a key in an adapter's file -> the stack of experts that it adapts. Raises
+    ValueError if one of the config's target_parameters is no weight of the model."""
+    adapted = []
+    names = {parameter: stack for stack, parameter in parameter_names(model).items()}
+    for target in config.get("target_parameters") or ():
+        found = [parameter for parameter in names if _ends_with(parameter, target)]
+        is_linear = target.endswith(".weight")  # its keys are those of an adapted layer
+        if not found and not is_linear:
+            raise ValueError(
+                f"load_adapter: {file} adapts {target}, want a stack of experts of the model: "
+                f"{stacked_names(names) or 'it has none'}"
+            )
+        adapted += found
+    keys = keys_in_file([parameter for parameter in names if parameter in adapted])
+    return {key: names[parameter] for parameter, key in keys.items()}
 
 
 def _check_extra(model: nn.Module, file: Path, key: str, tensors: SafetensorsFiles) -> None:

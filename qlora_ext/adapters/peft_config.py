@@ -11,6 +11,7 @@ from torch import nn
 from ..files import read_json
 from ..models.patterns import bad_regex, is_regex
 from ..nn.linear import linear_shape
+from ..nn.stack import Stack4bit
 from ..text import CheckpointError, shorten
 from .config import check_value
 
@@ -49,7 +50,7 @@ HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "eva_config", "megatron_core", "qalora_group_size"),
-    *("loftq_config", "runtime_config"),
+    *("loftq_config", "runtime_config", "target_parameters"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
 }
 
@@ -97,6 +98,13 @@ def _check_values(file: Path, config: dict) -> None:
             check_value(op, kind, value, f"{key}[{shorten(pattern)}]")
     if config.get("fan_in_fan_out") is not None:
         check_value(op, "fan_in_fan_out", config["fan_in_fan_out"])
+    parameters = config.get("target_parameters")
+    if parameters is not None and not (
+        isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)
+    ):
+        raise ValueError(
+            f"{op} target_parameters is {shorten(parameters)}, want names of parameters"
+        )
     targets = config.get("target_modules")
     if isinstance(targets, str):
         if not is_regex(targets):
@@ -126,6 +134,11 @@ def per_layer(config: dict, key: str, name: str, default):
     return default
 
 
+def alpha_of(config: dict, name: str) -> float:
+    """lora_alpha of one layer's adapter."""
+    return per_layer(config, "alpha_pattern", name, config["lora_alpha"])
+
+
 def rank_of(
     path: Path,
     config: dict,
@@ -139,11 +152,13 @@ def rank_of(
 
     Args:
         config: as read_adapter_config returns it.
+        name: the layer's name; of a stack of experts, the name of its parameter.
         base: the layer of that name.
     """
     N, K = linear_shape(base)
-    r = lora_A.shape[0] if lora_A.ndim == 2 else 0
-    if r < 1 or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
+    r = lora_A.shape[-2] if lora_A.ndim >= 2 else 0
+    stack = base._shape[:-2] if isinstance(base, Stack4bit) else ()
+    if r < 1 or lora_A.shape != (*stack, r, K) or lora_B.shape != (*stack, N, r):
         raise ValueError(
             f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
             f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight: the "

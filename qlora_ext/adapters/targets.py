@@ -11,11 +11,12 @@ from torch import nn
 from ..models.architectures import FAMILIES, Family
 from ..models.plan import is_factor
 from ..models.reads import read_past_forward
-from ..models.walk import linear_names, output_embeddings
-from ..nn.experts import Experts4bit
+from ..models.walk import linear_names, output_embeddings, stacked_names
 from ..nn.linear import is_conv1d, is_plain_linear
 from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
+from ..nn.stack import Stack4bit
+from .stacks import parameter_names
 
 
 def _is_adaptable(module: nn.Module) -> bool:
@@ -45,10 +46,11 @@ SWITCHES = (*ATTENTION, "projection", "mlp", "head")
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of model, and the stacks of its experts, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or is_conv1d(module)
+        if isinstance(module, (nn.Linear, Stack4bit)) or is_conv1d(module)
     }
 
 
@@ -99,12 +101,13 @@ def _head_name(model: nn.Module) -> str:
 def target_names(model: nn.Module, config) -> list[str]:
     """Full names of the layers that config selects, in the model's order."""
     linears = linears_of(model)
+    chosen = _parameter_targets(model, config.target_parameters, linears)
     if config.target_modules is not None:
-        return _explicit_targets(model, config.target_modules, linears)
-    chosen: set[str] = set()
+        if config.target_modules:
+            chosen |= set(_explicit_targets(model, config.target_modules, linears))
+        return [name for name in linears if name in chosen]
     switches = config.switches
     family = _family(model) if set(switches) - {"head"} else None
-    experts = {name for name, m in model.named_modules() if isinstance(m, Experts4bit)}
     attention = [switch for switch in switches if switch in ATTENTION]
     for switch in switches:
         if switch == "head":
@@ -123,7 +126,7 @@ def target_names(model: nn.Module, config) -> list[str]:
             endings = (family.fused,)
         found = {name for name in linears if any(_ends_with(name, end) for end in endings)}
         if switch == "mlp":
-            found |= {name for name in linears if name.rsplit(".", 3)[0] in experts}
+            found |= {name for name, layer in linears.items() if isinstance(layer, Stack4bit)}
         if not found:
             raise ValueError(
                 f"add_lora: {switch}=True matches no layer (looked for {list(endings)}); "
@@ -131,6 +134,23 @@ def target_names(model: nn.Module, config) -> list[str]:
             )
         chosen |= found
     return [name for name in linears if name in chosen]
+
+
+def _parameter_targets(model, targets, linears) -> set[str]:
+    """The layers that PEFT's `target_parameters` name: ends of the dotted names of parameters."""
+    names = {parameter: stack for stack, parameter in parameter_names(model).items()}
+    names |= {f"{n}.weight": n for n, layer in linears.items() if n not in names.values()}
+    chosen = set()
+    for target in targets or ():
+        found = {layer for parameter, layer in names.items() if _ends_with(parameter, target)}
+        if not found:
+            stacks = stacked_names(parameter_names(model).values())
+            raise ValueError(
+                f"add_lora: target_parameters has {target!r}, which is no weight of the model's "
+                f"linear layers and experts; its packed experts are {stacks or 'none'}"
+            )
+        chosen |= found
+    return chosen
 
 
 def _explicit_targets(model, targets, linears) -> list[str]:
@@ -176,6 +196,8 @@ def _explicit_targets(model, targets, linears) -> list[str]:
 def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
     """target_modules for PEFT that match exactly these modules: ends of their names if possible,
     else the full names; a regular expression if a full name is also the end of another one."""
+    if not names:
+        return []
     everything = [name for name, _ in model.named_modules()]
     for parts in (1, 2):
         endings = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
@@ -185,6 +207,16 @@ def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
     if any(_ends_with(n, name) for n in set(everything) - set(names) for name in names):
         return "|".join(re.escape(name) for name in names)
     return list(names)
+
+
+def peft_targets(model: nn.Module, names: list[str]) -> tuple[list[str] | str, list[str]]:
+    """PEFT's target_modules and target_parameters for these layers and stacks of experts."""
+    parameters = parameter_names(model)
+    layers = [name for name in names if name not in parameters]
+    adapted = [parameters[name] for name in names if name in parameters]
+    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in adapted))
+    chosen = [p for p in parameters.values() if any(_ends_with(p, end) for end in short)]
+    return shorten_names(model, layers), short if sorted(chosen) == sorted(adapted) else adapted
 
 
 def task_type(model: nn.Module) -> str | None:

@@ -97,7 +97,7 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def _layers_to_replace(model: nn.Module) -> list[str]:
-    """Names of the modules to make dense. Experts are replaced as a whole layer, not one by one."""
+    """Names of the modules to make dense. Experts are replaced as a whole layer."""
     names: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (_Packed4bit, _Lora, Experts4bit, PanelLinear)):
@@ -174,7 +174,7 @@ def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) ->
     check_in_memory("dequantize", model, "load it without 'cpu' and 'disk' in device_map")
     check_parameters("dequantize", model, dtype)
     for name, module in model.named_modules():
-        if isinstance(module, (Linear4bit, Embedding4bit)):
+        if isinstance(module, _Packed4bit):
             check_weight(f"dequantize: {name}.weight", module, dtype or module.dtype)
     if dtype is not None:
         # Not the model's own `to`: transformers' refuses a model that answers as bitsandbytes'.
@@ -185,9 +185,8 @@ def leave_no_packed_layer(model: nn.Module, dtype: torch.dtype | None = None) ->
             continue
         if isinstance(module, Experts4bit):
             done.update(module.modules())
-            first = module.packed[0].up
-            own = getattr(first, "dtype", first.weight.dtype)
-            replace_module(model, module, dense_layer(module, own).requires_grad_(False))
+            new = dense_layer(module, module.up.dtype)
+            replace_module(model, module, new.requires_grad_(False))
         elif type(module) is PanelLinear:
             replace_module(model, module, dense_layer(module, module.weight.dtype))
         elif isinstance(module, (Linear4bit, Embedding4bit)):

@@ -202,7 +202,7 @@ def _with_weight(packed: Linear4bit, q: QuantizedTensor) -> Linear4bit:
     new = Linear4bit.__new__(Linear4bit)
     nn.Module.__init__(new)
     new.in_features, new.out_features = packed.in_features, packed.out_features
-    new._init_packed(packed.out_features, packed.in_features, packed.config, packed.dtype)
+    new._init_packed(packed._shape, packed.config, packed.dtype)
     new._set_quantized(q)
     new.register_parameter("bias", packed._parameters["bias"])
     new.from_conv1d = packed.from_conv1d

@@ -85,8 +85,7 @@ def quantize_model(
     everything that is not a linear layer. So do layers that are made to be trained: another
     library's LoRA factors (lora_a, lora_B), and layers that require gradients if other layers do
     not. A warning names them, and layers that one would expect to be packed but are not (a router,
-    say). Experts that transformers stacks in one parameter are packed one by
-    one, as Experts4bit.
+    say). Experts that transformers stacks in one parameter stay a stack, in Experts4bit.
 
     Args:
         model: any nn.Module with nn.Linear or transformers' Conv1D layers. A model that is wholly

@@ -13,10 +13,11 @@ from ..checks import check_finite
 from ..tensor.functions import dequantize_4bit
 from ..tensor.quantized import QuantizedTensor
 from .embedding import Embedding4bit
-from .experts import Experts4bit, up_name
+from .experts import Experts4bit
 from .lora import LoraLinear, _Lora
 from .packed import _Packed4bit
 from .panel import PanelLinear
+from .stack import LoraStack4bit
 
 _PART = 2**20  # weights added at a time
 
@@ -44,10 +45,17 @@ def adapted_weight(
 
 
 def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The dense [N, K] weight of a packed or adapted layer, in dtype."""
+    """The dense weight [N, K] of a packed or adapted layer, or [E, N, K] of a stack, in dtype."""
     if isinstance(module, LoraLinear):
         A, B = module.lora_A.detach(), module.lora_B.detach()
         return adapted_weight(module.weight.detach(), A, B, module.scaling).to(dtype)
+    if isinstance(module, LoraStack4bit):
+        q, A, B = module.quantized, module.lora_A.detach().float(), module.lora_B.detach().float()
+        stack = q.packed.new_empty(q.shape, dtype=dtype)
+        for e, expert in enumerate(stack):
+            args = (q[e].op_args(), A[e].contiguous(), B[e].contiguous(), module.scaling, dtype)
+            expert.copy_(ops.merge_lora_4bit(*args))
+        return stack
     if isinstance(module, _Lora):
         # The op wants A and B in the same dtype. fp32 holds both exactly.
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
@@ -94,7 +102,7 @@ def dense_embedding(layer: Embedding4bit, weight: torch.Tensor) -> nn.Embedding:
 def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A frozen plain layer that computes what module computes, its adapter included."""
     if isinstance(module, Experts4bit):
-        return dense_experts(module, lambda layer: merged_weight(layer, dtype))
+        return dense_experts(module, dtype)
     if type(module) is PanelLinear:
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         # The same parameter objects: they may be tied, and are cast with the rest of the model.
@@ -106,21 +114,17 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return restore_conv1d(dense_linear(module, weight))
 
 
-def dense_experts(module: Experts4bit, weight_of) -> nn.Module:
-    """The fused module that `module` was made from. weight_of(layer) gives each expert's weight."""
+def dense_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
+    """The fused module that `module` was made from, with the adapters of its stacks in its sums."""
     experts = module.template
-    for name, side in ((up_name(experts), "up"), ("down_proj", "down")):
-        layers = [getattr(expert, side) for expert in module.packed]
-        first = weight_of(layers[0])
-        flip = experts.is_transposed
-        stack = first.new_empty((len(layers), *(first.T if flip else first).shape))
-        for e, layer in enumerate(layers):
-            weight = first if e == 0 else weight_of(layer)
-            stack[e].copy_(weight.T if flip else weight)
-        experts.register_parameter(name, nn.Parameter(stack))
-        if experts.has_bias:
-            bias = torch.stack([layer.bias.detach() for layer in layers]).to(first.dtype)
-            experts.register_parameter(f"{name}_bias", nn.Parameter(bias))
+    for name, stack in module.stacks().items():
+        weight = merged_weight(stack, dtype)
+        if experts.is_transposed:
+            weight = weight.mT.contiguous()
+        experts.register_parameter(name, nn.Parameter(weight))
+        if stack.bias is not None:
+            bias = nn.Parameter(stack.bias.detach().to(dtype))
+            experts.register_parameter(f"{name}_bias", bias)
     return experts.train(module.training)
 
 
@@ -134,7 +138,7 @@ def _weight_bound(q: QuantizedTensor) -> float:
         scale = q.absmax.clone().view(torch.float32).abs().max().item()
     else:
         nested = q.nested.clone().view(torch.float32).abs()
-        scale = (nested[0] + nested[1:].max()).item()
+        scale = (nested[..., 0] + nested[..., 1:].amax(-1)).max().item()
     mean = 0.0 if q.mean is None else q.mean.clone().view(torch.float32).abs().max().item()
     return values * scale + mean
 
@@ -155,7 +159,8 @@ def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, _Lora):
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
         # |B A| <= (row norms of B) * (column norms of A), by Cauchy-Schwarz.
-        bound += abs(module.scaling) * (B.norm(dim=1).max() * A.norm(dim=0).max()).item()
+        norms = B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)
+        bound += abs(module.scaling) * norms.max().item()
     if not bound < torch.finfo(dtype).max / 2:
         values = merged_weight(module, torch.float32)
         check_finite(name, values, dtype, advice=WIDER if dtype == torch.float16 else "")

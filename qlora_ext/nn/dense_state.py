@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..checks import lacks_data, out_of_memory
 from ..tensor.config import FLOAT_DTYPES
-from ..tensor.functions import quantize_tensor
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -43,10 +42,15 @@ def read_lazy(state_dict, keys) -> None:
             state_dict[key] = torch.detach(value)
 
 
-def dense_shape(layer) -> tuple[int, int]:
-    """The shape of the dense weight that layer was packed from: [K, N] if that was a Conv1D."""
-    N, K = layer._shape
-    return (K, N) if getattr(layer, "from_conv1d", False) else (N, K)
+def _is_transposed(layer) -> bool:
+    """Whether the dense weight that layer was packed from is stored as [K, N] or [E, K, N]."""
+    return getattr(layer, "from_conv1d", False) or getattr(layer, "is_transposed", False)
+
+
+def dense_shape(layer) -> tuple[int, ...]:
+    """The shape of the dense weight that layer was packed from."""
+    *stack, N, K = layer._shape
+    return (*stack, K, N) if _is_transposed(layer) else (*stack, N, K)
 
 
 def is_dense(layer, value) -> bool:
@@ -107,10 +111,10 @@ def pack_dense(layer, state_dict, prefix: str, assign: bool) -> list[str]:
     weight = weight.detach()
     if not assign and not own.is_meta:
         weight = weight.to(own.device)
-    if getattr(layer, "from_conv1d", False):
-        weight = weight.T.contiguous()
+    if _is_transposed(layer):
+        weight = weight.mT
     try:
-        q = quantize_tensor(weight, layer.config)
+        q = layer._pack(weight)
     except RuntimeError as error:
         if out_of_memory(error):
             raise

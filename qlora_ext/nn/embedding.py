@@ -64,7 +64,7 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self._init_packed(num_embeddings, embedding_dim, config, dtype)
+        self._init_packed((num_embeddings, embedding_dim), config, dtype)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config=None):

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: transformers' fused 3-D weights, packed expert by expert.
+"""Mixture-of-experts layers: transformers' fused 3-D weights, each packed as one stack.
 
 transformers stores the experts of a layer as two parameters, [E, N, K] each. Its decorator
 `use_experts_implementation` sets attributes that describe their layout (transposed, with biases,
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from ..checks import check_finite, not_dense
 from ..tensor.config import FLOAT_DTYPES
-from .dense_state import is_own, pre_hooks_first, read_lazy
+from ..tensor.functions import to_autocast_dtype
+from .dense_state import dense_shape, is_own, pre_hooks_first, read_lazy
 from .linear import Linear4bit, _share
+from .stack import Stack4bit
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
@@ -30,35 +33,35 @@ def is_fused_experts(module: nn.Module) -> bool:
     return all(part is not None and part.ndim == 3 for part in parts)
 
 
-class _Expert(nn.Module):
-    # PEFT's "all-linear" goes by the last part of a name, so that part must not be a number.
-    # transformers would stack tensors named like `experts.0.down_proj`, hence "up" and "down".
-    def __init__(self, up: Linear4bit, down: Linear4bit):
-        super().__init__()
-        self.up = up
-        self.down = down
+class _Permute(torch.autograd.Function):
+    """x[order], where `back` is the inverse permutation: dx = dy[back], a sum of nothing."""
 
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, order)
 
-def _base(expert: _Expert, side: str) -> tuple[str, nn.Module]:
-    """Name and layer of an expert's matrix, which PEFT's adapters may hold as their base_layer."""
-    name, layer = side, getattr(expert, side)
-    while hasattr(layer, "base_layer"):
-        name, layer = f"{name}.base_layer", layer.base_layer
-    return name, layer
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy.index_select(0, *ctx.saved_tensors), None, None
 
 
 class Experts4bit(nn.Module):
-    """Experts whose matrices are packed one by one: `packed[e].up`, `packed[e].down`: Linear4bit.
+    """Experts whose matrices are two packed stacks, `up` and `down`: each a Stack4bit.
 
     y = sum over a token's experts e of weight_e * down_e(gate(up_e(x))), with the gate, activation
-    and norm of the class it was made from. To adapt an expert, add adapters to these layers. As in
-    transformers' own loop, the host reads the chosen experts back from the device.
+    and norm of the class it was made from. Tokens are sorted by expert and multiplied in one
+    product for each stack. The host never reads the routing back, so torch.compile and CUDA graphs
+    take the whole layer. To adapt the experts, add adapters to the two stacks.
     """
 
-    def __init__(self, template: nn.Module, packed: nn.ModuleList):
+    def __init__(self, template: nn.Module, up: Stack4bit, down: Stack4bit):
         super().__init__()
         self.template = template  # the original without its weights: gate, activation, norm
-        self.packed = packed
+        self.up = up
+        self.down = down
+        self.names = (up_name(template), "down_proj")  # in the order of the original's parameters
 
     @classmethod
     def from_experts(cls, experts: nn.Module, config=None):
@@ -70,6 +73,7 @@ class Experts4bit(nn.Module):
 
         Raises:
             TypeError: experts has no such layout, or is sharded over devices (expert parallel).
+            ValueError: a matrix has an odd number of columns.
             RuntimeError: a weight has a NaN or Inf; the error names the expert and the index.
         """
         if not is_fused_experts(experts):
@@ -82,49 +86,74 @@ class Experts4bit(nn.Module):
                 f"{cls.__name__}: experts are sharded over devices, want the whole layer in one"
             )
         names = (up_name(experts), "down_proj")
-        packed = nn.ModuleList(
-            _Expert(*(_pack(experts, name, e, config) for name in names))
-            for e in range(len(experts.down_proj))
-        )
+        up, down = (_pack(experts, name, config) for name in names)
         template = type(experts).__new__(type(experts))
         _share(experts, template)
         for name in names:
             template._parameters.pop(name, None)
             template._parameters.pop(f"{name}_bias", None)
         template._is_hf_initialized = True  # transformers would look for the weights to initialise
-        return cls(template, packed).train(experts.training)
+        self = cls(template, up, down).train(experts.training)
+        self.names = tuple(key for key in experts._parameters if key in names)
+        return self
+
+    def stacks(self) -> dict[str, Stack4bit]:
+        """The two stacks by the names that their weights have in the class they came from, and in
+        its order."""
+        return {name: self.down if name == "down_proj" else self.up for name in self.names}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "packed" in self._modules:  # pickled by a version that packed expert by expert
+            layers = self._modules.pop("packed")
+            self.names = (up_name(self.template), "down_proj")
+            transposed = self.template.is_transposed
+            self.up = _stack_of([expert.up for expert in layers], transposed)
+            self.down = _stack_of([expert.down for expert in layers], transposed)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys)
         with pre_hooks_first(self, *args, error_msgs):
-            error_msgs += self._unstack(state_dict, prefix)
+            self._stack_singles(state_dict, prefix)
+            error_msgs += self._rename_dense(state_dict, prefix)
             super()._load_from_state_dict(*args, error_msgs)
 
-    def _unstack(self, state_dict, prefix: str) -> list[str]:
-        """Gives the dense weights of the fused module to the experts' layers, which pack them.
-        Returns error messages; if there are some, no expert is given any."""
-        experts, name = self.template, type(self).__name__
-        stacks = {}  # key -> (the shape of one expert's part, that part's layer and key)
-        for stack, side in ((up_name(experts), "up"), ("down_proj", "down")):
-            _, layer = _base(self.packed[0], side)
-            N, K = layer.out_features, layer.in_features
-            shape = (K, N) if experts.is_transposed else (N, K)
-            stacks[prefix + stack] = shape, side, "weight"
-            if experts.has_bias:
-                stacks[f"{prefix}{stack}_bias"] = (N,), side, "bias"
-        given = [key for key in stacks if key in state_dict]
+    def _stack_singles(self, state_dict, prefix: str) -> None:
+        """Stacks the entries of a version that packed expert by expert: packed.7.up.weight, ..."""
+        for side in ("up", "down"):
+            stack = getattr(self, side)
+            for key in stack._parameters:
+                names = [f"{prefix}packed.{e}.{side}.{key}" for e in range(stack.num_experts)]
+                if all(name in state_dict for name in names):
+                    values = [state_dict.pop(name) for name in names]
+                    if key != "weight_codebook":
+                        values = [torch.stack(values)]
+                    state_dict[f"{prefix}{side}.{key}"] = values[0]
+
+    def _rename_dense(self, state_dict, prefix: str) -> list[str]:
+        """Gives the dense weights of the fused module to the stacks, which pack them. Returns error
+        messages; if there are some, no stack is given any."""
+        name = type(self).__name__
+        dense = {}  # key -> (its shape, the stack's own key)
+        for key, stack in self.stacks().items():
+            side = "down" if stack is self.down else "up"
+            dense[prefix + key] = dense_shape(stack), f"{prefix}{side}.weight"
+            if stack._parameters["bias"] is not None:
+                shape = (stack.num_experts, stack.out_features)
+                dense[f"{prefix}{key}_bias"] = shape, f"{prefix}{side}.bias"
+        given = [key for key in dense if key in state_dict]
         read_lazy(state_dict, given)
         values = {key: state_dict.pop(key) for key in given}
-        packed = [key for key in state_dict if key.startswith(f"{prefix}packed.")]
+        packed = [k for k in state_dict if k.startswith((f"{prefix}up.", f"{prefix}down."))]
         own = {prefix + key: p for key, p in self.named_parameters()} if given and packed else {}
         others = [key for key in packed if not is_own(own.get(key), state_dict[key])]
         errors = []
         if given and others:
             errors.append(f"{name}: {given[0]} is beside {others[0]}, want one of them")
         for key, value in values.items():
-            want = [len(self.packed), *stacks[key][0]]
+            want = list(dense[key][0])
             got = not_dense(value)
             if got is None and (list(value.shape) != want or value.dtype not in FLOAT_DTYPES):
                 got = f"{value.dtype} {list(value.shape)}"
@@ -140,11 +169,7 @@ class Experts4bit(nn.Module):
                 del state_dict[key]
             return errors
         for key, value in values.items():
-            _, side, kind = stacks[key]
-            for e, (expert, part) in enumerate(zip(self.packed, value.unbind())):
-                flip = experts.is_transposed and part.ndim == 2
-                place, _ = _base(expert, side)
-                state_dict[f"{prefix}packed.{e}.{place}.{kind}"] = part.T if flip else part
+            state_dict[dense[key][1]] = value
         return []
 
     def forward(
@@ -152,33 +177,61 @@ class Experts4bit(nn.Module):
     ) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H].
 
-        An index of E or more marks a slot without an expert.
+        An index below 0, or of E or more, marks a slot without an expert.
         """
-        out = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for e in top_k_index.unique().tolist():
-            if e >= len(self.packed):
-                continue
-            expert = self.packed[e]
-            token, slot = torch.where(top_k_index == e)
-            h = expert.up(hidden_states[token])
-            h = self.template._apply_gate(h) if self.template.has_gate else self.template.act_fn(h)
-            y = expert.down(h)
-            if getattr(self.template, "has_post_expert_norm", False):  # transformers 5.20 has it
-                y = self.template.post_expert_norm(y)
-            out.index_add_(0, token, (y * top_k_weights[token, slot, None]).float())
-        return out.to(hidden_states.dtype)
+        E = self.up.num_experts
+        chosen = top_k_index.reshape(-1)
+        is_none = (chosen < 0) | (chosen >= E)
+        chosen, order = chosen.masked_fill(is_none, E).sort(stable=True)
+        each = torch.arange(E, dtype=chosen.dtype, device=chosen.device)
+        offsets = torch.searchsorted(chosen, each, right=True, out_int32=True)
+        rows = (order // max(top_k_index.shape[-1], 1)).to(torch.int32)
+
+        h = self.up(to_autocast_dtype(hidden_states), offsets, rows)
+        h = self.template._apply_gate(h) if self.template.has_gate else self.template.act_fn(h)
+        y = self.down(h, offsets)
+        if getattr(self.template, "has_post_expert_norm", False):  # transformers 5.20 has it
+            y = self.template.post_expert_norm(y)
+
+        # Back into the tokens' order, where a token's slots are neighbours.
+        y = _Permute.apply(y, order.argsort(), order).view(*top_k_index.shape, -1)
+        weights = top_k_weights.masked_fill(is_none.view_as(top_k_index), 0)
+        return (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
 
 
-def _pack(experts: nn.Module, name: str, e: int, config) -> Linear4bit:
-    weight = getattr(experts, name).detach()[e]
-    if experts.is_transposed:
-        weight = weight.T.contiguous()
-    N, K = weight.shape
-    linear = nn.Linear(K, N, bias=experts.has_bias, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if experts.has_bias:
-        linear.bias = nn.Parameter(getattr(experts, f"{name}_bias").detach()[e].clone())
+def _pack(experts: nn.Module, name: str, config) -> Stack4bit:
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    weight = getattr(experts, name)
     try:
-        return Linear4bit.from_linear(linear, config)
-    except RuntimeError as error:
-        raise RuntimeError(f"{name}[{e}]: {error}") from error
+        return Stack4bit.from_dense(weight, bias, config, is_transposed=experts.is_transposed)
+    except (RuntimeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+# Pickles of whole models made by versions that packed expert by expert ------------------------
+
+
+class _Expert(nn.Module):
+    """One expert of such a pickle: the layers `up` and `down`."""
+
+
+def _stack_of(layers: list[Linear4bit], is_transposed: bool) -> Stack4bit:
+    first = layers[0]
+    if type(first) is not Linear4bit:
+        raise RuntimeError(
+            f"Experts4bit: the pickled model has experts that are {type(first).__name__}, each "
+            "with an adapter of its own; save the adapter with the version that wrote the pickle, "
+            "and load it into the packed model"
+        )
+    stack = Stack4bit.__new__(Stack4bit)
+    nn.Module.__init__(stack)
+    shape = (len(layers), *first._shape)
+    stack._init_stack(shape, first.config, first.dtype, is_transposed)
+    for key, parameter in first._parameters.items():
+        value = None
+        if parameter is not None:
+            parts = [layer._parameters[key].detach() for layer in layers]
+            value = parts[0] if key == "weight_codebook" else torch.stack(parts)
+            value = nn.Parameter(value, requires_grad=False)
+        stack.register_parameter(key, value)
+    return stack.train(first.training)

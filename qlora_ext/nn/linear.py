@@ -72,7 +72,7 @@ class Linear4bit(_Packed4bit, nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        self._init_packed(out_features, in_features, config, dtype)
+        self._init_packed((out_features, in_features), config, dtype)
         # Zeros, because a model may be built with nn.init switched off (Fabric.init_module can).
         draft = torch.zeros(out_features, in_features, device=device, dtype=dtype)
         if draft.is_meta:
@@ -98,7 +98,7 @@ class Linear4bit(_Packed4bit, nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = K, N
-        self._init_packed(N, K, config, dtype or linear.weight.dtype)
+        self._init_packed((N, K), config, dtype or linear.weight.dtype)
         self._set_empty(device)
         self.register_parameter("bias", None)
         if linear.bias is not None:

@@ -30,7 +30,7 @@ def check_lora_rank(name: str, r: int, in_features: int, out_features: int) -> N
 
 
 class _Lora(nn.Module):
-    """The bypass that LoraLinear4bit and LoraLinear add: scaling * dropout(x) A^T B^T.
+    """The bypass that our layers with an adapter add: scaling * dropout(x) A^T B^T.
 
     Source: LoRA (arXiv 2106.09685). A starts Kaiming-uniform with a = sqrt(5), as in PEFT; B starts
     at zero.
@@ -50,10 +50,14 @@ class _Lora(nn.Module):
         self.r = r
         self.lora_dropout = float(lora_dropout)
         self.set_scaling(lora_alpha, use_rslora)
+        lora_A, lora_B = self._new_factors(r, device, lora_dtype)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
+    def _new_factors(self, r, device, lora_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as they start: the bypass adds nothing yet."""
         lora_A = torch.empty(r, self.in_features, device=device, dtype=lora_dtype)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(lora_A.new_zeros(self.out_features, r))
+        return lora_A, lora_A.new_zeros(self.out_features, r)
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scaling":

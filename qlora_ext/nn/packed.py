@@ -11,6 +11,7 @@ and torch.compile work without extra code:
     weight_codebook  uint8 [64], frozen: the bytes of the codebook's 16 fp32 values; checked against
                      the config whenever a state dict is loaded
 
+All but the codebook have E as their first size if the layer holds a stack of experts [E, N, K].
 Statistics are bytes, so `.to(dtype)` cannot round them. The module's `config` says what the bytes
 mean (block size, quant type); whoever writes a checkpoint stores it once for the model.
 
@@ -33,7 +34,7 @@ from torch.compiler import is_compiling
 from ..checks import NO_DATA, lacks_data, not_dense, not_stored
 from ..ops import _C
 from ..tensor.config import FLOAT_DTYPES, QuantConfig
-from ..tensor.functions import quantize_tensor
+from ..tensor.functions import quantize_stack_4bit, quantize_tensor
 from ..tensor.quantized import QuantizedTensor
 from .dense_state import (
     dense_shape,
@@ -77,7 +78,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Packed4bit(nn.Module):
-    """The base of Linear4bit and Embedding4bit: the packed weight, its checks and its moves."""
+    """The base of the packed layers: the packed weight, its checks and its moves."""
 
     holds_packed_weight = True  # in the parameters weight..., of the logical shape _shape
     config: QuantConfig
@@ -99,7 +100,8 @@ class _Packed4bit(nn.Module):
     # The dtype of adapters that are not cast to fp32; None is `dtype`.
     adapter_dtype: torch.dtype | None = None
 
-    def _init_packed(self, N: int, K: int, config, dtype) -> None:
+    def _init_packed(self, shape: tuple[int, ...], config, dtype) -> None:
+        """shape: of the dense weight, [N, K], or [E, N, K] for a stack of experts."""
         name = type(self).__name__
         if config is None:
             config = QuantConfig()
@@ -109,12 +111,12 @@ class _Packed4bit(nn.Module):
             raise TypeError(f"{name}: dtype is {dtype}, want float32, float16 or bfloat16")
         self.config = config
         self.dtype = dtype
-        self._shape = torch.Size((N, K))
+        self._shape = torch.Size(shape)
         self._blocksize = config.stored_blocksize
         self._custom = config.stored_codebook
         self._quant_type = config.stored_quant_type
         # The shape is a plain tuple, which the ops parse faster than a torch.Size.
-        self._format = ((N, K), self._blocksize, self._quant_type, self._custom)
+        self._format = (tuple(shape), self._blocksize, self._quant_type, self._custom)
         self._nested = config.stores_nested
         self._values = tuple(self._custom or _C.codebooks()[config.quant_type])
         self._unseal()
@@ -123,7 +125,7 @@ class _Packed4bit(nn.Module):
 
     def _sizes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every packed tensor this module holds, by key."""
-        N, K = self._shape
+        *stack, N, K = self._shape
         numel = N * K
         num_blocks = math.ceil(numel / (self._blocksize or max(numel, 1)))
         sizes = {
@@ -134,7 +136,7 @@ class _Packed4bit(nn.Module):
             sizes["weight_nested"] = (4 * (1 + math.ceil(num_blocks / 256)),)
         if self.config.stores_mean:
             sizes["weight_mean"] = (4 * num_blocks,)
-        return sizes
+        return {key: (*stack, *size) for key, size in sizes.items()}
 
     def _codebook_bytes(self, device) -> torch.Tensor:
         return torch.tensor(self._values, dtype=torch.float32, device=device).view(torch.uint8)
@@ -161,8 +163,14 @@ class _Packed4bit(nn.Module):
         self._unseal()
         self._check_bytes()
 
+    def _pack(self, weight: torch.Tensor) -> QuantizedTensor:
+        """weight, a dense tensor of this layer's shape, packed as the config says."""
+        if len(self._shape) == 3:
+            return quantize_stack_4bit(weight, self.config)
+        return quantize_tensor(weight, self.config)
+
     def _quantize(self, weight: torch.Tensor) -> None:
-        self._set_quantized(quantize_tensor(weight, self.config))
+        self._set_quantized(self._pack(weight))
 
     def _unseal(self) -> None:
         """Forgets the sample. The next _check_bytes accepts the bytes that it finds."""
@@ -199,10 +207,9 @@ class _Packed4bit(nn.Module):
         for key in (*self._sizes(), "weight_codebook"):
             tensor = self._parameters.get(key)
             if tensor is not None and tensor.dtype != torch.uint8 and not tensor.is_meta:
-                N, K = self._shape
                 raise RuntimeError(
                     f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8 (of a packed "
-                    f"[{N}, {K}] weight): something assigned other values to the .data of a packed "
+                    f"{list(self._shape)} weight): something assigned other values to the .data of a packed "
                     "weight, as vector_to_parameters and averages of all parameters do, or called "
                     "the layer with others (functional_call); change only parameters with "
                     "requires_grad, and load the packed weight again with "
@@ -215,9 +222,8 @@ class _Packed4bit(nn.Module):
         if self._sealed is None:
             self._sealed = sample
         elif sample != self._sealed:
-            N, K = self._shape
             raise RuntimeError(
-                f"{type(self).__name__}: the packed bytes of this [{N}, {K}] weight were changed "
+                f"{type(self).__name__}: the packed bytes of this {list(self._shape)} weight were changed "
                 "in place after they were packed or loaded. Arithmetic on them, such as an average "
                 "of all parameters, gives a broken weight: average only parameters with "
                 "requires_grad, and load other packed weights with load_state_dict"
@@ -470,7 +476,7 @@ class _Packed4bit(nn.Module):
             elif tuple(tensor.shape) != size:
                 errors.append(
                     f"{name}: {prefix}{key} has shape {list(tensor.shape)}, want {list(size)} for "
-                    f"[{self._shape[0]}, {self._shape[1]}] weights ({self._describe()})"
+                    f"{list(self._shape)} weights ({self._describe()})"
                 )
         for key in ("weight_nested", "weight_mean"):
             if prefix + key in state_dict and key not in self._sizes():
@@ -527,4 +533,6 @@ class _Packed4bit(nn.Module):
 def _scales_fit(nested: torch.Tensor) -> bool:
     """Whether every scale that the nested statistics [offset, absmax...] can give fits fp32."""
     values = nested.detach().clone().view(torch.float32).abs()
-    return values.numel() < 2 or bool((values[0] + values[1:].max()).isfinite())
+    if values.shape[-1] < 2 or values.numel() == 0:
+        return True
+    return bool((values[..., 0] + values[..., 1:].amax(-1)).isfinite().all())

@@ -29,6 +29,7 @@ from ...nn.embedding import Embedding4bit
 from ...nn.experts import Experts4bit, is_fused_experts
 from ...nn.linear import Linear4bit, is_plain_linear
 from ...nn.lora import _Lora
+from ...nn.packed import _Packed4bit
 from ...text import CheckpointError
 from .bitsandbytes_format import bitsandbytes_state_dict
 from .config import QLoraExtConfig
@@ -269,7 +270,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, (Linear4bit, Embedding4bit))
+            if isinstance(module, _Packed4bit)
         }
         # transformers assigns tensors without load_state_dict and its checks.
         missing = [

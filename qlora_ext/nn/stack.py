@@ -1,0 +1,140 @@
+"""Stack4bit, the packed matrices of a layer's experts as one tensor, and the same with LoRA."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .. import grouped_ops
+from ..checks import check_input
+from ..tensor.config import FLOAT_DTYPES
+from .linear import _share
+from .lora import _Lora
+from .packed import _Packed4bit
+
+
+class Stack4bit(_Packed4bit):
+    """y_e = x_e W_e^T + b_e for the experts e of a layer: one packed [E, N, K], one product.
+
+    The rows of x are sorted by expert, and `offsets` says where each expert's rows end. Parameters:
+    weight uint8 [E, N, K / 2] and its statistics (see packed.py), each expert's as if it were
+    packed alone; bias [E, N] of `dtype`, or None. `from_dense` packs a stack; state dicts take a
+    dense `weight` too.
+    """
+
+    is_transposed: bool  # whether the dense stack is stored as [E, K, N]
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        config=None,
+        *,
+        is_transposed: bool = False,
+    ):
+        """Packs a dense stack; on the meta device, the result is on meta.
+
+        Args:
+            weight: [E, N, K], or [E, K, N] if is_transposed; float32, float16 or bfloat16, K even.
+            bias: [E, N] or None; it is copied.
+            config: a QuantConfig, or None for NF4 with blocks of 64.
+
+        Raises:
+            TypeError: weight has another dtype. ValueError: it is no stack, or K is odd.
+            RuntimeError: a weight has a NaN or Inf; the error names the expert and the index.
+        """
+        name = cls.__name__
+        if weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}: weight has dtype {weight.dtype}, want float32, float16 or bfloat16"
+            )
+        weight = weight.detach()
+        values = weight.mT if is_transposed and weight.ndim == 3 else weight
+        if values.ndim != 3 or 0 in values.shape or values.shape[2] % 2:
+            want = "[E, K, N]" if is_transposed else "[E, N, K]"
+            raise ValueError(
+                f"{name}: weight has shape {list(weight.shape)}, want {want} with K even"
+            )
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._init_stack(tuple(values.shape), config, weight.dtype, is_transposed)
+        if weight.is_meta:
+            self._set_empty("meta")
+        else:
+            self._quantize(values)
+        self.register_parameter("bias", None)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return self
+
+    def _init_stack(self, shape, config, dtype, is_transposed) -> None:
+        self._init_packed(shape, config, dtype)
+        self.num_experts, self.out_features, self.in_features = shape
+        self.is_transposed = is_transposed
+
+    def forward(
+        self, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, in_features] -> [M, out_features] in x's dtype, sorted by expert.
+
+        offsets: int32 [E], where each expert's rows end; rows past the last are zero in y. rows:
+        int32 [M], which row of x each sorted row takes; None: x is sorted, and M = T.
+        """
+        try:
+            return self._product(x, offsets, rows)
+        except Exception:
+            if not torch.compiler.is_compiling():
+                check_input(type(self).__name__, x=x, offsets=offsets)
+            raise
+
+    def _product(self, x, offsets, rows):
+        w4 = self._w4(torch.compiler.is_compiling())
+        return grouped_ops.grouped_gemm_4bit(x, w4, offsets, rows, self._parameters["bias"])
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self._parameters['bias'] is not None}, "
+            f"{self._describe()}"
+        )
+
+
+class LoraStack4bit(_Lora, Stack4bit):
+    """Stack4bit with a LoRA adapter for each expert: + scaling (x_e A_e^T) B_e^T.
+
+    lora_A [E, r, in_features] and lora_B [E, out_features, r] are trainable. There is no dropout:
+    PEFT has none for parameters that are stacks, and its files cannot say so.
+    """
+
+    @classmethod
+    def from_stack(cls, stack: Stack4bit, *, r=8, lora_alpha=16, use_rslora=False,
+                   lora_dtype=torch.float32, device=None):  # fmt: skip
+        """Adds adapters to a Stack4bit and shares its bytes. Raises as LoraLinear4bit does."""
+        if isinstance(stack, _Lora) or not isinstance(stack, Stack4bit):
+            raise TypeError(
+                f"{cls.__name__}: stack is a {type(stack).__name__}, want a Stack4bit without "
+                "adapter"
+            )
+        self = cls.__new__(cls)
+        _share(stack, self)
+        device = stack.weight.device if device is None else device
+        self._init_lora(r, lora_alpha, 0.0, use_rslora, device, lora_dtype)
+        return self
+
+    def _new_factors(self, r, device, lora_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        E, N, K = self._shape
+        lora_A = torch.empty(E, r, K, device=device, dtype=lora_dtype)
+        nn.init.kaiming_uniform_(lora_A.view(E * r, K), a=math.sqrt(5))
+        return lora_A, lora_A.new_zeros(E, N, r)
+
+    def _product(self, x, offsets, rows):
+        p, w4 = self._parameters, self._w4(torch.compiler.is_compiling())
+        return grouped_ops.grouped_lora_gemm_4bit(
+            x, w4, p["lora_A"], p["lora_B"], self.scaling, offsets, rows, p["bias"]
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._lora_repr()
