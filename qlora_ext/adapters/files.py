@@ -16,7 +16,7 @@ from ..models.walk import check_whole, stacked_names
 from ..nn.embedding import Embedding4bit
 from ..nn.linear import Linear4bit
 from ..nn.offload import keep_adapter, loaded, value_of
-from ..nn.stack import LoraStack4bit
+from ..nn.stack import LoraStack4bit, Stack4bit
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import dequantize_4bit
 from ..text import CheckpointError, shorten
@@ -270,11 +270,11 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
         if match is None:
             _check_extra(model, file, key, tensors)
             continue
-        name = stacks.get(match[1], match[1])
+        halves.setdefault(stacks.get(match[1], match[1]), {})[match[2]] = tensors[key]
+    _stack_singles(linears, file, config, halves)
+    for name, half in halves.items():
         if name not in linears:
             raise ValueError(f"load_adapter: {file} adapts {name}, no layer; {layers_found(model)}")
-        halves.setdefault(name, {})[match[2]] = tensors[key]
-    for name, half in halves.items():
         for key in ("lora_A", "lora_B"):
             if key not in half:
                 raise ValueError(f"load_adapter: {file} has no {key} for {name}, want A and B")
@@ -299,6 +299,31 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
     return pairs
 
 
+def _stack_singles(
+    linears: dict, file: Path, config: dict, halves: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Stacks the adapters that a version before wrote for each expert alone, in place: those of
+    experts.packed.7.up become experts.up."""
+    patterns = [*config["rank_pattern"], *config["alpha_pattern"]]
+    for old in [name for name in halves if ".packed.0." in name]:
+        holder, side = old.split(".packed.0.")
+        stack = linears.get(f"{holder}.{side}")
+        if not isinstance(stack, Stack4bit):
+            continue
+        names = [f"{holder}.packed.{e}.{side}" for e in range(stack.num_experts)]
+        for key in ("lora_A", "lora_B"):
+            parts = [halves.get(name, {}).get(key) for name in names]
+            shapes = {None if part is None else part.shape for part in parts}
+            if len(shapes) > 1 or None in shapes or any(p.match(n) for p in patterns for n in names):
+                raise ValueError(
+                    f"load_adapter: {file} adapts the experts of {holder} one by one, and not all "
+                    f"{len(names)} alike, want one rank and lora_alpha for all"
+                )
+            halves.setdefault(f"{holder}.{side}", {})[key] = torch.stack(parts)
+        for name in names:
+            del halves[name]
+
+
 def _stacks_in_file(model: nn.Module, file: Path, config: dict) -> dict[str, str]:
     """The start of a key in an adapter's file -> the stack of experts that it adapts. Raises
     ValueError if one of the config's target_parameters is no weight of the model."""
@@ -308,9 +333,10 @@ def _stacks_in_file(model: nn.Module, file: Path, config: dict) -> dict[str, str
         found = [parameter for parameter in names if _ends_with(parameter, target)]
         is_linear = target.endswith(".weight")  # its keys are those of an adapted layer
         if not found and not is_linear:
-            raise ValueError(
-                f"load_adapter: {file} adapts {target}, want a stack of experts of the model: "
-                f"{stacked_names(names) or 'it has none'}"
+            raise NotPlainLora(
+                f"load_adapter: {file} adapts the parameter {target}, want packed experts of the "
+                f"model ({', '.join(stacked_names(names)) or 'it has none'}); "
+                "peft.PeftModel.from_pretrained loads this adapter"
             )
         adapted += found
     keys = keys_in_file([parameter for parameter in names if parameter in adapted])

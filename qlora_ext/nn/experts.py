@@ -185,7 +185,7 @@ class Experts4bit(nn.Module):
         chosen, order = chosen.masked_fill(is_none, E).sort(stable=True)
         each = torch.arange(E, dtype=chosen.dtype, device=chosen.device)
         offsets = torch.searchsorted(chosen, each, right=True, out_int32=True)
-        rows = (order // max(top_k_index.shape[-1], 1)).to(torch.int32)
+        rows = (order // top_k_index.shape[-1]).to(torch.int32)
 
         h = self.up(to_autocast_dtype(hidden_states), offsets, rows)
         h = self.template._apply_gate(h) if self.template.has_gate else self.template.act_fn(h)
@@ -194,7 +194,7 @@ class Experts4bit(nn.Module):
             y = self.template.post_expert_norm(y)
 
         # Back into the tokens' order, where a token's slots are neighbours.
-        y = _Permute.apply(y, order.argsort(), order).view(*top_k_index.shape, -1)
+        y = _Permute.apply(y, order.argsort(), order).view(*top_k_index.shape, y.shape[-1])
         weights = top_k_weights.masked_fill(is_none.view_as(top_k_index), 0)
         return (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
 

@@ -503,25 +503,6 @@ def test_experts_take_the_fused_weights(layout, assign):
     assert_same_state(experts, Experts4bit.from_experts(source, CONFIG))
 
 
-@pytest.mark.parametrize("targets", [["up"], ["up", "down"]], ids=str)
-def test_experts_below_adapters_of_peft(targets):
-    """PEFT loads an adapter with load_state_dict, and the fused weights still find their layers."""
-    peft = pytest.importorskip("peft")
-    source, other = tiny.experts("mixtral", seed=1), tiny.experts("mixtral", seed=2)
-    model = nn.ModuleDict({"moe": Experts4bit.from_experts(other, CONFIG)})
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
-    adapter = peft.get_peft_model_state_dict(model)
-    adapter = {key: torch.ones_like(tensor) for key, tensor in adapter.items()}
-    assert len(adapter) == 2 * len(targets) * len(model.base_model.model["moe"].packed)
-    peft.set_peft_model_state_dict(model, adapter)
-    assert all((p == 1).all() for n, p in model.named_parameters() if "lora_" in n)
-    experts = model.base_model.model["moe"]
-    experts.load_state_dict(source.state_dict(), strict=False)
-    want = Experts4bit.from_experts(source, CONFIG).state_dict()
-    got = {key.replace(".base_layer", ""): t for key, t in experts.state_dict().items()}
-    assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
-
-
 def test_bad_fused_weights_change_no_expert():
     pytest.importorskip("transformers")
     source = tiny.experts("gpt_oss", seed=1).state_dict()
@@ -540,7 +521,7 @@ def test_bad_fused_weights_change_no_expert():
     )
     refused(experts, changed("down_proj", None), "down_proj is NoneType, want float")
     packed = experts.state_dict(prefix="")
-    mixed = {**source, "packed.1.up.weight": packed["packed.1.up.weight"].clone()}
-    refused(experts, mixed, "gate_up_proj is beside packed.1.up.weight, want one of them")
-    with pytest.raises(RuntimeError, match=r"Missing key.*packed.0.down.weight"):
+    mixed = {**source, "up.weight": packed["up.weight"].clone()}
+    refused(experts, mixed, "gate_up_proj is beside up.weight, want one of them")
+    with pytest.raises(RuntimeError, match=r"Missing key.*down.weight"):
         experts.load_state_dict({k: v for k, v in source.items() if k != "down_proj"})
