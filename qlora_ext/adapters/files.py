@@ -32,8 +32,8 @@ from .peft_config import (
     CONFIG,
     WEIGHTS,
     NotPlainLora,
-    exactly,
     alpha_of,
+    exactly,
     rank_of,
     read_adapter_config,
 )
@@ -314,7 +314,11 @@ def _stack_singles(
         for key in ("lora_A", "lora_B"):
             parts = [halves.get(name, {}).get(key) for name in names]
             shapes = {None if part is None else part.shape for part in parts}
-            if len(shapes) > 1 or None in shapes or any(p.match(n) for p in patterns for n in names):
+            if (
+                len(shapes) > 1
+                or None in shapes
+                or any(p.match(n) for p in patterns for n in names)
+            ):
                 raise ValueError(
                     f"load_adapter: {file} adapts the experts of {holder} one by one, and not all "
                     f"{len(names)} alike, want one rank and lora_alpha for all"

@@ -72,8 +72,10 @@ def from_file(
 
 
 def is_swapped(file, config: dict, stack: Stack4bit) -> bool:
-    """Whether an adapter's config says that PEFT took [E, N, K] for [E, K, N]. Raises ValueError for
-    a release that cannot be read."""
+    """Whether an adapter's config says that PEFT took [E, N, K] for [E, K, N].
+
+    Raises ValueError for a release that cannot be read.
+    """
     version = config.get("peft_version") or "0.17.0"  # stored from 0.18.0 on
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version) if isinstance(version, str) else None
     if match is None:

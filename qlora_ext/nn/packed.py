@@ -209,8 +209,8 @@ class _Packed4bit(nn.Module):
             if tensor is not None and tensor.dtype != torch.uint8 and not tensor.is_meta:
                 raise RuntimeError(
                     f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8 (of a packed "
-                    f"{list(self._shape)} weight): something assigned other values to the .data of a packed "
-                    "weight, as vector_to_parameters and averages of all parameters do, or called "
+                    f"{list(self._shape)} weight): something assigned other values to the .data of "
+                    "a packed weight, as vector_to_parameters and averages of all parameters do, or called "
                     "the layer with others (functional_call); change only parameters with "
                     "requires_grad, and load the packed weight again with "
                     "load_state_dict(assign=True)"
@@ -223,8 +223,8 @@ class _Packed4bit(nn.Module):
             self._sealed = sample
         elif sample != self._sealed:
             raise RuntimeError(
-                f"{type(self).__name__}: the packed bytes of this {list(self._shape)} weight were changed "
-                "in place after they were packed or loaded. Arithmetic on them, such as an average "
+                f"{type(self).__name__}: the packed bytes of this {list(self._shape)} weight were "
+                "changed in place after they were packed or loaded. Arithmetic on them, such as an average "
                 "of all parameters, gives a broken weight: average only parameters with "
                 "requires_grad, and load other packed weights with load_state_dict"
             )

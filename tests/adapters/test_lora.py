@@ -573,7 +573,10 @@ def edit_config(path, **changes):
         ({"kasa_config": {"x": 1}}, "has kasa_config={'x': 1}, want None"),
         ({"monteclora_config": {"x": 1}}, "has monteclora_config={'x': 1}, want None"),
         ({"lora_bias": True}, "has lora_bias=True, want False"),
-        ({"target_parameters": ["w"]}, "adapts the parameter w, want packed experts of the model (it has none); peft"),
+        (
+            {"target_parameters": ["w"]},
+            "adapts the parameter w, want packed experts of the model (it has none); peft",
+        ),
         ({"trainable_token_indices": [3]}, "has trainable_token_indices=[3], want None"),
         ({"use_next_years_idea": 2}, "has use_next_years_idea=2, want None; peft"),
     ],

@@ -5,10 +5,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import expert_families as families  # noqa: E402  (it needs transformers)
-from qlora_ext import QuantConfig  # noqa: E402
-from qlora_ext.nn import Experts4bit  # noqa: E402
-from qlora_ext.nn.dense import dense_layer  # noqa: E402
+import expert_families as families
+from qlora_ext import QuantConfig
+from qlora_ext.nn import Experts4bit
+from qlora_ext.nn.dense import dense_layer
 
 
 @pytest.mark.parametrize("family", families.classes(), ids="-".join)

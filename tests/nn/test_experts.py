@@ -263,7 +263,9 @@ def test_mixture_model_the_whole_way(family, tmp_path):
     assert torch.equal(tiny.logits(loaded), want)
 
     add_lora(model, LoraConfig(r=4, mlp=True))
-    adapted = [n for n, m in model.named_modules() if isinstance(m, (LoraLinear4bit, LoraStack4bit))]
+    adapted = [
+        n for n, m in model.named_modules() if isinstance(m, (LoraLinear4bit, LoraStack4bit))
+    ]
     assert [n for n in adapted if ".experts." in n] == [
         f"model.layers.{i}.mlp.experts.{side}" for i in range(2) for side in ("up", "down")
     ]

@@ -17,7 +17,7 @@ from simt.test_simt_kernels import sweep
 TESTS = Path(__file__).resolve().parent.parent
 SWEEP = ["simt/test_simt_kernels.py", "simt/test_simt_huge.py", "simt/ptx_checks.py"]
 SWEEP += ["simt/test_simt_properties.py"]
-# The sweep has cases on 7.5 of its own and runs the others on the architecture asked for (sweep.py).
+# The sweep has cases on 7.5 of its own, and runs the others on the architecture asked for.
 # 8.0 and 9.0a are compiled from the same lines: 9.0a runs the shared bodies too, and 8.0 is left to
 # `make test-all`, since g++ takes minutes for each.
 BODIES = {75: ["ops/test_ops.py"], 80: SWEEP, 90: [*SWEEP, "ops/test_ops.py"]}

@@ -589,7 +589,9 @@ def test_make_works_where_paths_have_quotes_and_spaces(tmp_path, given):
     deepspeed = ["-c import deepspeed", "-m pytest tests/distributed/test_integration_deepspeed.py"]
     assert started("test-deepspeed", "DEEPSPEED=deepspeed==1") == deepspeed
     paths = started("test-paths", "ARGS=-x")
-    kernels = "-k not simt and not cuda and not compile and not opcheck and not t5 -x tests/test_a.py"
+    kernels = (
+        "-k not simt and not cuda and not compile and not opcheck and not t5 -x tests/test_a.py"
+    )
     run = "-m pytest -q -n 2 --dist worksteal -m not slow"
     assert paths[0] == f"{run} {kernels}"
     assert paths[-1] == f"{run} -x tests/test_b.py tests/test_c.py"
