@@ -210,9 +210,9 @@ class _Packed4bit(nn.Module):
                 raise RuntimeError(
                     f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8 (of a packed "
                     f"{list(self._shape)} weight): something assigned other values to the .data of "
-                    "a packed weight, as vector_to_parameters and averages of all parameters do, or called "
-                    "the layer with others (functional_call); change only parameters with "
-                    "requires_grad, and load the packed weight again with "
+                    "a packed weight, as vector_to_parameters and averages of all parameters do, "
+                    "or called the layer with others (functional_call); change only parameters "
+                    "with requires_grad, and load the packed weight again with "
                     "load_state_dict(assign=True)"
                 )
         sample = byte_sample(held) if held else None
@@ -224,8 +224,8 @@ class _Packed4bit(nn.Module):
         elif sample != self._sealed:
             raise RuntimeError(
                 f"{type(self).__name__}: the packed bytes of this {list(self._shape)} weight were "
-                "changed in place after they were packed or loaded. Arithmetic on them, such as an average "
-                "of all parameters, gives a broken weight: average only parameters with "
+                "changed in place after they were packed or loaded. Arithmetic on them, such as an "
+                "average of all parameters, gives a broken weight: average only parameters with "
                 "requires_grad, and load other packed weights with load_state_dict"
             )
         weight = held[0]
