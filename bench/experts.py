@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import time
-import types
 
 import cpu
 
@@ -28,27 +27,32 @@ TARGETS = {
 
 
 class Layer:
-    """The layer's weights, packed and dense, with adapters on both projections."""
+    """The layer as `nn.Experts4bit`, with and without adapters on both stacks, and dense."""
 
     def __init__(self, dtype):
         import torch
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-        from qlora_ext import dequantize_4bit, quantize_stack_4bit
+        from qlora_ext import dequantize_4bit
+        from qlora_ext.nn import Experts4bit, LoraStack4bit
 
         self.torch, self.dtype = torch, dtype
-        self.up = quantize_stack_4bit(torch.randn(E, 2 * F, H) * 0.02)
-        self.down = quantize_stack_4bit(torch.randn(E, H, F) * 0.02)
-        self.experts = [(self.up[e].op_args(), self.down[e].op_args()) for e in range(E)]
-        self.dense = {
-            name: dequantize_4bit(q) for name, q in (("up", self.up), ("down", self.down))
-        }
-        self.lora = {
-            "up": (torch.randn(E, RANK, H) / H**0.5, torch.randn(E, 2 * F, RANK) * 0.01),
-            "down": (torch.randn(E, RANK, F) / F**0.5, torch.randn(E, H, RANK) * 0.01),
-        }
-        for pair in self.lora.values():
-            for factor in pair:
-                factor.requires_grad_()
+        config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=F, num_experts=E)
+        config._experts_implementation = "grouped_mm"
+        self.dense = Qwen3MoeExperts(config).requires_grad_(False)
+        for parameter in self.dense.parameters():
+            parameter.normal_(0, 0.02)
+        self.packed = Experts4bit.from_experts(self.dense)
+        for name, stack in self.packed.stacks().items():
+            dequantize_4bit(stack.quantized, out=self.dense.get_parameter(name).data)
+        up, down = self.packed.up, self.packed.down
+        q = up.quantized, down.quantized
+        self.experts = [(q[0][e].op_args(), q[1][e].op_args()) for e in range(E)]
+        self.lora = [LoraStack4bit.from_stack(stack, r=RANK) for stack in (up, down)]
+        for stack in self.lora:
+            torch.nn.init.normal_(stack.lora_B, 0, 0.01)
+        self.adapted = Experts4bit(self.packed.template, *self.lora)
 
     def inputs(self, T: int):
         """x [T, H], the chosen experts [T, k] and their weights [T, k]."""
@@ -64,28 +68,7 @@ class Layer:
 
     def grouped(self, x, chosen, weights, lora):
         """Ours: one product a projection."""
-        torch = self.torch
-        from qlora_ext import grouped_ops
-
-        expert, order = chosen.reshape(-1).sort(stable=True)
-        each = torch.arange(E)
-        offsets = torch.searchsorted(expert, each, right=True, out_int32=True)
-        rows = (order // TOP_K).to(torch.int32)
-
-        def product(x, name, q, rows):
-            if not lora:
-                return grouped_ops.grouped_gemm_4bit(x, q.op_args(), offsets, rows)
-            A, B = self.lora[name]
-            return grouped_ops.grouped_lora_gemm_4bit(x, q.op_args(), A, B, 2.0, offsets, rows)
-
-        y = product(self.gate(product(x, "up", self.up, rows)), "down", self.down, None)
-        y = y * weights.reshape(-1)[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        if torch.is_grad_enabled():
-            return y[back].view(*chosen.shape, H).float().sum(1).to(x.dtype)
-        ends = torch.arange(TOP_K, len(order) + 1, TOP_K, dtype=torch.int32)
-        return torch.ops.qlora_ext.sum_rows(y, back.to(torch.int32), ends)
+        return (self.adapted if lora else self.packed)(x, chosen, weights)
 
     def loop(self, x, chosen, weights, lora):
         """An expert after another, as transformers' own loop and our layers did it."""
@@ -97,9 +80,9 @@ class Layer:
             token, slot = torch.where(chosen == e)
             up, down = self.experts[e]
             if lora:
-                (A, B), (A2, B2) = self.lora["up"], self.lora["down"]
-                h = self.gate(ops.lora_gemm_4bit(x[token], up, A[e], B[e], 2.0))
-                y = ops.lora_gemm_4bit(h, down, A2[e], B2[e], 2.0)
+                (A, B), (A2, B2) = ((s.lora_A[e], s.lora_B[e]) for s in self.lora)
+                h = self.gate(ops.lora_gemm_4bit(x[token], up, A, B, 2.0))
+                y = ops.lora_gemm_4bit(h, down, A2, B2, 2.0)
             else:
                 y = ops.gemm_4bit(self.gate(ops.gemm_4bit(x[token], up)), down)
             out.index_add_(0, token, (y * weights[token, slot, None]).float())
@@ -116,20 +99,7 @@ class Layer:
 
     def dense_grouped(self, x, chosen, weights, lora):
         """transformers' grouped_mm_experts_forward on the dequantized weights."""
-        import transformers.integrations.moe as moe
-
-        experts = types.SimpleNamespace(
-            has_gate=True,
-            has_bias=False,
-            is_transposed=False,
-            has_post_expert_norm=False,
-            _is_expert_parallel=False,
-            num_experts=E,
-            gate_up_proj=self.dense["up"],
-            down_proj=self.dense["down"],
-            _apply_gate=self.gate,
-        )
-        return moe.grouped_mm_experts_forward(experts, x, chosen, weights)
+        return self.dense(x, chosen, weights)
 
 
 def measure(layer: Layer, case: str, T: int, rounds: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Layers with packed weights, and adapters on them.
 
-`Linear4bit`, `Embedding4bit` and `Experts4bit` replace dense layers; `Stack4bit` holds one matrix of
-all experts of a layer. `LoraLinear4bit` adds LoRA to a packed linear layer, `LoraStack4bit` to a
+`Linear4bit`, `Embedding4bit` and `Experts4bit` replace dense layers; `Stack4bit` holds one matrix
+of all experts of a layer. `LoraLinear4bit` adds LoRA to a packed linear layer, `LoraStack4bit` to a
 stack, `LoraLinear` to a dense layer.
 """
 
