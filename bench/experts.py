@@ -3,7 +3,7 @@ transformers' dense `grouped_mm` in fp32. The layer is Qwen3-30B-A3B's: hidden s
 intermediate 768, 128 experts of which a token takes 8.
 
 One thread's CPU time in touched memory, so that a busy machine matters little; all contenders in
-turns, medians. The dense experts take 2.4 GB.
+turns with cold caches, medians. The dense experts take 2.4 GB.
 
     python bench/experts.py [--dtype fp32] [--rounds 9] [--json FILE]
 """
@@ -121,8 +121,10 @@ def measure(layer: Layer, case: str, T: int, rounds: int) -> dict[str, float]:
     if not lora and layer.dtype == torch.float32:
         contenders["dense"] = layer.dense_grouped
     times = {name: [] for name in contenders}
+    other = torch.zeros(2**26)  # 256 MB, written before each run: all start with cold caches
     for turn in range(rounds + 1):
         for name, forward in contenders.items():
+            other.add_(1)
             start = time.thread_time()
             run(forward)
             if turn > 0:

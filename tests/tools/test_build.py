@@ -502,6 +502,18 @@ def test_importing_it_does_not_load_the_ecosystem():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_importing_it_registers_a_fake_for_every_op():
+    code = """
+import torch, qlora_ext
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("qlora_ext::")]
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(len(names) > 20, [name for name in names if not has(name, "Meta")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS)
+    assert done.stdout.split(maxsplit=1)[0] == "True", done.stderr
+    assert done.stdout.split(maxsplit=1)[1].strip() == "[]"
+
+
 def test_no_torch_header_in_device_files():
     cuda = SETUP.parent / "csrc" / "cuda"
     files = [*cuda.glob("*.cu"), *cuda.glob("*.cuh")]
