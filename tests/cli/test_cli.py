@@ -931,7 +931,8 @@ def test_merge_into_packed_experts_names_the_one_that_overflows(tmp_path):
     key = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"  # [N, r E], experts fastest
     weights[key][:, 2::4] = 1e7
     save_file(weights, file)
-    said = run("merge", tmp_path / "base", adapter, tmp_path / "out", ok=False)
+    said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--dtype", "float16",
+               ok=False)  # fmt: skip
     assert "model.layers.1.mlp.experts.down.weight[2] holds" in said
     assert "cannot hold" in said and not (tmp_path / "out").exists()
 
