@@ -32,8 +32,8 @@ from .peft_config import (
     CONFIG,
     WEIGHTS,
     NotPlainLora,
-    exactly,
     alpha_of,
+    exactly,
     rank_of,
     read_adapter_config,
 )

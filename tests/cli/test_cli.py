@@ -900,9 +900,7 @@ def test_merge_refuses_in_experts_transposed_layers_and_biases(name, tmp_path):
     model = qlora_ext.quantize_model(load(source, name), progress_bar=False)
     adapter = make_adapter(model, tmp_path / "adapter")
     out = tmp_path / "out"
-    bad = {"mixtral": "experts", "gpt2": "h__1__attn__c_attn", "opt": "layers__0__fc1"}[
-        name
-    ]
+    bad = {"mixtral": "experts", "gpt2": "h__1__attn__c_attn", "opt": "layers__0__fc1"}[name]
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     for settings in (["--dtype", "float32"], ["--dtype", "float16"], ["--four-bit"]):
         overflowing(adapter, **{bad: 1e20})
