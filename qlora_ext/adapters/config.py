@@ -162,4 +162,6 @@ def check_targets(targets, called: str = "target_modules") -> None:
     names = [targets] if targets is None or isinstance(targets, str) else targets
     for name in names if isinstance(names, (list, tuple)) else [names]:
         if name is not None and not (isinstance(name, str) and name):
-            raise ValueError(f"LoraConfig: {called} holds {shorten(name)}, want names (str)")
+            raise ValueError(
+                f"LoraConfig: {called} holds {shorten(name)}, want names (str)"
+            )

@@ -32,8 +32,8 @@ from .peft_config import (
     CONFIG,
     WEIGHTS,
     NotPlainLora,
-    alpha_of,
     exactly,
+    alpha_of,
     rank_of,
     read_adapter_config,
 )

@@ -131,8 +131,8 @@ class OriginalWeights:
         if now.numel() and same / 2 < 0.9:
             raise ValueError(
                 f"{self.op}: {self.called} is not what was packed: {same / 2:.0%} of the codes of "
-                f"{layer.called} agree, want nearly all. An adapter that was initialised by changing "
-                "the packed weight (PiSSA, OLoRA) needs calibration instead"
+                f"{layer.called} agree, want nearly all. An adapter that was initialised by "
+                "changing the packed weight (PiSSA, OLoRA) needs calibration instead"
             )
 
     def target(self, layer: AdaptedLayer) -> Tensor:

@@ -101,7 +101,7 @@ class ReadBitsandbytes(ConversionOps):
 
 
 class StackSingles(ConversionOps):
-    """Stacks one tensor of every expert of a layer; of the codebook, which all share, one is kept."""
+    """Stacks one tensor of every expert of a layer. Of the codebook, which all share, one stays."""
 
     def convert(self, input_dict, *args, target_patterns=None, **kwargs):
         ((_, tensors),) = input_dict.items()
