@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from qlora_ext.nn import Experts4bit
-
 
 def start(device: str) -> None:
     """Joins the other processes, if there are any; on CUDA each takes the GPU of its number."""
@@ -84,14 +82,8 @@ def gathered(value) -> list:
 
 
 def wrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model whose backward pass averages gradients over all processes.
-
-    An expert that no token was sent to has no gradient, for which DDP has to search.
-    """
-    if count() == 1:
-        return model
-    experts = any(isinstance(m, Experts4bit) for m in model.modules())
-    return DistributedDataParallel(model, find_unused_parameters=experts)
+    """The model whose backward pass averages gradients over all processes."""
+    return model if count() == 1 else DistributedDataParallel(model)
 
 
 def averaging(model: torch.nn.Module, now: bool):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import types
 import warnings
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from ..files import find_folder
 from ..integrations.transformers.building import build, build_folder, read_config, unquantized
 from ..models.quantize import quantize_model
 from ..models.report import memory_report, num_parameters
-from ..nn.experts import Experts4bit
 from ..tensor.config import QuantConfig
 from ..text import first_line
 from .errors import CliError, as_cli_error
@@ -84,17 +82,6 @@ class _SavesLikeFlash(torch.autograd.Function):
 def _attention(module, query, key, value, attention_mask=None, **kwargs):
     """transformers' attention interface: [B, heads, S, d] -> [B, S, heads, d]."""
     return _SavesLikeFlash.apply(query, key, value).transpose(1, 2), None
-
-
-def _experts_forward(self, hidden_states, top_k_index, top_k_weights):
-    """Experts on meta, where routing has no values: all rows go to the first expert. The saved
-    bytes depend on the number of rows, not on the expert that takes them."""
-    rows = hidden_states.repeat_interleave(top_k_index.shape[-1], dim=0)
-    expert, template = self.packed[0], self.template
-    h = expert.up(rows)
-    h = template._apply_gate(h) if template.has_gate else template.act_fn(h)
-    y = expert.down(h) * top_k_weights.reshape(-1, 1)
-    return y.float().unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
 
 @contextlib.contextmanager
@@ -215,9 +202,6 @@ def estimate(
         with as_cli_error(ValueError):
             if quant is not None:
                 quantize_model(model, quant, progress_bar=False)
-            for module in model.modules():
-                if isinstance(module, Experts4bit):
-                    module.forward = types.MethodType(_experts_forward, module)
             base = memory_report(model)
             add_lora(model, lora)
     trained = num_parameters(model, only_trainable=True)

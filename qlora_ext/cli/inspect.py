@@ -135,12 +135,16 @@ def _ours(headers: SafetensorsFiles, settings: dict, name: str, taken: set) -> L
         )
     taken.update(keys)
     packed = headers.shapes[keys[0]]
-    # [N, K / 2] if K is even; otherwise only bytes, and only the model knows the shape.
-    flat = len(packed) != 2 or packed[1] == 1
+    # [N, K / 2] if K is even; otherwise only bytes, and only the model knows the shape. The experts
+    # of a layer are [E, N, K / 2], and the blocks restart at each.
+    is_stack = len(packed) == 3
+    flat = not is_stack and (len(packed) != 2 or packed[1] == 1)
     numel = 2 * headers.numel(keys[0])
     nested = f"{name}.weight_nested" in headers
-    blocks = headers.numel(f"{name}.weight_absmax") // (1 if nested else 4)
-    blocksize = next((b for b in BLOCKSIZES if -(-numel // b) == blocks), 0)
+    experts = packed[0] if is_stack else 1
+    blocks = headers.numel(f"{name}.weight_absmax") // (1 if nested else 4) // max(experts, 1)
+    each = numel // max(experts, 1)
+    blocksize = next((b for b in BLOCKSIZES if -(-each // b) == blocks), 0)
     quant_type = (settings.get("quantization_config") or {}).get("quant_type")
     codebook = f"{name}.weight_codebook"
     if codebook in headers:
@@ -151,7 +155,7 @@ def _ours(headers: SafetensorsFiles, settings: dict, name: str, taken: set) -> L
     return Layer(
         name,
         _describe(quant_type or "4 bits", blocksize, nested, f"{name}.weight_mean" in headers),
-        None if flat else (packed[0], 2 * packed[1]),
+        None if flat else (*packed[:-1], 2 * packed[-1]),
         numel,
         nbytes,
         True,
@@ -192,10 +196,24 @@ def _lora(headers: SafetensorsFiles, settings: dict, key: str, taken: set) -> La
             f"{list(headers.shapes[other])}, want two matrices: the adapter is damaged"
         )
     (r, K), (N, _) = headers.shapes[key], headers.shapes[other]
-    layer = name.removeprefix("base_model.model.")
+    layer, shape = name.removeprefix("base_model.model."), (N, K)
+    if experts := _experts_of(settings, layer, r):  # A is [E r, K], B [N, r E]
+        r, shape = r // experts, (experts, N, K)
     numel = headers.numel(key) + headers.numel(other)
     nbytes = headers.nbytes(key) + headers.nbytes(other)
-    return Layer(layer, f"LoRA r={r}, {headers.stored[key]}", (N, K), numel, nbytes, False)
+    return Layer(layer, f"LoRA r={r}, {headers.stored[key]}", shape, numel, nbytes, False)
+
+
+def _experts_of(settings: dict, layer: str, rows: int) -> int:
+    """How many experts the adapter of a layer has, if target_parameters in its config names it and
+    the config says the rank of each; else 0."""
+    r, parameters = settings.get("r"), settings.get("target_parameters")
+    if not isinstance(parameters, list) or not isinstance(r, int) or settings.get("rank_pattern"):
+        return 0
+    holders = {name.rpartition(".")[0] for name in parameters if isinstance(name, str)} - {""}
+    holder = re.sub(r"(\.base_layer)+$", "", layer)
+    named = any(holder == one or holder.endswith(f".{one}") for one in holders)
+    return rows // r if named and r > 0 and rows % r == 0 and rows > r else 0
 
 
 def rows(contents: Contents, every: bool) -> list[list[str]]:

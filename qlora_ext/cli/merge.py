@@ -15,7 +15,8 @@ from torch import nn
 from ..adapters.add import with_adapter
 from ..adapters.config import LoraConfig
 from ..adapters.files import load_adapter, read_pairs
-from ..adapters.peft_config import per_layer, rank_of, read_adapter_config
+from ..adapters.peft_config import alpha_of, rank_of, read_adapter_config
+from ..adapters.stacks import parameter_names
 from ..checks import check_finite, check_parameters
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
 from ..integrations.transformers.building import read_config, unquantized
@@ -26,9 +27,9 @@ from ..merging.into_4bit import merge_into_4bit
 from ..models.quantize import quantize_model
 from ..models.walk import replace_module
 from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
-from ..nn.embedding import Embedding4bit
 from ..nn.experts import is_fused_experts, up_name
-from ..nn.linear import Linear4bit, is_conv1d
+from ..nn.linear import is_conv1d
+from ..nn.packed import _Packed4bit
 from ..tensor.config import QuantConfig
 from .errors import CliError, as_cli_error
 from .quantize import pack_like, quantized_result
@@ -46,7 +47,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The adapter of one layer: W + scaling B A."""
+    """The adapter of one layer: W + scaling B A. A stack's has E as the first size of both."""
 
     lora_A: torch.Tensor  # [r, K]
     lora_B: torch.Tensor  # [N, r]
@@ -55,7 +56,10 @@ class Pair:
 
     @property
     def r(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
+
+    def of_expert(self, e: int) -> Pair:
+        return dataclasses.replace(self, lora_A=self.lora_A[e], lora_B=self.lora_B[e])
 
     @property
     def scaling(self) -> float:
@@ -67,7 +71,7 @@ class Pair:
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
-    """Layer name -> its adapter.
+    """Layer name -> its adapter; for experts the name that their stack has when it is packed.
 
     Raises:
         CliError: as `load_adapter` raises: files are missing or damaged; it is not a plain LoRA
@@ -75,7 +79,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     """
     names = checkpoint.model
     if checkpoint.quantizer is None:
-        # Experts have separate layers with names only if they are packed.
+        # The stacks of experts are layers with names only if they are packed.
         try:
             names = quantize_model(checkpoint.same_model(), progress_bar=False)
         except ValueError:  # there is nothing to pack, so there are no experts either
@@ -83,9 +87,12 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     try:
         with as_cli_error(ValueError, OSError, TypeError):
             config = read_adapter_config(folder)
-            pairs = read_pairs(names, folder, lambda name: torch.float32)  # as they are added
+            # They are added in fp32.
+            pairs = read_pairs(names, folder, config, lambda name: torch.float32)
+            parameters = parameter_names(names)
             for name, pair in pairs.items():
-                rank_of(folder, config, name, names.get_submodule(name), *pair)
+                base = names.get_submodule(name)
+                rank_of(folder, config, parameters.get(name, name), base, *pair)
     except NotImplementedError:  # it asked for values of the model, which is on meta
         raise CliError(
             f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
@@ -93,7 +100,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
         ) from None
     adapter = {}
     for name, (lora_A, lora_B) in pairs.items():
-        alpha = per_layer(config, "alpha_pattern", name, config["lora_alpha"])
+        alpha = alpha_of(config, parameters.get(name, name))
         adapter[name] = Pair(lora_A, lora_B, alpha, bool(config.get("use_rslora", False)))
     return adapter
 
@@ -141,7 +148,7 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
             replace_module(module, base, new)
     for layer, part in module.named_modules():
         full = ".".join(filter(None, (name, layer)))
-        if isinstance(part, (Linear4bit, Embedding4bit)):
+        if isinstance(part, _Packed4bit):
             _as_cli_error(check_weight, f"{full}.weight", part, dtype)
             if part._parameters.get("bias") is not None:
                 _check(f"{full}.bias", part.bias, dtype)
@@ -161,13 +168,14 @@ def _merge_dense(
         merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
     elif is_fused_experts(module) and (inside := _pairs_inside(adapter, name)):
         for key, side in ((up_name(module), "up"), ("down_proj", "down")):
+            pair = inside.pop(f"{name}.{side}", None)
+            if pair is None:
+                continue
             stack = module._parameters[key].to(dtype or torch.float32, copy=True)
-            for e in range(len(stack)):
-                pair = inside.pop(f"{name}.packed.{e}.{side}", None)
-                if pair is not None:
-                    total = pair.added_to(module._parameters[key][e], module.is_transposed)
-                    _check(f"{name}.{key}[{e}]", total, stack.dtype)
-                    stack[e] = total  # this rounds
+            for e, weight in enumerate(module._parameters[key]):
+                total = pair.of_expert(e).added_to(weight, module.is_transposed)
+                _check(f"{name}.{key}[{e}]", total, stack.dtype)
+                stack[e] = total  # this rounds
             merged[key] = stack
         if inside:
             raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")

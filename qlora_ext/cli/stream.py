@@ -23,6 +23,7 @@ from ..integrations.transformers.checkpoint import Checkpoint, Unit
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
+from ..nn.packed import _Packed4bit
 from ..text import first_few, first_line, plural
 from .errors import CliError, as_cli_error
 from .inputs import InputsChanged
@@ -256,7 +257,7 @@ class Job:
             for name, module in modules.items():
                 prefix = f"{name}." if name else ""
                 try:
-                    if isinstance(module, (Linear4bit, Embedding4bit)):
+                    if isinstance(module, _Packed4bit):
                         damage = module._check_state(module.state_dict(prefix=prefix), prefix)
                         if damage:
                             raise CliError(f"{self.checkpoint.folder}: {damage[0]}")

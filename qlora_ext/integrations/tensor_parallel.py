@@ -26,8 +26,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from .. import ops
 from ..checks import check_input
+from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
 from ..nn.lora import LoraLinear4bit
+from ..nn.stack import Stack4bit
 
 __all__ = ["ColwiseParallel4bit", "ParallelLinear4bit", "RowwiseParallel4bit"]
 
@@ -87,6 +89,12 @@ class ParallelLinear4bit(nn.Module):
             raise ValueError(
                 f"tensor parallel: the mesh has {mesh.ndim} dimensions, want 1: that of the "
                 'processes that share a layer, mesh["tp"] where it is named so'
+            )
+        if isinstance(layer, (Stack4bit, Experts4bit)):
+            raise TypeError(
+                f"tensor parallel: the layer is a {type(layer).__name__}, which holds a mixture's "
+                "experts, want a Linear4bit or a LoraLinear4bit: leave the experts out of the "
+                "plan; FSDP2 shards them, each process some of the experts"
             )
         if type(layer) not in (Linear4bit, LoraLinear4bit):
             peft = "PEFT's " if hasattr(layer, "base_layer") else ""

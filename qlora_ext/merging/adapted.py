@@ -14,28 +14,53 @@ from ..nn.dense import check_weight, dense_layer
 from ..nn.linear import Linear4bit
 from ..nn.lora import LoraLinear, LoraLinear4bit
 from ..nn.offload import check_in_memory
+from ..nn.stack import LoraStack4bit, Stack4bit
 from ..tensor.functions import merge_lora_4bit
+from ..tensor.quantized import QuantizedTensor
 from .dense import IN_MEMORY, merge_and_unload, tied_head
 
 
 @dataclasses.dataclass
 class AdaptedLayer:
-    """A packed layer with an adapter."""
+    """A packed layer with an adapter, or one expert of a packed stack with adapters."""
 
-    name: str
-    module: nn.Module  # the module that the model calls
-    packed: Linear4bit
+    name: str  # of the module
+    module: nn.Module  # the module that the model calls; a stack's gets (x, offsets, rows)
+    packed: Linear4bit | Stack4bit
     lora: tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], scaling
+    expert: int | None = None  # its number in the stack
+
+    @property
+    def called(self) -> str:
+        """The layer's name in messages: experts.up[7]."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The packed weight [N, K]."""
+        q = self.packed.quantized
+        return q if self.expert is None else q[self.expert]
 
     def target(self) -> Tensor:
         """dequantize(W) + s B A, fp32 [N, K]."""
         A, B, scaling = self.lora
-        return merge_lora_4bit(self.packed.quantized, A, B, scaling, torch.float32)
+        return merge_lora_4bit(self.quantized, A, B, scaling, torch.float32)
 
     def change(self) -> Tensor:
         """s B A, fp32 [N, K]."""
         A, B, scaling = self.lora
         return (B @ A).mul_(scaling)
+
+
+def adapted_experts(
+    name: str, module: nn.Module, stack: Stack4bit, A: Tensor, B: Tensor, scaling: float
+) -> list[AdaptedLayer]:
+    """The experts of a stack whose adapters are A [E, r, K] and B [E, N, r], fp32."""
+    factors = zip(A.unbind(), B.unbind(), strict=True)
+    return [
+        AdaptedLayer(name, module, stack, (a.contiguous(), b.contiguous(), scaling), expert)
+        for expert, (a, b) in enumerate(factors)
+    ]
 
 
 # (new layer, the layer it replaced) for each replacement, so that it can be undone after an error.
@@ -71,7 +96,7 @@ def adapted_model(model: nn.Module) -> AdaptedModel:
     modules = list(model.modules())
     if any(isinstance(m, LoraLinear) for m in modules):
         why = "its only adapters are on unquantized layers: merge_and_unload merges those"
-    elif any(isinstance(m, Linear4bit) for m in modules):
+    elif any(isinstance(m, (Linear4bit, Stack4bit)) for m in modules):
         why = "it was merged already, or none were added"
     else:
         why = "it has no 4-bit layers either"
@@ -84,9 +109,12 @@ def adapted_model(model: nn.Module) -> AdaptedModel:
 def _own(model: nn.Module) -> AdaptedModel:
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear4bit):
+        if isinstance(module, (LoraLinear4bit, LoraStack4bit)):
             A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
-            layers.append(AdaptedLayer(name, module, module, (A, B, module.scaling)))
+            if isinstance(module, LoraStack4bit):
+                layers += adapted_experts(name, module, module, A, B, module.scaling)
+            else:
+                layers.append(AdaptedLayer(name, module, module, (A, B, module.scaling)))
 
     def unload(swaps: Swaps) -> nn.Module:
         tied = tied_head(model)

@@ -15,6 +15,7 @@ each way keeps.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import operator
 import os
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from ..checks import check_finite, is_integer, is_number
 from ..models.walk import progress, replace_module
 from ..nn.linear import Linear4bit
+from ..nn.stack import Stack4bit
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import dequantize_4bit, quantize_tensor
 from ..tensor.quantized import QuantizedTensor
@@ -50,10 +52,12 @@ def merge_into_4bit(
     hessian_bytes: int = 2**30,
     progress_bar: bool = True,
 ) -> nn.Module:
-    """Merges a model's adapters into its 4-bit weights, in place. The result has Linear4bit layers.
+    """Merges a model's adapters into its 4-bit weights, in place. The result has Linear4bit layers
+    and, in a mixture of experts, Stack4bit.
 
     With `base`, each adapted layer becomes quantize(W + s B A). With `calibration`, it becomes the
-    packed weight whose outputs on the calibration text are nearest to the adapted layer's. With
+    packed weight whose outputs on the calibration text are nearest to the adapted layer's. An
+    expert counts as a layer, whose inputs are those of the tokens that chose it. With
     neither, it warns what requantizing would lose, and merges the model into 16 bits instead, as
     merge_and_unload does.
 
@@ -143,17 +147,25 @@ def merge_into_4bit(
         for layer in layers:
             source.check(layer)
     swaps = []  # (new, old), to undo after an error
+    experts: dict[int, dict[int, QuantizedTensor]] = {}  # id of a stack -> its merged experts
     modes = [(module, module.training) for module in model.modules()]
 
     def swap(layer: AdaptedLayer, q: QuantizedTensor) -> None:
-        """Replaces an adapted layer by the merged one."""
+        """Replaces an adapted layer by the merged one, and a stack when it has its last expert."""
+        if layer.expert is not None:
+            merged = experts.setdefault(id(layer.module), {})
+            merged[layer.expert] = q
+            if len(merged) < layer.packed.num_experts:
+                return
+            q = _stacked([merged[e] for e in sorted(merged)])
+            del experts[id(layer.module)]
         new = _with_weight(layer.packed, q)
         replace_module(model, layer.module, new)
         swaps.append((new, layer.module))
 
     def target_of(layer: AdaptedLayer) -> Tensor:
         target = layer.target() if source is None else source.target(layer)
-        check_finite(f"merge_into_4bit: {layer.name}.weight", target, torch.float32)
+        check_finite(f"merge_into_4bit: {layer.called}.weight", target, torch.float32)
         return target
 
     try:
@@ -191,19 +203,36 @@ def merge_into_4bit(
 def _start(layer: AdaptedLayer, target: Tensor, hessian: Tensor) -> QuantizedTensor:
     """Where the descent starts: at the present codes, which a short fine-tune hardly changes, or at
     the requantized target, whichever is nearer to the target."""
-    starts = [layer.packed.quantized, quantize_tensor(target, layer.packed.config)]
+    starts = [layer.quantized, quantize_tensor(target, layer.packed.config)]
     dense = (dequantize_4bit(q, torch.float32) for q in starts)
     errors = [hessian_error(weight, target, hessian) for weight in dense]
     return starts[errors[1] < errors[0]]
 
 
-def _with_weight(packed: Linear4bit, q: QuantizedTensor) -> Linear4bit:
-    """A Linear4bit like `packed`, but without an adapter and with weight q. The bias is shared."""
-    new = Linear4bit.__new__(Linear4bit)
-    nn.Module.__init__(new)
-    new.in_features, new.out_features = packed.in_features, packed.out_features
-    new._init_packed(packed._shape, packed.config, packed.dtype)
+def _stacked(experts: list[QuantizedTensor]) -> QuantizedTensor:
+    """The stack of these experts."""
+
+    def stack(name: str) -> Tensor | None:
+        parts = [getattr(q, name) for q in experts]
+        return None if parts[0] is None else torch.stack(parts)
+
+    tensors = {name: stack(name) for name in ("packed", "absmax", "nested", "mean")}
+    shape = torch.Size((len(experts), *experts[0].shape))
+    return dataclasses.replace(experts[0], shape=shape, **tensors)
+
+
+def _with_weight(packed: Linear4bit | Stack4bit, q: QuantizedTensor) -> Linear4bit | Stack4bit:
+    """A layer like `packed`, but without an adapter and with weight q. The bias is shared."""
+    if isinstance(packed, Stack4bit):
+        new = Stack4bit.__new__(Stack4bit)
+        nn.Module.__init__(new)
+        new._init_stack(tuple(packed._shape), packed.config, packed.dtype, packed.is_transposed)
+    else:
+        new = Linear4bit.__new__(Linear4bit)
+        nn.Module.__init__(new)
+        new.in_features, new.out_features = packed.in_features, packed.out_features
+        new._init_packed(packed._shape, packed.config, packed.dtype)
+        new.from_conv1d = packed.from_conv1d
     new._set_quantized(q)
     new.register_parameter("bias", packed._parameters["bias"])
-    new.from_conv1d = packed.from_conv1d
     return new._in_place_of(packed).train(packed.training)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import not_readable, out_of_memory
+from ..nn.experts import Experts4bit
 from ..text import first_line, shorten
 from .adapted import AdaptedLayer
 
@@ -142,6 +145,10 @@ class _Enough(Exception):
     """Stops a forward pass after the last layer that it was made for."""
 
 
+def _key(layer: AdaptedLayer) -> tuple[int, int | None]:
+    return id(layer.module), layer.expert
+
+
 class LayerInputs:
     """Iterates over (layers that share an input, H = X^T X / n of that input), in the order of the
     forward pass. One pass over the batches gathers as many H as fit in hessian_bytes."""
@@ -167,71 +174,109 @@ class LayerInputs:
                 count += 1
             hessians = self._gather(rest[:count])
             for group in rest[:count]:
-                yield group, hessians.pop(id(group[0].module))
+                yield group, hessians.pop(_key(group[0]))
             rest = rest[count:]
 
     def _order(self, layers: list[AdaptedLayer]) -> list[list[AdaptedLayer]]:
         """The layers in the order in which the first batch reaches them. Consecutive layers that
-        are given the same tensor form a group."""
-        calls: list[tuple[AdaptedLayer, bool]] = []
+        are given the same tensor form a group. The experts of a stack, which is called once, have
+        inputs of their own."""
+        members: dict[int, list[AdaptedLayer]] = {}  # id of a module -> its layers
+        for layer in layers:
+            members.setdefault(id(layer.module), []).append(layer)
+        calls: list[tuple[int, bool]] = []
         before = None
 
-        def note(layer: AdaptedLayer, x: Tensor) -> None:
+        def note(module: nn.Module, args: tuple) -> None:
             nonlocal before
-            calls.append((layer, x is before))
-            before = x
+            calls.append((id(module), args[0] is before))
+            before = args[0]
 
-        hooks = [
-            layer.module.register_forward_pre_hook(
-                lambda module, args, layer=layer: note(layer, args[0])
-            )
-            for layer in layers
-        ]
+        hooks = [m[0].module.register_forward_pre_hook(note) for m in members.values()]
         self._forward(0, hooks)
-        counts = {id(layer): 0 for layer in layers}
-        for layer, _ in calls:
-            counts[id(layer)] += 1
-        # If a layer runs twice, or not for every input (an expert), no pass may end early.
-        self.can_stop = all(count == 1 for count in counts.values())
+        counts = Counter(key for key, _ in calls)
+        # If a layer runs twice, or not for every input, no pass may end early.
+        self.can_stop = all(counts[key] == 1 for key in members)
         if not self.can_stop:
-            seen = dict.fromkeys(id(layer) for layer, _ in calls)
-            by_id = {id(layer): layer for layer in layers}
-            return [[by_id[i]] for i in (*seen, *(set(by_id) - set(seen)))]
+            order = dict.fromkeys([*(key for key, _ in calls), *members])
+            return [[layer] for key in order for layer in members[key]]
         groups: list[list[AdaptedLayer]] = []
-        for layer, same_input in calls:
-            if same_input and self._alike(groups[-1][0], layer):
-                groups[-1].append(layer)
+        for key, same_input in calls:
+            if same_input and self._alike(groups[-1][0], members[key][0]):
+                groups[-1] += members[key]
             else:
-                groups.append([layer])
+                groups += [[layer] for layer in members[key]]
         return groups
 
     @staticmethod
     def _alike(a: AdaptedLayer, b: AdaptedLayer) -> bool:
         same_device = a.packed.weight.device == b.packed.weight.device
-        return same_device and a.packed.config == b.packed.config
+        in_stack = a.expert is not None or b.expert is not None
+        return not in_stack and same_device and a.packed.config == b.packed.config
 
-    def _gather(self, groups: list[list[AdaptedLayer]]) -> dict[int, Tensor]:
-        """H for the first module of each group."""
+    def _gather(self, groups: list[list[AdaptedLayer]]) -> dict[tuple, Tensor]:
+        """H for the first layer of each group, by its _key."""
         sums, counts = {}, {}
         mask = None
         last = groups[-1][0].module
+        tokens: dict[int, Tensor] = {}  # id of a stack -> the token of each row, sorted by expert
 
-        def see(module, args):
-            x = args[0].detach()
-            key = id(module)
-            rows = x.reshape(-1, x.shape[-1])
-            if mask is not None and mask.numel() == len(rows):
-                rows = rows[mask.to(rows.device)]
+        def add(key: tuple, rows: Tensor) -> None:
             rows = rows.float()
             if key not in sums:
                 sums[key] = rows.new_zeros(rows.shape[-1], rows.shape[-1])
                 counts[key] = 0
             sums[key].addmm_(rows.T, rows)
             counts[key] += len(rows)
+
+        def is_text(count: int, device) -> Tensor | None:
+            """The mask, if it is for that many tokens."""
+            return mask.to(device) if mask is not None and mask.numel() == count else None
+
+        def see(module, args) -> None:
+            x = args[0].detach()
+            rows = x.reshape(-1, x.shape[-1])
+            text = is_text(len(rows), rows.device)
+            add((id(module), None), rows if text is None else rows[text])
+            stop(module)
+
+        def note_tokens(module, args, experts: Experts4bit) -> None:
+            x, _, rows = args
+            text = is_text(len(x), x.device)
+            for stack in (experts.up, experts.down):
+                tokens.pop(id(stack), None)
+                if text is not None:
+                    tokens[id(stack)] = text[rows.long()]
+
+        def see_stack(module, args, chosen: list[int]) -> None:
+            x, offsets, rows = (*args, None)[:3]
+            x, text = x.detach(), tokens.get(id(module))
+            ends = [0, *offsets.tolist()]
+            for e in chosen:
+                part = slice(ends[e], ends[e + 1])
+                each = x[part] if rows is None else x.index_select(0, rows[part])
+                add((id(module), e), each if text is None else each[text[part]])
+            stop(module)
+
+        def stop(module) -> None:
             if module is last and self.can_stop:
                 raise _Enough
 
-        hooks = [group[0].module.register_forward_pre_hook(see) for group in groups]
+        hooks = []
+        chosen: dict[nn.Module, list[int]] = {}
+        for group in groups:
+            module, expert = group[0].module, group[0].expert
+            if expert is None:
+                hooks.append(module.register_forward_pre_hook(see))
+            else:
+                chosen.setdefault(module, []).append(expert)
+        for experts in [m for m in self.model.modules() if isinstance(m, Experts4bit)]:
+            if chosen.keys() & {experts.up, experts.down}:
+                note = functools.partial(note_tokens, experts=experts)
+                hooks.append(experts.up.register_forward_pre_hook(note))
+        for module, numbers in chosen.items():
+            see_these = functools.partial(see_stack, chosen=numbers)
+            hooks.append(module.register_forward_pre_hook(see_these))
         try:
             for number, batch in enumerate(self.batches):
                 mask = _mask(batch)
@@ -240,14 +285,14 @@ class LayerInputs:
             for hook in hooks:
                 hook.remove()
         for group in groups:
-            key, K = id(group[0].module), group[0].packed.in_features
+            key, K = _key(group[0]), group[0].packed.in_features
             if not counts.get(key):  # an expert that no token chose
                 sums[key] = torch.zeros(K, K, device=group[0].packed.weight.device)
             else:
                 sums[key] /= counts[key]
             if not math.isfinite(sums[key].diagonal().sum().item()):
                 raise ValueError(
-                    f"merge_into_4bit: {group[0].name} is given a NaN or an infinity on the "
+                    f"merge_into_4bit: {group[0].called} is given a NaN or an infinity on the "
                     "calibration text, want finite activations (another dtype?)"
                 )
         return sums

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import hosts
+from ..adapters.stacks import parameter_names
 from ..checks import check_finite, not_readable
 from ..files import SafetensorsFiles
 from ..nn.dense import adapted_weight
-from ..nn.experts import Experts4bit, up_name
 from ..nn.linear import Linear4bit
+from ..nn.stack import Stack4bit
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import quantize_tensor
 from ..text import CheckpointError, shorten
@@ -36,7 +36,7 @@ class OriginalWeights:
         is_path = isinstance(base, (str, os.PathLike))
         self.called = f"base ({os.fspath(base)})" if is_path else "base"
         self.reason = ""  # why transformers could not name the folder's tensors
-        self.experts = {n: m for n, m in model.named_modules() if isinstance(m, Experts4bit)}
+        self.stacks = parameter_names(model)
         if isinstance(base, nn.Module):
             self.tensors = dict(base.named_parameters(remove_duplicate=False))
         elif isinstance(base, Mapping):
@@ -75,21 +75,20 @@ class OriginalWeights:
         except CheckpointError as error:
             raise CheckpointError(f"{self.op}: {self.called}: {error}") from error
 
-    def weight(self, full_name: str, packed: Linear4bit) -> Tensor:
-        """The unquantized weight of a packed layer, fp32 [N, K].
+    def weight(
+        self, full_name: str, packed: Linear4bit | Stack4bit, expert: int | None = None
+    ) -> Tensor:
+        """The unquantized weight of a packed layer or of an expert of a stack, fp32 [N, K].
 
         Raises:
             ValueError: base has no weight of that name, or one of another shape or not of floats.
-        OverflowError: the weight has a NaN or an infinity.
+            OverflowError: the weight has a NaN or an infinity.
         """
         name = full_name.removeprefix("base_model.model.")
-        key, pick = f"{name}.weight", None
-        match = re.fullmatch(r"(.+)\.packed\.(\d+)\.(up|down)", name)
-        holder = full_name[: -len(name)] + match[1] if match else None
-        if holder in self.experts:
-            experts = self.experts[holder].template
-            key = f"{match[1]}.{up_name(experts) if match[3] == 'up' else 'down_proj'}"
-            pick = int(match[2])
+        key = f"{name}.weight"
+        if expert is not None:  # PEFT's layers around the experts are in their name
+            key = self.stacks[full_name].removeprefix("base_model.model.")
+            key = key.replace(".base_layer.", ".")
         if key not in self.tensors:
             end = name.rpartition(".")[2] + ".weight"
             near = [k for k in self.tensors if isinstance(k, str) and k.endswith(end)]
@@ -107,44 +106,39 @@ class OriginalWeights:
                 f"{self.op}: {self.called} has {key} as {got}, want float values: the model as it "
                 "was before it was packed"
             )
-        flip = packed.from_conv1d
-        if pick is not None:
-            weight, flip = self._expert(key, weight, pick), experts.is_transposed
-        weight = weight.T if flip else weight
-        want = (packed.out_features, packed.in_features)
+        shape = (packed.out_features, packed.in_features)
+        called, is_transposed = key, getattr(packed, "from_conv1d", False)
+        want = shape[::-1] if is_transposed else shape
+        if expert is not None:
+            called, is_transposed = f"{key}[{expert}]", packed.is_transposed
+            want = (packed.num_experts, *(shape[::-1] if is_transposed else shape))
         if tuple(weight.shape) != want:
             raise ValueError(
                 f"{self.op}: {self.called} has {key} of shape {list(weight.shape)}, want "
                 f"{list(want)}: it must be the unquantized model that was packed"
             )
-        check_finite(f"{self.op}: {self.called}: {key}", weight, weight.dtype)
+        weight = weight if expert is None else weight[expert]
+        weight = weight.T if is_transposed else weight
+        check_finite(f"{self.op}: {self.called}: {called}", weight, weight.dtype)
         return weight.detach().to(packed.weight.device, torch.float32)
-
-    def _expert(self, key: str, stack: Tensor, number: int) -> Tensor:
-        """One expert's weight from a stack [experts, ...]."""
-        if stack.ndim != 3 or len(stack) <= number:
-            raise ValueError(
-                f"{self.op}: {self.called} has {key} of shape {list(stack.shape)}, want a stack of "
-                f"more than {number} matrices: it must be the unquantized model that was packed"
-            )
-        return stack[number]
 
     def check(self, layer: AdaptedLayer) -> None:
         """Raises ValueError unless the weight packs to nearly the same codes as the layer's."""
-        again = quantize_tensor(
-            self.weight(layer.name, layer.packed), layer.packed.config
-        ).packed.reshape(-1)
-        now = layer.packed.quantized.packed.reshape(-1)
+        again = quantize_tensor(self._of(layer), layer.packed.config).packed.reshape(-1)
+        now = layer.quantized.packed.reshape(-1)
         same = (again >> 4 == now >> 4).float().mean() + (again & 15 == now & 15).float().mean()
         # If base is stored in another dtype, one weight in a hundred gets another code.
         if now.numel() and same / 2 < 0.9:
             raise ValueError(
                 f"{self.op}: {self.called} is not what was packed: {same / 2:.0%} of the codes of "
-                f"{layer.name} agree, want nearly all. An adapter that was initialised by changing "
-                "the packed weight (PiSSA, OLoRA) needs calibration instead"
+                f"{layer.called} agree, want nearly all. An adapter that was initialised by "
+                "changing the packed weight (PiSSA, OLoRA) needs calibration instead"
             )
 
     def target(self, layer: AdaptedLayer) -> Tensor:
         """W + s B A, fp32 [N, K]."""
         A, B, scaling = layer.lora
-        return adapted_weight(self.weight(layer.name, layer.packed), A, B, scaling)
+        return adapted_weight(self._of(layer), A, B, scaling)
+
+    def _of(self, layer: AdaptedLayer) -> Tensor:
+        return self.weight(layer.name, layer.packed, layer.expert)

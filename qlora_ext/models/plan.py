@@ -225,6 +225,8 @@ class Plan:
             if (dtype := module._parameters[key].dtype) not in FLOAT_DTYPES:
                 self.other_dtypes.add(dtype)
                 return f"its weight is {dtype}"
+        if reason := _reason_of_shape(module):
+            return reason
         if self.stored is not None and is_plain_linear(module) and not self.stored.has(name):
             return self._reason_absent(name)
         return None
@@ -302,6 +304,19 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     if is_fused_experts(module):
         return tuple(key for key, p in module._parameters.items() if p is not None and p.ndim == 3)
     return ("weight",)
+
+
+def _reason_of_shape(module: nn.Module) -> str | None:
+    """Why a module of fused experts cannot be a packed stack by its shapes; None if it can."""
+    if not is_fused_experts(module):
+        return None
+    for key in weight_names(module):
+        shape = list(module._parameters[key].shape)
+        if 0 in shape:
+            return f"its {key} {shape} has no weights"
+        if shape[1 if module.is_transposed else 2] % 2:
+            return f"its {key} {shape} has an odd number of columns, which no packed stack can have"
+    return None
 
 
 def _reason_not_linear(module: nn.Module) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from ..nn.experts import Experts4bit
 from .method_source import forget_sources
 from .reads import read_in_frame
 from .walk import is_packed
@@ -103,6 +104,13 @@ class _Search:
         self.numbers = {int(size) for size in sizes if len(size) < 16}
         self.layers = {m: name for name, m in root.named_modules() if is_packed(m)}
         self.names = {m: name for name, m in root.named_modules()}
+        # A stack of experts has no name in the unquantized model, but its holder has.
+        self.holders = {
+            stack: name
+            for name, m in root.named_modules()
+            if isinstance(m, Experts4bit)
+            for stack in (m.up, m.down)
+        }
         self.tensors = {
             id(p): layer for layer in self.layers for p in layer._parameters.values()
             if p is not None and p.dtype is torch.uint8
@@ -190,15 +198,15 @@ class _Search:
         first = layers[0]
         names = [".".join(_parts(self.layers[layer])) for layer in layers]
         more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-        keep = list(dict.fromkeys(_keep(name) for name in names))[:_MOST]
-        N, K = first._shape
+        kept = (self.holders.get(layer, self.layers[layer]) for layer in layers)
+        keep = list(dict.fromkeys(map(_keep, kept)))[:_MOST]
         weight = first._parameters.get("weight")
         stored = "bytes" if weight is None else f"uint8 {list(weight.shape)}"
         return (
             f"{'the code' if module is None else self._called(module)} seems to read the weight of "
             f"a packed layer, which is packed bytes ({names[0]}.weight is {stored} for "
-            f"[{N}, {K}]), so that only the layer itself can compute with it. Its packed layers: "
-            f"{', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep those "
+            f"{list(first._shape)}), so that only the layer itself can compute with it. Its packed "
+            f"layers: {', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep those "
             f"dense whose weight the code reads: modules_to_not_convert={keep!r}"
         )
 

@@ -17,7 +17,7 @@ from .experts import Experts4bit
 from .lora import LoraLinear, _Lora
 from .packed import _Packed4bit
 from .panel import PanelLinear
-from .stack import LoraStack4bit
+from .stack import LoraStack4bit, Stack4bit
 
 _PART = 2**20  # weights added at a time
 
@@ -50,11 +50,9 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         A, B = module.lora_A.detach(), module.lora_B.detach()
         return adapted_weight(module.weight.detach(), A, B, module.scaling).to(dtype)
     if isinstance(module, LoraStack4bit):
-        q, A, B = module.quantized, module.lora_A.detach().float(), module.lora_B.detach().float()
-        stack = q.packed.new_empty(q.shape, dtype=dtype)
+        stack = module.weight.new_empty(module._shape, dtype=dtype)
         for e, expert in enumerate(stack):
-            args = (q[e].op_args(), A[e].contiguous(), B[e].contiguous(), module.scaling, dtype)
-            expert.copy_(ops.merge_lora_4bit(*args))
+            expert.copy_(_merged_expert(module, e, dtype))
         return stack
     if isinstance(module, _Lora):
         # The op wants A and B in the same dtype. fp32 holds both exactly.
@@ -63,6 +61,15 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(module, _Packed4bit):
         return module.weight.detach().to(dtype)
     return dequantize_4bit(module.quantized, dtype)
+
+
+def _merged_expert(stack: Stack4bit, e: int, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight [N, K] of one expert of a stack, its adapter included."""
+    q = stack.quantized[e]
+    if not isinstance(stack, LoraStack4bit):
+        return dequantize_4bit(q, dtype)
+    A, B = (factor[e].detach().float().contiguous() for factor in (stack.lora_A, stack.lora_B))
+    return ops.merge_lora_4bit(q.op_args(), A, B, stack.scaling, dtype)
 
 
 def dense_linear(layer: nn.Module, weight: torch.Tensor) -> nn.Linear:
@@ -147,7 +154,8 @@ WIDER = "merge to torch.bfloat16 or torch.float32"
 
 
 def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """Raises OverflowError, which names the layer, if its dense weight does not fit dtype.
+    """Raises OverflowError, which names the layer, if its dense weight does not fit dtype. For a
+    stack, `name[7]` is the expert.
 
     The weight itself is computed only if a bound from its statistics cannot rule that out.
     """
@@ -162,5 +170,10 @@ def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
         norms = B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)
         bound += abs(module.scaling) * norms.max().item()
     if not bound < torch.finfo(dtype).max / 2:
-        values = merged_weight(module, torch.float32)
-        check_finite(name, values, dtype, advice=WIDER if dtype == torch.float16 else "")
+        advice = WIDER if dtype == torch.float16 else ""
+        if isinstance(module, Stack4bit):
+            for e in range(module.num_experts):
+                values = _merged_expert(module, e, torch.float32)
+                check_finite(f"{name}[{e}]", values, dtype, advice=advice)
+        else:
+            check_finite(name, merged_weight(module, torch.float32), dtype, advice=advice)

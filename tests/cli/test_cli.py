@@ -34,6 +34,7 @@ from integration_helpers import run_python, tiny_llama, tiny_tokenizer
 from qlora_ext.cli import app, estimate, merge, output, quantize, screen
 from qlora_ext.cli.errors import CliError
 from qlora_ext.integrations.transformers import building
+from qlora_ext.nn.stack import Stack4bit
 from qlora_ext.text import CheckpointError
 
 
@@ -108,7 +109,8 @@ def load(path, name="llama", **settings):
 def make_adapter(model, path, head=False, seed=3):
     """An adapter with values on every linear layer of a model; the model is adapted."""
     out = model.get_output_embeddings()
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not out]
+    kinds = (torch.nn.Linear, Stack4bit)
+    names = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not out]
     if head:
         names += [n for n, m in model.named_modules() if m is out]
     qlora_ext.add_lora(model, qlora_ext.LoraConfig(r=4, target_modules=names))
@@ -430,6 +432,7 @@ LIMITED = """
 import resource, sys, torch
 # The interpreter and the libraries, which are not what is limited.
 from qlora_ext.integrations.transformers import building
+from qlora_ext.nn.stack import Stack4bit
 from qlora_ext.cli import app, merge, quantize
 from transformers import LlamaForCausalLM
 
@@ -553,10 +556,10 @@ def test_merge_into_transposed_and_fused_weights(name, tmp_path):
         if not hasattr(module, "lora_A"):
             continue
         delta = module.scaling * module.lora_B.detach() @ module.lora_A.detach()
-        if ".packed." in layer:
-            stem, e, side = re.fullmatch(r"(.+)\.packed\.(\d+)\.(up|down)", layer).groups()
+        if isinstance(module, Stack4bit):
+            stem, _, side = layer.rpartition(".")
             key = f"{stem}.{'gate_up_proj' if side == 'up' else 'down_proj'}"
-            old, new = (m.get_parameter(key)[int(e)] for m in (before, after))
+            old, new = (m.get_parameter(key) for m in (before, after))
         else:
             old, new = (m.get_parameter(f"{layer}.weight") for m in (before, after))
             delta = delta.T
@@ -565,6 +568,8 @@ def test_merge_into_transposed_and_fused_weights(name, tmp_path):
         torch.testing.assert_close(new - old, delta, atol=1e-6, rtol=1e-4)
         changed += 1
     assert changed == sum(hasattr(module, "lora_A") for module in layers.values()) > 4
+    stacks = sum(isinstance(module, Stack4bit) for module in layers.values())
+    assert stacks == (4 if name == "mixtral" else 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
@@ -895,14 +900,13 @@ def test_merge_refuses_in_experts_transposed_layers_and_biases(name, tmp_path):
     model = qlora_ext.quantize_model(load(source, name), progress_bar=False)
     adapter = make_adapter(model, tmp_path / "adapter")
     out = tmp_path / "out"
-    bad = {"mixtral": "packed__1__down", "gpt2": "h__1__attn__c_attn", "opt": "layers__0__fc1"}[
-        name
-    ]
+    bad = {"mixtral": "experts", "gpt2": "h__1__attn__c_attn", "opt": "layers__0__fc1"}[name]
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     for settings in (["--dtype", "float32"], ["--dtype", "float16"], ["--four-bit"]):
         overflowing(adapter, **{bad: 1e20})
         said = run("merge", source, adapter, out, *settings, "--restart", ok=False)
         assert "cannot hold" in said and not out.exists(), settings
+        assert "mlp.experts.gate_up_proj[0]" in said or name != "mixtral"
     (adapter / "adapter_model.safetensors").write_bytes(whole)
     for path in source.glob("*.safetensors"):
         weights = load_file(path)
@@ -914,6 +918,21 @@ def test_merge_refuses_in_experts_transposed_layers_and_biases(name, tmp_path):
         said = run("merge", source, adapter, out, "--dtype", dtype, "--restart", ok=False)
         assert f"torch.{dtype} cannot hold; the largest magnitude is 3.4e+38" in said
         assert not out.exists()
+
+
+def test_merge_into_packed_experts_names_the_one_that_overflows(tmp_path):
+    source = saved("mixtral", tmp_path / "in")
+    run("quantize", source, tmp_path / "base")
+    adapter = make_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"  # [N, r E], experts fastest
+    weights[key][:, 2::4] = 1e7
+    save_file(weights, file)
+    said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--dtype", "float16",
+               ok=False)  # fmt: skip
+    assert "model.layers.1.mlp.experts.down.weight[2] holds" in said
+    assert "cannot hold" in said and not (tmp_path / "out").exists()
 
 
 def test_quantize_refuses_a_dtype_that_its_values_do_not_fit(tmp_path):
@@ -1388,6 +1407,23 @@ def test_inspect_counts_what_memory_report_counts(llama, tmp_path):
     assert "nf4, block 64, nested" in run("inspect", one)
     one.write_bytes(one.read_bytes()[:-9])
     assert "damaged" in run("inspect", tmp_path / "q", ok=False)
+
+
+def test_inspect_shows_experts_as_a_stack(tmp_path):
+    source = saved("mixtral", tmp_path / "in")
+    run("quantize", source, tmp_path / "q", "--blocksize", 32)
+    model = load(tmp_path / "q")
+    text = run("inspect", tmp_path / "q")
+    assert re.search(r"experts\.up  x2 +nf4, block 32, nested +4 x 192 x 64 ", text)
+    assert re.search(r"experts\.down  x2 +nf4, block 32, nested +4 x 64 x 96 ", text)
+    report = qlora_ext.memory_report(model)
+    assert f"{report.bits_per_weight:.3f} bits per packed weight" in text
+    contents = json.loads(run("inspect", tmp_path / "q", "--json"))
+    assert sum(layer["numel"] for layer in contents["layers"]) == report.num_parameters
+    text = run("inspect", make_adapter(model, tmp_path / "adapter"))
+    assert re.search(r"experts  x2 +LoRA r=4, F32 +4 x 64 x 96 ", text)
+    assert re.search(r"experts\.base_layer  x2 +LoRA r=4, F32 +4 x 192 x 64 ", text)
+    assert re.search(r"q_proj  x2 +LoRA r=4, F32 +64 x 64 ", text)
 
 
 def test_rows_into_a_pipe_are_whole_where_colours_are_forced(capsys, monkeypatch):

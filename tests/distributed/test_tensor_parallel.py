@@ -189,9 +189,10 @@ def refuse(mesh):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    import tiny_models as tiny
     from qlora_ext.integrations import tensor_parallel
     from qlora_ext.integrations.tensor_parallel import ColwiseParallel4bit, RowwiseParallel4bit
-    from qlora_ext.nn import Linear4bit
+    from qlora_ext.nn import Experts4bit, Linear4bit
 
     torch.manual_seed(0)  # the same in every process
     layer = Linear4bit(64, 64)
@@ -230,6 +231,10 @@ def refuse(mesh):
             style._apply(Linear4bit(K, N), mesh)
     with pytest.raises(TypeError, match="the layer is a Linear, want a Linear4bit"):
         ColwiseParallel4bit()._apply(torch.nn.Linear(64, 64), mesh)
+    experts = Experts4bit.from_experts(tiny.experts("mixtral"))
+    for layer in (experts, experts.up):
+        with pytest.raises(TypeError, match=f"a {type(layer).__name__}, which holds a mixture's"):
+            RowwiseParallel4bit()._apply(layer, mesh)
 
 
 def refuse_in_a_plan(mesh, folder):

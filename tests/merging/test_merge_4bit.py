@@ -1,6 +1,7 @@
 """merge_into_4bit: merging into 4 bits keeps the fine-tune (issue 5, point 6)."""
 
 import copy
+import functools
 import math
 import re
 import warnings
@@ -31,6 +32,8 @@ from qlora_ext.merging.adapted import adapted_model
 from qlora_ext.merging.descent import damped, fit_4bit, hessian_error
 from qlora_ext.merging.layer_inputs import LayerInputs, as_batches
 from qlora_ext.nn import Linear4bit, LoraLinear, LoraLinear4bit
+from qlora_ext.nn.dense import adapted_weight
+from qlora_ext.nn.stack import LoraStack4bit, Stack4bit
 from qlora_ext.tensor.functions import quantize_tensor
 
 transformers = pytest.importorskip("transformers")
@@ -241,7 +244,8 @@ def without_adapter(model):
 
 
 def adapted_names(model):
-    return [name for name, m in model.named_modules() if isinstance(m, LoraLinear4bit)]
+    kinds = (LoraLinear4bit, LoraStack4bit)
+    return [name for name, m in model.named_modules() if isinstance(m, kinds)]
 
 
 def run(model, **arguments):
@@ -260,7 +264,8 @@ def test_calibration_keeps_what_was_learnt(family, hessian_bytes):
     )
     names = adapted_names(model)
     assert run(model, calibration=text(), hessian_bytes=hessian_bytes) is model
-    assert {type(model.get_submodule(name)) for name in names} == {Linear4bit}
+    kinds = {Linear4bit, Stack4bit} if family == "mixtral" else {Linear4bit}
+    assert {type(model.get_submodule(name)) for name in names} == kinds
     assert distance(model, want) < 0.8 * min(unmerged, distance(requantized, want))
 
 
@@ -318,6 +323,99 @@ def test_base_gives_the_quantized_sum(family, how, tmp_path):
         assert type(got) is Linear4bit
         # addmm and the sum above may round a value to two sides of a threshold.
         assert (got.weight == q.packed).float().mean() > 0.999
+
+
+EXPERTS = LoraConfig(r=3, target_modules=(), target_parameters=("gate_up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("normalization", ["absmax", "standard"])
+def test_base_gives_each_expert_its_quantized_sum(normalization):
+    """Bit for bit what packing the expert's own sum gives, in one stack that runs as before."""
+    base, config = tiny.make("qwen3_moe"), QuantConfig(normalization=normalization)
+    model = small(trained("qwen3_moe", config=EXPERTS, quant=config))
+    names = adapted_names(model)
+    assert [name.rpartition("experts.")[2] for name in names] == ["up", "down"] * 2
+    sums = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        holder = base.get_submodule(name.rpartition(".")[0])
+        dense = holder.gate_up_proj if name.endswith("up") else holder.down_proj
+        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        sums[name] = [
+            quantize_tensor(adapted_weight(dense[e].detach(), A[e], B[e], layer.scaling), config)
+            for e in range(4)
+        ]
+    want = without_adapter(model)
+    run(model, base=base)
+    for name, parts in sums.items():
+        stack = model.get_submodule(name)
+        assert type(stack) is Stack4bit and stack.config == config
+        for e, q in enumerate(parts):
+            got = stack.quantized[e]
+            for key in ("packed", "absmax", "nested", "mean"):
+                one, other = getattr(got, key), getattr(q, key)
+                assert one is other is None or torch.equal(one, other), (name, e, key)
+    assert 0 < distance(model, tiny.logits(want)) < 0.5 * tiny.logits(want).norm()
+
+
+@pytest.mark.parametrize("layers", [("up", "down"), ("down",)])
+def test_an_experts_statistics_are_of_the_tokens_that_chose_it(layers):
+    """Without padding, and zero for an expert that no token chose."""
+    names = {"up": "gate_up_proj", "down": "down_proj"}
+    config = LoraConfig(r=2, target_modules=(), target_parameters=[names[n] for n in layers])
+    model = small(trained("qwen3_moe", config=config))
+
+    def never_2(module, args, output):
+        logits, weights, index = output
+        return logits, weights, index.masked_fill(index == 2, 3)
+
+    ids = text(1)[0]
+    mask = torch.ones_like(ids)
+    mask[:2, 20:] = 0
+    seen = {}
+
+    def note(module, args, experts):
+        hidden, index, _ = args
+        for e in range(4):
+            token, _ = torch.where(index == e)
+            h = hidden[token[mask.view(-1)[token].bool()]]
+            dense = dequantize_4bit(experts.up.quantized)[e]
+            gated = experts.template._apply_gate(h @ dense.T)
+            seen.setdefault(id(experts.up), []).append(h)
+            seen.setdefault(id(experts.down), []).append(gated)
+
+    if "up" in layers:  # so that `up` computes what its packed weight alone does
+        model = without_adapter(model)
+    for block in model.model.layers:
+        experts = block.mlp.experts
+        block.mlp.gate.register_forward_hook(never_2)
+        experts.register_forward_pre_hook(functools.partial(note, experts=experts))
+    found = adapted_model(model).layers
+    assert len(found) == 2 * 4 * len(layers)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        inputs = LayerInputs(model, found, [batch], 2**30)
+        assert inputs.can_stop and all(len(group) == 1 for group in inputs.groups)
+        seen.clear()
+        got = list(inputs)
+        for (layer,), H in got:
+            rows = seen[id(layer.module)][layer.expert]
+            want = rows.T @ rows / max(len(rows), 1)
+            torch.testing.assert_close(H, want, rtol=1e-3, atol=1e-6)
+            assert H.any() == (layer.expert != 2)
+    assert len(got) == len(found)
+
+
+@pytest.mark.parametrize("how", ["base", "calibration"])
+def test_an_error_names_the_expert_and_leaves_the_stack(how):
+    model = small(trained("qwen3_moe", config=EXPERTS))
+    stack = model.model.layers[1].mlp.experts.down
+    with torch.no_grad():
+        stack.lora_B[3] = 3e38
+    base = {"base": tiny.make("qwen3_moe")} if how == "base" else {"calibration": text()}
+    with pytest.raises((OverflowError, ValueError), match=r"experts\.down\[3\]"):
+        run(model, **base)
+    assert model.model.layers[1].mlp.experts.down is stack and len(adapted_names(model)) == 4
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2", "llama"])

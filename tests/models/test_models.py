@@ -157,6 +157,30 @@ def test_routers_are_in_the_report():
     assert "mlp.gate x2" in text and "lm_head" in text and "experts" not in text
 
 
+def test_experts_with_an_odd_number_of_columns_stay_dense_and_that_is_said(tmp_path):
+    """down_proj [4, 64, 95]: two codes of a row would share a byte with the next row's."""
+    import transformers
+
+    import qlora_ext
+
+    want = r"experts.* \(its down_proj \[4, 64, 95\] has an odd number of columns"
+    dense = tiny.make("mixtral", intermediate_size=95)
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match=want):
+        model = quantize(dense)
+    with pytest.warns(UserWarning, match=want):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=qlora_ext.QLoraExtConfig()
+        )
+    assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
+    model.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed")
+    for other in (model, loaded, again):  # torch's grouped product takes no such rows
+        other.set_experts_implementation("eager")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
 def test_modules_to_not_convert():
     model = quantize(tiny.make("llama"), modules_to_not_convert=["layers.0", "down_proj"])
     assert not [n for n in packed_names(model) if "layers.0." in n or "down_proj" in n]

@@ -14,6 +14,7 @@ from qlora_ext import LoraConfig, add_lora, load_adapter, quantize_model, save_a
 from qlora_ext.models.plan import ADAPTER, TRAINS
 from qlora_ext.models.walk import stacked_names
 from qlora_ext.nn import Embedding4bit, Linear4bit, LoraLinear4bit, PanelLinear
+from qlora_ext.nn.stack import Stack4bit
 
 
 def quantize(model, **settings):
@@ -27,7 +28,8 @@ def quietly(model, **settings):
 
 
 def packed(model):
-    return {name for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    kinds = (Linear4bit, Stack4bit)
+    return {name for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def trainable(model):

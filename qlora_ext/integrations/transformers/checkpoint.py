@@ -39,7 +39,7 @@ from .building import (
     unquantized,
 )
 from .config import QLoraExtConfig
-from .conversions import ReadBitsandbytes
+from .conversions import ReadBitsandbytes, reads_other_format
 from .quantizer import QLoraExtHfQuantizer
 
 
@@ -251,13 +251,8 @@ class Checkpoint:
     @property
     def used_conversions(self) -> list:
         """The conversions that this checkpoint needed, which transformers reverses when it saves.
-        Those that read bitsandbytes' format are left out."""
-        return [
-            c
-            for c in self.conversions
-            if c.was_used()
-            and not any(isinstance(op, ReadBitsandbytes) for op in getattr(c, "operations", ()))
-        ]
+        Those that read another format of packed weights are left out."""
+        return [c for c in self.conversions if c.was_used() and not reads_other_format(c)]
 
     # reading
 

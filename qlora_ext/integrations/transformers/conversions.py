@@ -1,12 +1,14 @@
-"""Converts tensors while transformers loads them: packs weights, reads bitsandbytes' bytes."""
+"""Converts tensors while transformers loads them: packs weights, reads bitsandbytes' bytes, and
+stacks experts that an older version packed one by one."""
 
 from __future__ import annotations
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn.linear import Linear4bit
+from ...nn.packed import _PACKED_KEYS
 from ...tensor.functions import quantize_tensor
 from ...tensor.quantized import QuantizedTensor
 
@@ -96,3 +98,28 @@ class ReadBitsandbytes(ConversionOps):
             prefix + key: tensor
             for key, tensor in [*packed.named_parameters(), *packed.named_buffers()]
         }
+
+
+class StackSingles(ConversionOps):
+    """Stacks one tensor of every expert of a layer. Of the codebook, which all share, one stays."""
+
+    def convert(self, input_dict, *args, target_patterns=None, **kwargs):
+        ((_, tensors),) = input_dict.items()
+        (target,) = target_patterns
+        return {target: tensors[0] if target.endswith("weight_codebook") else torch.stack(tensors)}
+
+
+def singles_stacked() -> list[WeightConverter]:
+    """Converters for checkpoints of the version that packed a mixture expert by expert, under
+    `experts.packed.7.up.weight`. They give today's `experts.up.weight`."""
+    return [
+        WeightConverter(f"packed.*.{side}.{key}", f"{side}.{key}", [StackSingles()])
+        for side in ("up", "down")
+        for key in (*_PACKED_KEYS, "bias")
+    ]
+
+
+def reads_other_format(conversion) -> bool:
+    """Whether a conversion reads another format of packed weights. Saving must not reverse it."""
+    ops = getattr(conversion, "operations", ())
+    return any(isinstance(op, (ReadBitsandbytes, StackSingles)) for op in ops)

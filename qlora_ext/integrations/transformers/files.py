@@ -290,9 +290,12 @@ def _holds_experts(stored: set[str], name: str) -> bool:
     """Whether the `stored` layers include packed experts with the same last part as `name`, in the
     same layer of the stack. The parts before may differ in a checkpoint (Mixtral's
     `block_sparse_moe.experts`)."""
-    first = f"{name.rpartition('.')[2]}.packed.0.up"
-    places = (key.removesuffix(first) for key in stored if f".{key}".endswith(f".{first}"))
-    return any(_numbers(place) == _numbers(name) for place in places)
+    last = name.rpartition(".")[2]
+    for first in (f"{last}.up", f"{last}.packed.0.up"):  # the second: packed expert by expert
+        places = (key.removesuffix(first) for key in stored if f".{key}".endswith(f".{first}"))
+        if any(_numbers(place) == _numbers(name) for place in places):
+            return True
+    return False
 
 
 def _numbers(name: str) -> list[str]:

@@ -33,7 +33,7 @@ from ...nn.packed import _Packed4bit
 from ...text import CheckpointError
 from .bitsandbytes_format import bitsandbytes_state_dict
 from .config import QLoraExtConfig
-from .conversions import Quantize, ReadBitsandbytes
+from .conversions import Quantize, ReadBitsandbytes, reads_other_format, singles_stacked
 from .files import (
     check_loaded,
     check_read,
@@ -99,7 +99,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
 
     def get_weight_conversions(self):
         if self.settings.checkpoint_format != "bitsandbytes":
-            return []
+            return singles_stacked() if self.pre_quantized else []
         return [WeightConverter(list(_BITSANDBYTES), "weight", [ReadBitsandbytes(self)])]
 
     def update_weight_conversions(self, weight_conversions, model=None):
@@ -290,15 +290,13 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 f"{', '.join(missing)}; {advice}"
             )
         if self.settings.checkpoint_format == "bitsandbytes":
-            # From here on the model is in our format, so saving must not convert it back.
             self.settings.checkpoint_format = "qlora_ext"
-            model._weight_conversions = [
-                conversion
-                for conversion in model._weight_conversions
-                if not any(
-                    isinstance(op, ReadBitsandbytes) for op in getattr(conversion, "operations", [])
-                )
-            ]
+        # From here on the model is in our format, so saving must not convert it back.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not reads_other_format(conversion)
+        ]
         if self.pre_quantized:
             for name, layer in layers.items():
                 damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
