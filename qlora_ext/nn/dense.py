@@ -14,10 +14,11 @@ from ..tensor.functions import dequantize_4bit
 from ..tensor.quantized import QuantizedTensor
 from .embedding import Embedding4bit
 from .experts import Experts4bit
+from .linear import _share
 from .lora import LoraLinear, _Lora
 from .packed import _Packed4bit
 from .panel import PanelLinear
-from .stack import LoraStack4bit
+from .stack import Adapter, LoraStack4bit
 
 _PART = 2**20  # weights added at a time
 
@@ -50,12 +51,8 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         A, B = module.lora_A.detach(), module.lora_B.detach()
         return adapted_weight(module.weight.detach(), A, B, module.scaling).to(dtype)
     if isinstance(module, LoraStack4bit):
-        q, A, B = module.quantized, module.lora_A.detach().float(), module.lora_B.detach().float()
-        stack = q.packed.new_empty(q.shape, dtype=dtype)
-        for e, expert in enumerate(stack):
-            args = (q[e].op_args(), A[e].contiguous(), B[e].contiguous(), module.scaling, dtype)
-            expert.copy_(ops.merge_lora_4bit(*args))
-        return stack
+        adapter = module.lora_A.detach(), module.lora_B.detach(), module.scaling
+        return merged_stack(module.quantized, adapter, dtype)
     if isinstance(module, _Lora):
         # The op wants A and B in the same dtype. fp32 holds both exactly.
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
@@ -63,6 +60,17 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(module, _Packed4bit):
         return module.weight.detach().to(dtype)
     return dequantize_4bit(module.quantized, dtype)
+
+
+def merged_stack(q: QuantizedTensor, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:
+    """The dense stack [E, N, K] of q with an adapter in its sums, in dtype: an expert at a time."""
+    A, B, scaling = adapter
+    stack = q.packed.new_empty(q.shape, dtype=dtype)
+    for e, expert in enumerate(stack):
+        # The op wants A and B in the same dtype. fp32 holds both exactly.
+        pair = A[e].float().contiguous(), B[e].float().contiguous()
+        expert.copy_(ops.merge_lora_4bit(q[e].op_args(), *pair, scaling, dtype))
+    return stack
 
 
 def dense_linear(layer: nn.Module, weight: torch.Tensor) -> nn.Linear:
@@ -114,11 +122,18 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return restore_conv1d(dense_linear(module, weight))
 
 
-def dense_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
-    """The fused module that `module` was made from, with the adapters of its stacks in its sums."""
-    experts = module.template
+def dense_experts(
+    module: Experts4bit, dtype: torch.dtype, merged: dict[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """The fused module that `module` was made from, with the adapters of its stacks in its sums.
+
+    merged: weights [E, N, K] by the names of `stacks()` to take instead of the module's own.
+    """
+    experts = type(module.template).__new__(type(module.template))
+    _share(module.template, experts)
     for name, stack in module.stacks().items():
-        weight = merged_weight(stack, dtype)
+        given = None if merged is None else merged.get(name)
+        weight = merged_weight(stack, dtype) if given is None else given
         if experts.is_transposed:
             weight = weight.mT.contiguous()
         experts.register_parameter(name, nn.Parameter(weight))
