@@ -287,7 +287,7 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
     for name in set(stacks.values()) & set(pairs):
         A, B = pairs[name]
         stack = linears[name]
-        pair = from_file(A, B, stack, is_swapped(path / CONFIG, config, stack))
+        pair = from_file(A, B, stack, is_swapped("load_adapter", path / CONFIG, config, stack))
         if pair is None:
             E, N, K = stack._shape
             raise ValueError(
