@@ -20,6 +20,7 @@ from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.offload import check_in_memory, is_offloaded, loaded, value_of
 from ...nn.packed import _PACKED_KEYS, _Packed4bit
+from ...nn.stack import Stack4bit
 from ...tensor.functions import dequantize_4bit
 from ..transformers.files import local_part
 from .experts import ParamWrapper
@@ -193,55 +194,71 @@ def _turn_stacks(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter
     """Brings the adapters of packed experts in state into the orientation of this release. Raises
     ValueError if the release that wrote them does not say which they have."""
     config = model.peft_config[adapter_name]
-    for name, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or adapter_name not in module.lora_A:
-            continue
+    wrappers = _wrappers(model, adapter_name)
+    if not wrappers:
+        return
+    op, adapters = "set_peft_model_state_dict", {}
+    for name, wrapper in wrappers.items():
         # A model that is no PeftModel has names without the prefix, which files have.
         prefix = "" if f"{name}.lora_A.weight" in state else "base_model.model."
-        keys = [f"{prefix}{name}.{factor}.weight" for factor in ("lora_A", "lora_B")]
-        stack = _packed_base(module).stacks()[module.parameter_name]
-        op, settings = "set_peft_model_state_dict", {"peft_version": config.peft_version}
-        if all(key in state for key in keys) and is_swapped(op, adapter_name, settings, stack):
-            pair = from_file(*(state[key] for key in keys), stack, True)
-            if pair is not None and stack.in_features == stack.out_features:
-                raise ValueError(
-                    f"{op}: {keys[0]}: PEFT {config.peft_version} stored the adapters of experts "
-                    "the other way round, and a later release that saved them again may have "
-                    "turned them; the matrices are square, so their shapes do not tell; "
-                    "qlora_ext.load_adapter goes by the release in the config"
-                )
+        keys = tuple(f"{prefix}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+        if all(key in state for key in keys):
+            adapters[keys] = (*(state[key] for key in keys), _packed_stack(wrapper))
+    settings = {"peft_version": config.peft_version}
+    if adapters and is_swapped(op, adapter_name, settings, list(adapters.values())):
+        if all(stack.in_features == stack.out_features for *_, stack in adapters.values()):
+            raise ValueError(
+                f"{op}: PEFT {config.peft_version} stored {adapter_name!r}, an adapter of experts, "
+                "the other way round, unless a later release saved it again; as the matrices are "
+                "square, their shapes do not tell; qlora_ext.load_adapter goes by the release"
+            )
+        for keys, adapter in adapters.items():
+            pair = from_file(*adapter, True)
             state |= {} if pair is None else dict(zip(keys, to_file(*pair), strict=True))
-        # The release is written again with the adapter as it is now.
-        config.peft_version = peft.__version__
+    config.peft_version = peft.__version__  # of the orientation that is saved from now on
+
+
+def _wrappers(model: torch.nn.Module, adapter_name: str) -> dict[str, ParamWrapper]:
+    """The wrappers of packed experts that have this adapter, by name."""
+    model = getattr(model, "_orig_mod", model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and adapter_name in module.lora_A
+    }
+
+
+def _packed_stack(wrapper: ParamWrapper) -> Stack4bit:
+    """The stack under a wrapper, whether or not adapters are merged."""
+    return _packed_base(wrapper).stacks()[wrapper.parameter_name]
 
 
 def _swapped_stacks(
     model: torch.nn.Module, state: dict[str, torch.Tensor], adapter_name: str, config
 ) -> list[ParamWrapper]:
-    """The wrappers of packed experts that a hot-swap gives another adapter. Raises ValueError for one
-    of another rank, because PEFT would cut or pad A, whose rows belong to one expert after the
+    """The wrappers of packed experts that a hot-swap gives another adapter. Raises ValueError for
+    one of another rank, because PEFT would cut or pad A, whose rows belong to one expert after the
     other; and for one of a release that stored it the other way round."""
     op = "hotswap_adapter"
-    swapped = []
-    for name, module in getattr(model, "_orig_mod", model).named_modules():
-        if not isinstance(module, ParamWrapper) or adapter_name not in module.lora_A:
-            continue
-        key = f"{name}.lora_A.{adapter_name}.weight"
-        new, old = state.get(key), module.lora_A[adapter_name].weight
-        if new is None:
-            continue
-        stack = _packed_base(module).stacks()[module.parameter_name]
-        if is_swapped(op, adapter_name, {"peft_version": config.peft_version}, stack):
-            raise ValueError(
-                f"{op}: PEFT {config.peft_version} stored the new adapter of {module._name} the "
-                "other way round; load it (PeftModel.load_adapter), save it, and swap that in"
-            )
+    swapped, adapters = [], []
+    for name, wrapper in _wrappers(model, adapter_name).items():
+        keys = [f"{name}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B")]
+        if all(key in state for key in keys):
+            swapped.append(wrapper)
+            adapters.append((*(state[key] for key in keys), _packed_stack(wrapper)))
+    settings = {"peft_version": config.peft_version}
+    if adapters and is_swapped(op, adapter_name, settings, adapters):
+        raise ValueError(
+            f"{op}: PEFT {config.peft_version} stored the new adapter of experts the other way "
+            "round; load it (PeftModel.load_adapter), save it, and swap that in"
+        )
+    for wrapper, (new, _, _) in zip(swapped, adapters, strict=True):
+        old = wrapper.lora_A[adapter_name].weight
         if new.shape != old.shape:
             raise ValueError(
-                f"{op}: {module._name} has A {list(old.shape)} and the new adapter "
+                f"{op}: {wrapper._name} has A {list(old.shape)} and the new adapter "
                 f"{list(new.shape)}, want the same rank on packed experts"
             )
-        swapped.append(module)
     return swapped
 
 

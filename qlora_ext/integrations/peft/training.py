@@ -157,20 +157,22 @@ def _start_of_stack(unquantized: OriginalWeights, layer: ParamWrapper, r: int, s
     """LoftQ's A [E r, K] and B [N, r E] for a stack of packed experts, one expert at a time."""
     key, experts = layer._name, _packed_base(layer)
     stack = experts.stacks()[layer.parameter_name]
-    weight = unquantized.tensors[key] if key in unquantized.tensors else None
+    weight = unquantized.tensors.get(key)
     shape = (stack._shape[0], *stack._shape[1:][:: -1 if experts.is_transposed else 1])
     if weight is None or tuple(weight.shape) != shape or weight.dtype not in FLOAT_DTYPES:
-        got = "no such weight" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+        got = f"no {key}"
+        if weight is not None:
+            got = f"{key} as {weight.dtype} {list(weight.shape)}"
         raise ValueError(
-            f"replace_lora_weights_loftq: {unquantized.called} has {got} for {key}, want float "
+            f"replace_lora_weights_loftq: {unquantized.called} has {got}, want float "
             f"{list(shape)} of the unquantized model that was packed"
             + (f"; its folder cannot be read: {unquantized.reason}" if unquantized.reason else "")
         )
     q, pairs = stack.quantized, []
     for e, expert in enumerate(weight.detach()):
         check_finite(f"replace_lora_weights_loftq: {key}[{e}]", expert, expert.dtype)
-        expert = expert.to(q.packed.device, torch.float32)
-        lost = (expert.T if experts.is_transposed else expert) - dequantize_4bit(q[e], torch.float32)
+        expert = expert.T if experts.is_transposed else expert
+        lost = expert.to(q.packed.device, torch.float32) - dequantize_4bit(q[e], torch.float32)
         pairs.append(_nearest(lost, r, scaling))
     return to_file(*(torch.stack(factors) for factors in zip(*pairs, strict=True)))
 

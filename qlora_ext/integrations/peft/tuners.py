@@ -271,11 +271,14 @@ def _refuse_packed_layer(original, what: str):
     def __init__(self, base_layer, *args, **kwargs):
         if isinstance(base_layer, (_Packed4bit, Experts4bit)):
             dense = "keep it dense with modules_to_not_convert"
+            setting = "target_modules"
+            if isinstance(base_layer, Experts4bit):
+                setting = f"target_parameters ({', '.join(base_layer.names)})"
             if isinstance(base_layer, Embedding4bit):
                 dense = _KEEP_TABLE.removeprefix("or ")
             raise ValueError(
                 f"PEFT's {what} names a {type(base_layer).__name__}, whose packed weight cannot be "
-                f"trained; adapt it with target_modules, or {dense}"
+                f"trained; adapt it with {setting}, or {dense}"
             )
         original(self, base_layer, *args, **kwargs)
 
