@@ -37,8 +37,9 @@ from .stand_in import (
 )
 from .versions import adapted_layer
 
-# The starts that need no dense weight; PEFT's own fails at the others on experts, too.
-_STARTS = ("gaussian",)
+# The starts that need no dense weight; PEFT's own fails at the others on experts, too. "eva" is that
+# of the linear layers beside them.
+_STARTS = ("gaussian", "eva")
 
 
 def _stand_in(stack: Stack4bit) -> nn.Parameter:
