@@ -99,6 +99,17 @@ def loaded(module: nn.Module):
             each.post_forward(module, torch.empty(0))
 
 
+def offload(module: nn.Module, device: torch.device | str | int) -> None:
+    """Makes accelerate keep the weights of module in memory and fetch them to device for each
+    forward."""
+    hosts.accelerate_hooks().attach_align_device_hook(
+        module,
+        execution_device=device,
+        offload=True,
+        weights_map={name: p.to("cpu") for name, p in module.named_parameters()},
+    )
+
+
 # Adapters ---------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ def test_an_expert_computes_what_its_layer_alone_does():
     calls = []
     packed.up.register_forward_hook(lambda module, args, y: calls.append((*args, y)))
     packed(x, index, weights)
-    ((_, offsets, rows, h),) = calls
+    ((_, offsets, rows, _, h),) = calls
     start = 0
     for e, end in enumerate(offsets.tolist()):
         alone = linear_4bit(x[rows[start:end].long()], packed.up.quantized[e], packed.up.bias[e])

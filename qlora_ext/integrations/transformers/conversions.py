@@ -7,6 +7,7 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from ...nn.experts import is_fused_experts, pack_stack, stack_names
 from ...nn.linear import Linear4bit
 from ...nn.packed import _PACKED_KEYS
 from ...tensor.functions import quantize_tensor
@@ -28,6 +29,9 @@ class Quantize(ConversionOps):
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             module, attribute = get_module_from_name(model, name)
+            if is_fused_experts(module) and attribute in stack_names(module):
+                result[name] = self._stack(name, module, value)
+                continue
             if not isinstance(module, Linear4bit) or attribute != "weight":
                 result[name] = value
                 continue
@@ -54,6 +58,24 @@ class Quantize(ConversionOps):
             prefix = name.removesuffix("weight")
             result.update({prefix + key: parameter for key, parameter in packed.items()})
         return result
+
+    def _stack(self, name: str, experts, value: torch.Tensor) -> torch.Tensor:
+        """Packs a stack of experts and leaves it with the quantizer, which puts both stacks of a
+        layer into the model after loading. Returns what stands for the dense stack until then: a
+        tensor of its shape that takes no memory."""
+        quantizer = self.hf_quantizer
+        attribute = name.rpartition(".")[2]
+        if value.is_meta or value.shape != getattr(experts, attribute).shape:  # reported later
+            return value
+        try:
+            stack = pack_stack(experts, attribute, quantizer.quant_config, value)
+        except RuntimeError:
+            if value.isfinite().all():
+                raise
+            quantizer.not_finite.append((name, value.dtype))
+            return value
+        quantizer.stacks[name] = stack
+        return value.new_zeros(()).expand(value.shape)
 
 
 class ReadBitsandbytes(ConversionOps):

@@ -2,7 +2,7 @@
 
 transformers reads a checkpoint tensor by tensor into a model on the meta device. This quantizer
 replaces that model's linear layers by `Linear4bit` and packs each weight as it arrives, so peak
-memory is about that of the result and one layer. A saved model has `quant_method: qlora_ext` in its
+memory is about that of the result and one layer, or one stack of experts. A saved model has `quant_method: qlora_ext` in its
 config, so from_pretrained reads it back without further settings.
 
 Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from ... import hosts
 from ...checks import check_finite, check_parameters
 from ...files import FLOATS
 from ...merging.dense import leave_no_packed_layer
@@ -26,9 +27,10 @@ from ...models.plan import Plan, log_report, warn_unmatched
 from ...models.raw_errors import explain_errors
 from ...models.walk import check_whole, places_of, replace_module, use_dense_panels
 from ...nn.embedding import Embedding4bit
-from ...nn.experts import Experts4bit, is_fused_experts
+from ...nn.experts import Experts4bit, is_fused_experts, pack_stack, stack_names
 from ...nn.linear import Linear4bit, is_plain_linear
 from ...nn.lora import _Lora
+from ...nn.offload import device_of, is_offloaded, offload
 from ...nn.packed import _Packed4bit
 from ...text import CheckpointError
 from .bitsandbytes_format import bitsandbytes_state_dict
@@ -91,8 +93,13 @@ class QLoraExtHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         # False for a packed checkpoint; then transformers checks the tensors against the shapes.
+        if self.pre_quantized:
+            return False
         module, attribute = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, Linear4bit) and attribute == "weight"
+        if is_fused_experts(module):
+            name = param_name.rpartition(".")[0]
+            return name in self.plan.names and attribute in stack_names(module)
+        return isinstance(module, Linear4bit) and attribute == "weight"
 
     def get_quantize_ops(self):
         return Quantize(self)
@@ -145,6 +152,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self._check_distribution(getattr(model.config, "distributed_config", None))
         self.checkpoint_files = checkpoint_files
         self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
+        self.stacks = {}  # parameter -> Stack4bit, packed when it was read
         config = self.settings
         keep = as_names(config.modules_to_not_convert, self.config_name, self.names_argument)
         self.plan = plan = Plan(
@@ -171,7 +179,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             elif self.pre_quantized:
                 layer = Experts4bit.from_experts(module, self.quant_config)
             else:
-                packed += 1  # _pack_experts packs them when their values are there
+                packed += 1  # Quantize packs their stacks, _put_experts puts them into the model
                 continue
             layer.requires_grad_(False)
             # transformers initialises missing tensors with normal_, which uint8 lacks. Missing
@@ -227,24 +235,37 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 "needs the whole; pack and save the model once without it"
             )
 
-    def _pack_experts(self, model) -> None:
-        """Packs the fused experts of an unpacked checkpoint, one layer after another.
-
-        transformers assembles them from several tensors, so they can only be packed when the model
-        is complete. Until then they are dense in memory.
-        """
+    def _put_experts(self, model) -> list[str]:
+        """Puts the stacks of experts that `Quantize` packed into the model of an unpacked
+        checkpoint. Returns the names of the stacks that were not read."""
+        missing = []
         dry_run = all(p.is_meta for p in model.parameters())  # device_map="meta"
         for name in self.plan.names:
             module = model.get_submodule(name)
             if not is_fused_experts(module):
                 continue
+            # A device map with "cpu" has made accelerate offload what stands for the stacks.
+            device = device_of(module) if is_offloaded(module) else None
+            if device is not None:
+                hosts.accelerate_hooks().remove_hook_from_module(module)
             on_meta = any(p.is_meta for p in module.parameters())
-            if not on_meta:
-                for key, parameter in module.named_parameters():
+            if on_meta and not dry_run:
+                continue
+            stacks = {}
+            for key, parameter in module.named_parameters():
+                stack = self.stacks.pop(f"{name}.{key}", None)
+                if stack is None and not on_meta:
                     values = local_part(parameter.detach())
                     check_read(model, f"{name}.{key}", values, self.checkpoint_files)
-            if dry_run or not on_meta:
-                replace_module(model, module, Experts4bit.from_experts(module, self.quant_config))
+                if key in stack_names(module):
+                    if stack is None and not on_meta:
+                        missing.append(f"{name}.{key}")
+                    stacks[key] = stack or pack_stack(module, key, self.quant_config)
+            experts = Experts4bit.around(module, stacks)
+            replace_module(model, module, experts)
+            if device is not None:
+                offload(experts, device)
+        return missing
 
     def _check_shapes(self, model) -> None:
         """Raises CheckpointError if a parameter has another shape than before loading. With a
@@ -265,15 +286,14 @@ class QLoraExtHfQuantizer(HfQuantizer):
             error = f"{name} has a NaN or an infinity in {dtype}"
             raise not_held(model, name, dtype, error, self.checkpoint_files)
         self._check_shapes(model)
-        if not self.pre_quantized:
-            self._pack_experts(model)
+        missing = [] if self.pre_quantized else self._put_experts(model)
         layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, _Packed4bit)
         }
         # transformers assigns tensors without load_state_dict and its checks.
-        missing = [
+        missing += [
             f"{name}.{key}"
             for name, layer in layers.items()
             for key, parameter in layer.named_parameters()
@@ -283,8 +303,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
             advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
             if self.pre_quantized:
                 advice = "it is damaged: save the packed model again, or pack the unquantized one"
-            layer = missing[0].rpartition(".")[0]
-            where = file_of(model, f"{layer}.weight", self.checkpoint_files)
+            layer, _, key = missing[0].rpartition(".")
+            key = "weight" if key.startswith("weight") else key
+            where = file_of(model, f"{layer}.{key}", self.checkpoint_files)
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
                 f"{', '.join(missing)}; {advice}"
