@@ -2,8 +2,8 @@
 
 transformers reads a checkpoint tensor by tensor into a model on the meta device. This quantizer
 replaces that model's linear layers by `Linear4bit` and packs each weight as it arrives, so peak
-memory is about that of the result and one layer, or one stack of experts. A saved model has `quant_method: qlora_ext` in its
-config, so from_pretrained reads it back without further settings.
+memory is about that of the result and one layer, or one stack of experts. A saved model has
+`quant_method: qlora_ext` in its config, so from_pretrained reads it back without further settings.
 
 Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
 """
