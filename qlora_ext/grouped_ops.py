@@ -19,6 +19,7 @@ from .ops import (
     _ops,
     _register_autograd,
     _register_fake,
+    _scaled,
 )
 
 
@@ -180,9 +181,14 @@ _register_autograd("grouped_lora_shrink", _grouped_lora_shrink_eager)
 
 
 def grouped_lora_shrink(
-    x: Tensor, lora_A: Tensor, scaling: float, offsets: Tensor, rows: Tensor | None = None
+    x: Tensor, lora_A: Tensor, scaling: float | Tensor, offsets: Tensor, rows: Tensor | None = None
 ) -> Tensor:
-    """S fp32 [M, r]: expert e's rows of x times scaling lora_A[e]^T; x [T, K], lora_A [E, r, K]."""
+    """S fp32 [M, r]: expert e's rows of x times scaling lora_A[e]^T; x [T, K], lora_A [E, r, K].
+
+    scaling: a number, or a 0-d tensor as for `lora_shrink`.
+    """
+    if isinstance(scaling, Tensor):
+        return _scaled(grouped_lora_shrink(x, lora_A, 1.0, offsets, rows), scaling)
     if torch.compiler.is_compiling():
         return _ops.grouped_lora_shrink.default(x, lora_A, scaling, offsets, rows)
     return _grouped_lora_shrink_eager(x, lora_A, scaling, offsets, rows)
@@ -260,7 +266,7 @@ def grouped_lora_gemm_4bit(
     w4: W4,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     offsets: Tensor,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
@@ -268,8 +274,12 @@ def grouped_lora_gemm_4bit(
     """y [M, N]: expert e's rows of x times W_e^T, + bias[e] + scaling (x lora_A[e]^T) lora_B[e]^T.
 
     lora_A [E, r, K] and lora_B [E, N, r] of one dtype (use fp32 for fine-tuning). The rest is as in
-    `grouped_gemm_4bit`; differentiable in x, lora_A, lora_B and bias.
+    `grouped_gemm_4bit`; differentiable in x, lora_A, lora_B and bias. scaling: a number, or a 0-d
+    tensor as for `lora_gemm_4bit`.
     """
+    if isinstance(scaling, Tensor):
+        lora_S = grouped_lora_shrink(x, lora_A, scaling, offsets, rows)
+        return grouped_gemm_4bit(x, w4, offsets, rows, bias, lora_S, lora_B)
     if torch.compiler.is_compiling():
         return _ops.grouped_lora_gemm_4bit.default(
             x, *w4, lora_A, lora_B, scaling, offsets, rows, bias

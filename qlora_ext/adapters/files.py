@@ -284,10 +284,10 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
             f"load_adapter: {file} holds no LoRA weights, want {_PREFIX}*.lora_A.weight"
         )
     pairs = {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
-    for name in set(stacks.values()) & set(pairs):
-        A, B = pairs[name]
-        stack = linears[name]
-        pair = from_file(A, B, stack, is_swapped(path / CONFIG, config, stack))
+    adapted = {name: (*pairs[name], linears[name]) for name in stacks.values() if name in pairs}
+    swapped = adapted and is_swapped("load_adapter", path / CONFIG, config, list(adapted.values()))
+    for name, (A, B, stack) in adapted.items():
+        pair = from_file(A, B, stack, swapped)
         if pair is None:
             E, N, K = stack._shape
             raise ValueError(

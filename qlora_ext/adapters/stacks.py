@@ -71,19 +71,31 @@ def from_file(
     return lora_A.contiguous(), lora_B.contiguous()
 
 
-def is_swapped(file, config: dict, stack: Stack4bit) -> bool:
-    """Whether an adapter's config says that PEFT took [E, N, K] for [E, K, N].
+def is_swapped(op: str, file, config: dict, adapters: list[tuple]) -> bool:
+    """Whether the A and B of a file are those of W^T: whether PEFT took [E, N, K] for [E, K, N].
 
-    Raises ValueError for a release that cannot be read.
+    Its config names the release that made the adapter. A later one that loads it (from experts that
+    were apart) and saves it leaves that name there, so if the shapes fit only [E, N, K], they are
+    not.
+
+    Args:
+        op, file: for errors.
+        adapters: (A, B, stack) of each adapted stack.
+
+    Raises:
+        ValueError: the release cannot be read.
     """
     version = config.get("peft_version") or "0.17.0"  # stored from 0.18.0 on
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version) if isinstance(version, str) else None
     if match is None:
-        raise ValueError(f"load_adapter: {file} has peft_version {shorten(version)}, want x.y.z")
+        raise ValueError(f"{op}: {file} has peft_version {shorten(version)}, want x.y.z")
     release = tuple(map(int, match.groups()))
     if release == (0, 19, 0):
         raise ValueError(
-            f"load_adapter: {file} adapts experts and was written by PEFT 0.19.0, which stored "
+            f"{op}: {file} adapts experts and was written by PEFT 0.19.0, which stored "
             "them in a layout of its own, want a file of another release"
         )
-    return release < (0, 19, 1) and not stack.is_transposed
+    if release >= (0, 19, 1) or any(stack.is_transposed for *_, stack in adapters):
+        return False
+    fits_now = all(from_file(*adapter, False) is not None for adapter in adapters)
+    return not fits_now or all(from_file(*adapter, True) is not None for adapter in adapters)

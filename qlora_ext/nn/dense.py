@@ -14,10 +14,11 @@ from ..tensor.functions import dequantize_4bit
 from ..tensor.quantized import QuantizedTensor
 from .embedding import Embedding4bit
 from .experts import Experts4bit
+from .linear import _share
 from .lora import LoraLinear, _Lora
 from .packed import _Packed4bit
 from .panel import PanelLinear
-from .stack import LoraStack4bit, Stack4bit
+from .stack import Adapter, LoraStack4bit, Stack4bit
 
 _PART = 2**20  # weights added at a time
 
@@ -50,10 +51,7 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         A, B = module.lora_A.detach(), module.lora_B.detach()
         return adapted_weight(module.weight.detach(), A, B, module.scaling).to(dtype)
     if isinstance(module, LoraStack4bit):
-        stack = module.weight.new_empty(module._shape, dtype=dtype)
-        for e, expert in enumerate(stack):
-            expert.copy_(_merged_expert(module, e, dtype))
-        return stack
+        return merged_stack(module.quantized, _adapter_of(module), dtype)
     if isinstance(module, _Lora):
         # The op wants A and B in the same dtype. fp32 holds both exactly.
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
@@ -63,13 +61,30 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(module.quantized, dtype)
 
 
-def _merged_expert(stack: Stack4bit, e: int, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight [N, K] of one expert of a stack, its adapter included."""
-    q = stack.quantized[e]
+def merged_stack(q: QuantizedTensor, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:
+    """The dense stack [E, N, K] of q with an adapter in its sums, in dtype: an expert at a time."""
+    stack = q.packed.new_empty(q.shape, dtype=dtype)
+    for e, expert in enumerate(stack):
+        expert.copy_(_merged_expert(q, adapter, e, dtype))
+    return stack
+
+
+def _adapter_of(stack: Stack4bit) -> Adapter | None:
     if not isinstance(stack, LoraStack4bit):
-        return dequantize_4bit(q, dtype)
-    A, B = (factor[e].detach().float().contiguous() for factor in (stack.lora_A, stack.lora_B))
-    return ops.merge_lora_4bit(q.op_args(), A, B, stack.scaling, dtype)
+        return None
+    return stack.lora_A.detach(), stack.lora_B.detach(), stack.scaling
+
+
+def _merged_expert(
+    q: QuantizedTensor, adapter: Adapter | None, e: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The dense weight [N, K] of one expert of a stack, with its adapter."""
+    if adapter is None:
+        return dequantize_4bit(q[e], dtype)
+    A, B, scaling = adapter
+    # The op wants A and B in the same dtype. fp32 holds both exactly.
+    pair = A[e].float().contiguous(), B[e].float().contiguous()
+    return ops.merge_lora_4bit(q[e].op_args(), *pair, scaling, dtype)
 
 
 def dense_linear(layer: nn.Module, weight: torch.Tensor) -> nn.Linear:
@@ -121,11 +136,18 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return restore_conv1d(dense_linear(module, weight))
 
 
-def dense_experts(module: Experts4bit, dtype: torch.dtype) -> nn.Module:
-    """The fused module that `module` was made from, with the adapters of its stacks in its sums."""
-    experts = module.template
+def dense_experts(
+    module: Experts4bit, dtype: torch.dtype, merged: dict[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """The fused module that `module` was made from, with the adapters of its stacks in its sums.
+
+    merged: weights [E, N, K] by the names of `stacks()` to take instead of the module's own.
+    """
+    experts = type(module.template).__new__(type(module.template))
+    _share(module.template, experts)
     for name, stack in module.stacks().items():
-        weight = merged_weight(stack, dtype)
+        given = None if merged is None else merged.get(name)
+        weight = merged_weight(stack, dtype) if given is None else given
         if experts.is_transposed:
             weight = weight.mT.contiguous()
         experts.register_parameter(name, nn.Parameter(weight))
@@ -172,8 +194,9 @@ def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
     if not bound < torch.finfo(dtype).max / 2:
         advice = WIDER if dtype == torch.float16 else ""
         if isinstance(module, Stack4bit):
+            q, adapter = module.quantized, _adapter_of(module)
             for e in range(module.num_experts):
-                values = _merged_expert(module, e, torch.float32)
+                values = _merged_expert(q, adapter, e, torch.float32)
                 check_finite(f"{name}[{e}]", values, dtype, advice=advice)
         else:
             check_finite(name, merged_weight(module, torch.float32), dtype, advice=advice)

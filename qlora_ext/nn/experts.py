@@ -16,7 +16,7 @@ from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import to_autocast_dtype
 from .dense_state import dense_shape, is_own, pre_hooks_first, read_lazy
 from .linear import Linear4bit, _share
-from .stack import Stack4bit
+from .stack import Adapter, Stack4bit
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
@@ -97,6 +97,11 @@ class Experts4bit(nn.Module):
         self.names = tuple(key for key in experts._parameters if key in names)
         return self
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the class stores its stacks as [E, K, N]."""
+        return self.template.is_transposed
+
     def stacks(self) -> dict[str, Stack4bit]:
         """The two stacks by the names that their weights have in the class they came from, and in
         its order."""
@@ -173,12 +178,20 @@ class Experts4bit(nn.Module):
         return []
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapters: dict[str, Adapter] | None = None,
     ) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H].
 
-        An index below 0, or of E or more, marks a slot without an expert.
+        An index below 0, or of E or more, marks a slot without an expert. adapters: LoRA that other
+        modules hold, by the names of `stacks()`; see Stack4bit.forward.
         """
+        up, down = None, None
+        if adapters is not None:
+            up, down = adapters.get(up_name(self.template)), adapters.get("down_proj")
         E = self.up.num_experts
         chosen = top_k_index.reshape(-1)
         is_none = (chosen < 0) | (chosen >= E)
@@ -187,9 +200,9 @@ class Experts4bit(nn.Module):
         offsets = torch.searchsorted(chosen, each, right=True, out_int32=True)
         rows = (order // top_k_index.shape[-1]).to(torch.int32)
 
-        h = self.up(to_autocast_dtype(hidden_states), offsets, rows)
+        h = self.up(to_autocast_dtype(hidden_states), offsets, rows, up)
         h = self.template._apply_gate(h) if self.template.has_gate else self.template.act_fn(h)
-        y = self.down(h, offsets)
+        y = self.down(h, offsets, None, down)
         if getattr(self.template, "has_post_expert_norm", False):  # transformers 5.20 has it
             y = self.template.post_expert_norm(y)
 

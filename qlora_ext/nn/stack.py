@@ -14,6 +14,9 @@ from .linear import _share
 from .lora import _Lora
 from .packed import _Packed4bit
 
+# A [E, r, K], B [E, N, r] and the scaling: a number, or a 0-d tensor as for ops.lora_shrink.
+Adapter = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
+
 
 class Stack4bit(_Packed4bit):
     """y_e = x_e W_e^T + b_e for the experts e of a layer: one packed [E, N, K], one product.
@@ -76,23 +79,30 @@ class Stack4bit(_Packed4bit):
         self.is_transposed = is_transposed
 
     def forward(
-        self, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        offsets: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> torch.Tensor:
         """x [T, in_features] -> [M, out_features] in x's dtype, sorted by expert.
 
         offsets: int32 [E], where each expert's rows end; rows past the last are zero in y. rows:
-        int32 [M], which row of x each sorted row takes; None: x is sorted, and M = T.
+        int32 [M], which row of x each sorted row takes; None: x is sorted, and M = T. adapter: A
+        [E, r, in_features], B [E, out_features, r] and scaling of a LoRA that another module holds.
         """
         try:
-            return self._product(x, offsets, rows)
+            return self._product(x, offsets, rows, adapter)
         except Exception:
             if not torch.compiler.is_compiling():
                 check_input(type(self).__name__, x=x, offsets=offsets)
             raise
 
-    def _product(self, x, offsets, rows):
-        w4 = self._w4(torch.compiler.is_compiling())
-        return grouped_ops.grouped_gemm_4bit(x, w4, offsets, rows, self._parameters["bias"])
+    def _product(self, x, offsets, rows, adapter):
+        w4, bias = self._w4(torch.compiler.is_compiling()), self._parameters["bias"]
+        if adapter is None:
+            return grouped_ops.grouped_gemm_4bit(x, w4, offsets, rows, bias)
+        return grouped_ops.grouped_lora_gemm_4bit(x, w4, *adapter, offsets, rows, bias)
 
     def extra_repr(self) -> str:
         return (
@@ -130,11 +140,10 @@ class LoraStack4bit(_Lora, Stack4bit):
         nn.init.kaiming_uniform_(lora_A.view(E * r, K), a=math.sqrt(5))
         return lora_A, lora_A.new_zeros(E, N, r)
 
-    def _product(self, x, offsets, rows):
-        p, w4 = self._parameters, self._w4(torch.compiler.is_compiling())
-        return grouped_ops.grouped_lora_gemm_4bit(
-            x, w4, p["lora_A"], p["lora_B"], self.scaling, offsets, rows, p["bias"]
-        )
+    def _product(self, x, offsets, rows, adapter):
+        p = self._parameters
+        own = p["lora_A"], p["lora_B"], self.scaling
+        return super()._product(x, offsets, rows, own if adapter is None else adapter)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._lora_repr()

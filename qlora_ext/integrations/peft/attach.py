@@ -4,13 +4,16 @@ PEFT has no registry that outlives one config, so `attach()` wraps some of its f
 These are the functions, and what the wrapped ones do:
 
     {Lora,AdaLora}Model._create_new_module   gives a packed layer `PeftLoraLinear4bit` or
-                                             AdaLoRA's, a packed embedding `LoraEmbedding4bit`
+                                             AdaLoRA's, a packed embedding `LoraEmbedding4bit`, a
+                                             stack of packed experts experts.py's `ParamWrapper`
     {Hira,IA3,Pvera,RandLora,Road,Shira}Model._create_new_module   gives a packed layer
                                              `HiraLinear4bit`, ...
     resolve_quantization_backend    lets BOFT, MiSS, OFT, SHiRA, VeRA read and merge packed weights
     dequantize_module_weight        dequantizes packed weights, for DoRA's norms
     <tuner>._create_and_replace     refuses all other tuners
-    <tuner>.inject_adapter          undoes its changes if it raises
+    <tuner>.inject_adapter          shows PEFT the stacks of packed experts as parameters; undoes
+                                    its changes if it raises
+    convert_peft_config_for_transformers     shows PEFT the stacks, too
     BaseTuner._unload_and_optionally_merge   merge_and_unload gives a model without packed layers
     BaseTuner._cast_adapter_dtype            autocast_adapter_dtype=False gives the layer's dtype
     BaseTuner.{merge,unmerge}_adapter        refuse a sharded or offloaded model
@@ -22,7 +25,7 @@ These are the functions, and what the wrapped ones do:
                                              refuse to read NaN and Inf
     PeftModel.get_nb_trainable_parameters    counts weights, not bytes
     prepare_model_for_kbit_training          sets up checkpointing, without PEFT's fp32 copies
-    hotswap_adapter_from_state_dict          refuses NaN and Inf
+    hotswap_adapter_from_state_dict          refuses NaN and Inf, and another rank on packed experts
     replace_lora_weights_loftq               does LoftQ's start with our quantizer
     KappaTuneSelector._compute_kappas        dequantizes packed weights
 
@@ -49,6 +52,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from ... import hosts
 from .creation import _create_as, _create_lora_module
+from .experts import with_named_stacks
 from .files import (
     _check_combined,
     _check_swapped,
@@ -75,7 +79,13 @@ from .tuners import (
     _refuse_packed_layer,
     _resolve_backend,
 )
-from .versions import HiraModel, KappaTuneSelector, PveraModel, resolve_quantization_backend
+from .versions import (
+    HiraModel,
+    KappaTuneSelector,
+    PveraModel,
+    convert_peft_config_for_transformers,
+    resolve_quantization_backend,
+)
 
 
 def _subclasses(cls: type) -> set[type]:
@@ -143,6 +153,8 @@ def attach() -> None:
         _replace_everywhere(resolve_quantization_backend, _resolve_backend)
     if KappaTuneSelector is not None:
         KappaTuneSelector._compute_kappas = _condition_numbers(KappaTuneSelector._compute_kappas)
+    if convert_peft_config_for_transformers is not None:
+        _replace_everywhere(convert_peft_config_for_transformers, with_named_stacks)
     _replace_everywhere(dequantize_module_weight, _dequantize_module)
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _get_state_dict)
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _set_state_dict)

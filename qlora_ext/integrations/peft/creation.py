@@ -8,7 +8,9 @@ import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...nn.embedding import Embedding4bit
+from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
+from . import experts
 from .lora import AdaLoraLinear4bit, LoraEmbedding4bit, ParamWrapper, PeftLoraLinear4bit
 from .versions import adapted_layer
 
@@ -47,6 +49,8 @@ def _create_lora_module(original):
     @functools.wraps(original)
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, Experts4bit) or isinstance(target, experts.ParamWrapper):
+            return experts.ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         if not isinstance(base, (Linear4bit, Embedding4bit)):
             return original(lora_config, adapter_name, target, **kwargs)
         if kwargs.get("parameter_name") is not None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from peft.utils import hotswap
+from peft.utils.other import get_pattern_key
 
+from ...adapters.stacks import from_file, is_swapped, to_file
 from ...checks import check_finite, check_scaling
 from ...models.walk import output_embeddings
 from ...nn.embedding import Embedding4bit
 from ...nn.offload import check_in_memory, is_offloaded, loaded, value_of
 from ...nn.packed import _PACKED_KEYS, _Packed4bit
+from ...nn.stack import Stack4bit
 from ...tensor.functions import dequantize_4bit
 from ..transformers.files import local_part
-from .stand_in import _check_whole
+from .experts import ParamWrapper
+from .stand_in import _check_whole, _packed_base
 
 
 def _save_pretrained(original):
@@ -126,13 +132,17 @@ def _get_state_dict(original):
 
 def _set_state_dict(original):
     """Wraps `set_peft_model_state_dict`. An embedding stored with the adapter is packed like the
-    model's own, unless it equals the model's own."""
+    model's own, unless it equals the model's own. Adapters of packed experts are read in the
+    orientation of the release that wrote them."""
 
     @functools.wraps(original)
-    def set_peft_model_state_dict(model, peft_model_state_dict, *args, **kwargs):
+    def set_peft_model_state_dict(
+        model, peft_model_state_dict, adapter_name="default", *args, **kwargs
+    ):
         state = dict(peft_model_state_dict)
         if any(isinstance(module, _Packed4bit) for module in model.modules()):
             _check_read(state)
+            _turn_stacks(model, state, adapter_name)
         tables = []
         for name, table in _packed_tables(model).items():
             # The embedding may have had an adapter when it was stored, whether or not it has now.
@@ -150,7 +160,7 @@ def _set_state_dict(original):
                             "load the model without 'cpu' and 'disk' in device_map",
                         )
                         tables.append((table, dense))
-        result = original(model, state, *args, **kwargs)
+        result = original(model, state, adapter_name, *args, **kwargs)
         for table, dense in tables:
             table._quantize(dense.to(table.weight.device))
         return result
@@ -167,9 +177,89 @@ def _check_swapped(original):
             for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
                 check_scaling("hotswap_adapter", alpha, "lora_alpha")
             _check_read(state_dict, "hotswap_adapter")
-        return original(model, state_dict, adapter_name, config, *args, **kwargs)
+        swapped = _swapped_stacks(model, state_dict, adapter_name, config)
+        original(model, state_dict, adapter_name, config, *args, **kwargs)
+        for wrapper in swapped:  # PEFT looks for the patterns in the keys, not in the names
+            r, alpha = config.r, config.lora_alpha
+            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, wrapper._name), r)
+            key = get_pattern_key(config.alpha_pattern, wrapper._name)
+            alpha = config.alpha_pattern.get(key, alpha)
+            scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+            hotswap._update_scaling(wrapper, adapter_name, scaling)
 
     return hotswap_adapter_from_state_dict
+
+
+def _turn_stacks(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Brings the adapters of packed experts in state into the orientation of this release. Raises
+    ValueError if the release that wrote them does not say which they have."""
+    config = model.peft_config[adapter_name]
+    wrappers = _wrappers(model, adapter_name)
+    if not wrappers:
+        return
+    op, adapters = "set_peft_model_state_dict", {}
+    for name, wrapper in wrappers.items():
+        # A model that is no PeftModel has names without the prefix, which files have.
+        prefix = "" if f"{name}.lora_A.weight" in state else "base_model.model."
+        keys = tuple(f"{prefix}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+        if all(key in state for key in keys):
+            adapters[keys] = (*(state[key] for key in keys), _packed_stack(wrapper))
+    settings = {"peft_version": config.peft_version}
+    if adapters and is_swapped(op, adapter_name, settings, list(adapters.values())):
+        if all(stack.in_features == stack.out_features for *_, stack in adapters.values()):
+            raise ValueError(
+                f"{op}: PEFT {config.peft_version} stored {adapter_name!r}, an adapter of experts, "
+                "the other way round, unless a later release saved it again; as the matrices are "
+                "square, their shapes do not tell; qlora_ext.load_adapter goes by the release"
+            )
+        for keys, adapter in adapters.items():
+            pair = from_file(*adapter, True)
+            state |= {} if pair is None else dict(zip(keys, to_file(*pair), strict=True))
+    config.peft_version = peft.__version__  # of the orientation that is saved from now on
+
+
+def _wrappers(model: torch.nn.Module, adapter_name: str) -> dict[str, ParamWrapper]:
+    """The wrappers of packed experts that have this adapter, by name."""
+    model = getattr(model, "_orig_mod", model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and adapter_name in module.lora_A
+    }
+
+
+def _packed_stack(wrapper: ParamWrapper) -> Stack4bit:
+    """The stack under a wrapper, whether or not adapters are merged."""
+    return _packed_base(wrapper).stacks()[wrapper.parameter_name]
+
+
+def _swapped_stacks(
+    model: torch.nn.Module, state: dict[str, torch.Tensor], adapter_name: str, config
+) -> list[ParamWrapper]:
+    """The wrappers of packed experts that a hot-swap gives another adapter. Raises ValueError for
+    one of another rank, because PEFT would cut or pad A, whose rows belong to one expert after the
+    other; and for one of a release that stored it the other way round."""
+    op = "hotswap_adapter"
+    swapped, adapters = [], []
+    for name, wrapper in _wrappers(model, adapter_name).items():
+        keys = [f"{name}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B")]
+        if all(key in state for key in keys):
+            swapped.append(wrapper)
+            adapters.append((*(state[key] for key in keys), _packed_stack(wrapper)))
+    settings = {"peft_version": config.peft_version}
+    if adapters and is_swapped(op, adapter_name, settings, adapters):
+        raise ValueError(
+            f"{op}: PEFT {config.peft_version} stored the new adapter of experts the other way "
+            "round; load it (PeftModel.load_adapter), save it, and swap that in"
+        )
+    for wrapper, (new, _, _) in zip(swapped, adapters, strict=True):
+        old = wrapper.lora_A[adapter_name].weight
+        if new.shape != old.shape:
+            raise ValueError(
+                f"{op}: {wrapper._name} has A {list(old.shape)} and the new adapter "
+                f"{list(new.shape)}, want the same rank on packed experts"
+            )
+    return swapped
 
 
 def _check_read(state: dict[str, torch.Tensor], op: str = "set_peft_model_state_dict") -> None:

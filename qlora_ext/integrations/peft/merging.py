@@ -14,9 +14,11 @@ from ...merging.adapted import AdaptedLayer, AdaptedModel
 from ...merging.dense import IN_MEMORY, leave_no_packed_layer
 from ...nn.dense import check_weight
 from ...nn.embedding import Embedding4bit
+from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory
 from ...nn.packed import _Packed4bit
+from ...nn.stack import Stack4bit
 from .lora import PeftLoraLinear4bit
 from .stand_in import _check_whole, _holds_packed, _merge_to_4bit
 
@@ -25,7 +27,9 @@ def _refuse_merged(model: torch.nn.Module) -> None:
     """Raises ValueError if a dense layer stands in for a packed one: unload() would leave it there
     for good, with its adapters merged."""
     for name, module in model.named_modules():
-        if "_qlora_ext_packed" not in module.__dict__ or isinstance(module.base_layer, _Packed4bit):
+        if "_qlora_ext_packed" not in module.__dict__:
+            continue
+        if isinstance(module.base_layer, (_Packed4bit, Experts4bit)):
             continue
         raise ValueError(
             f"unload: the adapters of {name} are merged, and a dense layer stands in for the "
@@ -97,7 +101,7 @@ def _check_unadapted(model: torch.nn.Module, prefix: str) -> None:
         check_parameters("merge_and_unload", model, skipped=adapters)
         for name, module in model.named_modules():
             is_adapted = name.endswith("base_layer")
-            if isinstance(module, (Linear4bit, Embedding4bit)) and not is_adapted:
+            if isinstance(module, (Linear4bit, Embedding4bit, Stack4bit)) and not is_adapted:
                 check_weight(f"merge_and_unload: {name}.weight", module, module.dtype)
     except OverflowError as error:
         raise ValueError(str(error)) from None
@@ -140,6 +144,13 @@ def _adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             raise ValueError(
                 f"merge_into_4bit: {name} is a packed embedding with an adapter, want adapters on "
                 "linear layers only; model.merge_and_unload() merges it into 16 bits"
+            )
+        if isinstance(module.get_base_layer(), Experts4bit) and any(
+            name in module.r for name in module.active_adapters
+        ):
+            raise ValueError(
+                f"merge_into_4bit: {name} is a mixture's packed experts with an adapter, want "
+                "adapters on linear layers only; model.merge_and_unload() merges it into 16 bits"
             )
         if not isinstance(module.get_base_layer(), Linear4bit):
             continue

@@ -19,6 +19,7 @@ from ...merging.dense import IN_MEMORY
 from ...models.walk import check_whole
 from ...nn.dense import dense_embedding, dense_linear
 from ...nn.embedding import Embedding4bit
+from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory, loaded
 from ...nn.packed import _Packed4bit
@@ -48,8 +49,8 @@ def _innermost(layer: BaseTunerLayer) -> BaseTunerLayer:
     return layer
 
 
-def _packed_base(layer: BaseTunerLayer) -> _Packed4bit:
-    """The packed layer under `layer`, whether or not adapters are merged."""
+def _packed_base(layer: BaseTunerLayer) -> _Packed4bit | Experts4bit:
+    """The packed layer (or experts) under `layer`, whether or not adapters are merged."""
     holder = _innermost(layer)
     aside = holder.__dict__.get("_qlora_ext_packed")
     return aside[0] if aside else holder.base_layer
@@ -70,17 +71,21 @@ def _repacked(dense: torch.nn.Module, packed: _Packed4bit) -> _Packed4bit:
     return Linear4bit.from_linear(dense, packed.config)._in_place_of(packed)
 
 
+def _warn_of_requantizing() -> None:
+    warnings.warn(
+        "qlora_ext: merging into 4 bits by requantizing keeps 5 to 10% of a short fine-tune's "
+        "gain; merge outside merging_to_4bit() to get 16 bits",
+        stacklevel=5,
+    )
+
+
 def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
     """Puts a layer with `weight` in the packed layer's place. It is dense, or packed again within
     merging_to_4bit()."""
     packed = _packed_base(layer)
     stand_in = _dense(packed, weight.dtype, weight)
     if _merge_to_4bit.get():
-        warnings.warn(
-            "qlora_ext: merging into 4 bits by requantizing keeps 5 to 10% of a short fine-tune's "
-            "gain; merge outside merging_to_4bit() to get 16 bits",
-            stacklevel=4,
-        )
+        _warn_of_requantizing()
         stand_in = _repacked(stand_in, packed)
     holder = _innermost(layer)
     # Keep it in a list, so that it is not a submodule: state_dict and parameters() are then the

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from peft.utils import loftq_utils
 
+from ...adapters.stacks import to_file
+from ...checks import check_finite
 from ...merging.original_weights import OriginalWeights
 from ...models.report import logical_surplus
 from ...models.walk import check_whole
 from ...nn.packed import _Packed4bit
+from ...tensor.config import FLOAT_DTYPES
+from ...tensor.functions import dequantize_4bit
 from ..transformers.versions import checkpoint_activations
+from .experts import ParamWrapper
 from .lora import PeftLoraLinear4bit
 from .stand_in import _packed_base, dequantize
 
@@ -108,7 +113,7 @@ def replace_lora_weights_loftq(
     layers = {
         name.removeprefix(prefix): module
         for name, module in peft_model.named_modules()
-        if isinstance(module, PeftLoraLinear4bit) and adapter_name in module.lora_A
+        if isinstance(module, (PeftLoraLinear4bit, ParamWrapper)) and adapter_name in module.lora_A
     }
     if not layers:
         raise ValueError(
@@ -121,21 +126,55 @@ def replace_lora_weights_loftq(
         model_path = Path(next(iter(loader.weight_map.values()))).parent
     unquantized = OriginalWeights(model_path, peft_model, "replace_lora_weights_loftq")
     for name, layer in layers.items():
-        packed = _packed_base(layer)
-        lost = unquantized.weight(prefix + name, packed) - dequantize(packed)
-        # Fix the seed of svd_lowrank's random projection, so that every run starts the same.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            r = layer.r[adapter_name]
-            U, S, V = torch.svd_lowrank(lost, q=min(2 * r + 8, *lost.shape), niter=4)
-        root = (S[:r] / abs(layer.scaling[adapter_name])).sqrt()
         lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         before = lora_A.clone(), lora_B.clone()
-        lora_A.copy_((V[:, :r] * root).T)
-        lora_B.copy_(U[:, :r] * root)
+        r, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
+        if isinstance(layer, ParamWrapper):
+            name = layer._name
+            start = _start_of_stack(unquantized, layer, r, scaling)
+        else:
+            packed = _packed_base(layer)
+            lost = unquantized.weight(prefix + name, packed) - dequantize(packed)
+            start = _nearest(lost, r, scaling)
+        lora_A.copy_(start[0])
+        lora_B.copy_(start[1])
         if callback is not None and not callback(peft_model, name):
             lora_A.copy_(before[0])
             lora_B.copy_(before[1])
+
+
+def _nearest(lost: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, K] and B [N, r] with scaling B A nearest to lost [N, K]."""
+    # Fix the seed of svd_lowrank's random projection, so that every run starts the same.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(lost, q=min(2 * r + 8, *lost.shape), niter=4)
+    root = (S[:r] / abs(scaling)).sqrt()
+    return (V[:, :r] * root).T, U[:, :r] * root
+
+
+def _start_of_stack(unquantized: OriginalWeights, layer: ParamWrapper, r: int, scaling: float):
+    """LoftQ's A [E r, K] and B [N, r E] for a stack of packed experts, one expert at a time."""
+    key, experts = layer._name, _packed_base(layer)
+    stack = experts.stacks()[layer.parameter_name]
+    weight = unquantized.tensors.get(key)
+    shape = (stack._shape[0], *stack._shape[1:][:: -1 if experts.is_transposed else 1])
+    if weight is None or tuple(weight.shape) != shape or weight.dtype not in FLOAT_DTYPES:
+        got = f"no {key}"
+        if weight is not None:
+            got = f"{key} as {weight.dtype} {list(weight.shape)}"
+        raise ValueError(
+            f"replace_lora_weights_loftq: {unquantized.called} has {got}, want float "
+            f"{list(shape)} of the unquantized model that was packed"
+            + (f"; its folder cannot be read: {unquantized.reason}" if unquantized.reason else "")
+        )
+    q, pairs = stack.quantized, []
+    for e, expert in enumerate(weight.detach()):
+        check_finite(f"replace_lora_weights_loftq: {key}[{e}]", expert, expert.dtype)
+        expert = expert.T if experts.is_transposed else expert
+        lost = expert.to(q.packed.device, torch.float32) - dequantize_4bit(q[e], torch.float32)
+        pairs.append(_nearest(lost, r, scaling))
+    return to_file(*(torch.stack(factors) for factors in zip(*pairs, strict=True)))
 
 
 def _loftq(original):
@@ -143,7 +182,8 @@ def _loftq(original):
 
     @functools.wraps(original)
     def replace(peft_model, *args, **kwargs):
-        ours = any(isinstance(module, PeftLoraLinear4bit) for module in peft_model.modules())
+        own = (PeftLoraLinear4bit, ParamWrapper)
+        ours = any(isinstance(module, own) for module in peft_model.modules())
         return (replace_lora_weights_loftq if ours else original)(peft_model, *args, **kwargs)
 
     return replace

@@ -7,6 +7,7 @@ import copy
 import functools
 from typing import Any
 
+import peft
 import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
@@ -16,12 +17,15 @@ from ...adapters.add import check_trainable
 from ...merging.dense import IN_MEMORY
 from ...models.raw_errors import watch
 from ...nn.embedding import Embedding4bit
+from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
 from ...nn.lora import _Lora
 from ...nn.offload import check_can_adapt, check_in_memory, loaded
 from ...nn.packed import _Packed4bit
+from ...nn.stack import Stack4bit
+from .experts import ParamWrapper, check_biases, named_stacks
 from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_in, dequantize
-from .versions import NEWER, SUPPORTED, QuantizationBackend, adapted_layer
+from .versions import ADAPTS_STACKS, NEWER, SUPPORTED, QuantizationBackend, adapted_layer
 
 _KEEP_TABLE = (
     "or keep the table dense: quantize the unquantized model without quantize_embeddings=True "
@@ -97,6 +101,14 @@ def _refuse_packed(original):
         layer = given.get("current_key") or given.get("target_name") or "a layer"
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
+        if isinstance(base, Experts4bit):
+            _check_experts(base, method, layer, kwargs.get("parameter_name"))
+        if isinstance(base, Stack4bit):
+            raise ValueError(
+                f"PEFT's {method} on {layer}: it is the packed stack of a mixture's experts, want "
+                "target_parameters with the name that it has in the dense model, such as "
+                "experts.gate_up_proj"
+            )
         if isinstance(base, _Lora):
             # PEFT's forward and merge would read only the base weight and lose A and B.
             raise ValueError(
@@ -120,10 +132,11 @@ def _refuse_packed(original):
                     f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
                     "of one kind only"
                 )
-        if not isinstance(base, _Packed4bit):
+        if not isinstance(base, (_Packed4bit, Experts4bit)):
             original(self, config, adapter_name, target, *args, **kwargs)
         else:
-            check_can_adapt(f"PEFT's {method}", base, self.model)
+            for packed in base.stacks().values() if isinstance(base, Experts4bit) else (base,):
+                check_can_adapt(f"PEFT's {method}", packed, self.model)
             if not config.inference_mode:
                 check_trainable(f"PEFT's {method} on {layer}", base)
             token = adapted_layer.set(layer)
@@ -141,9 +154,36 @@ def _refuse_packed(original):
     return _create_and_replace
 
 
+def _check_experts(experts: Experts4bit, method: str, layer: str, parameter: str | None) -> None:
+    """Raises ValueError unless this is LoRA on a stack of packed experts without an adapter of
+    ours."""
+    if parameter is None:
+        raise ValueError(
+            f"PEFT's {method} cannot train {layer}, a mixture's packed experts, as one module; "
+            f"name their weights in LORA's target_parameters: {', '.join(experts.names)}"
+        )
+    if any(isinstance(stack, _Lora) for stack in experts.stacks().values()):
+        raise ValueError(
+            f"PEFT's {method} on {layer}: the experts have an adapter of qlora_ext.add_lora "
+            "already; merge it with qlora_ext.merge_and_unload, or let PEFT start from a model "
+            "without"
+        )
+    if method != "LORA":
+        raise ValueError(
+            f"PEFT's {method} cannot train {layer}, a stack of packed experts, want LORA"
+        )
+    if not ADAPTS_STACKS:
+        raise ValueError(
+            f"PEFT {peft.__version__} cannot adapt {layer}, a stack of packed experts: it takes "
+            "[experts, out, in] for [experts, in, out]; want PEFT 0.19.1 or newer, or "
+            "qlora_ext.add_lora"
+        )
+
+
 def _all_or_nothing(original):
-    """Wraps a tuner's `inject_adapter`. If one layer of a model with packed layers is refused, it
-    restores the layers that were wrapped before it, and which parameters were trainable."""
+    """Wraps a tuner's `inject_adapter`. It shows PEFT the stacks of packed experts. If one layer of
+    a model with packed layers is refused, it restores the layers that were wrapped before it, and
+    which parameters were trainable."""
 
     @functools.wraps(original)
     def inject_adapter(self, model, *args, **kwargs):
@@ -152,8 +192,11 @@ def _all_or_nothing(original):
             return original(self, model, *args, **kwargs)
         before = [(module, _attributes(module)) for module in modules]
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        adapter = args[0] if args else kwargs["adapter_name"]
+        check_biases(getattr(self.peft_config[adapter], "bias", None), model)
         try:
-            return original(self, model, *args, **kwargs)
+            with named_stacks(model):
+                return original(self, model, *args, **kwargs)
         except BaseException:
             undo = [functools.partial(_put_back, *entry) for entry in before]
             undo += [functools.partial(_set_requires_grad, *entry) for entry in trained]
@@ -175,6 +218,7 @@ def _cast_adapters(original):
         original(self, adapter_name, autocast_adapter_dtype)
         for layer in () if autocast_adapter_dtype else self.model.modules():
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+            base = layer.stack if isinstance(layer, ParamWrapper) else base
             if not isinstance(base, _Packed4bit):
                 continue
             trained = {name: p.requires_grad for name, p in layer.named_parameters()}
@@ -225,13 +269,16 @@ def _refuse_packed_layer(original, what: str):
 
     @functools.wraps(original)
     def __init__(self, base_layer, *args, **kwargs):
-        if isinstance(base_layer, _Packed4bit):
+        if isinstance(base_layer, (_Packed4bit, Experts4bit)):
             dense = "keep it dense with modules_to_not_convert"
+            setting = "target_modules"
+            if isinstance(base_layer, Experts4bit):
+                setting = f"target_parameters ({', '.join(base_layer.names)})"
             if isinstance(base_layer, Embedding4bit):
                 dense = _KEEP_TABLE.removeprefix("or ")
             raise ValueError(
                 f"PEFT's {what} names a {type(base_layer).__name__}, whose packed weight cannot be "
-                f"trained; adapt it with target_modules, or {dense}"
+                f"trained; adapt it with {setting}, or {dense}"
             )
         original(self, base_layer, *args, **kwargs)
 

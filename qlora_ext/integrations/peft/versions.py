@@ -4,6 +4,7 @@ Nothing else in this package asks for PEFT's version.
 
     0.19    layers take the whole `config` and `target_name`; before, each setting is a keyword, and
             a layer is not told its name
+    0.19.1  target_parameters takes a stack [E, N, K] for what it is; before, for [E, K, N]
     0.20    a layer lists its `lora_variants`; before, its `resolve_lora_variant` chooses one.
             KappaTune. `quantization_utils`, through which BOFT, MiSS, SHiRA and VeRA read packed
             weights
@@ -50,6 +51,12 @@ else:
             return variant and variant()
 
 
+try:  # for transformers 5, whose mixtures have fused experts; from 0.19 on
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:
+    convert_peft_config_for_transformers = None
+
+
 if RELEASE >= (0, 21):
     from peft.tuners.hira import HiraModel
     from peft.tuners.hira.layer import Linear as HiraLinear
@@ -72,6 +79,10 @@ elif RELEASE >= (0, 20):
 else:
     NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, SHIRA and VERA want 0.20, "
     NEWER += "HIRA, OFT and PVERA 0.21)"
+
+
+# Whether PEFT stores A and B of a stack of experts [E, N, K] as adapters/stacks.py says.
+ADAPTS_STACKS = RELEASE >= (0, 19, 1)
 
 
 # The layer that is being adapted, for errors. Only from 0.19 on does PEFT tell a layer its name.

@@ -1,0 +1,292 @@
+"""PEFT's `target_parameters` on a mixture's packed experts, through our grouped product.
+
+PEFT wraps a module once for each parameter that it adapts, and looks only at a module's own
+parameters. `named_stacks` shows it the stacks of an `Experts4bit` as such; the keys, the shapes and
+the outputs of the adapters are then those of the dense experts. PEFT itself adds B A to the whole
+dense stack in each forward; here the wrappers hand A and B down to the experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from torch import nn
+
+from ...checks import check_finite
+from ...models.walk import check_whole
+from ...nn.dense import dense_experts, merged_stack
+from ...nn.experts import Experts4bit
+from ...nn.linear import _share
+from ...nn.offload import device_of
+from ...nn.stack import Adapter, Stack4bit
+from ...tensor.functions import dequantize_4bit
+from .lora import _FiniteScales
+from .stand_in import (
+    _adapters_to_merge,
+    _innermost,
+    _merge_to_4bit,
+    _packed_base,
+    _warn_of_requantizing,
+)
+from .versions import adapted_layer
+
+# The starts that need no dense weight; PEFT's own fails at the others on experts, too. "eva" is that
+# of the linear layers beside them.
+_STARTS = ("gaussian", "eva")
+
+
+def _stand_in(stack: Stack4bit) -> nn.Parameter:
+    """What PEFT sees in place of a packed stack: the dense one's shape, dtype and device, without
+    memory. Its values are NaN, so nothing can take them for weights."""
+    with torch.inference_mode(False):
+        value = torch.full((), math.nan, dtype=stack.dtype, device=device_of(stack))
+        shape = torch.Size(stack._shape)
+        if stack.is_transposed:
+            shape = torch.Size((shape[0], shape[2], shape[1]))
+        return nn.Parameter(value.expand(shape), requires_grad=False)
+
+
+@contextlib.contextmanager
+def named_stacks(model: nn.Module) -> Iterator[None]:
+    """A context in which the packed experts of model have parameters of the dense class's names."""
+    added = []
+    try:
+        for experts in model.modules():
+            for name, stack in experts.stacks().items() if isinstance(experts, Experts4bit) else ():
+                if name not in experts._parameters:
+                    experts._parameters[name] = _stand_in(stack)
+                    added.append((experts, name))
+        yield
+    finally:
+        for experts, name in added:
+            experts._parameters.pop(name, None)
+
+
+def with_named_stacks(original):
+    """Wraps PEFT's function that turns names of layers into those of parameters, for models whose
+    experts transformers has fused."""
+
+    @functools.wraps(original)
+    def convert_peft_config_for_transformers(peft_config, model, *args, **kwargs):
+        with named_stacks(model):
+            return original(peft_config, model, *args, **kwargs)
+
+    return convert_peft_config_for_transformers
+
+
+def check_biases(bias: str | None, model: nn.Module) -> None:
+    """Raises ValueError for bias="all" on experts with biases: PEFT would store them under names
+    that the dense model does not have."""
+    for name, module in model.named_modules() if bias == "all" else ():
+        if isinstance(module, Stack4bit) and module._parameters["bias"] is not None:
+            raise ValueError(
+                f"PEFT's bias='all' would train {name}.bias, the biases of packed experts, which "
+                "its files cannot name, want bias='none'"
+            )
+
+
+class ParamWrapper(_FiniteScales, PeftParamWrapper):
+    """PEFT's LoRA on one stack of an `Experts4bit`. PEFT asks for the class by this name.
+
+    While adapters are merged, experts of the dense class stand in for the packed ones.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, **kwargs):
+        self._name = adapted_layer.get()  # the parameter's full name
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    @property
+    def stack(self) -> Stack4bit | None:
+        """The packed stack, or None if dense experts stand in for it."""
+        base = self.get_base_layer()
+        return base.stacks()[self.parameter_name] if isinstance(base, Experts4bit) else None
+
+    def get_param(self) -> nn.Parameter:
+        """A parameter like the dense stack, without its values; with them if merged."""
+        stack = self.stack
+        return super().get_param() if stack is None else _stand_in(stack)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.get_param()
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs) -> None:
+        """As PEFT's. Raises ValueError for what its `ParamWrapper` refuses in the first adapter,
+        and for starts that need the dense weight."""
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower() not in _STARTS:
+            raise ValueError(
+                f"LoraConfig: init_lora_weights={start!r} needs the weights of {self._name}, which "
+                "are packed, want True, False or 'gaussian' (after that, "
+                "peft.replace_lora_weights_loftq does LoftQ's start)"
+            )
+        for setting in ("lora_bias", "fan_in_fan_out", "use_dora", "velora_config", "kasa_config"):
+            if getattr(config, setting, None):
+                raise ValueError(f"lora.ParamWrapper does not work with {setting} ({self._name})")
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """As PEFT's, but the adapter keeps its dtype, unless `_cast_adapters` asks for another."""
+        stack = self.stack
+        dtype = getattr(stack, "compute_dtype", None)
+        device = device_of(stack) if stack is not None else self.get_param().device
+        for factors in (self.lora_A, self.lora_B):
+            if adapter_name in factors and not factors[adapter_name].weight.is_meta:
+                factors[adapter_name] = factors[adapter_name].to(device, dtype)
+
+    def _stacked(self, names: list[str]) -> Adapter:
+        """Several adapters as one: A [E, sum of r, K], B [E, N, sum of r], and the scaling."""
+        E = self.num_experts
+        pairs = []
+        for name in names:
+            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            B = B.reshape(len(B), -1, E).permute(2, 0, 1)
+            pairs.append((A.reshape(E, -1, A.shape[1]), B, self.scaling[name]))
+        if len(pairs) == 1:
+            A, B, scaling = pairs[0]
+            return A, B.contiguous(), scaling
+        lora_A = torch.cat([A for A, _, _ in pairs], dim=1)
+        return lora_A, torch.cat([B * scaling for _, B, scaling in pairs], dim=2), 1.0
+
+    def get_delta_weight(self, adapter_name: str, *args, **kwargs) -> torch.Tensor:
+        """scaling B A of all experts, in the shape and the dtype of the dense stack."""
+        A, B, scaling = self._stacked([adapter_name])
+        delta, param = (B @ A) * scaling, self.get_param()
+        delta = delta.mT if getattr(self.get_base_layer(), "is_transposed", False) else delta
+        return delta.to(param.device, param.dtype)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapters: dict[str, Adapter] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The experts with the active adapters. `adapters` are those of the wrappers around it."""
+        if not isinstance(self.get_base_layer(), Experts4bit):
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:  # into 4 bits
+            self.unmerge()
+        adapters = dict(adapters or {})
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if names and not self.disable_adapters and not self.merged:
+            adapters[self.parameter_name] = self._stacked(names)
+        return self.base_layer(x, *args, adapters=adapters, **kwargs)
+
+    # Merging --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into dense experts that stand in for the packed ones until `unmerge`.
+
+        Args:
+            safe_merge: has no effect, because values that are not finite are always refused.
+            adapter_names: None means the active adapters.
+
+        Raises:
+            ValueError: a merged value is not finite or overflows the dtype, or the experts are
+                sharded or offloaded. They then stay as they were.
+        """
+        names = _adapters_to_merge(self, adapter_names, self.r)
+        if not names:
+            return
+        # All at once into the packed weight: it is rounded once.
+        A, B, scaling = self._stacked(self.merged_adapters + names)
+        stack = _packed_base(self).stacks()[self.parameter_name]
+        sums = functools.partial(merged_stack, stack.quantized, (A, B, float(scaling)))
+        weight = sums(stack.dtype)
+        try:
+            check_finite(self._name, weight, stack.dtype, lambda: sums(torch.float32))
+        except OverflowError as error:
+            raise ValueError(
+                f"merge: with adapters {names}, {error}: an adapter is broken, or the dtype too "
+                "narrow"
+            ) from None
+        self._swap_in(weight)
+        self.merged_adapters.extend(names)
+
+    def _swap_in(self, weight: torch.Tensor) -> None:
+        """Puts experts with this stack [E, N, K] in the packed ones' place: of the dense class, or
+        packed within merging_to_4bit()."""
+        holder, packed, name = _innermost(self), _packed_base(self), self.parameter_name
+        current = holder.base_layer
+        if _merge_to_4bit.get():
+            _warn_of_requantizing()
+            if not isinstance(current, Experts4bit):
+                raise ValueError(
+                    f"merge: {self._name}: adapters of the same experts are merged into 16 bits; "
+                    "call unmerge_adapter() before merging into 4 bits"
+                )
+            old = packed.stacks()[name]
+            bias = old._parameters["bias"]
+            new = _with_stack(current, name, Stack4bit.from_dense(weight, bias, old.config))
+        elif isinstance(current, Experts4bit):
+            new = dense_experts(current, weight.dtype, {name: weight}).requires_grad_(False)
+        else:
+            new = current
+            getattr(new, name).data = _in_class_order(packed, weight)
+        # In a list, so that it is not a submodule.
+        holder.__dict__.setdefault("_qlora_ext_packed", [packed])
+        holder.__dict__.setdefault("_qlora_ext_merged", set()).add(name)
+        holder.base_layer = new
+
+    def unmerge(self) -> None:
+        """Puts the packed stack back, with its bytes, once no other stack of the experts is merged.
+
+        Raises:
+            ValueError: the experts were sharded while adapters were merged. They stay as they were.
+        """
+        check_whole(f"unmerge: {self._name}", self)
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        holder, packed, name = _innermost(self), _packed_base(self), self.parameter_name
+        current, stack = holder.base_layer, packed.stacks()[name]
+        merged = holder.__dict__["_qlora_ext_merged"]
+        merged.discard(name)
+        if isinstance(current, Experts4bit):
+            device, dtype = current.stacks()[name].weight.device, current.stacks()[name].dtype
+        else:
+            parameter = getattr(current, name)
+            device, dtype = parameter.device, parameter.dtype
+        if not merged:
+            del holder.__dict__["_qlora_ext_packed"], holder.__dict__["_qlora_ext_merged"]
+            packed = packed.to(device)  # the model may have been moved or cast meanwhile
+            packed = packed if dtype == stack.dtype else packed.to(dtype)
+            holder.base_layer = packed.train(current.training)
+        elif isinstance(current, Experts4bit):
+            holder.base_layer = _with_stack(current, name, stack.to(device))
+        else:
+            weight = dequantize_4bit(stack.quantized, dtype).to(device)
+            parameter.data = _in_class_order(packed, weight)
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The experts without the wrappers, merged or not."""
+        layer = self
+        while isinstance(layer, PeftParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+
+def _in_class_order(experts: Experts4bit, weight: torch.Tensor) -> torch.Tensor:
+    """A stack [E, N, K] as the dense class stores it."""
+    return weight.mT.contiguous() if experts.is_transposed else weight
+
+
+def _with_stack(experts: Experts4bit, name: str, stack: Stack4bit) -> Experts4bit:
+    """Experts that share everything with these but one stack."""
+    new = Experts4bit.__new__(Experts4bit)
+    _share(experts, new)
+    stack.is_transposed = experts.is_transposed
+    setattr(new, "down" if name == "down_proj" else "up", stack)
+    return new
