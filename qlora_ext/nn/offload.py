@@ -64,7 +64,7 @@ def device_of(module: nn.Module) -> torch.device | str | int:
     for hook in _hooks(module):
         if hook.execution_device is not None:
             return hook.execution_device
-    return module.weight.device
+    return getattr(module, "device", module.weight.device)
 
 
 def value_of(module: nn.Module, key: str) -> torch.Tensor:
