@@ -210,8 +210,9 @@ def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
     return list(names)
 
 
-# In a mixture with fused experts PEFT takes layers of these names for parts of the experts, wherever
-# they are (peft/utils/transformers_weight_conversion.py): those of shared experts and dense layers.
+# In a mixture with fused experts PEFT takes layers of these names for parts of the experts,
+# wherever they are (peft/utils/transformers_weight_conversion.py): those of shared experts and
+# dense layers.
 _TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 

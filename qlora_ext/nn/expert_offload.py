@@ -14,6 +14,7 @@ from torch import nn
 from .experts import Experts4bit
 from .stack import Stack4bit
 
+_SLOTS = 2  # layers on the device at a time
 _ALIGNMENT = 256  # bytes between the tensors of a slot, as torch's allocator aligns
 
 
@@ -81,8 +82,8 @@ class ExpertFetcher:
         self.stacks = [[layer.up, layer.down] for layer in layers]
         self.layer_of = {stack: i for i, pair in enumerate(self.stacks) for stack in pair}
         self.last = -1  # the layer that was asked for last; -1: none yet
-        nbytes = max(sum(map(_nbytes, pair)) for pair in self.stacks)
-        self.slots = [_Slot(nbytes, device) for _ in range(min(2, len(layers)))]
+        nbytes = max(map(layer_bytes, layers))
+        self.slots = [_Slot(nbytes, device) for _ in range(min(_SLOTS, len(layers)))]
 
     @torch.compiler.disable
     def fetch(self, stack: Stack4bit, w4) -> Fetched:
@@ -125,9 +126,17 @@ def _tensors(stack: Stack4bit) -> list[torch.Tensor | None]:
     return [stack._parameters[f"weight{key}"] for key in ("", "_absmax", "_nested", "_mean")]
 
 
-def _nbytes(stack: Stack4bit) -> int:
-    sizes = (0 if t is None else t.nbytes for t in _tensors(stack))
-    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+def layer_bytes(layer: Experts4bit) -> int:
+    """Bytes that the experts of a layer take in a slot."""
+    tensors = [t for stack in (layer.up, layer.down) for t in _tensors(stack) if t is not None]
+    return sum(-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors)
+
+
+def bytes_on_device(model: nn.Module) -> tuple[int, int]:
+    """Bytes of all packed experts of model, and how many of them are on the device at a time if
+    offload_experts keeps the rest in host memory."""
+    layers = [layer_bytes(m) for m in model.modules() if isinstance(m, Experts4bit)]
+    return sum(layers), min(_SLOTS, len(layers)) * max(layers, default=0)
 
 
 def offload_experts(model: nn.Module, device: torch.device | str = "cuda") -> nn.Module:

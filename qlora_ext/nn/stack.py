@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +14,6 @@ from ..tensor.config import FLOAT_DTYPES
 from .linear import _share
 from .lora import _Lora
 from .packed import _UNSEEN, _frozen, _Packed4bit
-
-if TYPE_CHECKING:
-    from .expert_offload import ExpertFetcher
 
 _STATISTICS = ("weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 # A [E, r, K], B [E, N, r] and the scaling: a number, or a 0-d tensor as for ops.lora_shrink.
@@ -33,8 +30,8 @@ class Stack4bit(_Packed4bit):
     """
 
     is_transposed: bool  # whether the dense stack is stored as [E, K, N]
-    # Copies the packed tensors from host memory for each product; see expert_offload.py.
-    fetcher: ExpertFetcher | None = None
+    # An ExpertFetcher of expert_offload.py, which brings the packed tensors from host memory.
+    fetcher: Any = None
 
     @classmethod
     def from_dense(

@@ -37,8 +37,8 @@ from .stand_in import (
 )
 from .versions import adapted_layer
 
-# The starts that need no dense weight; PEFT's own fails at the others on experts, too. "eva" is that
-# of the linear layers beside them.
+# The starts that need no dense weight; PEFT's own fails at the others on experts, too. "eva" is
+# that of the linear layers beside them.
 _STARTS = ("gaussian", "eva")
 
 
@@ -147,8 +147,8 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         pairs = []
         for name in names:
             A, B = self.lora_A[name].weight, self.lora_B[name].weight
-            # One transposition of [N r, E] takes a quarter of the time of B.permute(2, 0, 1). A copy
-            # is not kept for the next call: PEFT writes to .data, which torch does not count.
+            # One transposition of [N r, E] takes a quarter of the time of B.permute(2, 0, 1). No
+            # copy is kept for the next call: PEFT writes to .data, which torch does not count.
             B = B.reshape(-1, E).T.contiguous().view(E, len(B), -1)
             pairs.append((A.reshape(E, -1, A.shape[1]), B, self.scaling[name]))
         if len(pairs) == 1:
