@@ -85,8 +85,13 @@ class Experts4bit(nn.Module):
             raise TypeError(
                 f"{cls.__name__}: experts are sharded over devices, want the whole layer in one"
             )
+        up, down = (_pack(experts, name, config) for name in (up_name(experts), "down_proj"))
+        return cls._in_place_of(experts, up, down)
+
+    @classmethod
+    def _in_place_of(cls, experts: nn.Module, up: Stack4bit, down: Stack4bit):
+        """The two stacks with the gate, activation and norm of a fused-experts module."""
         names = (up_name(experts), "down_proj")
-        up, down = (_pack(experts, name, config) for name in names)
         template = type(experts).__new__(type(experts))
         _share(experts, template)
         for name in names:
