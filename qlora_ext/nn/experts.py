@@ -25,12 +25,6 @@ def up_name(experts: nn.Module) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def stack_names(experts: nn.Module) -> tuple[str, ...]:
-    """The names of the two parameters to pack, in their module's order."""
-    names = (up_name(experts), "down_proj")
-    return tuple(key for key in experts._parameters if key in names)
-
-
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether module holds experts in the layout that transformers describes."""
     if not all(hasattr(module, attribute) for attribute in _LAYOUT):
@@ -91,26 +85,21 @@ class Experts4bit(nn.Module):
             raise TypeError(
                 f"{cls.__name__}: experts are sharded over devices, want the whole layer in one"
             )
-        return cls.around(experts, {name: pack_stack(experts, name, config)
-                                    for name in stack_names(experts)})  # fmt: skip
+        up, down = (_pack(experts, name, config) for name in (up_name(experts), "down_proj"))
+        return cls._in_place_of(experts, up, down)
 
     @classmethod
-    def around(cls, experts: nn.Module, stacks: dict[str, Stack4bit]):
-        """As `from_experts`, with the stacks that `pack_stack` made of its parameters, by name, to
-        which it gives the biases."""
-        names = stack_names(experts)
-        if experts.has_bias:
-            for name, stack in stacks.items():
-                bias = getattr(experts, f"{name}_bias").detach().clone()
-                stack.bias = nn.Parameter(bias, requires_grad=False)
+    def _in_place_of(cls, experts: nn.Module, up: Stack4bit, down: Stack4bit):
+        """The two stacks with the gate, activation and norm of a fused-experts module."""
+        names = (up_name(experts), "down_proj")
         template = type(experts).__new__(type(experts))
         _share(experts, template)
         for name in names:
             template._parameters.pop(name, None)
             template._parameters.pop(f"{name}_bias", None)
         template._is_hf_initialized = True  # transformers would look for the weights to initialise
-        self = cls(template, stacks[up_name(experts)], stacks["down_proj"]).train(experts.training)
-        self.names = names
+        self = cls(template, up, down).train(experts.training)
+        self.names = tuple(key for key in experts._parameters if key in names)
         return self
 
     @property
@@ -228,14 +217,11 @@ class Experts4bit(nn.Module):
         return (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
 
 
-def pack_stack(
-    experts: nn.Module, name: str, config, weight: torch.Tensor | None = None
-) -> Stack4bit:
-    """One of the parameters of a fused-experts module, packed, without its bias. weight: its
-    values, if they are not the parameter's own. Raises as Experts4bit.from_experts does."""
-    weight = getattr(experts, name) if weight is None else weight
+def _pack(experts: nn.Module, name: str, config) -> Stack4bit:
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    weight = getattr(experts, name)
     try:
-        return Stack4bit.from_dense(weight, None, config, is_transposed=experts.is_transposed)
+        return Stack4bit.from_dense(weight, bias, config, is_transposed=experts.is_transposed)
     except (RuntimeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 

@@ -11,6 +11,7 @@ from torch import nn
 from .. import grouped_ops
 from ..checks import check_input
 from ..tensor.config import FLOAT_DTYPES
+from ..tensor.functions import quantize_tensor
 from .linear import _share
 from .lora import _Lora
 from .packed import _UNSEEN, _frozen, _Packed4bit
@@ -76,6 +77,29 @@ class Stack4bit(_Packed4bit):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return self
+
+    @classmethod
+    def empty(cls, shape, config=None, *, dtype, device=None, is_transposed: bool = False):
+        """A stack of shape [E, N, K] without bias whose bytes are not set yet: set_expert packs
+        one expert after another, so that no dense stack is ever held."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._init_stack(tuple(shape), config, dtype, is_transposed)
+        self._set_empty(device)
+        self.register_parameter("bias", None)
+        return self
+
+    @torch.no_grad()
+    def set_expert(self, e: int, weight: torch.Tensor) -> None:
+        """Packs weight, [N, K] or [K, N] if is_transposed, as expert e. Raises RuntimeError for a
+        NaN or Inf, and leaves the expert as it was."""
+        q = quantize_tensor(weight.detach().T if self.is_transposed else weight, self.config)
+        parts = {"weight": q.packed, "weight_absmax": q.absmax}
+        parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
+        for key in self._sizes():
+            own = self._parameters[key][e]
+            own.copy_(parts[key].view_as(own))
+        self._unseal()
 
     def _init_stack(self, shape, config, dtype, is_transposed) -> None:
         self._init_packed(shape, config, dtype)

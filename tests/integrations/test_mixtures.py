@@ -11,13 +11,15 @@ import tiny_models as tiny
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import conversion_mapping
+from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 import qlora_ext
+from qlora_ext.integrations.transformers.quantizer import QLoraExtHfQuantizer
 from qlora_ext.nn import Experts4bit
 from qlora_ext.nn.packed import _PACKED_KEYS
 from qlora_ext.nn.stack import Stack4bit
+from qlora_ext.text import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay unquantized:UserWarning")
 
@@ -95,6 +97,64 @@ def test_stacks_are_saved_whole_and_reload(name, normalization, count, tmp_path)
         assert torch.equal(tiny.logits(again), tiny.logits(model))
         again.save_pretrained(tmp_path / "again")
         assert equal_tensors(load_file(tmp_path / "again" / "model.safetensors"), stored)
+
+
+def test_experts_are_read_and_packed_one_after_another(tmp_path, monkeypatch):
+    """Of the dense weights, one expert's are in memory at a time."""
+    events = []
+
+    def watched(module, name, note):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            events.append(note(*args))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    make("mixtral").save_pretrained(tmp_path / "dense")
+    watched(core_model_loading, "_materialize_copy", lambda tensor, *_: "read")
+    watched(Stack4bit, "set_expert", lambda stack, e, weight: f"expert {e} {list(weight.shape)}")
+    model = load(tmp_path / "dense", quantization_config=qlora_ext.QLoraExtConfig())
+    started = [i for i, event in enumerate(events) if event.startswith("expert 0 ")]
+    up, down = ([events[i - n : i + 3 * (n + 1) + 1] for i in started if events[i].endswith(shape)]
+                for n, shape in ((2, "[192, 64]"), (1, "[64, 96]")))  # fmt: skip
+    assert up == 2 * [[w for e in range(4) for w in ("read", "read", f"expert {e} [192, 64]")]]
+    assert down == 2 * [[w for e in range(4) for w in ("read", f"expert {e} [64, 96]")]]
+    assert not model.hf_quantizer.stacks
+    assert {type(c) for c in model._weight_conversions} == {WeightConverter, WeightRenaming}
+
+
+def test_a_stack_of_another_shape_is_refused_with_its_file(tmp_path):
+    make("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    config = qlora_ext.QLoraExtConfig()
+    place = "model.layers.1.block_sparse_moe.experts"
+    words = r"model\.safetensors: model\.layers\.1\.mlp\.experts\.down_proj: shape got "
+    for change, got in (
+        ({f"{place}.3.w2.weight": None}, r"\[3, 64, 96\], want \[4, 64, 96\] by config"),
+        ({f"{place}.2.w2.weight": torch.ones(64, 94)}, r"\[4, 64, 94\], want \[4, 64, 96\]"),
+    ):
+        state = {key: tensor for key, tensor in {**whole, **change}.items() if tensor is not None}
+        save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=words + got):
+            load(tmp_path, quantization_config=config)
+
+
+def test_a_device_map_counts_experts_as_packed(tmp_path):
+    quantizer = QLoraExtHfQuantizer(qlora_ext.QLoraExtConfig())
+    with torch.device("meta"):
+        model = make("mixtral", torch.bfloat16)
+    quantizer._process_model_before_weight_loading(model, dtype=torch.bfloat16)
+    counted = sum(
+        parameter.numel() * quantizer.param_element_size(model, name, parameter)
+        for name, parameter in model.named_parameters()
+        if ".experts." in name
+    )
+    packed = qlora_ext.quantize_model(make("mixtral"), progress_bar=False)
+    nbytes = sum(p.nbytes for n, p in packed.named_parameters() if ".experts." in n)
+    assert nbytes <= counted < 1.1 * nbytes
 
 
 def test_no_conversion_of_transformers_takes_a_stack_for_its_own():

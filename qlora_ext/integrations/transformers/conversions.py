@@ -3,13 +3,23 @@ stacks experts that an older version packed one by one."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import ctypes
+
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+)
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...nn.experts import is_fused_experts, pack_stack, stack_names
+from ...nn.experts import is_fused_experts
 from ...nn.linear import Linear4bit
 from ...nn.packed import _PACKED_KEYS
+from ...nn.stack import Stack4bit
 from ...tensor.functions import quantize_tensor
 from ...tensor.quantized import QuantizedTensor
 
@@ -23,14 +33,17 @@ class Quantize(ConversionOps):
     def convert(self, input_dict, *args, model=None, **kwargs):
         """input_dict: full parameter name -> dense weight [out, in] (a Conv1D's is [in, out]).
 
-        Returns the packed weight and its statistics under their names in the model.
+        Returns the packed weight and its statistics under their names in the model. A stack of
+        experts goes into the quantizer's `stacks`, and what is returned holds no values.
         """
         result = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             module, attribute = get_module_from_name(model, name)
-            if is_fused_experts(module) and attribute in stack_names(module):
-                result[name] = self._stack(name, module, value)
+            if is_fused_experts(module):
+                for e, expert in enumerate(value):
+                    self.add_expert(model, name, e, len(value), expert)
+                result[name] = self.in_its_place(model, name, value)
                 continue
             if not isinstance(module, Linear4bit) or attribute != "weight":
                 result[name] = value
@@ -59,23 +72,98 @@ class Quantize(ConversionOps):
             result.update({prefix + key: parameter for key, parameter in packed.items()})
         return result
 
-    def _stack(self, name: str, experts, value: torch.Tensor) -> torch.Tensor:
-        """Packs a stack of experts and leaves it with the quantizer, which puts both stacks of a
-        layer into the model after loading. Returns what stands for the dense stack until then: a
-        tensor of its shape that takes no memory."""
+    def add_expert(self, model, name: str, e: int, count: int, value: torch.Tensor) -> None:
+        """Packs expert e of `count` into the stack that becomes the model's parameter `name`.
+
+        A shape or value that does not fit is noted, for an error after loading that names the file.
+        """
         quantizer = self.hf_quantizer
-        attribute = name.rpartition(".")[2]
-        if value.is_meta or value.shape != getattr(experts, attribute).shape:  # reported later
-            return value
+        module, attribute = get_module_from_name(model, name)
+        got, want = (count, *value.shape), tuple(module._parameters[attribute].shape)
+        if got != want:
+            quantizer.other_shapes[name] = got, want
+            return
+        if value.is_meta:
+            return
+        if name not in quantizer.stacks:
+            shape = (count, *(value.T if module.is_transposed else value).shape)
+            quantizer.stacks[name] = Stack4bit.empty(
+                shape,
+                quantizer.quant_config,
+                dtype=value.dtype,
+                device=value.device,
+                is_transposed=module.is_transposed,
+            )
         try:
-            stack = pack_stack(experts, attribute, quantizer.quant_config, value)
+            quantizer.stacks[name].set_expert(e, value)
         except RuntimeError:
             if value.isfinite().all():
                 raise
             quantizer.not_finite.append((name, value.dtype))
-            return value
-        quantizer.stacks[name] = stack
-        return value.new_zeros(()).expand(value.shape)
+
+    @staticmethod
+    def in_its_place(model, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A parameter for transformers to set: an empty one, or on meta that of the model."""
+        return model.get_parameter(name) if value.is_meta else value.new_empty(0, 0, 0)
+
+
+class ByExpert(WeightConverter):
+    """A converter that makes a stack of experts from a tensor (or two) for each of them. If the
+    stack is packed on loading, the experts are read and packed one after another."""
+
+    __slots__ = ()
+
+    def convert(self, layer_name, model=None, **kwargs):
+        packing, readers = self.quantization_operation, dict(self.collected_tensors)
+        counts = {len(each) for each in readers.values()}
+        complete = len(readers) == len(self.source_patterns) and len(counts) == 1
+        if not isinstance(packing, Quantize) or not complete:
+            return super().convert(layer_name, model=model, **kwargs)
+        self.quantization_operation = None
+        (count,) = counts
+        result, freed = {}, 0
+        for e in range(count):
+            for pattern, each in readers.items():
+                self.collected_tensors[pattern], each[e] = [each[e]], None
+            for name, value in super().convert(layer_name, model=model, **kwargs).items():
+                packing.add_expert(model, name, e, count, value[0])
+                result[name] = packing.in_its_place(model, name, value)
+                freed += value.nbytes
+            if freed > 2**26 or e == count - 1:
+                _return_freed_memory()
+                freed = 0
+        return result
+
+
+def _return_freed_memory() -> None:
+    """Makes glibc return freed memory to the system. Of the dense experts that were read and
+    dropped it kept half, 400 MB of 770."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def by_expert(conversion):
+    """A conversion for loading as a ByExpert, if it treats each expert alone; else itself."""
+    first, *rest = getattr(conversion, "operations", None) or [None]
+    if (
+        type(first) is not MergeModulelist
+        or first.dim != 0
+        or type(conversion) is not WeightConverter
+    ):
+        return conversion
+    if any(type(op) is not Concatenate or op.dim < 1 for op in rest):
+        return conversion
+    conversion = copy.copy(conversion)
+    conversion.__class__ = ByExpert
+    return conversion
+
+
+def as_given(conversion):
+    """The conversion that `by_expert` was given, for saving."""
+    if type(conversion) is ByExpert:
+        conversion = copy.copy(conversion)
+        conversion.__class__ = WeightConverter
+    return conversion
 
 
 class ReadBitsandbytes(ConversionOps):

@@ -2,8 +2,8 @@
 
 transformers reads a checkpoint tensor by tensor into a model on the meta device. This quantizer
 replaces that model's linear layers by `Linear4bit` and packs each weight as it arrives, so peak
-memory is about that of the result and one layer, or one stack of experts. A saved model has
-`quant_method: qlora_ext` in its config, so from_pretrained reads it back without further settings.
+memory is about that of the result and one layer. A saved model has `quant_method: qlora_ext` in its
+config, so from_pretrained reads it back without further settings.
 
 Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
 """
@@ -23,19 +23,27 @@ from ...checks import check_finite, check_parameters
 from ...files import FLOATS
 from ...merging.dense import leave_no_packed_layer
 from ...models.names import as_names
-from ...models.plan import Plan, log_report, warn_unmatched
+from ...models.plan import Plan, log_report, warn_unmatched, weight_names
 from ...models.raw_errors import explain_errors
 from ...models.walk import check_whole, places_of, replace_module, use_dense_panels
 from ...nn.embedding import Embedding4bit
-from ...nn.experts import Experts4bit, is_fused_experts, pack_stack, stack_names
+from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit, is_plain_linear
 from ...nn.lora import _Lora
 from ...nn.offload import device_of, is_offloaded, offload
 from ...nn.packed import _Packed4bit
+from ...nn.stack import Stack4bit
 from ...text import CheckpointError
 from .bitsandbytes_format import bitsandbytes_state_dict
 from .config import QLoraExtConfig
-from .conversions import Quantize, ReadBitsandbytes, reads_other_format, singles_stacked
+from .conversions import (
+    Quantize,
+    ReadBitsandbytes,
+    as_given,
+    by_expert,
+    reads_other_format,
+    singles_stacked,
+)
 from .files import (
     check_loaded,
     check_read,
@@ -78,6 +86,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self.settings = copy.deepcopy(quantization_config)
         super().__init__(self.settings, **kwargs)
         self.quant_config = self.settings.to_quant_config()
+        self.stacks: dict[str, Stack4bit] = {}  # experts packed while loading, by parameter
+        self.expert_names: frozenset[str] = frozenset()  # the modules whose experts are packed so
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if (
@@ -96,9 +106,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             return False
         module, attribute = get_module_from_name(model, param_name)
-        if is_fused_experts(module):
-            name = param_name.rpartition(".")[0]
-            return name in self.plan.names and attribute in stack_names(module)
+        if param_name.rpartition(".")[0] in self.expert_names:
+            return attribute in weight_names(module)
         return isinstance(module, Linear4bit) and attribute == "weight"
 
     def get_quantize_ops(self):
@@ -111,12 +120,16 @@ class QLoraExtHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, model=None):
         # The base class would also copy the model's own conversions for these names.
+        if not self.pre_quantized:
+            weight_conversions = [by_expert(conversion) for conversion in weight_conversions]
         return weight_conversions + self.get_weight_conversions()
 
     def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
         # The empty weight may be floating until it is packed (versions.py).
         if self.param_needs_quantization(model, param_name):
-            return 1
+            # An expert's weight has its dense shape: half a byte, and a scale for each block.
+            is_expert = param_name.rpartition(".")[0] in self.expert_names
+            return 0.5 + 4 / (self.settings.blocksize or 4096) if is_expert else 1
         return super().param_element_size(model, param_name, param)
 
     def get_state_dict_and_metadata(self, model):
@@ -152,7 +165,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self._check_distribution(getattr(model.config, "distributed_config", None))
         self.checkpoint_files = checkpoint_files
         self.not_finite = []  # (parameter, dtype) of the weights that could not be packed
-        self.stacks = {}  # parameter -> Stack4bit, packed when it was read
+        self.other_shapes = {}  # parameter -> (got, want) of stacks of experts
         config = self.settings
         keep = as_names(config.modules_to_not_convert, self.config_name, self.names_argument)
         self.plan = plan = Plan(
@@ -179,7 +192,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             elif self.pre_quantized:
                 layer = Experts4bit.from_experts(module, self.quant_config)
             else:
-                packed += 1  # Quantize packs their stacks, _put_experts puts them into the model
+                packed += 1  # Quantize packs their stacks, and _place_experts places them
+                self.expert_names |= {name}
                 continue
             layer.requires_grad_(False)
             # transformers initialises missing tensors with normal_, which uint8 lacks. Missing
@@ -235,36 +249,41 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 "needs the whole; pack and save the model once without it"
             )
 
-    def _put_experts(self, model) -> list[str]:
-        """Puts the stacks of experts that `Quantize` packed into the model of an unpacked
-        checkpoint. Returns the names of the stacks that were not read."""
+    def _place_experts(self, model) -> list[str]:
+        """Replaces fused experts by Experts4bit of the stacks that were packed while loading.
+        Returns the names of stacks that the checkpoint lacks."""
         missing = []
-        dry_run = all(p.is_meta for p in model.parameters())  # device_map="meta"
-        for name in self.plan.names:
+        for name in sorted(self.expert_names):
             module = model.get_submodule(name)
-            if not is_fused_experts(module):
-                continue
             # A device map with "cpu" has made accelerate offload what stands for the stacks.
             device = device_of(module) if is_offloaded(module) else None
             if device is not None:
                 hosts.accelerate_hooks().remove_hook_from_module(module)
-            on_meta = any(p.is_meta for p in module.parameters())
-            if on_meta and not dry_run:
-                continue
             stacks = {}
-            for key, parameter in module.named_parameters():
+            for key in weight_names(module):
                 stack = self.stacks.pop(f"{name}.{key}", None)
-                if stack is None and not on_meta:
-                    values = local_part(parameter.detach())
-                    check_read(model, f"{name}.{key}", values, self.checkpoint_files)
-                if key in stack_names(module):
-                    if stack is None and not on_meta:
+                if stack is None:  # a dry run on meta, or the checkpoint lacks it
+                    if not module._parameters[key].is_meta:
                         missing.append(f"{name}.{key}")
-                    stacks[key] = stack or pack_stack(module, key, self.quant_config)
-            experts = Experts4bit.around(module, stacks)
+                    stack = Stack4bit.from_dense(
+                        module._parameters[key],
+                        config=self.quant_config,
+                        is_transposed=module.is_transposed,
+                    )
+                if module.has_bias:
+                    bias = module._parameters[f"{key}_bias"].detach()
+                    if not bias.is_meta:
+                        values = local_part(bias)
+                        check_read(model, f"{name}.{key}_bias", values, self.checkpoint_files)
+                    stack.bias = torch.nn.Parameter(bias, requires_grad=False)
+                stacks[key] = stack
+            down = stacks.pop("down_proj")
+            (up,) = stacks.values()
+            experts = Experts4bit._in_place_of(module, up, down)
             replace_module(model, module, experts)
             if device is not None:
                 offload(experts, device)
+        self.expert_names = frozenset()
         return missing
 
     def _check_shapes(self, model) -> None:
@@ -273,20 +292,25 @@ class QLoraExtHfQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             got, want = parameter.shape, self.shapes.get(name, parameter.shape)
             if got != want:
-                where = file_of(model, name, self.checkpoint_files)
-                raise CheckpointError(
-                    f"{where and f'{where}: '}{name}: shape got {list(got)}, want {list(want)} by "
-                    "config.json"
-                )
+                self._refuse_shape(model, name, got, want)
         del self.shapes
 
+    def _refuse_shape(self, model, name: str, got, want) -> None:
+        where = file_of(model, name, self.checkpoint_files)
+        raise CheckpointError(
+            f"{where and f'{where}: '}{name}: shape got {list(got)}, want {list(want)} by "
+            "config.json"
+        )
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, (got, want) in self.other_shapes.items():
+            self._refuse_shape(model, name, got, want)
         if self.not_finite:
             name, dtype = self.not_finite[0]
             error = f"{name} has a NaN or an infinity in {dtype}"
             raise not_held(model, name, dtype, error, self.checkpoint_files)
+        missing = self._place_experts(model)
         self._check_shapes(model)
-        missing = [] if self.pre_quantized else self._put_experts(model)
         layers = {
             name: module
             for name, module in model.named_modules()
@@ -314,7 +338,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             self.settings.checkpoint_format = "qlora_ext"
         # From here on the model is in our format, so saving must not convert it back.
         model._weight_conversions = [
-            conversion
+            as_given(conversion)
             for conversion in model._weight_conversions
             if not reads_other_format(conversion)
         ]
