@@ -32,7 +32,7 @@ from ..nn.linear import is_conv1d
 from ..nn.packed import _Packed4bit
 from ..tensor.config import QuantConfig
 from .errors import CliError, as_cli_error
-from .quantize import pack_like, quantized_result
+from .quantize import pack_like, packed_experts, quantized_result
 from .stream import PACKED, Job, saving_config_of
 
 # Measured on a short fine-tune of SmolLM2-135M; docs/merging.md compares the ways to merge.
@@ -124,6 +124,25 @@ def _pairs_inside(adapter: dict[str, Pair], name: str) -> dict[str, Pair]:
     return {layer: pair for layer, pair in adapter.items() if layer.startswith(f"{name}.")}
 
 
+def _pairs_of_stacks(name: str, module: nn.Module, adapter: dict[str, Pair]) -> dict[str, Pair]:
+    """Parameter of a module of fused experts -> the adapter of the stack that it is if packed."""
+    inside = _pairs_inside(adapter, name)
+    sides = {up_name(module): f"{name}.up", "down_proj": f"{name}.down"}
+    pairs = {key: inside.pop(side) for key, side in sides.items() if side in inside}
+    if inside:
+        raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
+    return pairs
+
+
+def _merged_expert(
+    name: str, module: nn.Module, key: str, e: int, weight, pair: Pair, dtype: torch.dtype
+) -> torch.Tensor:
+    """One expert's weight with its adapter added, in fp32. Raises CliError unless it fits dtype."""
+    total = pair.of_expert(e).added_to(weight, module.is_transposed)
+    _check(f"{name}.{key}[{e}]", total, dtype)
+    return total
+
+
 def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtype) -> nn.Module:
     """Turns a packed module and its adapters into a dense one. Sums are rounded once."""
     layers = _pairs_inside(adapter, name)
@@ -166,19 +185,13 @@ def _merge_dense(
     merged = {}
     if name in adapter:
         merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
-    elif is_fused_experts(module) and (inside := _pairs_inside(adapter, name)):
-        for key, side in ((up_name(module), "up"), ("down_proj", "down")):
-            pair = inside.pop(f"{name}.{side}", None)
-            if pair is None:
-                continue
+    elif is_fused_experts(module):
+        for key, pair in _pairs_of_stacks(name, module, adapter).items():
             stack = module._parameters[key].to(dtype or torch.float32, copy=True)
             for e, weight in enumerate(module._parameters[key]):
-                total = pair.of_expert(e).added_to(weight, module.is_transposed)
-                _check(f"{name}.{key}[{e}]", total, stack.dtype)
-                stack[e] = total  # this rounds
+                # This rounds.
+                stack[e] = _merged_expert(name, module, key, e, weight, pair, stack.dtype)
             merged[key] = stack
-        if inside:
-            raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
 
     def cast(key, tensor, values):
         if tensor is None or not tensor.is_floating_point():
@@ -284,18 +297,26 @@ def _dense_job(checkpoint, config, adapter, max_shard_bytes, dtype) -> Job:
 
 def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, embeddings) -> Job:
     result = quantized_result(checkpoint.same_model(config), settings, keep, embeddings)
-    pack = pack_like(result, settings)
+    pack = pack_like(result, settings, checkpoint)
 
     def transform(name: str, module: nn.Module) -> nn.Module:
-        changed = name in adapter or _pairs_inside(adapter, name)
-        if changed and (is_fused_experts(module) or name in adapter):
-            packed = isinstance(result.get_submodule(name), PACKED)
-            # Pack the fp32 sum itself; rounding it to 16 bits first would gain nothing.
+        # Pack the fp32 sum itself; rounding it to 16 bits first would gain nothing.
+        packed = isinstance(result.get_submodule(name), PACKED)
+        if packed and is_fused_experts(module):
+            pairs = _pairs_of_stacks(name, module, adapter)
+
+            def changed(key: str, e: int, weight: torch.Tensor) -> torch.Tensor:
+                if key not in pairs:
+                    return weight
+                return _merged_expert(name, module, key, e, weight, pairs[key], torch.float32)
+
+            return packed_experts(name, module, settings, checkpoint, changed)
+        if name in adapter or (is_fused_experts(module) and _pairs_inside(adapter, name)):
             dtype = None if packed else next(module.parameters()).dtype
             module = _merge_dense(name, module, adapter, dtype)
         return pack(name, module)
 
-    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
+    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes, by_expert=True)
 
 
 def adapter_fingerprint(folder: Path) -> list:

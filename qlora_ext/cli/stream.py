@@ -20,6 +20,7 @@ from ..build_info import build_info
 from ..checks import check_finite, without_mask
 from ..files import FLOATS, INDEX, extra_files
 from ..integrations.transformers.checkpoint import Checkpoint, Unit
+from ..models.plan import weight_names
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
@@ -82,6 +83,8 @@ class Job:
             written too.
         transform: makes a module of the result from (name, the input's module with its values).
         wholes: modules that transform takes with everything inside them, besides packed ones.
+        by_expert: whether transform reads the experts that it packs itself, one after another; then
+            their stacks are on meta.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class Job:
         *,
         max_shard_bytes: int,
         wholes: set[str] = frozenset(),
+        by_expert: bool = False,
     ):
+        self.by_expert = by_expert
         self.checkpoint, self.result, self.transform = checkpoint, result, transform
         result._weight_conversions = checkpoint.used_conversions
         self.wholes = {*wholes, *packed_names(result), *packed_names(checkpoint.model)}
@@ -253,7 +258,7 @@ class Job:
     @torch.no_grad()
     def _convert(self, piece: Piece) -> dict[str, torch.Tensor]:
         state = {}
-        with self.checkpoint.loaded(piece.unit) as modules:
+        with self.checkpoint.loaded(piece.unit, self._stacks(piece.unit)) as modules:
             for name, module in modules.items():
                 prefix = f"{name}." if name else ""
                 try:
@@ -277,6 +282,15 @@ class Job:
                         state[piece.kept[key]] = tensor.detach()
                 del new, tensors
             return revert_weight_conversion(self.result, state)
+
+    def _stacks(self, unit: Unit) -> list[str]:
+        """The stacks of experts of a unit that transform reads itself."""
+        names = []
+        for name in unit.modules if self.by_expert else ():
+            module = self.checkpoint.model.get_submodule(name)
+            if isinstance(self.result.get_submodule(name), Experts4bit):
+                names += [f"{name}.{key}" for key in weight_names(module)]
+        return [name for name in names if self.checkpoint.expert_reader(name) is not None]
 
     def _check_finite(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> None:
         """Raises CliError if a tensor to write holds a NaN or an infinity. A buffer may hold

@@ -9,9 +9,11 @@ have read, and the same model class decides which layers are packed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections import defaultdict
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ from .building import (
     unquantized,
 )
 from .config import QLoraExtConfig
-from .conversions import ReadBitsandbytes, reads_other_format
+from .conversions import ByExpert, ReadBitsandbytes, by_expert, reads_other_format
 from .quantizer import QLoraExtHfQuantizer
 
 
@@ -146,7 +148,8 @@ class Checkpoint:
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
         groups: dict[str, list[str]] = defaultdict(list)
-        used: dict[str, WeightConverter] = {}
+        self.patterns: dict[str, str | None] = {}  # stored tensor -> the pattern that names it
+        self.converters: dict[str, WeightConverter] = {}  # parameter -> what makes it
         for key in sorted(self.files.where, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
@@ -155,12 +158,13 @@ class Checkpoint:
                 self.unexpected.append(key)
                 continue
             groups[name].append(key)
+            self.patterns[key] = pattern
             if pattern is not None:
-                used[name] = by_pattern[pattern]
+                self.converters[name] = by_pattern[pattern]
         # model parameter -> names of the stored tensors
         self.sources: dict[str, list[str]] = {}
         for name, keys in groups.items():
-            for target in self._targets(name, keys, used.get(name)):
+            for target in self._targets(name, keys, self.converters.get(name)):
                 self.sources[target] = keys
         ignored = self.model._keys_to_ignore_on_load_unexpected or []
         self.unexpected = [
@@ -308,9 +312,13 @@ class Checkpoint:
         return first
 
     @contextlib.contextmanager
-    def loaded(self, unit: Unit):
+    def loaded(self, unit: Unit, without: Collection[str] = ()):
         """A context with the modules of a unit and their values, by name. Afterwards they are on
-        meta again."""
+        meta again.
+
+        Args:
+            without: stacks of experts that stay on meta; expert_reader reads them.
+        """
         modules = {name: self.model.get_submodule(name) for name in unit.modules}
         before = [
             (part, dict(part._parameters), dict(part._buffers))
@@ -318,18 +326,57 @@ class Checkpoint:
             for part in (module.modules() if name in self.wholes else [module])
         ]
         try:
-            self._read(unit)
+            self._read(unit, without)
             yield modules
         finally:
             for part, parameters, buffers in before:
                 part._parameters.update(parameters)
                 part._buffers.update(buffers)
 
-    def _read(self, unit: Unit) -> None:
-        paths = first_few({self.files.where[key].name for key in unit.sources})
+    def expert_reader(self, name: str) -> Callable[[int], torch.Tensor] | None:
+        """A function that reads one expert of the model's parameter `name`, a stack, as it would be
+        in the whole stack; None if the stored tensors can only be read together."""
+        keys, empty = self.sources[name], self.model.get_parameter(name)
+        converter = self.converters.get(name)
+        if converter is None:
+
+            def stored(e: int) -> torch.Tensor:
+                return self.files.slice(keys[0])[e : e + 1][0]
+        else:
+            lists: dict[str, list[str]] = defaultdict(list)
+            for key in keys:
+                lists[self.patterns[key]].append(key)
+            counts = {len(each) for each in lists.values()}
+            complete = len(lists) == len(converter.source_patterns) and counts == {len(empty)}
+            if not complete or type(by_expert(converter)) is not ByExpert:
+                return None
+
+            def stored(e: int) -> torch.Tensor:
+                one = copy.deepcopy(converter)
+                for pattern, each in lists.items():
+                    one.collected_tensors[pattern] = [self.files.slice(each[e])[...]]
+                (value,) = one.convert(name, model=self.model, config=self.model.config).values()
+                return value[0]
+
+        def read(e: int) -> torch.Tensor:
+            with reading(self.folder / first_few({self.files.where[key].name for key in keys})):
+                exact = stored(e)
+            value = exact.to(empty.dtype)
+            if narrower(value.dtype, exact.dtype):
+                self._refuse_not_held(f"{name}[{e}]", value, keys, lambda: exact)
+            return value
+
+        return read
+
+    def _read(self, unit: Unit, without: Collection[str] = ()) -> None:
+        left = {key for name in without for key in self.sources[name]}
+        sources = [key for key in unit.sources if key not in left]
+        if not sources:
+            return
+        paths = first_few({self.files.where[key].name for key in sources})
         try:
             with reading(self.folder / paths):
-                tensors = {key: self.files.slice(key) for key in unit.sources}
+                tensors = {key: self.files.slice(key) for key in sources}
                 with reading_in_order():
                     info, _ = convert_and_load_state_dict_in_model(
                         self.model, tensors, self.load_config, None
@@ -337,7 +384,7 @@ class Checkpoint:
         except CheckpointError as error:
             if error.__cause__ is None or not out_of_memory(error.__cause__):
                 raise
-            need = sum(self.files.nbytes(key) for key in unit.sources)
+            need = sum(self.files.nbytes(key) for key in sources)
             raise CheckpointError(
                 f"memory is used up: {first_few(unit.modules)} alone takes {format_bytes(need)}"
             ) from None
@@ -371,18 +418,22 @@ class Checkpoint:
                 exact = None
                 if len(sources) == 1 and self.files.shapes[sources[0]] == parameter.shape:
                     exact = functools.partial(self.files.__getitem__, sources[0])
-                try:
-                    check_finite(full, parameter.detach(), parameter.dtype, exact)
-                except OverflowError as error:
-                    for source in sources:
-                        if not self.files[source].isfinite().all():
-                            raise CheckpointError(
-                                f"{self.files.where[source]}: {source} holds a NaN or an infinity: "
-                                "the file is damaged, download or save it again"
-                            ) from None
+                self._refuse_not_held(full, parameter.detach(), sources, exact)
+
+    def _refuse_not_held(self, name: str, values: torch.Tensor, sources, exact) -> None:
+        """Raises CheckpointError if values, which were cast to their dtype, are not all finite."""
+        try:
+            check_finite(name, values, values.dtype, exact)
+        except OverflowError as error:
+            for source in sources:
+                if not self.files[source].isfinite().all():
                     raise CheckpointError(
-                        f"{self.folder}: config.json has dtype {parameter.dtype}, and {error}"
+                        f"{self.files.where[source]}: {source} holds a NaN or an infinity: "
+                        "the file is damaged, download or save it again"
                     ) from None
+            raise CheckpointError(
+                f"{self.folder}: config.json has dtype {values.dtype}, and {error}"
+            ) from None
 
     def fingerprint(self) -> list:
         """Name, bytes and time of the last change of each input file."""
