@@ -27,6 +27,7 @@ from qlora_ext.integrations import peft as plugin
 from qlora_ext.integrations.peft import tuners, versions
 from qlora_ext.integrations.peft.experts import ParamWrapper, named_stacks
 from qlora_ext.nn import Experts4bit
+from qlora_ext.nn.dense import dense_layer
 from qlora_ext.tensor.functions import dequantize_4bit
 
 adapts_stacks = pytest.mark.skipif(
@@ -209,6 +210,45 @@ def test_the_same_targets_as_on_the_dense_model(family, targets):
     assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
     assert any(".experts." in key for key in got)
     close(logits(packed), logits(dense))
+
+
+class Holder(torch.nn.Module):
+    """A model of one layer of experts."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x, index, weights):
+        return self.experts(x, index, weights)
+
+
+@adapts_stacks
+@pytest.mark.parametrize("is_down_first", [False, True])
+@pytest.mark.parametrize("layout", tiny.EXPERT_LAYOUTS)
+def test_every_layout_and_order_of_registration(layout, is_down_first):
+    experts = tiny.experts(layout)
+    if is_down_first:
+        own = experts._parameters
+        experts._parameters = {key: own[key] for key in sorted(own)}
+    packed = Holder(Experts4bit.from_experts(experts, QuantConfig(blocksize=32)))
+    dense = Holder(dense_layer(packed.experts, torch.float32).requires_grad_(False))
+    names = list(packed.experts.stacks())
+    assert (names[0] == "down_proj") == is_down_first
+    adapter = config(target_modules=[], target_parameters=[f"experts.{name}" for name in names])
+    packed, dense = (randomize(peft.get_peft_model(m, adapter)) for m in (packed, dense))
+    got, want = (peft.get_peft_model_state_dict(model) for model in (packed, dense))
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 64, generator=generator)
+    index = torch.randint(0, E, (7, 2), generator=generator)
+    weights = torch.rand(7, 2, generator=generator)
+    want = dense(x, index, weights)
+    close(packed(x, index, weights), want, 1e-4)
+    packed.merge_adapter()
+    close(packed(x, index, weights), want, 1e-4)
+    packed.unmerge_adapter()
+    close(packed(x, index, weights), want, 1e-4)
 
 
 @adapts_stacks
@@ -601,6 +641,9 @@ def test_merging_into_4_bits_and_16():
     with plugin.merging_to_4bit(), pytest.warns(UserWarning):
         merged = packed.merge_and_unload()
     assert type(merged.model.layers[0].mlp.experts) is Experts4bit
+    again = packed_model()
+    again.load_state_dict(merged.state_dict())
+    assert torch.equal(logits(again), logits(merged))
 
 
 @adapts_stacks
