@@ -432,9 +432,8 @@ LIMITED = """
 import resource, sys, torch
 # The interpreter and the libraries, which are not what is limited.
 from qlora_ext.integrations.transformers import building
-from qlora_ext.nn.stack import Stack4bit
 from qlora_ext.cli import app, merge, quantize
-from transformers import LlamaForCausalLM
+from transformers import GptOssForCausalLM, LlamaForCausalLM, MixtralForCausalLM
 
 sys.argv = ["qlora-ext", *{arguments}]
 torch.set_num_threads(1)
@@ -448,7 +447,19 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA covers mapped memory on Linux")
+def run_limited(allowed, code, *arguments):
+    text = LIMITED.format(arguments=list(map(str, arguments)), allowed=allowed, code=code)
+    return subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, cwd=REPOSITORY / "tests"
+    )
+
+
+ON_LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="RLIMIT_DATA covers mapped memory on Linux"
+)
+
+
+@ON_LINUX
 def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
     """A checkpoint of several shards, its largest weight 4 MB, with two fifths of its size allowed
     beyond what the libraries take by themselves. Loading it whole fails under the same limit.
@@ -470,10 +481,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
     allowed = nbytes * 2 // 5
 
     def limited(code, *arguments):
-        text = LIMITED.format(arguments=list(map(str, arguments)), allowed=allowed, code=code)
-        return subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, cwd=REPOSITORY / "tests"
-        )
+        return run_limited(allowed, code, *arguments)
 
     result = limited("app.run()", "quantize", source, out, "--max-shard-size", "20MB")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -491,6 +499,46 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
     result = limited(whole)
     assert result.returncode != 0
     assert re.search("memory|alloc", result.stderr), result.stderr[-500:]
+
+
+@ON_LINUX
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_larger_than_the_memory_allowed(name, tmp_path):
+    """One layer whose experts take 192 MB, in 80: stored an expert a tensor, and as stacks. Beyond
+    that, the mapping of an open file counts as memory here, and a stack is in one file."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    settings = {
+        **tiny_models.LLAMA, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 16,
+        "num_hidden_layers": 1, "num_local_experts": 64, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    kind = {"mixtral": "MixtralConfig", "gpt_oss": "GptOssConfig"}[name]
+    config = getattr(transformers, kind)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(source, max_shard_size="60MB")
+    experts = sum(p.nbytes for n, p in model.named_parameters() if ".experts." in n)
+    assert experts > 192e6
+    del model
+    allowed = 80 * 10**6 + max(path.stat().st_size for path in source.glob("*.safetensors"))
+    result = run_limited(allowed, "app.run()", "quantize", source, out)
+    assert result.returncode == 0, result.stderr[-2000:]
+    packed = qlora_ext.quantize_model(load(source), progress_bar=False)
+    packed.save_pretrained(tmp_path / "want")
+    assert_same(out, tmp_path / "want")
+
+    config = qlora_ext.LoraConfig(r=2, target_modules=(), target_parameters=["down_proj"])
+    qlora_ext.add_lora(packed, config)
+    stack = packed.model.layers[0].mlp.experts.down
+    torch.nn.init.normal_(stack.lora_B, std=0.02)
+    qlora_ext.save_adapter(packed, tmp_path / "adapter")
+    arguments = ["merge", source, tmp_path / "adapter", tmp_path / "merged", "--four-bit"]
+    result = run_limited(allowed, "app.run()", *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    dense = load(source).model.layers[0].mlp.experts.down_proj[63].detach()
+    change = stack.scaling * stack.lora_B[63] @ stack.lora_A[63]
+    want = dense.float() + (change.T if name == "gpt_oss" else change)
+    want = want.T if name == "gpt_oss" else want
+    got = load(tmp_path / "merged").model.layers[0].mlp.experts.down.quantized[63]
+    assert (got.packed == qlora_ext.quantize_4bit(want.detach()).packed).float().mean() > 0.999
 
 
 # merge --------------------------------------------------------------------------------------------
