@@ -621,7 +621,7 @@ def test_each_stack_merges_alone(first, bits):
 
 
 @adapts_stacks
-def test_merging_into_4_bits_and_16():
+def test_merging_into_4_bits_and_16(tmp_path):
     packed, _ = both()
     outer, want = wrapper_of(packed), logits(packed)
     with plugin.merging_to_4bit(), pytest.warns(UserWarning):
@@ -641,9 +641,8 @@ def test_merging_into_4_bits_and_16():
     with plugin.merging_to_4bit(), pytest.warns(UserWarning):
         merged = packed.merge_and_unload()
     assert type(merged.model.layers[0].mlp.experts) is Experts4bit
-    again = packed_model()
-    again.load_state_dict(merged.state_dict())
-    assert torch.equal(logits(again), logits(merged))
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path)), logits(merged))
 
 
 @adapts_stacks
@@ -681,7 +680,7 @@ def test_merging_refuses_an_unadapted_stack_that_does_not_fit():
     nested = wrapper_of(model).get_base_layer().down.weight_nested
     nested.view(torch.float32)[:, 1:] = 1e9
     wrapper_of(model).get_base_layer().down._unseal()
-    with pytest.raises(ValueError, match=r"down\.weight holds .* torch\.float16 cannot hold"):
+    with pytest.raises(ValueError, match=r"down\.weight\[0\] holds .* torch\.float16 cannot hold"):
         model.merge_and_unload()
 
 
@@ -710,6 +709,23 @@ def test_offloaded_experts_are_adapted_and_not_merged(tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(packed_model(), tmp_path)
     assert torch.equal(logits(again), want)
+
+
+@adapts_stacks
+def test_experts_in_host_memory():
+    packed, _ = both()
+    want, grads = logits(packed), gradients(packed)
+    qlora_ext.offload_experts(packed, "cpu")
+    assert wrapper_of(packed).stack.fetcher is not None
+    assert torch.equal(logits(packed), want)
+    got = gradients(packed)
+    assert all(torch.equal(got[name], gradient) for name, gradient in grads.items())
+    packed.merge_adapter()
+    close(logits(packed), want)
+    packed.unmerge_adapter()
+    assert torch.equal(logits(packed), want)
+    base = qlora_ext.offload_experts(packed_model(), "cpu")
+    assert torch.equal(logits(randomize(peft.get_peft_model(base, config()))), want)
 
 
 # Hot-swapping -------------------------------------------------------------------------------------

@@ -228,9 +228,10 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
             new = _with_stack(current, name, Stack4bit.from_dense(weight, bias, old.config))
         elif isinstance(current, Experts4bit):
             new = dense_experts(current, weight.dtype, {name: weight}).requires_grad_(False)
+            new = new.to(device_of(packed.stacks()[name]))  # of experts in host memory, too
         else:
-            new = current
-            getattr(new, name).data = _in_class_order(packed, weight)
+            new, parameter = current, getattr(current, name)
+            parameter.data = _in_class_order(packed, weight).to(parameter.device)
         # In a list, so that it is not a submodule.
         holder.__dict__.setdefault("_qlora_ext_packed", [packed])
         holder.__dict__.setdefault("_qlora_ext_merged", set()).add(name)
