@@ -14,6 +14,7 @@ from .merging.dense import merge_and_unload
 from .merging.into_4bit import merge_into_4bit
 from .models.quantize import quantize_model
 from .models.report import memory_report, num_parameters
+from .nn.expert_offload import offload_experts
 from .tensor.config import QuantConfig
 from .tensor.functions import (
     dequantize_4bit,
@@ -41,6 +42,7 @@ __all__ = [
     "merge_into_4bit",
     "merge_lora_4bit",
     "num_parameters",
+    "offload_experts",
     "print_trainable_parameters",
     "quantize_4bit",
     "quantize_model",

@@ -7,6 +7,8 @@ the M sorted rows takes; None: x is sorted, and T = M. Both are on x's device, a
 reads them there.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -62,13 +64,24 @@ def _bias_gradient(dY: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     return _ops.sum_rows.default(dY.float(), order, offsets).to(dtype)
 
 
+def _saved(ctx, w4: W4) -> Sequence[Tensor | None]:
+    """The tensors of a weight to save for the backward pass: none if it can be fetched again, as
+    one that is kept in host memory (nn/expert_offload.py)."""
+    ctx.static, ctx.again = w4[4:], getattr(w4, "again", None)
+    return w4[:4] if ctx.again is None else ()
+
+
+def _restored(ctx, tensors: Sequence[Tensor | None]) -> W4:
+    """The weight whose tensors `_saved` saved."""
+    return (*tensors, *ctx.static) if ctx.again is None else ctx.again()
+
+
 class _GroupedGemm4bit(torch.autograd.Function):
     op = "grouped_gemm_4bit"
 
     @staticmethod
     def forward(ctx, x, w4, offsets, rows, bias, lora_S, lora_B):
-        ctx.save_for_backward(*w4[:4], offsets, rows, lora_S, lora_B)
-        ctx.static = w4[4:]
+        ctx.save_for_backward(*_saved(ctx, w4), offsets, rows, lora_S, lora_B)
         ctx.T = x.shape[0]
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _below_autograd():
@@ -77,11 +90,11 @@ class _GroupedGemm4bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dY):
-        packed, absmax, nested, mean, offsets, rows, lora_S, lora_B = ctx.saved_tensors
+        *weight, offsets, rows, lora_S, lora_B = ctx.saved_tensors
         need = ctx.needs_input_grad
         dX = dbias = dS = dB = None
         if need[0]:
-            w4 = (packed, absmax, nested, mean, *ctx.static)
+            w4 = _restored(ctx, weight)
             dX = _ops.grouped_gemm_4bit_backward.default(dY, *w4, offsets)
             dX = _sum_to_x(dX, rows, ctx.T)
         if need[4]:
@@ -221,8 +234,7 @@ class _GroupedLoraGemm4bit(torch.autograd.Function):
             y, S = _ops.grouped_lora_gemm_4bit.default(
                 x, *w4, lora_A, lora_B, scaling, offsets, rows, bias
             )
-        ctx.save_for_backward(x, S, *w4[:4], lora_A, lora_B, offsets, rows)
-        ctx.static = w4[4:]
+        ctx.save_for_backward(x, S, lora_A, lora_B, offsets, rows, *_saved(ctx, w4))
         ctx.scaling = scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(S)
@@ -231,9 +243,9 @@ class _GroupedLoraGemm4bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dY, _dS):
-        x, S, packed, absmax, nested, mean, A, B, offsets, rows = ctx.saved_tensors
+        x, S, A, B, offsets, rows, *weight = ctx.saved_tensors
         need = ctx.needs_input_grad
-        w4 = (packed, absmax, nested, mean, *ctx.static)
+        w4 = _restored(ctx, weight)
         dX = dA = dB = dbias = None
         if need[2] or need[3]:
             dX, dA, dB = _ops.grouped_lora_gemm_4bit_backward.default(

@@ -114,7 +114,9 @@ class LoraConfig:
                 FAMILIES, and PEFT adapts those it finds. Layers that fuse query, key and value are
                 included if all three switches are on.
 
-        PEFT has no dropout for experts, nor beside them: if there are any, it is 0.
+        The stacks of a mixture's experts are target_parameters, and so are those linear layers
+        beside them that PEFT would take for parts of experts (shared_experts.up_proj). PEFT has no
+        dropout for parameters, nor for layers beside them: if there are any, it is 0.
 
         Raises:
             ValueError: as for add_lora, if a model is given.

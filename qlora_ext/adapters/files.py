@@ -45,7 +45,14 @@ from .stacks import (
     parameter_names,
     to_file,
 )
-from .targets import _ends_with, layers_found, linears_of, peft_targets, task_type
+from .targets import (
+    _ends_with,
+    layers_found,
+    linears_of,
+    names_as_parameters,
+    peft_targets,
+    task_type,
+)
 
 _PREFIX = "base_model.model."
 
@@ -97,7 +104,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     first = next(iter(adapters.values()))
     modules, parameters = peft_targets(model, list(adapters))
     names = parameter_names(model)
-    in_config = {name: names.get(name, name) for name in adapters}
+    in_config = {name: name for name in adapters} | names_as_parameters(model, list(adapters))
     in_file = keys_in_file([names[name] for name in adapters if name in names])
     conv1d = {isinstance(m, Linear4bit) and m.from_conv1d for m in adapters.values()}
     config = {
@@ -206,7 +213,8 @@ def load_adapter(
     names = parameter_names(model)
     for name, (lora_A, lora_B) in pairs.items():
         base = model.get_submodule(name)
-        r = rank_of(path, config, names.get(name, name), base, lora_A, lora_B)
+        in_config = _name_in_config(config, names, name)
+        r = rank_of(path, config, in_config, base, lora_A, lora_B)
         if name in present and present[name].r != r:
             raise ValueError(
                 f"load_adapter: {name} has an adapter of rank {present[name].r} and {path} has one "
@@ -214,7 +222,7 @@ def load_adapter(
             )
         settings[name] = {
             "r": r,
-            "lora_alpha": alpha_of(config, names.get(name, name)),
+            "lora_alpha": alpha_of(config, in_config),
             "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": config.get("use_rslora", False),
             "lora_dtype": lora_dtype,
@@ -234,6 +242,15 @@ def load_adapter(
         module.lora_B.requires_grad_(trainable)
     allow_training(model)
     return model
+
+
+def _name_in_config(config: dict, parameters: dict[str, str], name: str) -> str:
+    """The name that PEFT's rank_pattern and alpha_pattern have for a layer or a stack: that of its
+    parameter, if target_parameters names it."""
+    weight = f"{name}.weight"
+    if any(_ends_with(weight, target) for target in config.get("target_parameters") or ()):
+        return weight
+    return parameters.get(name, name)
 
 
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from ..models.architectures import FAMILIES, Family
 from ..models.plan import is_factor
 from ..models.reads import read_past_forward
 from ..models.walk import linear_names, output_embeddings, stacked_names
+from ..nn.experts import is_fused_experts
 from ..nn.linear import is_conv1d, is_plain_linear
 from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
@@ -209,13 +210,36 @@ def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
     return list(names)
 
 
+# In a mixture with fused experts PEFT takes layers of these names for parts of the experts,
+# wherever they are (peft/utils/transformers_weight_conversion.py): those of shared experts and
+# dense layers.
+_TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def names_as_parameters(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Those of these layers and stacks of experts that PEFT's target_parameters must name -> the
+    names there. A layer's adapter has the same keys and shapes as if target_modules named it."""
+    stacks = parameter_names(model)
+    is_mixture = bool(stacks) or any(is_fused_experts(module) for module in model.modules())
+    found = {}
+    for name in names:
+        if name in stacks:
+            found[name] = stacks[name]
+        elif is_mixture and name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS:
+            found[name] = f"{name}.weight"
+    return found
+
+
 def peft_targets(model: nn.Module, names: list[str]) -> tuple[list[str] | str, list[str]]:
     """PEFT's target_modules and target_parameters for these layers and stacks of experts."""
-    parameters = parameter_names(model)
+    parameters = names_as_parameters(model, names)
     layers = [name for name in names if name not in parameters]
-    adapted = [parameters[name] for name in names if name in parameters]
-    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in adapted))
-    chosen = [p for p in parameters.values() if any(_ends_with(p, end) for end in short)]
+    adapted = list(parameters.values())
+    # The last two parts of a name, and a layer's "weight".
+    parts = [(name.split("."), 3 if name.endswith(".weight") else 2) for name in adapted]
+    short = list(dict.fromkeys(".".join(name[-count:]) for name, count in parts))
+    everything = [*parameter_names(model).values(), *(name for name, _ in model.named_parameters())]
+    chosen = [p for p in everything if any(_ends_with(p, end) for end in short)]
     return shorten_names(model, layers), short if sorted(chosen) == sorted(adapted) else adapted
 
 

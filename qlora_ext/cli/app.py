@@ -355,6 +355,9 @@ def estimate(
         bool, typer.Option("--checkpointing", help="Gradient checkpointing.")
     ] = False,
     dense: Annotated[bool, typer.Option("--dense", help="16-bit weights, for comparison.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload-experts", help="Packed experts in host memory.")
+    ] = False,
     quant_type: Type = QuantType.nf4,
     blocksize: Block = 64,
     double_quant: Nested = True,
@@ -384,12 +387,20 @@ def estimate(
     settings = work.load(model)
     with reading(f"{model}: config.json", "cannot be estimated"):
         found = work.estimate(
-            settings, seq=seq, batch=batch, quant=config, lora=lora, checkpointing=checkpointing
+            settings,
+            seq=seq,
+            batch=batch,
+            quant=config,
+            lora=lora,
+            checkpointing=checkpointing,
+            offload=offload,
         )
     rows = [[name, format_bytes(nbytes)] for name, nbytes in found.parts.items()]
     rows.append([f"CUDA context, and {work.SLACK:.0%} for the allocator",
                  format_bytes(found.total - sum(found.parts.values()))])  # fmt: skip
     rows.append(["total", format_bytes(found.total)])
+    if offload:
+        rows.append(["besides, in host memory: experts", format_bytes(found.host)])
     how = ", gradient checkpointing" if checkpointing else ""
     table(f"Estimate: batch {batch} x {seq} tokens, rank {rank} on {target}{how}", ["", ""], rows)
     say(

@@ -22,6 +22,7 @@ from ..files import find_folder
 from ..integrations.transformers.building import build, build_folder, read_config, unquantized
 from ..models.quantize import quantize_model
 from ..models.report import memory_report, num_parameters
+from ..nn.expert_offload import bytes_on_device
 from ..tensor.config import QuantConfig
 from ..text import first_line
 from .errors import CliError, as_cli_error
@@ -41,6 +42,7 @@ class Estimate:
     parts: dict[str, int]
     per_sample: int  # bytes per sample of the parts that grow with the batch
     batch: int
+    host: int = 0  # bytes of experts in host memory
 
     @property
     def total(self) -> int:
@@ -116,7 +118,7 @@ def _repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not stacks:
         return []
-    # Experts are a list inside each layer, so the stack is the list with the most weights.
+    # A layer may hold a list of experts, so the stack is the list with the most weights.
     name, stack = max(stacks, key=lambda item: num_parameters(item[1]))
     return [(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
 
@@ -177,6 +179,7 @@ def estimate(
     checkpointing: bool,
     dtype: torch.dtype = torch.bfloat16,
     optimizer_bytes: int = 8,
+    offload: bool = False,
 ) -> Estimate:
     """The memory that a training step takes.
 
@@ -188,6 +191,7 @@ def estimate(
         checkpointing: whether layers are recomputed in the backward pass.
         dtype: of unpacked weights and of activations.
         optimizer_bytes: bytes of optimizer state per trained weight (AdamW: two fp32).
+        offload: whether offload_experts keeps packed experts in host memory.
     """
     config = unquantized(config)
     transformers.AttentionInterface.register("qlora_ext_counting", _attention)
@@ -203,6 +207,7 @@ def estimate(
             if quant is not None:
                 quantize_model(model, quant, progress_bar=False)
             base = memory_report(model)
+            experts, slots = bytes_on_device(model)
             add_lora(model, lora)
     trained = num_parameters(model, only_trainable=True)
     model.requires_grad_(False)
@@ -217,8 +222,11 @@ def estimate(
     else:
         activations = saved.total
     packed = base.parts["4-bit weights"] + base.parts["4-bit statistics"]
+    if offload and not experts:
+        raise CliError(f"--offload-experts: {type(model).__name__} has no packed experts")
+    host = experts if offload else 0
     parts = {
-        "4-bit weights and scales": packed,
+        "4-bit weights and scales": packed - host + (slots if offload else 0),
         "weights that stay dense": base.total - packed,
         "LoRA adapters (fp32)": 4 * trained,
         "their gradients (fp32)": 4 * trained,
@@ -226,4 +234,4 @@ def estimate(
         "saved for the backward pass": activations * batch,
         "logits and their gradients": saved.logits * batch,
     }
-    return Estimate(parts, activations + saved.logits, batch)
+    return Estimate(parts, activations + saved.logits, batch, host)

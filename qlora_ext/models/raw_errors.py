@@ -206,8 +206,8 @@ class _Search:
             f"{'the code' if module is None else self._called(module)} seems to read the weight of "
             f"a packed layer, which is packed bytes ({names[0]}.weight is {stored} for "
             f"{list(first._shape)}), so that only the layer itself can compute with it. Its packed "
-            f"layers: {', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep those "
-            f"dense whose weight the code reads: modules_to_not_convert={keep!r}"
+            f"layers: {', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep "
+            f"those dense whose weight the code reads: modules_to_not_convert={keep!r}"
         )
 
 

@@ -82,8 +82,9 @@ def _merged_expert(
     if adapter is None:
         return dequantize_4bit(q[e], dtype)
     A, B, scaling = adapter
-    # The op wants A and B in the same dtype. fp32 holds both exactly.
-    pair = A[e].float().contiguous(), B[e].float().contiguous()
+    # The op wants A and B in the same dtype, which fp32 holds exactly, and where q is, which
+    # offload_experts keeps in host memory.
+    pair = (factor[e].float().contiguous().to(q.packed.device) for factor in (A, B))
     return ops.merge_lora_4bit(q[e].op_args(), *pair, scaling, dtype)
 
 

@@ -64,7 +64,7 @@ def device_of(module: nn.Module) -> torch.device | str | int:
     for hook in _hooks(module):
         if hook.execution_device is not None:
             return hook.execution_device
-    return module.weight.device
+    return getattr(module, "device", module.weight.device)
 
 
 def value_of(module: nn.Module, key: str) -> torch.Tensor:
@@ -97,6 +97,17 @@ def loaded(module: nn.Module):
         module._hf_hook = hook
         for each in reversed(hooks):
             each.post_forward(module, torch.empty(0))
+
+
+def offload(module: nn.Module, device: torch.device | str | int) -> None:
+    """Makes accelerate keep the weights of module in memory and fetch them to device for each
+    forward."""
+    hosts.accelerate_hooks().attach_align_device_hook(
+        module,
+        execution_device=device,
+        offload=True,
+        weights_map={name: p.to("cpu") for name, p in module.named_parameters()},
+    )
 
 
 # Adapters ---------------------------------------------------------------------------------------

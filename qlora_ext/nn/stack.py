@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import quantize_tensor
 from .linear import _share
 from .lora import _Lora
-from .packed import _Packed4bit
+from .packed import _UNSEEN, _frozen, _Packed4bit
 
+_STATISTICS = ("weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 # A [E, r, K], B [E, N, r] and the scaling: a number, or a 0-d tensor as for ops.lora_shrink.
 Adapter = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
@@ -29,6 +31,8 @@ class Stack4bit(_Packed4bit):
     """
 
     is_transposed: bool  # whether the dense stack is stored as [E, K, N]
+    # An ExpertFetcher of expert_offload.py, which brings the packed tensors from host memory.
+    fetcher: Any = None
 
     @classmethod
     def from_dense(
@@ -122,6 +126,33 @@ class Stack4bit(_Packed4bit):
                 check_input(type(self).__name__, x=x, offsets=offsets)
             raise
 
+    @property
+    def device(self) -> torch.device:
+        """Where the products are computed."""
+        return self._parameters["weight"].device if self.fetcher is None else self.fetcher.device
+
+    def _w4(self, is_traced: bool):
+        w4 = super()._w4(is_traced)
+        return w4 if self.fetcher is None else self.fetcher.fetch(self, w4)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "fetcher": None}  # a copy's experts are in host memory
+
+    def _to_host(self, pinned: bool) -> None:
+        """Moves the packed tensors to host memory."""
+        for key in ("weight", *_STATISTICS):
+            parameter = self._parameters[key]
+            if parameter is not None:
+                value = parameter.detach().cpu()
+                setattr(self, key, _frozen(value.pin_memory() if pinned else value))
+        self.__dict__.update(_UNSEEN)
+
+    def _apply(self, fn, recurse=True):
+        if self.fetcher is None:
+            return super()._apply(fn, recurse)
+        # The packed bytes stay in host memory; bias and adapters move.
+        return super()._apply(lambda t: t if t.dtype == torch.uint8 else fn(t), recurse)
+
     def _product(self, x, offsets, rows, adapter):
         w4, bias = self._w4(torch.compiler.is_compiling()), self._parameters["bias"]
         if adapter is None:
@@ -154,7 +185,7 @@ class LoraStack4bit(_Lora, Stack4bit):
             )
         self = cls.__new__(cls)
         _share(stack, self)
-        device = stack.weight.device if device is None else device
+        device = stack.device if device is None else device
         self._init_lora(r, lora_alpha, 0.0, use_rslora, device, lora_dtype)
         return self
 

@@ -1502,6 +1502,21 @@ def test_estimate_counts_weights_exactly_and_activations_by_the_sample(llama):
     assert found.largest_batch(0.1) == 0
 
 
+def test_estimate_with_experts_in_host_memory(llama):
+    """The device holds two layers' experts, whatever the number of layers."""
+    config = tiny_models.make("qwen3_moe", num_hidden_layers=5).config
+    lora = qlora_ext.LoraConfig(r=4)
+    settings = dict(seq=16, batch=1, quant=qlora_ext.QuantConfig(), lora=lora, checkpointing=True)
+    found = estimate.estimate(config, **settings, offload=True)
+    plain = estimate.estimate(config, **settings)
+    assert plain.host == 0 and found.total < plain.total
+    packed = "4-bit weights and scales"
+    assert found.parts[packed] + found.host * 3 // 5 == plain.parts[packed]
+    assert {**found.parts, packed: 0} == {**plain.parts, packed: 0}
+    with pytest.raises(CliError, match="--offload-experts: LlamaForCausalLM has no packed experts"):
+        estimate.estimate(transformers.AutoConfig.from_pretrained(llama), **settings, offload=True)
+
+
 def test_estimate_counts_on_meta_what_a_real_step_saves(llama):
     """The same hooks around a real forward pass on the CPU see the same bytes."""
     config = transformers.AutoConfig.from_pretrained(llama)

@@ -19,7 +19,7 @@ def test_two_processes_train_as_one(tmp_path):
 # What each process runs ----------------------------------------------------------------------
 
 
-def train(efficient: bool) -> None:
+def train(efficient: bool, family: str, block: str) -> None:
     """One step's loss and gradients, sharded by what `Accelerator.prepare` calls for FSDP2.
 
     The Accelerator itself offers FSDP on accelerators only, so that function is called directly.
@@ -36,7 +36,7 @@ def train(efficient: bool) -> None:
     import tiny_models as tiny
 
     torch.manual_seed(0)
-    model = qlora_ext.quantize_model(tiny.make("llama"), progress_bar=False)
+    model = qlora_ext.quantize_model(tiny.make(family), progress_bar=False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -49,7 +49,7 @@ def train(efficient: bool) -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        transformer_cls_names_to_wrap=[block],
         cpu_ram_efficient_loading=efficient,
     )
     accelerator = types.SimpleNamespace(
@@ -92,7 +92,7 @@ def merge_with_peft(path) -> None:
 
     import qlora_ext
     import tiny_models as tiny
-    from qlora_ext.integrations.peft import merging_to_4bit
+    from qlora_ext.integrations.peft import merging_to_4bit, versions
 
     every = "all-linear"
     configs = {
@@ -102,10 +102,14 @@ def merge_with_peft(path) -> None:
         "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=every),
         "miss": peft.MissConfig(r=4, target_modules=every),
     }
+    if versions.ADAPTS_STACKS:
+        stacks = ["experts.gate_up_proj", "experts.down_proj"]
+        configs["experts"] = peft.LoraConfig(r=4, target_modules=[], target_parameters=stacks)
 
     def build(kind):
         torch.manual_seed(0)
-        model = qlora_ext.quantize_model(tiny.make("llama"), progress_bar=False)
+        dense = tiny.make("qwen3_moe" if kind == "experts" else "llama")
+        model = qlora_ext.quantize_model(dense, progress_bar=False)
         model = peft.get_peft_model(model, configs[kind])
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "oft_R" in name or "miss_" in name:
@@ -132,8 +136,9 @@ def merge_with_peft(path) -> None:
             model.merge_and_unload()
         with pytest.raises(ValueError, match=f"replace_lora_weights_loftq: {words}"):
             qlora_ext.integrations.peft.replace_lora_weights_loftq(model, path)
-        if kind in ("lora", "adalora"):
-            layer = model.get_base_model().model.layers[0].mlp.up_proj
+        if kind in ("lora", "adalora", "experts"):
+            block = model.get_base_model().model.layers[0].mlp
+            layer = block.experts if kind == "experts" else block.up_proj
             for name in ("merge", "unmerge"):
                 with pytest.raises(ValueError, match=rf"{name}: [\w.]+: {words}"):
                     getattr(layer, name)()
@@ -232,9 +237,13 @@ def train_with_trl(path) -> None:
 
 
 if __name__ == "__main__":
+    from qlora_ext.integrations.peft.versions import RELEASE
+
     with processes.group():
         for each in (False, True):
-            train(each)
+            train(each, "llama", "LlamaDecoderLayer")
+        if RELEASE >= (0, 20):  # before, "all-linear" does not work for a mixture
+            train(False, "qwen3_moe", "Qwen3MoeDecoderLayer")
         merge_with_peft(sys.argv[1])
         refuse(sys.argv[1])
         train_with_trl(sys.argv[1])

@@ -126,7 +126,7 @@ def test_an_expert_computes_what_its_layer_alone_does():
     calls = []
     packed.up.register_forward_hook(lambda module, args, y: calls.append((*args, y)))
     packed(x, index, weights)
-    ((_, offsets, rows, h),) = calls
+    ((_, offsets, rows, _, h),) = calls
     start = 0
     for e, end in enumerate(offsets.tolist()):
         alone = linear_4bit(x[rows[start:end].long()], packed.up.quantized[e], packed.up.bias[e])
@@ -282,18 +282,3 @@ def test_mixture_model_the_whole_way(family, tmp_path):
     model.save_pretrained(tmp_path / "merged")
     merged = type(model).from_pretrained(tmp_path / "merged")
     assert torch.equal(tiny.logits(merged), tiny.logits(model))
-
-
-def test_peft_adapts_and_merges_packed_experts():
-    peft = pytest.importorskip("peft")
-    model = quantize_model(tiny.make("qwen3_moe"), progress_bar=False)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
-    assert any(".experts.packed.3.down" in name for name in wrapped.targeted_module_names)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05)
-    want = tiny.logits(wrapped.eval().base_model.model)
-    merged = wrapped.merge_and_unload()
-    assert type(merged.model.layers[0].mlp.experts).__name__ == "Qwen3MoeExperts"
-    torch.testing.assert_close(tiny.logits(merged), want, rtol=1e-3, atol=1e-4)

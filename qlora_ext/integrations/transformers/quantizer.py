@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from ... import hosts
 from ...checks import check_finite, check_parameters
 from ...files import FLOATS
 from ...merging.dense import leave_no_packed_layer
@@ -29,6 +30,7 @@ from ...nn.embedding import Embedding4bit
 from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit, is_plain_linear
 from ...nn.lora import _Lora
+from ...nn.offload import device_of, is_offloaded, offload
 from ...nn.packed import _Packed4bit
 from ...nn.stack import Stack4bit
 from ...text import CheckpointError
@@ -247,14 +249,22 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 "needs the whole; pack and save the model once without it"
             )
 
-    def _place_experts(self, model) -> None:
-        """Replaces fused experts by Experts4bit of the stacks that were packed while loading."""
+    def _place_experts(self, model) -> list[str]:
+        """Replaces fused experts by Experts4bit of the stacks that were packed while loading.
+        Returns the names of stacks that the checkpoint lacks."""
+        missing = []
         for name in sorted(self.expert_names):
             module = model.get_submodule(name)
+            # A device map with "cpu" has made accelerate offload what stands for the stacks.
+            device = device_of(module) if is_offloaded(module) else None
+            if device is not None:
+                hosts.accelerate_hooks().remove_hook_from_module(module)
             stacks = {}
             for key in weight_names(module):
                 stack = self.stacks.pop(f"{name}.{key}", None)
                 if stack is None:  # a dry run on meta, or the checkpoint lacks it
+                    if not module._parameters[key].is_meta:
+                        missing.append(f"{name}.{key}")
                     stack = Stack4bit.from_dense(
                         module._parameters[key],
                         config=self.quant_config,
@@ -269,8 +279,12 @@ class QLoraExtHfQuantizer(HfQuantizer):
                 stacks[key] = stack
             down = stacks.pop("down_proj")
             (up,) = stacks.values()
-            replace_module(model, module, Experts4bit._in_place_of(module, up, down))
+            experts = Experts4bit._in_place_of(module, up, down)
+            replace_module(model, module, experts)
+            if device is not None:
+                offload(experts, device)
         self.expert_names = frozenset()
+        return missing
 
     def _check_shapes(self, model) -> None:
         """Raises CheckpointError if a parameter has another shape than before loading. With a
@@ -295,7 +309,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             name, dtype = self.not_finite[0]
             error = f"{name} has a NaN or an infinity in {dtype}"
             raise not_held(model, name, dtype, error, self.checkpoint_files)
-        self._place_experts(model)
+        missing = self._place_experts(model)
         self._check_shapes(model)
         layers = {
             name: module
@@ -303,7 +317,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if isinstance(module, _Packed4bit)
         }
         # transformers assigns tensors without load_state_dict and its checks.
-        missing = [
+        missing += [
             f"{name}.{key}"
             for name, layer in layers.items()
             for key, parameter in layer.named_parameters()
@@ -313,8 +327,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
             advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
             if self.pre_quantized:
                 advice = "it is damaged: save the packed model again, or pack the unquantized one"
-            layer = missing[0].rpartition(".")[0]
-            where = file_of(model, f"{layer}.weight", self.checkpoint_files)
+            layer, _, key = missing[0].rpartition(".")
+            key = "weight" if key.startswith("weight") else key
+            where = file_of(model, f"{layer}.{key}", self.checkpoint_files)
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
                 f"{', '.join(missing)}; {advice}"

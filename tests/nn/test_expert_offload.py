@@ -1,0 +1,173 @@
+"""Experts in host memory: the order of copies and waits, and the same results."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import qlora_ext
+import tiny_models as tiny
+from qlora_ext.nn import Experts4bit
+from qlora_ext.nn.expert_offload import ExpertFetcher
+
+pytest.importorskip("transformers")
+
+
+class RecordedStreams:
+    """Streams that note what they are asked. A copy is done when it is started ("early") or when
+    something waits for it ("late"): a result that needs one of the two is wrong on a GPU."""
+
+    def __init__(self, mode):
+        self.mode = mode
+        self.log = []  # ("computed", n), ("copy", n, after), ("wait", n)
+        self.pending = []
+
+    def computed(self):
+        self.log.append(("computed", len(self.log)))
+        return self.log[-1]
+
+    def copy(self, pairs, after):
+        assert after is self.log[-1]  # nothing was computed in between
+        self.log.append(("copy", len(self.log), after))
+        self.pending.append((self.log[-1], pairs))
+        if self.mode == "early":
+            self._do(self.log[-1])
+        return self.log[-1]
+
+    def wait(self, event):
+        self.log.append(("wait", len(self.log), event))
+        self._do(event)
+
+    def _do(self, event):
+        """Copies are done in order."""
+        while any(e is event for e, _ in self.pending):
+            _, pairs = self.pending.pop(0)
+            for target, source in pairs:
+                target.copy_(source)
+
+
+def offloaded(model, mode="late"):
+    """The model with its experts offloaded, and the streams."""
+    qlora_ext.offload_experts(model, "cpu")
+    layers = [m for m in model.modules() if isinstance(m, Experts4bit)]
+    streams = RecordedStreams(mode)
+    fetcher = ExpertFetcher(layers, torch.device("cpu"), streams)
+    for layer in layers:
+        layer.up.fetcher = layer.down.fetcher = fetcher
+    return model, fetcher, streams
+
+
+def mixture(layers=4):
+    model = qlora_ext.quantize_model(
+        tiny.make("qwen3_moe", num_hidden_layers=layers), progress_bar=False
+    )
+    qlora_ext.add_lora(model, qlora_ext.LoraConfig(r=2, mlp=True, lora_dropout=0.0))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return model
+
+
+def losses_and_gradients(model):
+    batch = tiny.inputs(model)
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return [loss, *gradients]
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_the_same_results(layers, checkpointed, mode):
+    plain = mixture(layers).train()
+    model, fetcher, _ = offloaded(copy.deepcopy(plain), mode)
+    if checkpointed:
+        for each in (plain, model):
+            each.gradient_checkpointing_enable({"use_reentrant": False})
+            each.enable_input_require_grads()
+    for _ in range(2):  # the second step starts with what the first one left
+        for got, want in zip(losses_and_gradients(model), losses_and_gradients(plain)):
+            assert torch.equal(got, want)
+    assert len(fetcher.slots) == min(2, layers)
+
+
+def test_the_next_layer_is_copied_while_one_computes():
+    model, _, streams = offloaded(mixture(4))
+    model.train()
+    losses_and_gradients(model)
+    copies = [entry for entry in streams.log if entry[0] == "copy"]
+    # Forward: each layer once. Backward: the last two are there still, and two are copied again.
+    assert len(copies) == 6
+    # All but the first were started before their layer was asked for.
+    waits = [entry[2] for entry in streams.log if entry[0] == "wait"]
+    for entry in copies[1:]:
+        first = next(i for i, event in enumerate(waits) if event is entry)
+        asked = [e for e in streams.log if e[0] == "wait"][first][1]
+        between = [e for e in streams.log if e[0] == "wait" and entry[1] < e[1] < asked]
+        assert between, "the copy was waited for at once"
+
+
+def test_no_copy_is_kept_for_the_backward_pass():
+    model, fetcher, _ = offloaded(mixture(3))
+    memory = {slot.memory.untyped_storage().data_ptr() for slot in fetcher.slots}
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses_and_gradients(model)
+    assert saved
+    assert not any(t.untyped_storage().data_ptr() in memory for t in saved)
+
+
+def test_layers_out_of_order_and_a_layer_twice():
+    model, _, _ = offloaded(mixture(4))
+    layers = [m for m in model.modules() if isinstance(m, Experts4bit)]
+    plain = copy.deepcopy(layers)
+    assert plain[0].up.fetcher is None  # a copy has its experts in host memory
+    x = torch.randn(6, 64)
+    args = torch.randint(4, (6, 2)), torch.rand(6, 2)
+    for i in (3, 0, 0, 2, 1, 3, 3, 0):
+        assert torch.equal(layers[i](x, *args), plain[i](x, *args))
+    y = checkpoint(layers[2], x.requires_grad_(), *args, use_reentrant=False)
+    z = layers[0](layers[3](y, *args), *args)
+    z.sum().backward()
+    got, x.grad = x.grad, None
+    plain[0](plain[3](plain[2](x, *args), *args), *args).sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_moves_and_saves(tmp_path):
+    model, _, _ = offloaded(mixture(2))
+    plain = mixture(2)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(tiny.logits(model), tiny.logits(plain))
+    before = model.model.layers[0].mlp.experts.up.weight
+    model.to(torch.bfloat16)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.up.weight is before and experts.up.dtype == torch.bfloat16
+    assert torch.equal(tiny.logits(model), tiny.logits(plain.to(torch.bfloat16)))
+    qlora_ext.save_adapter(model, tmp_path)
+    assert torch.equal(
+        tiny.logits(qlora_ext.merge_and_unload(model, progress_bar=False)),
+        tiny.logits(qlora_ext.merge_and_unload(plain, progress_bar=False)),
+    )
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match="model is a int, want"):
+        qlora_ext.offload_experts(3)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no packed experts"):
+        qlora_ext.offload_experts(tiny.make("llama"), "cpu")
+    model = mixture(2)
+    with pytest.raises(ValueError, match=r"experts is on the meta device, want plain tensors"):
+        qlora_ext.offload_experts(copy.deepcopy(model).to("meta"), "cpu")
+    qlora_ext.offload_experts(model, "cpu")
+    with pytest.raises(ValueError, match="offloaded already"):
+        qlora_ext.offload_experts(model, "cpu")
