@@ -1,6 +1,7 @@
 """Mixtures of experts through transformers: packed while loading, saved as stacks, reloaded; and
 checkpoints of the version that packed expert by expert."""
 
+import json
 import re
 
 import pytest
@@ -189,9 +190,10 @@ def test_no_conversion_of_transformers_takes_a_stack_for_its_own():
 def one_by_one(path, into):
     """Writes a packed checkpoint as that version did: experts.packed.2.up.weight."""
     into.mkdir()
-    for file in path.iterdir():
-        if file.suffix != ".safetensors":
-            (into / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == 2
+    config["quantization_config"]["format_version"] = 1
+    (into / "config.json").write_text(json.dumps(config))
     old = {}
     for key, tensor in load_file(path / "model.safetensors").items():
         match = re.fullmatch(r"(.*experts)\.((?:up|down)\.(\w+))", key)
@@ -217,6 +219,8 @@ def test_an_older_checkpoint_loads_as_stacks(name, tmp_path):
     again.save_pretrained(tmp_path / "again")  # in today's format
     stored = [load_file(tmp_path / way / "model.safetensors") for way in ("again", "new")]
     assert equal_tensors(*stored)
+    configs = [(tmp_path / way / "config.json").read_text() for way in ("again", "new")]
+    assert configs[0] == configs[1]
     dry = load(tmp_path / "old", device_map="meta")
     assert {n: t.shape for n, t in dry.state_dict().items()} == {
         n: t.shape for n, t in model.state_dict().items()
