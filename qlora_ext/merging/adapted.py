@@ -29,6 +29,8 @@ class AdaptedLayer:
     packed: Linear4bit | Stack4bit
     lora: tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], scaling
     expert: int | None = None  # its number in the stack
+    # Turns the adapter on or off, if it is not `module` itself that adds it.
+    switch: Callable[[bool], None] | None = None
 
     @property
     def called(self) -> str:
@@ -53,13 +55,18 @@ class AdaptedLayer:
 
 
 def adapted_experts(
-    name: str, module: nn.Module, stack: Stack4bit, A: Tensor, B: Tensor, scaling: float
+    name: str,
+    stack: Stack4bit,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    switch: Callable[[bool], None] | None = None,
 ) -> list[AdaptedLayer]:
     """The experts of a stack whose adapters are A [E, r, K] and B [E, N, r], fp32."""
     factors = zip(A.unbind(), B.unbind(), strict=True)
     return [
-        AdaptedLayer(name, module, stack, (a.contiguous(), b.contiguous(), scaling), expert)
-        for expert, (a, b) in enumerate(factors)
+        AdaptedLayer(name, stack, stack, (a.contiguous(), b.contiguous(), scaling), e, switch)
+        for e, (a, b) in enumerate(factors)
     ]
 
 
@@ -112,7 +119,7 @@ def _own(model: nn.Module) -> AdaptedModel:
         if isinstance(module, (LoraLinear4bit, LoraStack4bit)):
             A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
             if isinstance(module, LoraStack4bit):
-                layers += adapted_experts(name, module, module, A, B, module.scaling)
+                layers += adapted_experts(name, module, A, B, module.scaling)
             else:
                 layers.append(AdaptedLayer(name, module, module, (A, B, module.scaling)))
 

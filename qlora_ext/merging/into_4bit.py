@@ -162,6 +162,8 @@ def merge_into_4bit(
         new = _with_weight(layer.packed, q)
         replace_module(model, layer.module, new)
         swaps.append((new, layer.module))
+        if layer.switch is not None:
+            layer.switch(False)
 
     def target_of(layer: AdaptedLayer) -> Tensor:
         target = layer.target() if source is None else source.target(layer)
@@ -192,6 +194,9 @@ def merge_into_4bit(
     except BaseException:
         for new, old in reversed(swaps):
             replace_module(model, new, old)
+        for layer in layers:
+            if layer.switch is not None:
+                layer.switch(True)
         raise
     finally:
         for module, mode in modes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class OriginalWeights:
         key = f"{name}.weight"
         if expert is not None:  # PEFT's layers around the experts are in their name
             key = self.stacks[full_name].removeprefix("base_model.model.")
-            key = key.replace(".base_layer.", ".")
+            key = re.sub(r"(\.base_layer)+\.", ".", key)
         if key not in self.tensors:
             end = name.rpartition(".")[2] + ".weight"
             near = [k for k in self.tensors if isinstance(k, str) and k.endswith(end)]

@@ -19,8 +19,10 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT_DTYPES = tuple(_DTYPES.values())
 _NESTED_BLOCKSIZE = 256
-# The version of docs/format.md. It goes up when an older release would misread what a newer wrote.
-FORMAT_VERSION = 1
+# The version of docs/format.md. It goes up when an older release would misread what a newer wrote:
+# 2 has the experts of a mixture as stacks, for which a release of 1 would put random weights. A
+# checkpoint says the least version that can read it.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

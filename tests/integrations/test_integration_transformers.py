@@ -629,8 +629,8 @@ def test_truncated_weight(copy_of_packed):
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        (2, r"format_version is 2, want at most 1: a newer qlora_ext wrote .*; upgrade qlora_ext"),
-        ("1", r"format_version is '1', want an integer from 1 to 1"),
+        (3, r"format_version is 3, want at most 2: a newer qlora_ext wrote .*; upgrade qlora_ext"),
+        ("1", r"format_version is '1', want an integer from 1 to 2"),
         (True, r"format_version is True, want an integer"),
         (0, r"format_version is 0, want an integer"),
         (1, None),
@@ -650,7 +650,7 @@ def test_format_version(packed, copy_of_packed, how, version, said):
     assert config["quantization_config"].pop("format_version") == 1
     if version is not None:
         config["quantization_config"]["format_version"] = version
-    if version == 2:  # what a newer format may have
+    if version == 3:  # what a newer format may have
         config["quantization_config"]["swizzle"] = 7
     path.write_text(json.dumps(config))
     if said is None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...models.names import as_names
+from ...nn.stack import Stack4bit
 from ...tensor.config import FORMAT_VERSION, QuantConfig, check_format_version
 from .bitsandbytes_config import our_settings
 
@@ -62,11 +64,16 @@ class QLoraExtConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.checkpoint_format = checkpoint_format
-        self.format_version = FORMAT_VERSION  # what we write
+        self.format_version = 1  # what we write; set_format_version sets it for a model
         names = as_names(modules_to_not_convert, "QLoraExtConfig")
         self.modules_to_not_convert = None if modules_to_not_convert is None else names
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
+
+    def set_format_version(self, model: nn.Module) -> None:
+        """Sets the version that config.json says to the least that can read the packed model."""
+        has_stacks = any(isinstance(module, Stack4bit) for module in model.modules())
+        self.format_version = FORMAT_VERSION if has_stacks else 1
 
     def to_quant_config(self) -> QuantConfig:
         """The same settings as a `QuantConfig`, which `Linear4bit` takes.

@@ -222,10 +222,11 @@ class StackSingles(ConversionOps):
 def singles_stacked() -> list[WeightConverter]:
     """Converters for checkpoints of the version that packed a mixture expert by expert, under
     `experts.packed.7.up.weight`. They give today's `experts.up.weight`."""
+    # Longer keys first: in older releases `weight` matches the start of `weight_absmax`, too.
     return [
         WeightConverter(f"packed.*.{side}.{key}", f"{side}.{key}", [StackSingles()])
         for side in ("up", "down")
-        for key in (*_PACKED_KEYS, "bias")
+        for key in (*_PACKED_KEYS[:0:-1], "weight", "bias")
     ]
 
 

@@ -39,6 +39,7 @@ def mark_packed(model: nn.Module, config: QuantConfig, kept: list[str]) -> None:
                     each.config._is_quantized = True
     if isinstance(model, transformers.PreTrainedModel):
         settings = QLoraExtConfig(modules_to_not_convert=kept, **config.to_dict())
+        settings.set_format_version(model)
         model.hf_quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
         model.config.quantization_config = model.hf_quantizer.quantization_config
 

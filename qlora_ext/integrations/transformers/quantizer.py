@@ -336,6 +336,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             )
         if self.settings.checkpoint_format == "bitsandbytes":
             self.settings.checkpoint_format = "qlora_ext"
+        self.settings.set_format_version(model)
         # From here on the model is in our format, so saving must not convert it back.
         model._weight_conversions = [
             as_given(conversion)
