@@ -213,8 +213,7 @@ def load_adapter(
     names = parameter_names(model)
     for name, (lora_A, lora_B) in pairs.items():
         base = model.get_submodule(name)
-        in_config = _name_in_config(config, names, name)
-        r = rank_of(path, config, in_config, base, lora_A, lora_B)
+        r = rank_of(path, config, names.get(name, name), base, lora_A, lora_B)
         if name in present and present[name].r != r:
             raise ValueError(
                 f"load_adapter: {name} has an adapter of rank {present[name].r} and {path} has one "
@@ -222,7 +221,7 @@ def load_adapter(
             )
         settings[name] = {
             "r": r,
-            "lora_alpha": alpha_of(config, in_config),
+            "lora_alpha": alpha_of(config, names.get(name, name)),
             "lora_dropout": config.get("lora_dropout", 0.0),
             "use_rslora": config.get("use_rslora", False),
             "lora_dtype": lora_dtype,
@@ -242,15 +241,6 @@ def load_adapter(
         module.lora_B.requires_grad_(trainable)
     allow_training(model)
     return model
-
-
-def _name_in_config(config: dict, parameters: dict[str, str], name: str) -> str:
-    """The name that PEFT's rank_pattern and alpha_pattern have for a layer or a stack: that of its
-    parameter, if target_parameters names it."""
-    weight = f"{name}.weight"
-    if any(_ends_with(weight, target) for target in config.get("target_parameters") or ()):
-        return weight
-    return parameters.get(name, name)
 
 
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

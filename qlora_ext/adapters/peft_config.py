@@ -127,7 +127,12 @@ def exactly(name: str) -> str:
 
 def per_layer(config: dict, key: str, name: str, default):
     """The value for this layer in config[key], which holds PEFT's patterns, else default. A pattern
-    is a regular expression for the end of a layer's name."""
+    is a regular expression for the end of a layer's name; of its weight's, if target_parameters
+    names that."""
+    weight = f"{name}.weight"
+    targets = config.get("target_parameters") or ()
+    if any(weight == target or weight.endswith(f".{target}") for target in targets):
+        name = weight
     for pattern, value in config[key].items():
         if pattern.match(name):
             return value
