@@ -2,12 +2,10 @@
 # paths.sh PYTHON ARGUMENTS...: tests again on the paths that this CPU has and would not choose.
 # Without /proc/cpuinfo that is the portable path alone.
 set -eu
-# All that reaches the kernels, less what costs time elsewhere (torch.compile, T5) or is the same on
-# every path (opcheck: schemas and fakes).
-: "${PATH_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_properties.py
-  ops/test_bad_arguments.py ops/test_scaling.py ops/test_linear.py ops/test_real_weights.py
-  ops/test_grouped.py ops/test_grouped_autograd.py
-  tensor/test_state_dicts.py nn/test_modules.py nn/test_shared_input.py adapters/test_lora.py}"
+# What the kernels compute, less what costs time elsewhere (torch.compile, T5) or is the same on
+# every path (opcheck: schemas and fakes; checks of arguments; modules).
+: "${PATH_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_properties.py ops/test_scaling.py
+  ops/test_linear.py ops/test_real_weights.py ops/test_grouped.py ops/test_grouped_autograd.py}"
 # On each path that bitsandbytes' CPU library can take. Torch and bitsandbytes see the lesser CPU as
 # well there (tests/support/peers.py).
 : "${PEER_TESTS:=tensor/test_bitsandbytes.py integrations/test_integration_bitsandbytes.py}"

@@ -503,6 +503,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
 
 
 @ON_LINUX
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_larger_than_the_memory_allowed(name, tmp_path):
     """One layer whose experts take 192 MB, in 80: stored an expert a tensor, and as stacks. The
