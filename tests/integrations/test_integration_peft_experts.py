@@ -26,9 +26,9 @@ from qlora_ext.adapters.stacks import from_file, to_file
 from qlora_ext.integrations import peft as plugin
 from qlora_ext.integrations.peft import tuners, versions
 from qlora_ext.integrations.peft.experts import ParamWrapper, named_stacks
-from qlora_ext.nn import Experts4bit
+from qlora_ext.nn import Experts4bit, Stack4bit
 from qlora_ext.nn.dense import dense_layer
-from qlora_ext.tensor.functions import dequantize_4bit
+from qlora_ext.tensor.functions import dequantize_4bit, merge_lora_4bit, quantize_tensor
 
 adapts_stacks = pytest.mark.skipif(
     not versions.ADAPTS_STACKS, reason="PEFT before 0.19.1 takes a stack the other way round"
@@ -685,10 +685,42 @@ def test_merging_refuses_an_unadapted_stack_that_does_not_fit():
 
 
 @adapts_stacks
-def test_merging_into_4bit_by_calibration_is_refused():
+def test_merging_into_4bit_packs_each_experts_own_sum():
     packed, _ = both()
-    with pytest.raises(ValueError, match="is a mixture's packed experts with an adapter"):
-        qlora_ext.merge_into_4bit(packed)
+    before = wrapper_of(packed).get_base_layer()
+    sums = {}
+    for wrapper in (wrapper_of(packed), wrapper_of(packed).base_layer):
+        A, B, scaling = wrapper._stacked(["default"])
+        sums[wrapper.parameter_name] = [
+            merge_lora_4bit(wrapper.stack.quantized[e], A[e], B[e], scaling, torch.float32)
+            for e in range(wrapper.num_experts)
+        ]
+    merged = qlora_ext.merge_into_4bit(packed, base=packed_model().dequantize(), progress_bar=False)
+    experts = merged.model.layers[0].mlp.experts
+    assert type(experts) is Experts4bit and not hasattr(experts, "base_layer")
+    assert experts.names == before.names
+    for name, stack in experts.stacks().items():
+        assert type(stack) is Stack4bit
+        for e, total in enumerate(sums[name]):
+            want = quantize_tensor(total, stack.config)
+            assert torch.equal(stack.quantized[e].packed, want.packed)
+            assert torch.equal(stack.quantized[e].absmax, want.absmax)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+@adapts_stacks
+def test_merging_into_4bit_with_calibration_is_nearer():
+    distances = []
+    for calibrated in (True, False):
+        base = packed_model(num_hidden_layers=1)
+        dense = copy.deepcopy(base).dequantize()
+        packed = randomize(peft.get_peft_model(base, config(target_modules=[])))
+        want = logits(packed.base_model.model)
+        batches = [tiny.inputs(base, batch=8)["input_ids"]]
+        how = {"calibration": batches} if calibrated else {"base": dense}
+        merged = qlora_ext.merge_into_4bit(packed, **how, progress_bar=False)
+        distances.append((logits(merged) - want).norm().item())
+    assert distances[0] < distances[1], distances
 
 
 @adapts_stacks

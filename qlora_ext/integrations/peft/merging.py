@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...checks import check_parameters
-from ...merging.adapted import AdaptedLayer, AdaptedModel
+from ...merging.adapted import AdaptedLayer, AdaptedModel, adapted_experts
 from ...merging.dense import IN_MEMORY, leave_no_packed_layer
 from ...nn.dense import check_weight
 from ...nn.embedding import Embedding4bit
@@ -19,6 +19,7 @@ from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory
 from ...nn.packed import _Packed4bit
 from ...nn.stack import Stack4bit
+from .experts import ParamWrapper
 from .lora import PeftLoraLinear4bit
 from .stand_in import _check_whole, _holds_packed, _merge_to_4bit
 
@@ -130,6 +131,7 @@ def _adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             "the PeftModel itself"
         )
     layers = []
+    stacks = {module: name for name, module in model.named_modules()}
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -145,13 +147,9 @@ def _adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
                 f"merge_into_4bit: {name} is a packed embedding with an adapter, want adapters on "
                 "linear layers only; model.merge_and_unload() merges it into 16 bits"
             )
-        if isinstance(module.get_base_layer(), Experts4bit) and any(
-            name in module.r for name in module.active_adapters
-        ):
-            raise ValueError(
-                f"merge_into_4bit: {name} is a mixture's packed experts with an adapter, want "
-                "adapters on linear layers only; model.merge_and_unload() merges it into 16 bits"
-            )
+        if isinstance(module, ParamWrapper) and module.stack is not None:
+            layers += _adapted_stack(module, stacks)
+            continue
         if not isinstance(module.get_base_layer(), Linear4bit):
             continue
         active = [a for a in module.active_adapters if a in getattr(module, "lora_A", {})]
@@ -171,13 +169,28 @@ def _adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     return layers
 
 
+def _adapted_stack(module: ParamWrapper, names: dict[nn.Module, str]) -> list[AdaptedLayer]:
+    """The experts of the stack that `module` adapts."""
+    active = [a for a in module.active_adapters if a in module.lora_A]
+    if not active:
+        return []
+    A, B, scaling = module._stacked(active)
+    stack = module.stack
+    factors = (A.detach().float(), B.detach().float(), float(scaling))
+
+    def switch(on: bool) -> None:  # the wrapper hands its adapter to the merged stack, too
+        module._disable_adapters = not on
+
+    return adapted_experts(names[stack], stack, *factors, switch)
+
+
 def _unload(model: nn.Module) -> nn.Module:
     """The model that a PeftModel wraps, with the adapters of its dense layers merged."""
     dense = [
         module
         for module in model.modules()
         if isinstance(module, BaseTunerLayer)
-        and not isinstance(module.get_base_layer(), Linear4bit)
+        and not isinstance(module.get_base_layer(), (Linear4bit, Experts4bit))
     ]
     before = []  # the old tensors; safe_merge puts new ones into the parameters
     try:
