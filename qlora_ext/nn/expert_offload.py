@@ -79,15 +79,32 @@ class ExpertFetcher:
     def __init__(self, layers: list[Experts4bit], device: torch.device, streams=None):
         self.device = device
         self.streams = streams or _Streams(device)
-        self.stacks = [[layer.up, layer.down] for layer in layers]
-        self.layer_of = {stack: i for i, pair in enumerate(self.stacks) for stack in pair}
+        self.layers = layers
+        self.layer_of = self._layer_of_each_stack()
         self.last = -1  # the layer that was asked for last; -1: none yet
         nbytes = max(map(layer_bytes, layers))
         self.slots = [_Slot(nbytes, device) for _ in range(min(_SLOTS, len(layers)))]
 
-    @torch.compiler.disable
+    def _layer_of_each_stack(self) -> dict[Stack4bit, int]:
+        return {s: i for i, layer in enumerate(self.layers) for s in (layer.up, layer.down)}
+
+    def forget(self, stack: Stack4bit) -> None:
+        """The packed tensors of a stack have other bytes from now on, or other memory."""
+        for slot in self.slots:
+            if slot.layer is not None and slot.layer == self.layer_of.get(stack, slot.layer):
+                slot.layer = None
+
     def fetch(self, stack: Stack4bit, w4) -> Fetched:
         """w4, the ops' arguments with the tensors of a stack in host memory, on the device."""
+        if stack not in self.layer_of:  # adapters were added or removed
+            self.layer_of = self._layer_of_each_stack()
+            for slot in self.slots:
+                slot.layer = None
+        if stack not in self.layer_of:
+            raise RuntimeError(
+                f"{type(stack).__name__}: offload_experts keeps the bytes in host memory for a "
+                "layer of a model, and this stack is in none; copy.deepcopy gives one of its own"
+            )
         layer = self.layer_of[stack]
         slot = next((s for s in self.slots if s.layer == layer), None)
         if slot is None:
@@ -98,7 +115,7 @@ class ExpertFetcher:
         self.last = layer
         self.streams.wait(slot.ready)
         following = layer + step
-        if step and 0 <= following < len(self.stacks):
+        if step and 0 <= following < len(self.layers):
             other = next((s for s in self.slots if s is not slot), None)
             if other is not None and other.layer != following:
                 self._start(other, following)
@@ -107,7 +124,7 @@ class ExpertFetcher:
     def _start(self, slot: _Slot, layer: int) -> None:
         """Starts copying a layer's experts into a slot."""
         slot.layer, slot.views, start, pairs = layer, {}, 0, []
-        for stack in self.stacks[layer]:
+        for stack in (self.layers[layer].up, self.layers[layer].down):
             views: list[torch.Tensor | None] = []
             for source in _tensors(stack):
                 if source is None:

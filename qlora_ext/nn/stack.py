@@ -120,6 +120,8 @@ class Stack4bit(_Packed4bit):
         [E, r, in_features], B [E, out_features, r] and scaling of a LoRA that another module holds.
         """
         try:
+            if self.fetcher is not None:
+                return self._fetched_product(x, offsets, rows, adapter)
             return self._product(x, offsets, rows, adapter)
         except Exception:
             if not torch.compiler.is_compiling():
@@ -134,6 +136,16 @@ class Stack4bit(_Packed4bit):
     def _w4(self, is_traced: bool):
         w4 = super()._w4(is_traced)
         return w4 if self.fetcher is None else self.fetcher.fetch(self, w4)
+
+    def _unseal(self) -> None:
+        super()._unseal()
+        if self.fetcher is not None:
+            self.fetcher.forget(self)
+
+    def _copied_from(self, other) -> None:
+        super()._copied_from(other)
+        if self.fetcher is not None:
+            self.fetcher.forget(self)
 
     def __getstate__(self):
         return {**super().__getstate__(), "fetcher": None}  # a copy's experts are in host memory
@@ -152,6 +164,11 @@ class Stack4bit(_Packed4bit):
             return super()._apply(fn, recurse)
         # The packed bytes stay in host memory; bias and adapters move.
         return super()._apply(lambda t: t if t.dtype == torch.uint8 else fn(t), recurse)
+
+    @torch.compiler.disable
+    def _fetched_product(self, x, offsets, rows, adapter):
+        # A graph would save what was fetched, and the next layers overwrite it.
+        return self._product(x, offsets, rows, adapter)
 
     def _product(self, x, offsets, rows, adapter):
         w4, bias = self._w4(torch.compiler.is_compiling()), self._parameters["bias"]
