@@ -8,6 +8,7 @@ import copy
 import ctypes
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -164,6 +165,18 @@ def as_given(conversion):
         conversion = copy.copy(conversion)
         conversion.__class__ = WeightConverter
     return conversion
+
+
+def with_experts_apart(model, conversions: list) -> list:
+    """These conversions, which read a packed checkpoint, and those that merge the experts in other
+    files of the class. That checkpoint needed none, but the experts may be made dense and saved."""
+    made = {tuple(c.target_patterns) for c in conversions if isinstance(c, WeightConverter)}
+    of_class = get_model_conversion_mapping(model, add_legacy=False)
+    return conversions + [
+        conversion
+        for conversion in of_class
+        if by_expert(conversion) is not conversion and tuple(conversion.target_patterns) not in made
+    ]
 
 
 class ReadBitsandbytes(ConversionOps):

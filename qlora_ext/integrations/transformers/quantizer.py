@@ -43,6 +43,7 @@ from .conversions import (
     by_expert,
     reads_other_format,
     singles_stacked,
+    with_experts_apart,
 )
 from .files import (
     check_loaded,
@@ -343,6 +344,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if not reads_other_format(conversion)
         ]
         if self.pre_quantized:
+            model._weight_conversions = with_experts_apart(model, model._weight_conversions)
             for name, layer in layers.items():
                 damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
                 if damage:
