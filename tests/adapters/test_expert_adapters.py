@@ -84,6 +84,19 @@ def test_all_linear_adapts_experts():
     assert isinstance(model.model.layers[1].mlp.experts.down, LoraStack4bit)
 
 
+@pytest.mark.parametrize("kind", ["GptOss", "Olmoe", "GraniteMoe", "Ernie4_5_Moe"])
+def test_switches_know_the_mixtures(kind):
+    """mlp and the attention's switches need no names of layers."""
+    import transformers
+
+    settings = {**tiny.EXPERTS, "num_local_experts": 4, "num_experts": 4, "head_dim": 16}
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    add_lora(quantize_model(model, progress_bar=False), LoraConfig(mlp=True, projection=True))
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert names >= {"q_proj", "v_proj", "o_proj", "up", "down"}
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
