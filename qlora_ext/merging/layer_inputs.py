@@ -241,7 +241,7 @@ class LayerInputs:
             stop(module)
 
         def note_tokens(module, args, experts: Experts4bit) -> None:
-            x, _, rows = args
+            x, _, rows, *_ = args
             text = is_text(len(x), x.device)
             for stack in (experts.up, experts.down):
                 tokens.pop(id(stack), None)

@@ -156,6 +156,16 @@ def bytes_on_device(model: nn.Module) -> tuple[int, int]:
     return sum(layers), min(_SLOTS, len(layers)) * max(layers, default=0)
 
 
+def check_not_in_host(op: str, name: str, stack: Stack4bit) -> None:
+    """Raises ValueError if offload_experts keeps a stack in host memory."""
+    if stack.fetcher is not None:
+        raise ValueError(
+            f"{op}: offload_experts keeps {name} in host memory, want it where its adapter is to "
+            "merge into 4 bits: load the model and the adapter again without offload_experts, or "
+            "merge into 16 bits"
+        )
+
+
 def offload_experts(model: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
     """Keeps the packed experts of a mixture in host memory, and moves all else to a device.
 
