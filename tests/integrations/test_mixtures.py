@@ -99,7 +99,7 @@ def test_stacks_are_saved_whole_and_reload(name, normalization, count, tmp_path)
         assert equal_tensors(load_file(tmp_path / "again" / "model.safetensors"), stored)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "lfm2_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("name", MODELS)
 def test_made_dense_experts_are_saved_as_the_class_saves_them(name, tmp_path):
     """Though the packed checkpoint, which they were read from, has them together."""
     pytest.importorskip("typer")

@@ -46,7 +46,7 @@ from .conversions import (
     ReadBitsandbytes,
     by_expert,
     reads_other_format,
-    with_experts_apart,
+    with_those_of_experts,
 )
 from .quantizer import QLoraExtHfQuantizer
 
@@ -263,7 +263,7 @@ class Checkpoint:
         """The conversions that this checkpoint needed, which transformers reverses when it saves.
         Those that read another format of packed weights are left out."""
         used = [c for c in self.conversions if c.was_used() and not reads_other_format(c)]
-        return used if self.quantizer is None else with_experts_apart(self.model, used)
+        return used if self.quantizer is None else with_those_of_experts(self.model, used)
 
     # reading
 
