@@ -12,6 +12,7 @@ from .. import grouped_ops
 from ..checks import check_input
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import quantize_tensor
+from .dense_state import dense_shape
 from .linear import _share
 from .lora import _Lora
 from .packed import _UNSEEN, _frozen, _Packed4bit
@@ -91,8 +92,15 @@ class Stack4bit(_Packed4bit):
 
     @torch.no_grad()
     def set_expert(self, e: int, weight: torch.Tensor) -> None:
-        """Packs weight, [N, K] or [K, N] if is_transposed, as expert e. Raises RuntimeError for a
-        NaN or Inf, and leaves the expert as it was."""
+        """Packs weight, [N, K] or [K, N] if is_transposed, as expert e. Raises ValueError for
+        another shape, IndexError for e, and RuntimeError for a NaN or Inf; the expert stays as it
+        was."""
+        want = dense_shape(self)[1:]
+        if tuple(weight.shape) != want:
+            raise ValueError(
+                f"{type(self).__name__}: expert {e} has shape {list(weight.shape)}, want "
+                f"{list(want)}"
+            )
         q = quantize_tensor(weight.detach().T if self.is_transposed else weight, self.config)
         parts = {"weight": q.packed, "weight_absmax": q.absmax}
         parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
