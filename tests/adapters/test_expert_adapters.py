@@ -84,6 +84,21 @@ def test_all_linear_adapts_experts():
     assert isinstance(model.model.layers[1].mlp.experts.down, LoraStack4bit)
 
 
+def test_all_linear_leaves_out_a_gate_of_one_row():
+    import transformers
+
+    config = transformers.Qwen2MoeConfig(
+        **tiny.EXPERTS, num_experts=4, shared_expert_intermediate_size=48
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    quantize_model(model, progress_bar=False)
+    with pytest.warns(UserWarning, match="shared_expert_gate.*: a matrix of one row"):
+        add_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    block = model.model.layers[1].mlp
+    assert not hasattr(block.shared_expert_gate, "lora_A")
+    assert block.shared_expert.down_proj.r == block.experts.down.r == 2
+
+
 @pytest.mark.parametrize("kind", ["GptOss", "Olmoe", "GraniteMoe", "Ernie4_5_Moe"])
 def test_switches_know_the_mixtures(kind):
     """mlp and the attention's switches need no names of layers."""
