@@ -150,6 +150,25 @@ def test_experts_are_read_and_packed_one_after_another(tmp_path, monkeypatch):
     assert {type(c) for c in model._weight_conversions} == {WeightConverter, WeightRenaming}
 
 
+_OF_LINEAR = "self_attn.q_proj.bias"
+
+
+@pytest.mark.parametrize(
+    "stored, key",
+    [("packed", "mlp.experts.up.bias"), ("packed", _OF_LINEAR), ("dense", _OF_LINEAR)],
+)
+def test_a_bias_that_a_checkpoint_lacks_is_refused(stored, key, tmp_path):
+    """It would be whatever the memory held."""
+    quantized("gpt_oss", tmp_path).save_pretrained(tmp_path / "packed")
+    file = tmp_path / stored / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.{key}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    packs = {"quantization_config": qlora_ext.QLoraExtConfig()} if stored == "dense" else {}
+    with pytest.raises(CheckpointError, match=rf"lacks model\.layers\.1\.{re.escape(key)}"):
+        load(tmp_path / stored, **packs)
+
+
 def test_a_stack_of_another_shape_is_refused_with_its_file(tmp_path):
     make("mixtral").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
