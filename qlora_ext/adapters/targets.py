@@ -71,7 +71,9 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def layers_found(model: nn.Module) -> str:
-    return f"the linear layers of {type(model).__name__} are {linear_names(model)}"
+    text = f"the linear layers of {type(model).__name__} are {linear_names(model)}"
+    experts = stacked_names(parameter_names(model).values())
+    return text + (f", and its packed experts (for target_parameters) {experts}" if experts else "")
 
 
 def _family(model: nn.Module) -> Family:

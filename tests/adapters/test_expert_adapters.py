@@ -119,6 +119,7 @@ def test_switches_know_the_mixtures(kind):
         ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj', want a list"),
         ({"target_parameters": [3]}, "target_parameters holds 3, want names"),
         ({"target_modules": [], "target_parameters": []}, "target_modules is empty"),
+        ({"target_modules": ["down_proj"]}, r"\(for target_parameters\) .*experts\.down_proj"),
         ({"target_parameters": BOTH, "r": 33}, r"r is 33, want an integer from 1 to .* = 32"),
     ],
     ids=str,
