@@ -112,6 +112,8 @@ class ExpertFetcher:
             slot = next(s for s in self.slots if s.layer != self.last or len(self.slots) == 1)
             self._start(slot, layer)
         step = 1 if layer > self.last else -1 if layer < self.last else 0
+        if layer == 0:  # a forward pass starts, or a backward pass ends
+            step = 1
         self.last = layer
         self.streams.wait(slot.ready)
         following = layer + step

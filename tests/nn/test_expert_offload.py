@@ -112,6 +112,20 @@ def test_the_next_layer_is_copied_while_one_computes():
         assert between, "the copy was waited for at once"
 
 
+@torch.no_grad()
+def test_each_forward_pass_copies_ahead():
+    """As in generate: only the first layer of a pass is copied when it is asked for."""
+    model, _, streams = offloaded(mixture(4))
+    batch = tiny.inputs(model)
+    for _ in range(3):
+        started = len(streams.log)
+        model(**batch)
+        kinds = [entry[0] for entry in streams.log[started:] if entry[0] != "computed"]
+        # A wait for each of two stacks. Layers 1 and 2 start the copy of the next one.
+        later = [*2 * ["wait", "copy", "wait"], "wait", "wait"]
+        assert kinds == ["copy", "wait", "copy", "wait", *later]
+
+
 def test_no_copy_is_kept_for_the_backward_pass():
     model, fetcher, _ = offloaded(mixture(3))
     memory = {slot.memory.untyped_storage().data_ptr() for slot in fetcher.slots}
