@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..checks import check_finite, is_integer, is_number
 from ..models.walk import progress, replace_module
+from ..nn.expert_offload import check_not_in_host
 from ..nn.linear import Linear4bit
 from ..nn.stack import Stack4bit
 from ..tensor.config import FLOAT_DTYPES
@@ -95,7 +96,7 @@ def merge_into_4bit(
             vocabulary, or a batch that the model's forward cannot take (the error gives its
             number); damping is below 0 or not finite; hessian_bytes is not an int of at least 1;
             base does not exist, is not safetensors, lacks a layer, has another shape, or is not the
-            model that was packed.
+            model that was packed; offload_experts keeps adapted experts in host memory.
         OverflowError: a weight of base has a NaN or an infinity, or a sum W + s B A is not finite
             or does not fit a dense layer's dtype; the error names the layer.
 
@@ -141,6 +142,9 @@ def merge_into_4bit(
             stacklevel=2,
         )
         return adapted.merge_dense(dtype, progress_bar)
+    for layer in layers:
+        if layer.expert is not None:
+            check_not_in_host("merge_into_4bit", layer.name, layer.packed)
     source = None if base is None else OriginalWeights(base, model)
     batches = None if calibration is None else as_batches(calibration, model)
     if source is not None:

@@ -79,15 +79,32 @@ class ExpertFetcher:
     def __init__(self, layers: list[Experts4bit], device: torch.device, streams=None):
         self.device = device
         self.streams = streams or _Streams(device)
-        self.stacks = [[layer.up, layer.down] for layer in layers]
-        self.layer_of = {stack: i for i, pair in enumerate(self.stacks) for stack in pair}
+        self.layers = layers
+        self.layer_of = self._layer_of_each_stack()
         self.last = -1  # the layer that was asked for last; -1: none yet
         nbytes = max(map(layer_bytes, layers))
         self.slots = [_Slot(nbytes, device) for _ in range(min(_SLOTS, len(layers)))]
 
-    @torch.compiler.disable
+    def _layer_of_each_stack(self) -> dict[Stack4bit, int]:
+        return {s: i for i, layer in enumerate(self.layers) for s in (layer.up, layer.down)}
+
+    def forget(self, stack: Stack4bit) -> None:
+        """The packed tensors of a stack have other bytes from now on, or other memory."""
+        for slot in self.slots:
+            if slot.layer is not None and slot.layer == self.layer_of.get(stack, slot.layer):
+                slot.layer = None
+
     def fetch(self, stack: Stack4bit, w4) -> Fetched:
         """w4, the ops' arguments with the tensors of a stack in host memory, on the device."""
+        if stack not in self.layer_of:  # adapters were added or removed
+            self.layer_of = self._layer_of_each_stack()
+            for slot in self.slots:
+                slot.layer = None
+        if stack not in self.layer_of:
+            raise RuntimeError(
+                f"{type(stack).__name__}: offload_experts keeps the bytes in host memory for a "
+                "layer of a model, and this stack is in none; copy.deepcopy gives one of its own"
+            )
         layer = self.layer_of[stack]
         slot = next((s for s in self.slots if s.layer == layer), None)
         if slot is None:
@@ -95,10 +112,12 @@ class ExpertFetcher:
             slot = next(s for s in self.slots if s.layer != self.last or len(self.slots) == 1)
             self._start(slot, layer)
         step = 1 if layer > self.last else -1 if layer < self.last else 0
+        if layer == 0:  # a forward pass starts, or a backward pass ends
+            step = 1
         self.last = layer
         self.streams.wait(slot.ready)
         following = layer + step
-        if step and 0 <= following < len(self.stacks):
+        if step and 0 <= following < len(self.layers):
             other = next((s for s in self.slots if s is not slot), None)
             if other is not None and other.layer != following:
                 self._start(other, following)
@@ -107,7 +126,7 @@ class ExpertFetcher:
     def _start(self, slot: _Slot, layer: int) -> None:
         """Starts copying a layer's experts into a slot."""
         slot.layer, slot.views, start, pairs = layer, {}, 0, []
-        for stack in self.stacks[layer]:
+        for stack in (self.layers[layer].up, self.layers[layer].down):
             views: list[torch.Tensor | None] = []
             for source in _tensors(stack):
                 if source is None:
@@ -137,6 +156,16 @@ def bytes_on_device(model: nn.Module) -> tuple[int, int]:
     offload_experts keeps the rest in host memory."""
     layers = [layer_bytes(m) for m in model.modules() if isinstance(m, Experts4bit)]
     return sum(layers), min(_SLOTS, len(layers)) * max(layers, default=0)
+
+
+def check_not_in_host(op: str, name: str, stack: Stack4bit) -> None:
+    """Raises ValueError if offload_experts keeps a stack in host memory."""
+    if stack.fetcher is not None:
+        raise ValueError(
+            f"{op}: offload_experts keeps {name} in host memory, want it where its adapter is to "
+            "merge into 4 bits: load the model and the adapter again without offload_experts, or "
+            "merge into 16 bits"
+        )
 
 
 def offload_experts(model: nn.Module, device: torch.device | str = "cuda") -> nn.Module:

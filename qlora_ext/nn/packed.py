@@ -185,7 +185,9 @@ class _Packed4bit(nn.Module):
 
     def _in_place_of(self, other: _Packed4bit):
         """Takes what other libraries look for on `other`. Returns self."""
-        self.weight_marks, self.adapter_dtype = other.weight_marks, other.adapter_dtype
+        for key in ("weight_marks", "adapter_dtype"):
+            if key in other.__dict__:  # the class's own weight_marks cannot be copied or pickled
+                setattr(self, key, getattr(other, key))
         return self
 
     def _held(self) -> list[torch.Tensor]:

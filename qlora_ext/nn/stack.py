@@ -12,6 +12,7 @@ from .. import grouped_ops
 from ..checks import check_input
 from ..tensor.config import FLOAT_DTYPES
 from ..tensor.functions import quantize_tensor
+from .dense_state import dense_shape
 from .linear import _share
 from .lora import _Lora
 from .packed import _UNSEEN, _frozen, _Packed4bit
@@ -91,8 +92,15 @@ class Stack4bit(_Packed4bit):
 
     @torch.no_grad()
     def set_expert(self, e: int, weight: torch.Tensor) -> None:
-        """Packs weight, [N, K] or [K, N] if is_transposed, as expert e. Raises RuntimeError for a
-        NaN or Inf, and leaves the expert as it was."""
+        """Packs weight, [N, K] or [K, N] if is_transposed, as expert e. Raises ValueError for
+        another shape, IndexError for e, and RuntimeError for a NaN or Inf; the expert stays as it
+        was."""
+        want = dense_shape(self)[1:]
+        if tuple(weight.shape) != want:
+            raise ValueError(
+                f"{type(self).__name__}: expert {e} has shape {list(weight.shape)}, want "
+                f"{list(want)}"
+            )
         q = quantize_tensor(weight.detach().T if self.is_transposed else weight, self.config)
         parts = {"weight": q.packed, "weight_absmax": q.absmax}
         parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
@@ -120,6 +128,8 @@ class Stack4bit(_Packed4bit):
         [E, r, in_features], B [E, out_features, r] and scaling of a LoRA that another module holds.
         """
         try:
+            if self.fetcher is not None:
+                return self._fetched_product(x, offsets, rows, adapter)
             return self._product(x, offsets, rows, adapter)
         except Exception:
             if not torch.compiler.is_compiling():
@@ -134,6 +144,16 @@ class Stack4bit(_Packed4bit):
     def _w4(self, is_traced: bool):
         w4 = super()._w4(is_traced)
         return w4 if self.fetcher is None else self.fetcher.fetch(self, w4)
+
+    def _unseal(self) -> None:
+        super()._unseal()
+        if self.fetcher is not None:
+            self.fetcher.forget(self)
+
+    def _copied_from(self, other) -> None:
+        super()._copied_from(other)
+        if self.fetcher is not None:
+            self.fetcher.forget(self)
 
     def __getstate__(self):
         return {**super().__getstate__(), "fetcher": None}  # a copy's experts are in host memory
@@ -152,6 +172,11 @@ class Stack4bit(_Packed4bit):
             return super()._apply(fn, recurse)
         # The packed bytes stay in host memory; bias and adapters move.
         return super()._apply(lambda t: t if t.dtype == torch.uint8 else fn(t), recurse)
+
+    @torch.compiler.disable
+    def _fetched_product(self, x, offsets, rows, adapter):
+        # A graph would save what was fetched, and the next layers overwrite it.
+        return self._product(x, offsets, rows, adapter)
 
     def _product(self, x, offsets, rows, adapter):
         w4, bias = self._w4(torch.compiler.is_compiling()), self._parameters["bias"]

@@ -84,6 +84,34 @@ def test_all_linear_adapts_experts():
     assert isinstance(model.model.layers[1].mlp.experts.down, LoraStack4bit)
 
 
+def test_all_linear_leaves_out_a_gate_of_one_row():
+    import transformers
+
+    config = transformers.Qwen2MoeConfig(
+        **tiny.EXPERTS, num_experts=4, shared_expert_intermediate_size=48
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    quantize_model(model, progress_bar=False)
+    with pytest.warns(UserWarning, match="shared_expert_gate.*: a matrix of one row"):
+        add_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    block = model.model.layers[1].mlp
+    assert not hasattr(block.shared_expert_gate, "lora_A")
+    assert block.shared_expert.down_proj.r == block.experts.down.r == 2
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Olmoe", "GraniteMoe", "Ernie4_5_Moe"])
+def test_switches_know_the_mixtures(kind):
+    """mlp and the attention's switches need no names of layers."""
+    import transformers
+
+    settings = {**tiny.EXPERTS, "num_local_experts": 4, "num_experts": 4, "head_dim": 16}
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    add_lora(quantize_model(model, progress_bar=False), LoraConfig(mlp=True, projection=True))
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert names >= {"q_proj", "v_proj", "o_proj", "up", "down"}
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -91,6 +119,7 @@ def test_all_linear_adapts_experts():
         ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj', want a list"),
         ({"target_parameters": [3]}, "target_parameters holds 3, want names"),
         ({"target_modules": [], "target_parameters": []}, "target_modules is empty"),
+        ({"target_modules": ["down_proj"]}, r"\(for target_parameters\) .*experts\.down_proj"),
         ({"target_parameters": BOTH, "r": 33}, r"r is 33, want an integer from 1 to .* = 32"),
     ],
     ids=str,

@@ -110,6 +110,31 @@ def test_stacks_are_saved_whole_and_reload(name, normalization, count, tmp_path)
         assert equal_tensors(load_file(tmp_path / "again" / "model.safetensors"), stored)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_made_dense_experts_are_saved_as_the_class_saves_them(name, tmp_path):
+    """Though the packed checkpoint, which they were read from, has them together."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from qlora_ext.cli import app
+
+    quantized(name, tmp_path).save_pretrained(tmp_path / "packed")
+    model = load(tmp_path / "packed")
+    config = qlora_ext.LoraConfig(r=2, target_modules=(), target_parameters=["down_proj"])
+    qlora_ext.add_lora(model, config)
+    qlora_ext.save_adapter(model, tmp_path / "adapter")
+    merged = qlora_ext.merge_and_unload(model, torch.float32, progress_bar=False)
+    merged.save_pretrained(tmp_path / "merged")
+    arguments = ["merge", *(str(tmp_path / f) for f in ("packed", "adapter", "command"))]
+    result = CliRunner().invoke(app.app, [*arguments, "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    want = {key: t.shape for key, t in load_file(tmp_path / "dense/model.safetensors").items()}
+    for folder in ("merged", "command"):
+        stored = load_file(tmp_path / folder / "model.safetensors")
+        assert {key: t.shape for key, t in stored.items()} == want
+        assert torch.equal(tiny.logits(load(tmp_path / folder)), tiny.logits(merged))
+
+
 @BY_EXPERT
 def test_experts_are_read_and_packed_one_after_another(tmp_path, monkeypatch):
     """Of the dense weights, one expert's are in memory at a time."""
@@ -135,6 +160,25 @@ def test_experts_are_read_and_packed_one_after_another(tmp_path, monkeypatch):
     assert down == 2 * [[w for e in range(4) for w in ("read", f"expert {e} [64, 96]")]]
     assert not model.hf_quantizer.stacks
     assert {type(c) for c in model._weight_conversions} == {WeightConverter, WeightRenaming}
+
+
+_OF_LINEAR = "self_attn.q_proj.bias"
+
+
+@pytest.mark.parametrize(
+    "stored, key",
+    [("packed", "mlp.experts.up.bias"), ("packed", _OF_LINEAR), ("dense", _OF_LINEAR)],
+)
+def test_a_bias_that_a_checkpoint_lacks_is_refused(stored, key, tmp_path):
+    """It would be whatever the memory held."""
+    quantized("gpt_oss", tmp_path).save_pretrained(tmp_path / "packed")
+    file = tmp_path / stored / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.{key}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    packs = {"quantization_config": qlora_ext.QLoraExtConfig()} if stored == "dense" else {}
+    with pytest.raises(CheckpointError, match=rf"lacks model\.layers\.1\.{re.escape(key)}"):
+        load(tmp_path / stored, **packs)
 
 
 @BY_EXPERT

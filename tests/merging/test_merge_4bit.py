@@ -356,6 +356,15 @@ def test_base_gives_each_expert_its_quantized_sum(normalization):
                 one, other = getattr(got, key), getattr(q, key)
                 assert one is other is None or torch.equal(one, other), (name, e, key)
     assert 0 < distance(model, tiny.logits(want)) < 0.5 * tiny.logits(want).norm()
+    assert torch.equal(tiny.logits(copy.deepcopy(model)), tiny.logits(model))
+
+
+def test_experts_in_host_memory_are_refused():
+    """Their adapters are on another device."""
+    model = qlora_ext.offload_experts(trained("qwen3_moe", config=EXPERTS), "cpu")
+    with pytest.raises(ValueError, match=r"experts\.up in host memory, want it where its adapter"):
+        run(model, base=tiny.make("qwen3_moe"))
+    assert len(adapted_names(model)) == 4
 
 
 @pytest.mark.parametrize("layers", [("up", "down"), ("down",)])

@@ -10,6 +10,7 @@ import qlora_ext
 import tiny_models as tiny
 from qlora_ext.nn import Experts4bit
 from qlora_ext.nn.expert_offload import ExpertFetcher
+from qlora_ext.nn.linear import _share
 
 pytest.importorskip("transformers")
 
@@ -71,7 +72,7 @@ def mixture(layers=4):
 
 
 def losses_and_gradients(model):
-    batch = tiny.inputs(model)
+    batch = tiny.inputs(getattr(model, "_orig_mod", model))
     loss = model(**batch, labels=batch["input_ids"]).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
@@ -111,6 +112,20 @@ def test_the_next_layer_is_copied_while_one_computes():
         assert between, "the copy was waited for at once"
 
 
+@torch.no_grad()
+def test_each_forward_pass_copies_ahead():
+    """As in generate: only the first layer of a pass is copied when it is asked for."""
+    model, _, streams = offloaded(mixture(4))
+    batch = tiny.inputs(model)
+    for _ in range(3):
+        started = len(streams.log)
+        model(**batch)
+        kinds = [entry[0] for entry in streams.log[started:] if entry[0] != "computed"]
+        # A wait for each of two stacks. Layers 1 and 2 start the copy of the next one.
+        later = [*2 * ["wait", "copy", "wait"], "wait", "wait"]
+        assert kinds == ["copy", "wait", "copy", "wait", *later]
+
+
 def test_no_copy_is_kept_for_the_backward_pass():
     model, fetcher, _ = offloaded(mixture(3))
     memory = {slot.memory.untyped_storage().data_ptr() for slot in fetcher.slots}
@@ -143,6 +158,32 @@ def test_layers_out_of_order_and_a_layer_twice():
     torch.testing.assert_close(got, x.grad)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_other_bytes_and_adapters_later(assign):
+    model = qlora_ext.quantize_model(tiny.make("qwen3_moe"), progress_bar=False)
+    other = qlora_ext.quantize_model(tiny.make("qwen3_moe", seed=1), progress_bar=False)
+    want = tiny.logits(other)
+    offloaded(model)
+    tiny.logits(model)  # the device now holds these experts
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(tiny.logits(model), want)
+    for each in (model, other):
+        qlora_ext.add_lora(each, qlora_ext.LoraConfig(r=2, mlp=True))
+        for name, parameter in each.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.constant_(parameter, 0.1)
+    for got, want in zip(losses_and_gradients(model), losses_and_gradients(other)):
+        assert torch.equal(got, want)
+
+
+def test_compiled():
+    plain = mixture(4).train()
+    model, _, _ = offloaded(copy.deepcopy(plain))
+    compiled = torch.compile(model, backend="aot_eager")
+    for got, want in zip(losses_and_gradients(compiled), losses_and_gradients(plain)):
+        torch.testing.assert_close(got, want)
+
+
 def test_moves_and_saves(tmp_path):
     model, _, _ = offloaded(mixture(2))
     plain = mixture(2)
@@ -171,3 +212,8 @@ def test_what_is_refused():
     qlora_ext.offload_experts(model, "cpu")
     with pytest.raises(ValueError, match="offloaded already"):
         qlora_ext.offload_experts(model, "cpu")
+    stack = model.model.layers[0].mlp.experts.up
+    alone = type(stack).__new__(type(stack))
+    _share(stack, alone)
+    with pytest.raises(RuntimeError, match="this stack is in none; copy"):
+        alone(torch.randn(1, 64), torch.tensor([0, 1, 1, 1], dtype=torch.int32))

@@ -231,6 +231,12 @@ def test_pickles_of_single_experts_load(tmp_path):
 
 
 def test_bad_experts_are_refused():
+    stack = Stack4bit.from_dense(torch.ones(2, 4, 6), is_transposed=True)
+    before = stack.weight.clone()
+    for weight in (torch.ones(6, 4), torch.ones(3, 8), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"expert 1 has shape \[.*\], want \[4, 6\]"):
+            stack.set_expert(1, weight)
+    assert torch.equal(stack.weight, before)
     with pytest.raises(TypeError, match="experts is a Linear, want a module with"):
         Experts4bit.from_experts(torch.nn.Linear(4, 4))
     experts = tiny.experts("mixtral")

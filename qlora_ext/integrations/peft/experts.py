@@ -22,6 +22,7 @@ from torch import nn
 from ...checks import check_finite
 from ...models.walk import check_whole
 from ...nn.dense import dense_experts, merged_stack
+from ...nn.expert_offload import check_not_in_host
 from ...nn.experts import Experts4bit
 from ...nn.linear import _share
 from ...nn.offload import device_of
@@ -217,6 +218,7 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         holder, packed, name = _innermost(self), _packed_base(self), self.parameter_name
         current = holder.base_layer
         if _merge_to_4bit.get():
+            check_not_in_host("merge", self._name, packed.stacks()[name])
             _warn_of_requantizing()
             if not isinstance(current, Experts4bit):
                 raise ValueError(

@@ -41,7 +41,13 @@ from .building import (
     unquantized,
 )
 from .config import QLoraExtConfig
-from .conversions import ByExpert, ReadBitsandbytes, by_expert, reads_other_format
+from .conversions import (
+    ByExpert,
+    ReadBitsandbytes,
+    by_expert,
+    reads_other_format,
+    with_those_of_experts,
+)
 from .quantizer import QLoraExtHfQuantizer
 
 
@@ -256,7 +262,8 @@ class Checkpoint:
     def used_conversions(self) -> list:
         """The conversions that this checkpoint needed, which transformers reverses when it saves.
         Those that read another format of packed weights are left out."""
-        return [c for c in self.conversions if c.was_used() and not reads_other_format(c)]
+        used = [c for c in self.conversions if c.was_used() and not reads_other_format(c)]
+        return used if self.quantizer is None else with_those_of_experts(self.model, used)
 
     # reading
 

@@ -8,20 +8,23 @@ import copy
 import ctypes
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
     MergeModulelist,
     WeightConverter,
+    WeightRenaming,
 )
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...nn.experts import is_fused_experts
+from ...nn.experts import Experts4bit, is_fused_experts
 from ...nn.linear import Linear4bit
 from ...nn.packed import _PACKED_KEYS
 from ...nn.stack import Stack4bit
 from ...tensor.functions import quantize_tensor
 from ...tensor.quantized import QuantizedTensor
+from .versions import saved_key
 
 
 class Quantize(ConversionOps):
@@ -164,6 +167,29 @@ def as_given(conversion):
         conversion = copy.copy(conversion)
         conversion.__class__ = WeightConverter
     return conversion
+
+
+def with_those_of_experts(model, conversions: list) -> list:
+    """These conversions, which read a packed checkpoint, and those that read the experts in other
+    files of the class. That checkpoint needed none, but the experts may be made dense and saved."""
+    dense, packed = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, Experts4bit):
+            dense += [f"{name}.{key}" for key in module.stacks()]
+            packed += [f"{name}.{key}" for key, _ in module.named_parameters()]
+    made = {tuple(c.target_patterns) for c in conversions}
+    added = []
+    for conversion in get_model_conversion_mapping(model, add_legacy=False):
+        if tuple(conversion.target_patterns) in made:
+            continue
+        if type(conversion) is WeightRenaming:
+            back = [conversion.reverse_transform()]
+            renames = [any(saved_key(n, back, [])[0] != n for n in ns) for ns in (dense, packed)]
+            if renames == [True, False]:
+                added.append(conversion)
+        elif by_expert(conversion) is not conversion:
+            added.append(conversion)
+    return conversions + added
 
 
 class ReadBitsandbytes(ConversionOps):

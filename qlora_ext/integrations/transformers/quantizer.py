@@ -43,6 +43,7 @@ from .conversions import (
     by_expert,
     reads_other_format,
     singles_stacked,
+    with_those_of_experts,
 )
 from .files import (
     check_loaded,
@@ -276,6 +277,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
                         values = local_part(bias)
                         check_read(model, f"{name}.{key}_bias", values, self.checkpoint_files)
                     stack.bias = torch.nn.Parameter(bias, requires_grad=False)
+                    stack.bias._is_hf_initialized = True  # read, or initialised by transformers
                 stacks[key] = stack
             down = stacks.pop("down_proj")
             (up,) = stacks.values()
@@ -321,7 +323,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             f"{name}.{key}"
             for name, layer in layers.items()
             for key, parameter in layer.named_parameters()
-            if key.startswith("weight") and not getattr(parameter, "_is_hf_initialized", False)
+            if (key.startswith("weight") or (key == "bias" and not parameter.is_meta))
+            and not getattr(parameter, "_is_hf_initialized", False)
         ]
         if missing:
             advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
@@ -344,6 +347,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if not reads_other_format(conversion)
         ]
         if self.pre_quantized:
+            model._weight_conversions = with_those_of_experts(model, model._weight_conversions)
             for name, layer in layers.items():
                 damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
                 if damage:
