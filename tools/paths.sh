@@ -9,6 +9,7 @@ set -eu
 # On each path that bitsandbytes' CPU library can take. Torch and bitsandbytes see the lesser CPU as
 # well there (tests/support/peers.py).
 : "${PEER_TESTS:=tensor/test_bitsandbytes.py integrations/test_integration_bitsandbytes.py}"
+: "${PEER_PATHS:=portable avx2 avx512}"
 python=$1
 shift
 
@@ -30,4 +31,4 @@ on() {
 
 on 'portable avx2' "$PATH_TESTS" -m 'not slow' \
   -k 'not simt and not cuda and not compile and not opcheck and not t5' "$@"
-on 'portable avx2 avx512' "$PEER_TESTS" -m 'not slow' "$@"
+on "$PEER_PATHS" "$PEER_TESTS" -m 'not slow' "$@"

@@ -461,6 +461,7 @@ ON_LINUX = pytest.mark.skipif(
 
 
 @ON_LINUX
+@pytest.mark.slow
 def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
     """A checkpoint of several shards, its largest weight 4 MB, with two fifths of its size allowed
     beyond what the libraries take by themselves. Loading it whole fails under the same limit.

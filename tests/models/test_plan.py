@@ -15,7 +15,7 @@ import tiny_models as tiny
 from qlora_ext import LoraConfig, add_lora, merge_and_unload, quantize_model
 from qlora_ext.models.names import Names, as_names, matches
 from qlora_ext.models.reads import read_past_forward
-from qlora_ext.nn import Embedding4bit, Linear4bit
+from qlora_ext.nn import Embedding4bit, Linear4bit, Stack4bit
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one
 
 
 def packed_names(model):
-    return {name for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    return {name for name, m in model.named_modules() if isinstance(m, (Linear4bit, Stack4bit))}
 
 
 def quantize(model, *args, **settings):

@@ -265,7 +265,7 @@ def _link(objects, target, extra, sanitize):
 PTX_ARCHS = ("75", "80", "90a")
 # Long functions of short statements, many of no effect. Registers are local variables, which
 # no address can reach; UBSan would take minutes, and the instructions check alignment themselves.
-PTX_FLAGS = ["-O1", "-w", "-fno-sanitize=undefined", "-fno-sanitize-address-use-after-scope"]
+PTX_FLAGS = ["-O1", "-g0", "-w", "-fno-sanitize=undefined", "-fno-sanitize-address-use-after-scope"]
 PTX_FLAGS += ["--param", "asan-stack=0"]
 
 
