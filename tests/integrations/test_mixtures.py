@@ -110,6 +110,10 @@ def test_stacks_are_saved_whole_and_reload(name, normalization, count, tmp_path)
         assert equal_tensors(load_file(tmp_path / "again" / "model.safetensors"), stored)
 
 
+@pytest.mark.skipif(
+    RELEASE < (5, 8),
+    reason="transformers' own code cannot save some of these models then, or has no fused experts",
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_made_dense_experts_are_saved_as_the_class_saves_them(name, tmp_path):
     """Though the packed checkpoint, which they were read from, has them together."""

@@ -285,6 +285,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             replace_module(model, module, experts)
             if device is not None:
                 offload(experts, device)
+                for parameter in experts.parameters():  # accelerate has made new ones
+                    parameter._is_hf_initialized = True
         self.expert_names = frozenset()
         return missing
 
