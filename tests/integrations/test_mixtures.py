@@ -111,7 +111,7 @@ def test_stacks_are_saved_whole_and_reload(name, normalization, count, tmp_path)
 
 
 @pytest.mark.skipif(
-    RELEASE < (5, 8),
+    versions.RELEASE < (5, 8),
     reason="transformers' own code cannot save some of these models then, or has no fused experts",
 )
 @pytest.mark.parametrize("name", MODELS)
