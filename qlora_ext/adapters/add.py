@@ -130,10 +130,10 @@ def add_lora(
     """Freezes a model and puts a trainable adapter on the layers that config selects, in place.
 
     Packed layers become LoraLinear4bit, the stacks of a mixture's experts LoraStack4bit (without
-    dropout), unquantized layers (a head) LoraLinear. Their weights are
-    shared, not copied. Until it is trained, the model computes what it did before. If a head's
-    weight is tied to the embedding, only the head gets the adapter; the embedding does not change.
-    If accelerate offloads a layer, its adapter stays on the device that the layer computes on.
+    dropout), unquantized layers (a head) LoraLinear. Their weights are shared, not copied. Until it
+    is trained, the model computes what it did before. If a head's weight is tied to the embedding,
+    only the head gets the adapter; the embedding does not change. If accelerate offloads a layer,
+    its adapter stays on the device that the layer computes on.
 
     Args:
         model: quantized with quantize_model or from_pretrained, or not quantized.

@@ -14,6 +14,7 @@ from ..checks import check_finite
 from ..files import SafetensorsFiles
 from ..models.walk import check_whole, stacked_names
 from ..nn.embedding import Embedding4bit
+from ..nn.experts import parameter_names
 from ..nn.linear import Linear4bit
 from ..nn.offload import keep_adapter, loaded, value_of
 from ..nn.stack import LoraStack4bit, Stack4bit
@@ -42,7 +43,6 @@ from .stacks import (
     from_file,
     is_swapped,
     keys_in_file,
-    parameter_names,
     to_file,
 )
 from .targets import (

@@ -13,26 +13,12 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import nn
 
-from ..nn.experts import Experts4bit
 from ..nn.stack import Stack4bit
 from ..text import shorten
 
 # The release that stores A and B as above; written into our files.
 LAYOUT_OF = "0.19.1"
-
-
-def parameter_names(model: nn.Module) -> dict[str, str]:
-    """Name of each Stack4bit in model -> the name of the dense parameter that it was."""
-    names = {}
-    for holder, module in model.named_modules():
-        if isinstance(module, Experts4bit):
-            inside = {id(part): name for name, part in module.named_children()}
-            for parameter, stack in module.stacks().items():
-                start = f"{holder}." if holder else ""
-                names[f"{start}{inside[id(stack)]}"] = f"{start}{parameter}"
-    return names
 
 
 def keys_in_file(parameters: list[str]) -> dict[str, str]:

@@ -12,12 +12,11 @@ from ..models.architectures import FAMILIES, Family
 from ..models.plan import is_factor
 from ..models.reads import read_past_forward
 from ..models.walk import linear_names, output_embeddings, stacked_names
-from ..nn.experts import is_fused_experts
+from ..nn.experts import is_fused_experts, parameter_names
 from ..nn.linear import is_conv1d, is_plain_linear, linear_shape
 from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
 from ..nn.stack import Stack4bit
-from .stacks import parameter_names
 
 
 def _is_adaptable(module: nn.Module) -> bool:

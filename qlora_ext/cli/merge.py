@@ -16,7 +16,6 @@ from ..adapters.add import with_adapter
 from ..adapters.config import LoraConfig
 from ..adapters.files import load_adapter, read_pairs
 from ..adapters.peft_config import alpha_of, rank_of, read_adapter_config
-from ..adapters.stacks import parameter_names
 from ..checks import check_finite, check_parameters
 from ..files import SafetensorsFiles, extra_files, fingerprint, read_prefix, reading
 from ..integrations.transformers.building import read_config, unquantized
@@ -27,7 +26,7 @@ from ..merging.into_4bit import merge_into_4bit
 from ..models.quantize import quantize_model
 from ..models.walk import replace_module
 from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
-from ..nn.experts import is_fused_experts, up_name
+from ..nn.experts import is_fused_experts, parameter_names, up_name
 from ..nn.linear import is_conv1d
 from ..nn.packed import _Packed4bit
 from ..tensor.config import QuantConfig

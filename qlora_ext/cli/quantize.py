@@ -51,13 +51,8 @@ def packed_experts(
                 stack.set_expert(e, weight)
             except RuntimeError as error:
                 raise RuntimeError(f"{key}[{e}]: {error}") from error
-        if module.has_bias:
-            bias = module._parameters[f"{key}_bias"].detach()
-            stack.bias = nn.Parameter(bias, requires_grad=False)
         stacks[key] = stack
-    down = stacks.pop("down_proj")
-    (up,) = stacks.values()
-    return Experts4bit._in_place_of(module, up, down)
+    return Experts4bit._in_place_of(module, stacks)
 
 
 def pack_like(result: nn.Module, config: QuantConfig, checkpoint: Checkpoint):

@@ -233,9 +233,13 @@ def _stacked(experts: list[QuantizedTensor]) -> QuantizedTensor:
 def _with_weight(packed: Linear4bit | Stack4bit, q: QuantizedTensor) -> Linear4bit | Stack4bit:
     """A layer like `packed`, but without an adapter and with weight q. The bias is shared."""
     if isinstance(packed, Stack4bit):
-        new = Stack4bit.__new__(Stack4bit)
-        nn.Module.__init__(new)
-        new._init_stack(tuple(packed._shape), packed.config, packed.dtype, packed.is_transposed)
+        new = Stack4bit.empty(
+            packed._shape,
+            packed.config,
+            dtype=packed.dtype,
+            device="meta",
+            is_transposed=packed.is_transposed,
+        )
     else:
         new = Linear4bit.__new__(Linear4bit)
         nn.Module.__init__(new)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import hosts
-from ..adapters.stacks import parameter_names
 from ..checks import check_finite, not_readable
 from ..files import SafetensorsFiles
 from ..nn.dense import adapted_weight
+from ..nn.experts import parameter_names
 from ..nn.linear import Linear4bit
 from ..nn.stack import Stack4bit
 from ..tensor.config import FLOAT_DTYPES

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from ..nn.experts import Experts4bit
+from ..nn.experts import parameter_names
 from .method_source import forget_sources
 from .reads import read_in_frame
 from .walk import is_packed
@@ -105,12 +105,7 @@ class _Search:
         self.layers = {m: name for name, m in root.named_modules() if is_packed(m)}
         self.names = {m: name for name, m in root.named_modules()}
         # A stack of experts has no name in the unquantized model, but its holder has.
-        self.holders = {
-            stack: name
-            for name, m in root.named_modules()
-            if isinstance(m, Experts4bit)
-            for stack in (m.up, m.down)
-        }
+        self.stacks = parameter_names(root)
         self.tensors = {
             id(p): layer for layer in self.layers for p in layer._parameters.values()
             if p is not None and p.dtype is torch.uint8
@@ -198,7 +193,8 @@ class _Search:
         first = layers[0]
         names = [".".join(_parts(self.layers[layer])) for layer in layers]
         more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-        kept = (self.holders.get(layer, self.layers[layer]) for layer in layers)
+        kept = (self.layers[layer] for layer in layers)
+        kept = (name.rpartition(".")[0] if name in self.stacks else name for name in kept)
         keep = list(dict.fromkeys(map(_keep, kept)))[:_MOST]
         weight = first._parameters.get("weight")
         stored = "bytes" if weight is None else f"uint8 {list(weight.shape)}"

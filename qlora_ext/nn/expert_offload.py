@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .experts import Experts4bit
+from .packed import _PACKED_KEYS
 from .stack import Stack4bit
 
 _SLOTS = 2  # layers on the device at a time
@@ -142,7 +143,7 @@ class ExpertFetcher:
 
 
 def _tensors(stack: Stack4bit) -> list[torch.Tensor | None]:
-    return [stack._parameters[f"weight{key}"] for key in ("", "_absmax", "_nested", "_mean")]
+    return [stack._parameters[key] for key in _PACKED_KEYS if key != "weight_codebook"]
 
 
 def layer_bytes(layer: Experts4bit) -> int:

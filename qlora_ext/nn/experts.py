@@ -85,20 +85,25 @@ class Experts4bit(nn.Module):
             raise TypeError(
                 f"{cls.__name__}: experts are sharded over devices, want the whole layer in one"
             )
-        up, down = (_pack(experts, name, config) for name in (up_name(experts), "down_proj"))
-        return cls._in_place_of(experts, up, down)
+        names = (up_name(experts), "down_proj")
+        return cls._in_place_of(experts, {name: _pack(experts, name, config) for name in names})
 
     @classmethod
-    def _in_place_of(cls, experts: nn.Module, up: Stack4bit, down: Stack4bit):
-        """The two stacks with the gate, activation and norm of a fused-experts module."""
+    def _in_place_of(cls, experts: nn.Module, stacks: dict[str, Stack4bit]):
+        """The stacks of a fused-experts module, by the names of its parameters, with its biases,
+        gate, activation and norm."""
         names = (up_name(experts), "down_proj")
+        if experts.has_bias:
+            for name, stack in stacks.items():
+                bias = getattr(experts, f"{name}_bias").detach().clone()
+                stack.bias = nn.Parameter(bias, requires_grad=False)
         template = type(experts).__new__(type(experts))
         _share(experts, template)
         for name in names:
             template._parameters.pop(name, None)
             template._parameters.pop(f"{name}_bias", None)
         template._is_hf_initialized = True  # transformers would look for the weights to initialise
-        self = cls(template, up, down).train(experts.training)
+        self = cls(template, *(stacks[name] for name in names)).train(experts.training)
         self.names = tuple(key for key in experts._parameters if key in names)
         return self
 
@@ -218,12 +223,23 @@ class Experts4bit(nn.Module):
 
 
 def _pack(experts: nn.Module, name: str, config) -> Stack4bit:
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     weight = getattr(experts, name)
     try:
-        return Stack4bit.from_dense(weight, bias, config, is_transposed=experts.is_transposed)
+        return Stack4bit.from_dense(weight, None, config, is_transposed=experts.is_transposed)
     except (RuntimeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def parameter_names(model: nn.Module) -> dict[str, str]:
+    """Name of each Stack4bit in model -> the name of the dense parameter that it was."""
+    names = {}
+    for holder, module in model.named_modules():
+        if isinstance(module, Experts4bit):
+            inside = {id(part): name for name, part in module.named_children()}
+            for parameter, stack in module.stacks().items():
+                start = f"{holder}." if holder else ""
+                names[f"{start}{inside[id(stack)]}"] = f"{start}{parameter}"
+    return names
 
 
 # Pickles of whole models made by versions that packed expert by expert ------------------------
@@ -241,10 +257,13 @@ def _stack_of(layers: list[Linear4bit], is_transposed: bool) -> Stack4bit:
             "with an adapter of its own; save the adapter with the version that wrote the pickle, "
             "and load it into the packed model"
         )
-    stack = Stack4bit.__new__(Stack4bit)
-    nn.Module.__init__(stack)
-    shape = (len(layers), *first._shape)
-    stack._init_stack(shape, first.config, first.dtype, is_transposed)
+    stack = Stack4bit.empty(
+        (len(layers), *first._shape),
+        first.config,
+        dtype=first.dtype,
+        device="meta",
+        is_transposed=is_transposed,
+    )
     for key, parameter in first._parameters.items():
         value = None
         if parameter is not None:

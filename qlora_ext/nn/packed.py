@@ -69,6 +69,11 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return parameter
 
 
+def tensors_of(q: QuantizedTensor) -> dict[str, torch.Tensor | None]:
+    """q's tensors by the names that layers give them."""
+    return dict(zip(_PACKED_KEYS, (q.packed, q.absmax, q.nested, q.mean), strict=False))
+
+
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """tensor, copied if its address is not a multiple of 16, as in a memory-mapped file. The ops
     would otherwise copy it on every call."""
@@ -151,8 +156,7 @@ class _Packed4bit(nn.Module):
 
     def _as_parameters(self, q: QuantizedTensor) -> dict[str, nn.Parameter]:
         """q's tensors as this module holds them: with its names and in its shapes."""
-        parts = {"weight": q.packed, "weight_absmax": q.absmax}
-        parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
+        parts = tensors_of(q)
         parameters = {k: _frozen(parts[k].reshape(size)) for k, size in self._sizes().items()}
         parameters["weight_codebook"] = _frozen(self._codebook_bytes(q.packed.device))
         return parameters
@@ -180,8 +184,8 @@ class _Packed4bit(nn.Module):
     def _copied_from(self, other: _Packed4bit) -> None:
         """Call it after other's packed bytes were written over this module's."""
         other._check_bytes()
+        self._unseal()
         self._sealed = other._sealed
-        self.__dict__.update(_UNSEEN)
 
     def _in_place_of(self, other: _Packed4bit):
         """Takes what other libraries look for on `other`. Returns self."""

@@ -15,9 +15,8 @@ from ..tensor.functions import quantize_tensor
 from .dense_state import dense_shape
 from .linear import _share
 from .lora import _Lora
-from .packed import _UNSEEN, _frozen, _Packed4bit
+from .packed import _PACKED_KEYS, _UNSEEN, _frozen, _Packed4bit, tensors_of
 
-_STATISTICS = ("weight_absmax", "weight_nested", "weight_mean", "weight_codebook")
 # A [E, r, K], B [E, N, r] and the scaling: a number, or a 0-d tensor as for ops.lora_shrink.
 Adapter = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
 
@@ -67,14 +66,11 @@ class Stack4bit(_Packed4bit):
             raise ValueError(
                 f"{name}: weight has shape {list(weight.shape)}, want {want} with K even"
             )
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._init_stack(tuple(values.shape), config, weight.dtype, is_transposed)
-        if weight.is_meta:
-            self._set_empty("meta")
-        else:
+        self = cls.empty(
+            values.shape, config, dtype=weight.dtype, device="meta", is_transposed=is_transposed
+        )
+        if not weight.is_meta:
             self._quantize(values)
-        self.register_parameter("bias", None)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return self
@@ -85,7 +81,9 @@ class Stack4bit(_Packed4bit):
         one expert after another, so that no dense stack is ever held."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._init_stack(tuple(shape), config, dtype, is_transposed)
+        self._init_packed(tuple(shape), config, dtype)
+        self.num_experts, self.out_features, self.in_features = shape
+        self.is_transposed = is_transposed
         self._set_empty(device)
         self.register_parameter("bias", None)
         return self
@@ -102,17 +100,11 @@ class Stack4bit(_Packed4bit):
                 f"{list(want)}"
             )
         q = quantize_tensor(weight.detach().T if self.is_transposed else weight, self.config)
-        parts = {"weight": q.packed, "weight_absmax": q.absmax}
-        parts |= {"weight_nested": q.nested, "weight_mean": q.mean}
+        parts = tensors_of(q)
         for key in self._sizes():
             own = self._parameters[key][e]
             own.copy_(parts[key].view_as(own))
         self._unseal()
-
-    def _init_stack(self, shape, config, dtype, is_transposed) -> None:
-        self._init_packed(shape, config, dtype)
-        self.num_experts, self.out_features, self.in_features = shape
-        self.is_transposed = is_transposed
 
     def forward(
         self,
@@ -150,17 +142,12 @@ class Stack4bit(_Packed4bit):
         if self.fetcher is not None:
             self.fetcher.forget(self)
 
-    def _copied_from(self, other) -> None:
-        super()._copied_from(other)
-        if self.fetcher is not None:
-            self.fetcher.forget(self)
-
     def __getstate__(self):
         return {**super().__getstate__(), "fetcher": None}  # a copy's experts are in host memory
 
     def _to_host(self, pinned: bool) -> None:
         """Moves the packed tensors to host memory."""
-        for key in ("weight", *_STATISTICS):
+        for key in _PACKED_KEYS:
             parameter = self._parameters[key]
             if parameter is not None:
                 value = parameter.detach().cpu()

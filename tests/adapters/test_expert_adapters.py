@@ -33,18 +33,9 @@ def dequantized(model):
     return model
 
 
-def randomize(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return model
-
-
 def adapted(model, parameters=BOTH, **settings):
     config = LoraConfig(**{**NO_SWITCH, "target_parameters": parameters, **settings})
-    return randomize(add_lora(model, config))
+    return tiny.randomize(add_lora(model, config))
 
 
 def edit(folder, **changes):
@@ -192,7 +183,7 @@ def test_layers_of_other_ranks(tmp_path):
         rank_pattern={r".*\.gate_up_proj": 4},
         alpha_pattern={r".*\.gate_up_proj": 16},
     )
-    stock = randomize(peft.get_peft_model(dense, config)).eval()
+    stock = tiny.randomize(peft.get_peft_model(dense, config)).eval()
     want = tiny.logits(stock.base_model.model)
     stock.save_pretrained(tmp_path / "stock")
     ours = load_adapter(model, tmp_path / "stock")

@@ -38,16 +38,6 @@ def adapted_names(model):
     return sorted({re.sub(r"\b\d+\b", "*", name).split(".*.", 1)[-1] for name in names})
 
 
-def randomize(model, seed=0):
-    """Gives every lora_B values, so that adapters change the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return model
-
-
 # Which layers -------------------------------------------------------------------------------------
 
 SPLIT = ["self_attn.q_proj", "self_attn.v_proj"]
@@ -237,7 +227,7 @@ def test_models_of_inference_mode_are_refused_before_they_train(tmp_path):
     with pytest.raises(ValueError, match=r"add_lora: model\.embed_tokens\.weight was made under"):
         add_lora(model)
     assert not adapted_names(model)
-    adapter = save_adapter(randomize(add_lora(quantized())), tmp_path)
+    adapter = save_adapter(tiny.randomize(add_lora(quantized())), tmp_path)
     with pytest.raises(ValueError, match=r"load_adapter: .* was made under torch\.inference_mode"):
         load_adapter(model, adapter, trainable=True)
     want = tiny.logits(load_adapter(quantized(), adapter))
@@ -323,7 +313,7 @@ def test_stock_peft_loads_ours_onto_a_dense_base(family, tmp_path):
     model = quantized(family)
     twin = dequantized(model)
     add_lora(model, LoraConfig(r=4, lora_alpha=12, **EVERYTHING))
-    randomize(model)
+    tiny.randomize(model)
     want = tiny.logits(model)
     save_adapter(model, tmp_path / "new" / "adapter")
     loaded = peft.PeftModel.from_pretrained(twin, tmp_path / "new" / "adapter")
@@ -338,7 +328,7 @@ def test_stock_peft_loads_ours_onto_a_dense_base(family, tmp_path):
 def test_we_load_stock_pefts_adapters(family, use_rslora, tmp_path):
     model = quantized(family)
     config = LoraConfig(r=4, lora_alpha=12, use_rslora=use_rslora, **EVERYTHING).to_peft(model)
-    wrapped = randomize(peft.get_peft_model(dequantized(model), config)).eval()
+    wrapped = tiny.randomize(peft.get_peft_model(dequantized(model), config)).eval()
     wrapped.save_pretrained(tmp_path)
     load_adapter(model, tmp_path)
     torch.testing.assert_close(tiny.logits(model), peft_logits(wrapped), rtol=1e-4, atol=2e-4)
@@ -356,7 +346,7 @@ def test_patterns_of_rank_and_alpha(tmp_path):
         rank_pattern={"down_proj": 2},
         alpha_pattern={"layers.1.self_attn.q_proj": 32},
     )
-    wrapped = randomize(peft.get_peft_model(dequantized(model), config)).eval()
+    wrapped = tiny.randomize(peft.get_peft_model(dequantized(model), config)).eval()
     wrapped.save_pretrained(tmp_path / "theirs")
     load_adapter(model, tmp_path / "theirs")
     assert model.model.layers[1].self_attn.q_proj.scaling == 8
@@ -384,7 +374,7 @@ def test_names_that_end_alike_keep_their_own_settings(tmp_path):
     model = Nested()
     model.b["a"] = LoraLinear.from_linear(model.b["a"], r=4, lora_alpha=8)
     model.a = LoraLinear.from_linear(model.a, r=2, lora_alpha=64)
-    want = randomize(model)(x)
+    want = tiny.randomize(model)(x)
     save_adapter(model, tmp_path)
     loaded = load_adapter(Nested(), tmp_path)
     assert (loaded.a.r, loaded.a.lora_alpha) == (2, 64)
@@ -395,7 +385,7 @@ def test_names_that_end_alike_keep_their_own_settings(tmp_path):
     # An adapter on `a` alone.
     model = Nested()
     model.a = LoraLinear.from_linear(model.a, r=4, lora_alpha=8)
-    want = randomize(model)(x)
+    want = tiny.randomize(model)(x)
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(Nested(), tmp_path).eval()
     assert theirs.targeted_module_names == ["a"]
@@ -409,7 +399,7 @@ def test_head_adapter_both_ways(tied, tmp_path):
     model = quantized(tie_word_embeddings=tied)
     twin = dequantized(model)
     add_lora(model, LoraConfig(head=True))
-    randomize(model)
+    tiny.randomize(model)
     save_adapter(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "ours").eval()
     torch.testing.assert_close(peft_logits(theirs), tiny.logits(model), rtol=1e-4, atol=1e-4)
@@ -420,7 +410,7 @@ def test_head_adapter_both_ways(tied, tmp_path):
 
 def test_peft_on_the_quantized_base_reads_ours(tmp_path):
     model = add_lora(quantized(), LoraConfig(**EVERYTHING))
-    randomize(model)
+    tiny.randomize(model)
     save_adapter(model, tmp_path)
     loaded = peft.PeftModel.from_pretrained(quantized(), tmp_path).eval()
     torch.testing.assert_close(peft_logits(loaded), tiny.logits(model), rtol=1e-5, atol=1e-5)
@@ -500,7 +490,7 @@ def test_to_peft_with_a_model_names_its_fused_layer():
 
 
 def test_resuming_overwrites_the_adapter(tmp_path):
-    model = randomize(add_lora(quantized(), LoraConfig(r=4)))
+    model = tiny.randomize(add_lora(quantized(), LoraConfig(r=4)))
     save_adapter(model, tmp_path)
     other = add_lora(quantized(), LoraConfig(r=4))
     load_adapter(other, tmp_path, trainable=True)
@@ -739,6 +729,6 @@ def test_failed_save_keeps_the_old_file(adapter, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save_adapter(randomize(add_lora(quantized())), adapter)
+        save_adapter(tiny.randomize(add_lora(quantized())), adapter)
     assert (adapter / "adapter_model.safetensors").read_bytes() == before
     assert len(list(adapter.iterdir())) == 2

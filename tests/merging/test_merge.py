@@ -27,12 +27,7 @@ def trained(family="llama", config=None, quant=None, embeddings=False, **setting
     model = tiny.make(family, **settings)
     quantize_model(model, quant, quantize_embeddings=embeddings, progress_bar=False)
     add_lora(model, config or LoraConfig(r=4, **EVERYTHING))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    return model
+    return tiny.randomize(model, scale=1 / 8)
 
 
 def merge(model, dtype=torch.float16):

@@ -102,6 +102,16 @@ def generate(model):
     return model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
 
 
+def randomize(model, seed=0, scale=1 / 4):
+    """Gives every lora_B values, so that adapters change the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
 def train(model, steps=6, rate=1e-2):
     """A few steps of AdamW on one batch; first and last loss."""
     trainable = [p for p in model.parameters() if p.requires_grad]

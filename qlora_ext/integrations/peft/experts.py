@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,6 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import nn
 
 from ...checks import check_finite
-from ...models.walk import check_whole
 from ...nn.dense import dense_experts, merged_stack
 from ...nn.expert_offload import check_not_in_host
 from ...nn.experts import Experts4bit
@@ -35,6 +33,7 @@ from .stand_in import (
     _merge_to_4bit,
     _packed_base,
     _warn_of_requantizing,
+    unmerge,
 )
 from .versions import adapted_layer
 
@@ -245,10 +244,9 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         Raises:
             ValueError: the experts were sharded while adapters were merged. They stay as they were.
         """
-        check_whole(f"unmerge: {self._name}", self)
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
+        unmerge(self, ParamWrapper._restore_stack)
+
+    def _restore_stack(self) -> None:
         holder, packed, name = _innermost(self), _packed_base(self), self.parameter_name
         current, stack = holder.base_layer, packed.stacks()[name]
         merged = holder.__dict__["_qlora_ext_merged"]
@@ -268,7 +266,6 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         else:
             weight = dequantize_4bit(stack.quantized, dtype).to(device)
             parameter.data = _in_class_order(packed, weight)
-        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

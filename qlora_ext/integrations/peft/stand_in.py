@@ -106,6 +106,17 @@ def _restore(layer: BaseTunerLayer) -> None:
     holder.base_layer = packed if dtype == packed.dtype else packed.to(dtype)
 
 
+def unmerge(layer: BaseTunerLayer, restore: Callable[[BaseTunerLayer], None]) -> None:
+    """Undoes a layer's merges: restore puts the packed one back. Raises ValueError if the layer was
+    sharded meanwhile."""
+    check_whole(f"unmerge: {layer._name}", layer)
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        return
+    restore(layer)
+    layer.merged_adapters.clear()
+
+
 def _check_finite(
     layer: str,
     weight: torch.Tensor,
@@ -202,12 +213,7 @@ class _MergesIntoDense:
         Raises:
             ValueError: the layer was sharded while adapters were merged. It stays as it was.
         """
-        check_whole(f"unmerge: {self._name}", self)
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        _restore(self)
-        self.merged_adapters.clear()
+        unmerge(self, _restore)
 
 
 def dequantize(module: torch.nn.Module) -> torch.Tensor:

@@ -276,12 +276,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
                     if not bias.is_meta:
                         values = local_part(bias)
                         check_read(model, f"{name}.{key}_bias", values, self.checkpoint_files)
-                    stack.bias = torch.nn.Parameter(bias, requires_grad=False)
-                    stack.bias._is_hf_initialized = True  # read, or initialised by transformers
                 stacks[key] = stack
-            down = stacks.pop("down_proj")
-            (up,) = stacks.values()
-            experts = Experts4bit._in_place_of(module, up, down)
+            experts = Experts4bit._in_place_of(module, stacks)
+            for stack in stacks.values():
+                if stack.bias is not None:
+                    stack.bias._is_hf_initialized = True  # read, or initialised by transformers
             replace_module(model, module, experts)
             if device is not None:
                 offload(experts, device)
