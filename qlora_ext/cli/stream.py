@@ -20,6 +20,7 @@ from ..build_info import build_info
 from ..checks import check_finite, without_mask
 from ..files import FLOATS, INDEX, extra_files
 from ..integrations.transformers.checkpoint import Checkpoint, Unit
+from ..integrations.transformers.conversions import without_those_of_packed
 from ..models.plan import weight_names
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
@@ -99,7 +100,7 @@ class Job:
     ):
         self.by_expert = by_expert
         self.checkpoint, self.result, self.transform = checkpoint, result, transform
-        result._weight_conversions = checkpoint.used_conversions
+        result._weight_conversions = without_those_of_packed(result, checkpoint.used_conversions)
         self.wholes = {*wholes, *packed_names(result), *packed_names(checkpoint.model)}
         everything = result.state_dict()
         state = {
@@ -128,7 +129,7 @@ class Job:
                 if kept:
                     written[name] = name if name in state else kept[0]
         pieces = []
-        for unit in self.checkpoint.units(self.wholes):
+        for unit in self.checkpoint.units(self.wholes, self.result._weight_conversions):
             names = [n for module in unit.modules for n in self._names(module, everything)]
             kept = {name: written[name] for name in names if name in written}
             part = revert_weight_conversion(

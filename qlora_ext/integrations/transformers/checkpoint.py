@@ -13,7 +13,7 @@ import copy
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ from .conversions import (
     ReadBitsandbytes,
     by_expert,
     reads_other_format,
-    with_those_of_experts,
+    saved_together,
+    with_those_of_packed,
 )
 from .quantizer import QLoraExtHfQuantizer
 
@@ -263,17 +264,20 @@ class Checkpoint:
         """The conversions that this checkpoint needed, which transformers reverses when it saves.
         Those that read another format of packed weights are left out."""
         used = [c for c in self.conversions if c.was_used() and not reads_other_format(c)]
-        return used if self.quantizer is None else with_those_of_experts(self.model, used)
+        return used if self.quantizer is None else with_those_of_packed(self.model, used)
 
     # reading
 
-    def units(self, wholes: set[str]) -> list[Unit]:
+    def units(self, wholes: set[str], conversions: Sequence = ()) -> list[Unit]:
         """The model in pieces to read one after another, in the model's order.
 
         Args:
             wholes: names of modules to read with everything inside them.
+            conversions: of the model that will be written. Parameters that saving makes one tensor
+                of are in one piece.
         """
         self.wholes = wholes
+        together = saved_together(self.names, conversions)
 
         def owner(name: str) -> str:
             module = name.rpartition(".")[0]
@@ -291,12 +295,15 @@ class Checkpoint:
             if keys is None:
                 continue  # it is tied to a parameter that is read
             module = owner(name)
-            found = unit_of.get(module) or unit_of_source.get(keys[0])
-            if found is None:
-                found = Unit()
-                units.append(found)
-            elif keys[0] in unit_of_source and unit_of_source[keys[0]] is not found:
-                found = self._join(units, unit_of, unit_of_source, found, unit_of_source[keys[0]])
+            others = [unit_of.get(owner(other)) for other in together.get(name, ())]
+            known = [unit_of.get(module), unit_of_source.get(keys[0]), *others]
+            known = list({id(unit): unit for unit in known if unit is not None}.values())
+            if not known:
+                known = [Unit()]
+                units += known
+            found = known[0]
+            for other in known[1:]:
+                found = self._join(units, unit_of, unit_of_source, found, other)
             if module not in found.modules:
                 found.modules.append(module)
             unit_of[module] = found

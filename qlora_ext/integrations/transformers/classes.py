@@ -22,6 +22,7 @@ from ...nn.embedding import Embedding4bit
 from ...nn.linear import Linear4bit
 from .bitsandbytes_config import BLOCKSIZE
 from .config import QUANT_METHOD, QLoraExtConfig
+from .conversions import saving_packed
 from .files import checkpoint_names
 from .marks import mark_adapted, mark_dense, mark_packed, mark_untied
 from .original_parameters import original_parameters
@@ -41,7 +42,8 @@ def _count_logical_weights(original):
 
 def _write_what_is_given(original):
     """Wraps `PreTrainedModel.save_pretrained`, so that it writes the `state_dict` it is given. For
-    a quantized model, transformers would ignore it and write the model's own."""
+    a quantized model, transformers would ignore it and write the model's own. Packed weights are
+    written as they are: a conversion of the class would fuse q, k and v of one layer, say."""
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kw):
@@ -50,7 +52,8 @@ def _write_what_is_given(original):
             return original(self, save_directory, is_main_process, state_dict, *args, **kw)
         quantizer.given_state = state_dict
         try:
-            return original(self, save_directory, is_main_process, state_dict, *args, **kw)
+            with saving_packed(self):
+                return original(self, save_directory, is_main_process, state_dict, *args, **kw)
         finally:
             quantizer.given_state = None
 

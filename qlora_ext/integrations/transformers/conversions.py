@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,7 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn.experts import Experts4bit, is_fused_experts
 from ...nn.linear import Linear4bit
-from ...nn.packed import _PACKED_KEYS
+from ...nn.packed import _PACKED_KEYS, _Packed4bit
 from ...nn.stack import Stack4bit
 from ...tensor.functions import quantize_tensor
 from ...tensor.quantized import QuantizedTensor
@@ -169,9 +171,10 @@ def as_given(conversion):
     return conversion
 
 
-def with_those_of_experts(model, conversions: list) -> list:
-    """These conversions, which read a packed checkpoint, and those that read the experts in other
-    files of the class. That checkpoint needed none, but the experts may be made dense and saved."""
+def with_those_of_packed(model, conversions: list) -> list:
+    """These conversions, which read a packed checkpoint, and those that read its packed layers in
+    other files of the class. That checkpoint needed none, but the layers may be made dense and
+    saved."""
     dense, packed = [], []
     for name, module in model.named_modules():
         if isinstance(module, Experts4bit):
@@ -187,9 +190,65 @@ def with_those_of_experts(model, conversions: list) -> list:
             renames = [any(saved_key(n, back, [])[0] != n for n in ns) for ns in (dense, packed)]
             if renames == [True, False]:
                 added.append(conversion)
-        elif by_expert(conversion) is not conversion:
+        elif by_expert(conversion) is not conversion or _saves_packed(conversion, model):
             added.append(conversion)
     return conversions + added
+
+
+def without_those_of_packed(model, conversions: list) -> list:
+    """These conversions without those that would fuse, cut or permute packed weights when
+    transformers reverses them to save the model. A file of ours has such a layer under the name
+    that it has in the model."""
+    return [conversion for conversion in conversions if not _saves_packed(conversion, model)]
+
+
+def _saves_packed(conversion, model) -> bool:
+    """Whether a conversion makes another tensor of a packed layer's when it is reversed."""
+    if not isinstance(conversion, WeightConverter):
+        return False
+    try:
+        back = conversion.reverse_transform()
+    except (ValueError, NotImplementedError):  # it cannot be reversed, and saving says so
+        return False
+    return any(
+        saved_key(f"{name}.weight", [], [back])[1] is not None
+        for name, module in model.named_modules()
+        if isinstance(module, _Packed4bit)
+    )
+
+
+def saved_together(names: Iterable[str], conversions: list) -> dict[str, list[str]]:
+    """Parameter -> those before it that saving with these conversions puts into the same tensor."""
+    back = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
+    found, groups = {}, defaultdict(list)
+    for name in names if back else ():
+        key, pattern = saved_key(name, [], back)
+        if pattern is not None:
+            found[name] = list(groups[key])
+            groups[key].append(name)
+    return found
+
+
+@contextlib.contextmanager
+def saving_packed(model):
+    """A context in which transformers saves the model without a conversion of packed weights."""
+    before = model._weight_conversions if hasattr(model, "_weight_conversions") else None
+    conversions = before
+    if before is None:  # transformers would take those of the class, but for changes of a prefix
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
+    kept = without_those_of_packed(model, conversions)
+    if len(kept) == len(conversions):
+        yield
+        return
+    model._weight_conversions = kept
+    try:
+        yield
+    finally:
+        if before is None:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = before
 
 
 class ReadBitsandbytes(ConversionOps):

@@ -43,7 +43,7 @@ from .conversions import (
     by_expert,
     reads_other_format,
     singles_stacked,
-    with_those_of_experts,
+    with_those_of_packed,
 )
 from .files import (
     check_loaded,
@@ -348,7 +348,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             if not reads_other_format(conversion)
         ]
         if self.pre_quantized:
-            model._weight_conversions = with_those_of_experts(model, model._weight_conversions)
+            model._weight_conversions = with_those_of_packed(model, model._weight_conversions)
             for name, layer in layers.items():
                 damage = layer._check_state(layer.state_dict(prefix=f"{name}."), f"{name}.")
                 if damage:
