@@ -23,15 +23,17 @@ from ..integrations.transformers.checkpoint import Checkpoint
 from ..integrations.transformers.config import QLoraExtConfig
 from ..merging.calibration_text import context_length, write_calibration
 from ..merging.into_4bit import merge_into_4bit
+from ..models.plan import weight_names
 from ..models.quantize import quantize_model
 from ..models.walk import replace_module
-from ..nn.dense import WIDER, adapted_weight, check_weight, dense_layer
-from ..nn.experts import is_fused_experts, parameter_names, up_name
+from ..nn.dense import WIDER, adapted_weight, check_weight, dense_experts, dense_layer
+from ..nn.experts import Experts4bit, is_fused_experts, parameter_names, up_name
 from ..nn.linear import is_conv1d
 from ..nn.packed import _Packed4bit
 from ..tensor.config import QuantConfig
 from .errors import CliError, as_cli_error
-from .quantize import pack_like, packed_experts, quantized_result
+from .experts import Read, packed_experts, read_experts, unpack_experts
+from .quantize import pack_like, quantized_result
 from .stream import PACKED, Job, saving_config_of
 
 # Measured on a short fine-tune of SmolLM2-135M; docs/merging.md compares the ways to merge.
@@ -126,24 +128,52 @@ def _pairs_inside(adapter: dict[str, Pair], name: str) -> dict[str, Pair]:
 def _pairs_of_stacks(name: str, module: nn.Module, adapter: dict[str, Pair]) -> dict[str, Pair]:
     """Parameter of a module of fused experts -> the adapter of the stack that it is if packed."""
     inside = _pairs_inside(adapter, name)
-    sides = {up_name(module): f"{name}.up", "down_proj": f"{name}.down"}
+    fused = module.template if isinstance(module, Experts4bit) else module
+    sides = {up_name(fused): f"{name}.up", "down_proj": f"{name}.down"}
     pairs = {key: inside.pop(side) for key, side in sides.items() if side in inside}
     if inside:
         raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
     return pairs
 
 
-def _merged_expert(
-    name: str, module: nn.Module, key: str, e: int, weight, pair: Pair, dtype: torch.dtype
-) -> torch.Tensor:
-    """One expert's weight with its adapter added, in fp32. Raises CliError unless it fits dtype."""
-    total = pair.of_expert(e).added_to(weight, module.is_transposed)
-    _check(f"{name}.{key}[{e}]", total, dtype)
-    return total
+def _merged_stacks(
+    name: str,
+    module: nn.Module,
+    adapter: dict[str, Pair],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Read]:
+    """Parameter of a module of experts -> a function that reads one expert's weight and adds its
+    adapter in fp32. It raises CliError unless the sum fits dtype, which None leaves as it is."""
+    pairs = _pairs_of_stacks(name, module, adapter)
+    packed = isinstance(module, Experts4bit)
+    readers = unpack_experts(module, pairs) if packed else read_experts(name, module, checkpoint)
+
+    def reader(key: str, read: Read) -> Read:
+        def merged(e: int) -> torch.Tensor:
+            total = read(e)
+            if key in pairs and not packed:
+                total = pairs[key].of_expert(e).added_to(total, module.is_transposed)
+            want = dtype or module._parameters[key].dtype
+            if key in pairs or torch.finfo(want).max < torch.finfo(total.dtype).max:
+                _check(f"{name}.{key}[{e}]", total, want)
+            return total
+
+        return merged
+
+    return {key: reader(key, read) for key, read in readers.items()}
 
 
 def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtype) -> nn.Module:
-    """Turns a packed module and its adapters into a dense one. Sums are rounded once."""
+    """Turns a packed module and its adapters into a dense one. Sums are rounded once. Stacks of
+    experts stay on meta: _merged_stacks reads them."""
+    if isinstance(module, Experts4bit):
+        for key, stack in module.stacks().items():
+            if stack.bias is not None:
+                _check(f"{name}.{key}_bias", stack.bias, dtype)
+        shapes = {key: stack.quantized.shape for key, stack in module.stacks().items()}
+        empty = {key: torch.empty(s, dtype=dtype, device="meta") for key, s in shapes.items()}
+        return dense_experts(module, dtype, empty)
     layers = _pairs_inside(adapter, name)
     if name in adapter:
         layers[name] = adapter[name]
@@ -179,18 +209,13 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
 def _merge_dense(
     name: str, module: nn.Module, adapter: dict, dtype: torch.dtype | None
 ) -> nn.Module:
-    """A copy of a dense module with its adapters added in fp32 and everything rounded once to
-    dtype. With None the sums stay in fp32, and all else keeps its dtype."""
+    """A copy of a dense module with its adapter added in fp32 and everything rounded once to
+    dtype. With None the sums stay in fp32, and all else keeps its dtype. Stacks of experts stay as
+    they are: _merged_stacks reads them."""
     merged = {}
     if name in adapter:
         merged["weight"] = adapter[name].added_to(module.weight, is_conv1d(module))
-    elif is_fused_experts(module):
-        for key, pair in _pairs_of_stacks(name, module, adapter).items():
-            stack = module._parameters[key].to(dtype or torch.float32, copy=True)
-            for e, weight in enumerate(module._parameters[key]):
-                # This rounds.
-                stack[e] = _merged_expert(name, module, key, e, weight, pair, stack.dtype)
-            merged[key] = stack
+    stacks = weight_names(module) if is_fused_experts(module) else ()
 
     def cast(key, tensor, values):
         if tensor is None or not tensor.is_floating_point():
@@ -201,7 +226,7 @@ def _merge_dense(
     new = copy.copy(module)
     new._parameters = dict(module._parameters)
     for key, parameter in module._parameters.items():
-        if parameter is not None:
+        if parameter is not None and key not in stacks:
             value = merged.get(key, parameter.detach())
             new._parameters[key] = nn.Parameter(cast(key, value, value), requires_grad=False)
     new._buffers = {
@@ -291,7 +316,10 @@ def _dense_job(checkpoint, config, adapter, max_shard_bytes, dtype) -> Job:
             new = _merge_dense(name, module, adapter, dtype)
         return new
 
-    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes)
+    def stacks(name: str, module: nn.Module) -> dict[str, Read]:
+        return _merged_stacks(name, module, adapter, checkpoint, dtype)
+
+    return Job(checkpoint, result, transform, stacks, max_shard_bytes=max_shard_bytes)
 
 
 def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, embeddings) -> Job:
@@ -302,20 +330,17 @@ def _four_bit_job(checkpoint, config, adapter, max_shard_bytes, settings, keep, 
         # Pack the fp32 sum itself; rounding it to 16 bits first would gain nothing.
         packed = isinstance(result.get_submodule(name), PACKED)
         if packed and is_fused_experts(module):
-            pairs = _pairs_of_stacks(name, module, adapter)
-
-            def changed(key: str, e: int, weight: torch.Tensor) -> torch.Tensor:
-                if key not in pairs:
-                    return weight
-                return _merged_expert(name, module, key, e, weight, pairs[key], torch.float32)
-
-            return packed_experts(name, module, settings, checkpoint, changed)
-        if name in adapter or (is_fused_experts(module) and _pairs_inside(adapter, name)):
+            sums = _merged_stacks(name, module, adapter, checkpoint, torch.float32)
+            return packed_experts(module, settings, sums)
+        if name in adapter:
             dtype = None if packed else next(module.parameters()).dtype
             module = _merge_dense(name, module, adapter, dtype)
         return pack(name, module)
 
-    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes, by_expert=True)
+    def stacks(name: str, module: nn.Module) -> dict[str, Read]:
+        return _merged_stacks(name, module, adapter, checkpoint)
+
+    return Job(checkpoint, result, transform, stacks, max_shard_bytes=max_shard_bytes)
 
 
 def adapter_fingerprint(folder: Path) -> list:

@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..integrations.transformers.building import stored_method
 from ..integrations.transformers.checkpoint import Checkpoint
-from ..models.plan import weight_names
 from ..models.quantize import quantize_model
 from ..nn.embedding import Embedding4bit
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
-from ..nn.stack import Stack4bit
 from ..tensor.config import QuantConfig
 from .errors import CliError, as_cli_error
+from .experts import Read, packed_experts, read_experts
 from .stream import Job
-
-
-def packed_experts(
-    name: str,
-    module: nn.Module,
-    config: QuantConfig,
-    checkpoint: Checkpoint,
-    changed: Callable[[str, int, torch.Tensor], torch.Tensor] | None = None,
-) -> Experts4bit:
-    """Packs a module of fused experts, one expert after another. Those on meta are read from the
-    checkpoint.
-
-    Args:
-        changed: makes what is packed, from (parameter, expert, the expert's weight).
-    """
-    stacks = {}
-    for key in weight_names(module):
-        dense = module._parameters[key]
-        shape = dense.mT.shape if module.is_transposed else dense.shape
-        read = checkpoint.expert_reader(f"{name}.{key}") if dense.is_meta else dense.__getitem__
-        stack = Stack4bit.empty(
-            shape, config, dtype=dense.dtype, device="cpu", is_transposed=module.is_transposed
-        )
-        for e in range(len(dense)):
-            weight = read(e)
-            if changed is not None:
-                weight = changed(key, e, weight)
-            try:
-                stack.set_expert(e, weight)
-            except RuntimeError as error:
-                raise RuntimeError(f"{key}[{e}]: {error}") from error
-        stacks[key] = stack
-    return Experts4bit._in_place_of(module, stacks)
 
 
 def pack_like(result: nn.Module, config: QuantConfig, checkpoint: Checkpoint):
@@ -61,7 +25,7 @@ def pack_like(result: nn.Module, config: QuantConfig, checkpoint: Checkpoint):
     def transform(name: str, module: nn.Module) -> nn.Module:
         target = result.get_submodule(name)
         if isinstance(target, Experts4bit):
-            return packed_experts(name, module, config, checkpoint)
+            return packed_experts(module, config, read_experts(name, module, checkpoint))
         for kind, make in (
             (Embedding4bit, Embedding4bit.from_embedding),
             (Linear4bit, Linear4bit.from_linear),
@@ -107,4 +71,8 @@ def plan(
             raise
         raise CliError(f"{folder}: {error}") from None
     transform = pack_like(result, config, checkpoint)
-    return Job(checkpoint, result, transform, max_shard_bytes=max_shard_bytes, by_expert=True)
+
+    def stacks(name: str, module: nn.Module) -> dict[str, Read]:
+        return read_experts(name, module, checkpoint)
+
+    return Job(checkpoint, result, transform, stacks, max_shard_bytes=max_shard_bytes)

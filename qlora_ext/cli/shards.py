@@ -126,18 +126,27 @@ class ShardWriter:
             written = os.pwrite(self.file, data[:CHUNK], offset)
             offset, data = offset + written, data[written:]
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, tensor: torch.Tensor, number: int | None = None) -> None:
+        """Writes a tensor, or with a number [number : number + 1] of it. A tensor's last slice ends
+        it, so slices are written in order."""
         entry = self.shard.entries[name]
+        offset = len(self.shard.header) + self.shard.offsets[name]
+        is_last = True
+        if number is not None:
+            count = entry.shape[0]
+            entry = dataclasses.replace(entry, shape=(1, *entry.shape[1:]))
+            offset += number * entry.nbytes
+            is_last = number == count - 1
         if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise CliError(
                 f"{name} became {tensor.dtype} {list(tensor.shape)}, planned was {entry.dtype} "
                 f"{list(entry.shape)}: this is a fault of qlora-ext, please report it"
             )
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        offset = len(self.shard.header) + self.shard.offsets[name]
         if raw.numel():
             self._write(offset, memoryview(raw.numpy()))
-        self.missing.discard(name)
+        if is_last:
+            self.missing.discard(name)
 
     def finish(self) -> None:
         if self.missing:

@@ -7,7 +7,7 @@ import ctypes
 import dataclasses
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,11 +23,12 @@ from ..integrations.transformers.checkpoint import Checkpoint, Unit
 from ..integrations.transformers.conversions import without_those_of_packed
 from ..models.plan import weight_names
 from ..nn.embedding import Embedding4bit
-from ..nn.experts import Experts4bit
+from ..nn.experts import Experts4bit, is_fused_experts
 from ..nn.linear import Linear4bit
 from ..nn.packed import _Packed4bit
 from ..text import first_few, first_line, plural
 from .errors import CliError, as_cli_error
+from .experts import Read, tensors_of_expert, written_alone
 from .inputs import InputsChanged
 from .output import STATE, Output, is_full
 from .shards import Entry, Shard, ShardWriter, plan_shards, write_index
@@ -83,9 +84,10 @@ class Job:
         result: a model on meta with the structure, names, shapes and dtypes to write; its config is
             written too.
         transform: makes a module of the result from (name, the input's module with its values).
+            Stacks of experts that can be read one by one are on meta.
+        stacks: makes functions that read one expert of the result from (name, the input's module),
+            for experts that stay dense. They are written as they are read.
         wholes: modules that transform takes with everything inside them, besides packed ones.
-        by_expert: whether transform reads the experts that it packs itself, one after another; then
-            their stacks are on meta.
     """
 
     def __init__(
@@ -93,13 +95,13 @@ class Job:
         checkpoint: Checkpoint,
         result: nn.Module,
         transform: Callable[[str, nn.Module], nn.Module],
+        stacks: Callable[[str, nn.Module], dict[str, Read]],
         *,
         max_shard_bytes: int,
         wholes: set[str] = frozenset(),
-        by_expert: bool = False,
     ):
-        self.by_expert = by_expert
         self.checkpoint, self.result, self.transform = checkpoint, result, transform
+        self.stacks = stacks
         result._weight_conversions = without_those_of_packed(result, checkpoint.used_conversions)
         self.wholes = {*wholes, *packed_names(result), *packed_names(checkpoint.model)}
         everything = result.state_dict()
@@ -129,8 +131,11 @@ class Job:
                 if kept:
                     written[name] = name if name in state else kept[0]
         pieces = []
+        self.written_alone: set[str] = set()  # stacks of experts
         for unit in self.checkpoint.units(self.wholes, self.result._weight_conversions):
             names = [n for module in unit.modules for n in self._names(module, everything)]
+            stacks = [n for module in unit.modules for n in self._dense_stacks(module)]
+            self.written_alone |= {n for n in stacks if written_alone(self.result, n)}
             kept = {name: written[name] for name in names if name in written}
             part = revert_weight_conversion(
                 self.result, {other: everything[name] for name, other in kept.items()}
@@ -247,8 +252,8 @@ class Job:
     def _write(self, output: Output, shard: Shard, pieces: list[Piece], progress) -> None:
         with contextlib.closing(ShardWriter(output.folder, shard)) as writer:
             for piece in pieces:
-                for name, tensor in self._convert(piece).items():
-                    writer.write(name, tensor)
+                for name, tensor, number in self._convert(piece):
+                    writer.write(name, tensor, number)
                 progress.advance(self._bytes(piece))
             output.check_inputs()  # a later run may use a finished shard, so it must be right
             writer.finish()
@@ -257,39 +262,75 @@ class Job:
         return [path for path in extra_files(self.checkpoint.folder) if path.name != STATE]
 
     @torch.no_grad()
-    def _convert(self, piece: Piece) -> dict[str, torch.Tensor]:
+    def _convert(self, piece: Piece) -> Iterator[tuple[str, torch.Tensor, int | None]]:
+        """(name, tensor, None), or the number of the expert whose slice of the tensor it is."""
         state = {}
-        with self.checkpoint.loaded(piece.unit, self._stacks(piece.unit)) as modules:
+        with self.checkpoint.loaded(piece.unit, self._read_alone(piece.unit)) as modules:
             for name, module in modules.items():
                 prefix = f"{name}." if name else ""
-                try:
+                with self._naming(f"{prefix}weight"):
                     if isinstance(module, _Packed4bit):
                         damage = module._check_state(module.state_dict(prefix=prefix), prefix)
                         if damage:
                             raise CliError(f"{self.checkpoint.folder}: {damage[0]}")
                     new = self.transform(name, module)
-                except (RuntimeError, MemoryError, OverflowError) as error:
-                    where = self._where(f"{prefix}weight")
-                    raise CliError(f"{where}: {str(error).splitlines()[0]}") from None
                 tensors = new.state_dict(prefix=prefix)
                 if name not in self.wholes:
                     tensors = {k: t for k, t in tensors.items() if "." not in k[len(prefix) :]}
                 parameters = {
                     prefix + key for key, _ in new.named_parameters(remove_duplicate=False)
                 }
+                stacks = self._dense_stacks(name)
                 for key, tensor in tensors.items():
-                    if key in piece.kept:
+                    if key in piece.kept and key not in stacks:
                         self._check_finite(key, tensor, is_buffer=key not in parameters)
                         state[piece.kept[key]] = tensor.detach()
                 del new, tensors
-            return revert_weight_conversion(self.result, state)
+                readers = self.stacks(name, module) if stacks else {}
+                for key in stacks:
+                    like, read = stacks[key], readers[key[len(prefix) :]]
+                    if key in self.written_alone:
+                        yield from self._experts(key, like, read)
+                    else:
+                        whole = state[piece.kept[key]] = torch.empty_like(like, device="cpu")
+                        for e, expert in enumerate(whole):
+                            expert.copy_(self._expert(key, e, like, read))
+            for name, tensor in revert_weight_conversion(self.result, state).items():
+                yield name, tensor, None
 
-    def _stacks(self, unit: Unit) -> list[str]:
-        """The stacks of experts of a unit that transform reads itself."""
+    def _experts(self, name: str, like: torch.Tensor, read: Read):
+        for e in range(len(like)):
+            weight = self._expert(name, e, like, read)
+            for key, tensor, is_slice in tensors_of_expert(self.result, name, e, weight):
+                yield key, tensor, e if is_slice else None
+
+    def _expert(self, name: str, e: int, like: torch.Tensor, read: Read) -> torch.Tensor:
+        with self._naming(name):
+            weight = read(e).to(like.dtype)
+        self._check_finite(name, weight, is_buffer=False)
+        return weight
+
+    @contextlib.contextmanager
+    def _naming(self, name: str):
+        """Within it an error of the weight `name` names it and its file."""
+        try:
+            yield
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            raise CliError(f"{self._where(name)}: {str(error).splitlines()[0]}") from None
+
+    def _dense_stacks(self, module: str) -> dict[str, torch.Tensor]:
+        """The stacks of a module of the result, if it is one of fused experts, on meta."""
+        experts = self.result.get_submodule(module)
+        if not is_fused_experts(experts):
+            return {}
+        return {f"{module}.{key}": experts._parameters[key] for key in weight_names(experts)}
+
+    def _read_alone(self, unit: Unit) -> list[str]:
+        """The input's stacks of a unit whose experts can be read one after another."""
         names = []
-        for name in unit.modules if self.by_expert else ():
+        for name in unit.modules:
             module = self.checkpoint.model.get_submodule(name)
-            if isinstance(self.result.get_submodule(name), Experts4bit):
+            if is_fused_experts(module):
                 names += [f"{name}.{key}" for key in weight_names(module)]
         return [name for name in names if self.checkpoint.expert_reader(name) is not None]
 

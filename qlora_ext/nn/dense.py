@@ -65,7 +65,7 @@ def merged_stack(q: QuantizedTensor, adapter: Adapter, dtype: torch.dtype) -> to
     """The dense stack [E, N, K] of q with an adapter in its sums, in dtype: an expert at a time."""
     stack = q.packed.new_empty(q.shape, dtype=dtype)
     for e, expert in enumerate(stack):
-        expert.copy_(_merged_expert(q, adapter, e, dtype))
+        expert.copy_(merged_expert(q, adapter, e, dtype))
     return stack
 
 
@@ -75,7 +75,7 @@ def _adapter_of(stack: Stack4bit) -> Adapter | None:
     return stack.lora_A.detach(), stack.lora_B.detach(), stack.scaling
 
 
-def _merged_expert(
+def merged_expert(
     q: QuantizedTensor, adapter: Adapter | None, e: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The dense weight [N, K] of one expert of a stack, with its adapter."""
@@ -197,7 +197,7 @@ def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, Stack4bit):
             q, adapter = module.quantized, _adapter_of(module)
             for e in range(module.num_experts):
-                values = _merged_expert(q, adapter, e, torch.float32)
+                values = merged_expert(q, adapter, e, torch.float32)
                 check_finite(f"{name}[{e}]", values, dtype, advice=advice)
         else:
             check_finite(name, merged_weight(module, torch.float32), dtype, advice=advice)

@@ -534,12 +534,22 @@ def test_experts_larger_than_the_memory_allowed(name, tmp_path):
     stack = packed.model.layers[0].mlp.experts.down
     torch.nn.init.normal_(stack.lora_B, std=0.02)
     qlora_ext.save_adapter(packed, tmp_path / "adapter")
-    arguments = ["merge", source, tmp_path / "adapter", tmp_path / "merged", "--four-bit"]
-    result = run_limited(allowed, "app.run()", *arguments)
-    assert result.returncode == 0, result.stderr[-2000:]
-    dense = load(source).model.layers[0].mlp.experts.down_proj[63].detach()
+    # Into 4 bits, into 16, and from the packed base into 16.
+    for base, folder, *more in (
+        (source, "merged", "--four-bit"), (source, "dense"), (out, "of packed"),
+    ):  # fmt: skip
+        arguments = ["merge", base, tmp_path / "adapter", tmp_path / folder, *more]
+        result = run_limited(allowed, "app.run()", *arguments)
+        assert result.returncode == 0, result.stderr[-2000:]
     change = stack.scaling * stack.lora_B[63] @ stack.lora_A[63]
-    want = dense.float() + (change.T if name == "gpt_oss" else change)
+    change = change.T if name == "gpt_oss" else change
+    dense = load(source).model.layers[0].mlp.experts.down_proj[63].detach()
+    want = dense.float() + change
+    got = load(tmp_path / "dense").model.layers[0].mlp.experts.down_proj[63]
+    assert torch.equal(got, want.to(got.dtype))
+    merged = qlora_ext.merge_and_unload(packed, torch.bfloat16, progress_bar=False)
+    of_packed = load(tmp_path / "of packed").state_dict()
+    assert all(torch.equal(t, of_packed[key]) for key, t in merged.state_dict().items())
     want = want.T if name == "gpt_oss" else want
     got = load(tmp_path / "merged").model.layers[0].mlp.experts.down.quantized[63]
     assert (got.packed == qlora_ext.quantize_4bit(want.detach()).packed).float().mean() > 0.999
@@ -983,7 +993,7 @@ def test_merge_into_packed_experts_names_the_one_that_overflows(tmp_path):
     save_file(weights, file)
     said = run("merge", tmp_path / "base", adapter, tmp_path / "out", "--dtype", "float16",
                ok=False)  # fmt: skip
-    assert "model.layers.1.mlp.experts.down.weight[2] holds" in said
+    assert "model.layers.1.mlp.experts.down_proj[2] holds" in said
     assert "cannot hold" in said and not (tmp_path / "out").exists()
 
 

@@ -229,6 +229,16 @@ def saved_together(names: Iterable[str], conversions: list) -> dict[str, list[st
     return found
 
 
+def saved_alone(name: str, conversions: list) -> bool:
+    """Whether saving with these conversions treats each expert of the stack `name` alone."""
+    return all(
+        by_expert(conversion) is not conversion
+        for conversion in conversions
+        if isinstance(conversion, WeightConverter)
+        and saved_key(name, [], [conversion.reverse_transform()])[1] is not None
+    )
+
+
 @contextlib.contextmanager
 def saving_packed(model):
     """A context in which transformers saves the model without a conversion of packed weights."""
