@@ -75,9 +75,11 @@ def written_alone(result: nn.Module, name: str) -> bool:
         return False
     stack = result.get_parameter(name).detach()
     parts = {}
-    for e, weight in enumerate(stack):
-        for key, tensor, is_slice in tensors_of_expert(result, name, e, weight):
-            parts[key] = (len(stack), *tensor.shape[1:]) if is_slice else tuple(tensor.shape)
+    for key, tensor in revert_weight_conversion(result, {name: stack[:1]}).items():
+        if _is_slice(tensor):
+            parts[key] = (len(stack), *tensor.shape[1:])
+        else:
+            parts |= {_numbered(key, e): tuple(tensor.shape) for e in range(len(stack))}
     whole = revert_weight_conversion(result, {name: stack})
     return parts == {key: tuple(tensor.shape) for key, tensor in whole.items()}
 
@@ -87,8 +89,11 @@ def tensors_of_expert(
 ) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """(stored name, tensor, whether it is a slice [1, ...] of a stored stack) of one expert."""
     for key, tensor in revert_weight_conversion(result, {name: weight[None]}).items():
-        is_slice = tensor.ndim == weight.ndim + 1
-        yield key if is_slice else _numbered(key, e), tensor, is_slice
+        yield key if _is_slice(tensor) else _numbered(key, e), tensor, _is_slice(tensor)
+
+
+def _is_slice(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 3
 
 
 def _numbered(key: str, e: int) -> str:
