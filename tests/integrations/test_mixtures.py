@@ -122,6 +122,8 @@ def test_made_dense_experts_are_saved_as_the_class_saves_them(name, tmp_path):
 
     from qlora_ext.cli import app
 
+    if not any(map(is_fused_experts, make(name).modules())):
+        pytest.skip("this release of transformers holds these experts in layers of their own")
     quantized(name, tmp_path).save_pretrained(tmp_path / "packed")
     model = load(tmp_path / "packed")
     config = qlora_ext.LoraConfig(r=2, target_modules=(), target_parameters=["down_proj"])

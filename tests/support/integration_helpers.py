@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer for the integration tests: random weights, seconds to train."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,6 +10,16 @@ from pathlib import Path
 import torch
 
 from paths import REPOSITORY
+
+
+def peft_reads_mixtures() -> bool:
+    """Whether this PEFT can read an adapter onto a mixture. 0.19 passes a keyword to transformers'
+    WeightConverter that 5.17 no longer has."""
+    import peft
+    from transformers.core_model_loading import WeightConverter
+
+    arguments = inspect.signature(WeightConverter.__init__).parameters
+    return "distributed_operation" in arguments or not peft.__version__.startswith("0.19.")
 
 
 def tiny_llama(path: Path, seed: int = 0, **settings):

@@ -2,7 +2,10 @@
 
 import importlib
 
+import pytest
 import torch
+
+from qlora_ext.nn.experts import is_fused_experts
 
 VOCAB = 96
 COMMON = {
@@ -140,7 +143,8 @@ EXPERT_LAYOUTS = {
 
 
 def experts(layout, dtype=torch.float32, seed=0):
-    """A fused-experts module of 4 experts, 64 -> 96 -> 64, with random weights and biases."""
+    """A fused-experts module of 4 experts, 64 -> 96 -> 64, with random weights and biases. The test
+    is skipped if this transformers keeps them apart."""
     import transformers
 
     module, experts_class, config_class, settings = EXPERT_LAYOUTS[layout]
@@ -149,6 +153,8 @@ def experts(layout, dtype=torch.float32, seed=0):
     config._experts_implementation = "eager"
     modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     layer = getattr(modeling, experts_class)(config)
+    if not is_fused_experts(layer):
+        pytest.skip(f"{experts_class} holds no fused experts in this release of transformers")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
