@@ -28,6 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:quantize_model")
 EVERYTHING = {"query": True, "key": True, "value": True, "projection": True, "mlp": True}
 
 
+def skip_what_peft_cannot_wrap(family):
+    """PEFT before 0.21 asks a T5 for a method that newer releases of transformers lack."""
+    method = "_prepare_encoder_decoder_kwargs_for_generation"
+    has = hasattr(transformers.T5ForConditionalGeneration, method)
+    if family == "t5" and not has and tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
+        pytest.skip("this PEFT takes no T5 of this transformers")
+
+
 def quantized(family="llama", **settings):
     return quantize_model(tiny.make(family, **settings), progress_bar=False)
 
@@ -310,6 +318,7 @@ def peft_logits(model):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "t5"])
 def test_stock_peft_loads_ours_onto_a_dense_base(family, tmp_path):
+    skip_what_peft_cannot_wrap(family)
     model = quantized(family)
     twin = dequantized(model)
     add_lora(model, LoraConfig(r=4, lora_alpha=12, **EVERYTHING))
@@ -326,6 +335,7 @@ def test_stock_peft_loads_ours_onto_a_dense_base(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "t5"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_we_load_stock_pefts_adapters(family, use_rslora, tmp_path):
+    skip_what_peft_cannot_wrap(family)
     model = quantized(family)
     config = LoraConfig(r=4, lora_alpha=12, use_rslora=use_rslora, **EVERYTHING).to_peft(model)
     wrapped = tiny.randomize(peft.get_peft_model(dequantized(model), config)).eval()
@@ -460,6 +470,7 @@ def test_to_peft():
 def test_to_peft_without_a_model_adapts_what_add_lora_does(family):
     if family in ("mixtral", "qwen3_moe"):
         pytest.skip("packed experts have no name in PEFT")
+    skip_what_peft_cannot_wrap(family)
     model = quantized(family)
     off = {"query": False, "value": False}
     attention = {"query": True, "key": True, "value": True}
