@@ -69,6 +69,10 @@ def rows_of(gpu):
                 yield row(gpu, op, M, N, K, ops.product, op, M, N, K)
             yield row(gpu, "lora_gemm_4bit", M, N, K, ops.lora_forward, M, N, K)
             yield row(gpu, "lora_backward", M, N, K, ops.lora_backward, M, N, K)
+    for op in cases.GROUPED:
+        for N, K in cases.EXPERT_LAYERS:
+            for tokens in cases.TOKENS:
+                yield row(gpu, op, tokens, N, K, ops.grouped, op, tokens, N, K)
     for op in cases.LORA:
         for columns in columns_of(op):
             for M in cases.ROWS:
@@ -86,14 +90,15 @@ def row(gpu, op, M, N, K, parts, *arguments):
         worst, best, verdict = goal.judge(gpu)
         figures = f"{worst:.0%} to {best:.0%}" if "%" in goal.text else f"{worst:.2f} to {best:.2f}"
         judged = goal.text, figures, verdict
-    shape = f"{N}x{K}" if N else str(K)
+    experts = f"{cases.EXPERTS}x" if op in cases.GROUPED else ""
+    shape = f"{experts}{N}x{K}" if N else str(K)
     return Row(gpu.name, op, shape, M, low, high, binds, limits[binds] / high, *judged)
 
 
 def all_rows():
     """Of each GPU in turn, by op."""
     order = ("dequantize_4bit", "quantize_4bit", *cases.PRODUCTS, "lora_gemm_4bit", "lora_backward")
-    order += cases.LORA
+    order += cases.GROUPED + cases.LORA
     return [r for gpu in cases.GPUS for r in sorted(rows_of(gpu), key=lambda r: order.index(r.op))]
 
 
@@ -107,13 +112,14 @@ predicted ([kernels.md](../kernels.md), "Predicted", says how, and how wrong the
 kernels whose speed is known). Rank {rank}, bf16, NF4 with block size 64 and nested scales. The
 share is that of what binds in the high end's time. `latency, X` means that no pipe is busy for
 80% of the time, and that X is the busiest. A goal is met only if every combination of the
-assumptions below meets it, and missed if none does.
+assumptions below meets it, and missed if none does. Of a mixture M is tokens, each of which takes
+{top} of {experts} experts at random.
 
 """
 
 
 def markdown(rows):
-    text = TITLE.format(rank=cases.RANK) + "## Goals\n\n"
+    text = TITLE.format(rank=cases.RANK, top=cases.TOP, experts=cases.EXPERTS) + "## Goals\n\n"
     text += kernel_report.table(
         ["GPU", "met", "undecided", "missed"],
         [

@@ -150,6 +150,15 @@ ASSUMPTIONS = (
         "fast: split or stream-K products; slow: whole tiles",
     ),
     A("cublas small tiles", "cublas", 0.9, 0.8, "of the rate, with 64-row tiles", "judgement"),
+    A(
+        "grouped mm",
+        "cublas",
+        400,
+        300,
+        "TFLOP/s of torch._grouped_mm, rows filled up to tiles included",
+        "slow: 242 without them, measured elsewhere on an H100 at 4096 tokens; fast: judgement",
+        ("H100", "H200"),
+    ),
     A("cublas start", "cublas", 1.0, 2.0, "us to fill and drain its pipeline", "judgement"),
 )
 GROUPS = ("issue", "machine", "cublas")

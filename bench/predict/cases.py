@@ -14,6 +14,11 @@ LAYERS = (  # (N, K): out_features, in_features
     (8192, 8192),
     (1024, 4096),
 )
+# A layer of Qwen3-30B-A3B: up (gate and up in one) and down of each expert.
+EXPERTS, TOP = 128, 8
+EXPERT_LAYERS = ((1536, 2048), (2048, 768))
+TOKENS = (1, 16, 64, 512, 4096)
+GROUPED = ("grouped_gemm_4bit", "grouped_gemm_4bit_backward")
 PRODUCTS = ("gemm_4bit", "gemm_4bit_backward")
 LORA = ("lora_shrink", "lora_shrink_backward", "lora_expand_backward")
 

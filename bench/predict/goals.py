@@ -6,7 +6,7 @@ import dataclasses
 
 from . import ops
 from .assumptions import ALL
-from .cases import PACKED, RANK
+from .cases import GROUPED, PACKED, RANK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,16 @@ def goal_of(gpu, op, M, N, K):
             over(
                 lambda g, s: ops.product(g, s, op, M, N, K),
                 lambda g, s: ops.two_passes(g, s, M, *shape),
+            ),
+        )
+    if op in GROUPED and gpu.arch == 90:
+        shape = (N, K) if op == GROUPED[0] else (K, N)
+        return at_most(
+            "<= torch._grouped_mm in bf16",
+            1.0,
+            over(
+                lambda g, s: ops.grouped(g, s, op, M, N, K),
+                lambda g, s: ops.grouped_mm(g, s, M, *shape),
             ),
         )
     if op == "lora_gemm_4bit" and M in LORA_OVER_DENSE:

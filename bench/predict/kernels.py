@@ -10,9 +10,10 @@ import kernel_report
 
 from . import issue, sass, shared
 from .assumptions import Scenario
-from .cases import Gpu
+from .cases import GROUPED, Gpu
 
 SOURCES = ("gemm_4bit", "gemm_4bit_backward", "lora", "dequantize_4bit", "quantize_4bit")
+SOURCES += GROUPED
 # Instructions of code that the modelled calls never run: adapters of 16 bits (they are fp32 here),
 # ragged ends, atomics that report a NaN, 64-bit divisions for chunks with a gap.
 NEVER_RUN = {
@@ -41,6 +42,8 @@ TILES = {
     "dequantize_4bit_vector": ("kDequantizeThreads * kChunk", "1", "1", "1"),
     "quantize_4bit_blocks": ("kQuantizeTile", "1", "1", "1"),
 }
+for _name in ("gemm_4bit_fused", "gemm_4bit_backward_fused"):
+    TILES[f"grouped_{_name}"] = TILES[_name]
 
 
 @dataclasses.dataclass(frozen=True)

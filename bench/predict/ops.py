@@ -3,10 +3,11 @@ others to get the same result. Each function takes a GPU and a scenario and retu
 
 from __future__ import annotations
 
+import functools
 import math
 
 from . import shared
-from .cases import PACKED, RANK
+from .cases import EXPERTS, PACKED, RANK, TOP
 from .kernels import Launch, Part, launch_time, library
 
 
@@ -30,6 +31,13 @@ def limits(parts):
 def plan(gpu, op, N, K, M):
     """(parts, lines of a chunk) that dispatch chose for this shape."""
     return shared.record()["plans"][f"{gpu.arch}x{gpu.sms}"][op][f"{N}x{K}"][str(M)]
+
+
+def grouped_kernel_of(gpu, op, tokens):
+    """(kernel, rows of the run that was traced) for this many tokens of a mixture."""
+    name = shared.record()["experts"][str(gpu.arch)][op][str(tokens)]
+    runs = shared.record()["kernels"][str(gpu.arch)][op]
+    return name, max(int(rows) for rows, names in runs.items() if name in names)
 
 
 def kernel_of(gpu, op, rows):
@@ -130,6 +138,36 @@ def fused(gpu, scenario, op, M, N, K):
     return [launch_time(gpu, scenario, launch), *reduction(gpu, scenario, parts, M * lines)]
 
 
+@functools.cache
+def row_tiles(tokens, rows):
+    """Tiles of this many rows that the experts of a mixture have together, on average over tokens
+    that choose any TOP of EXPERTS. With `rows` = tokens: experts that have rows."""
+    share, found = TOP / EXPERTS, 0.0
+    for n in range(1, tokens + 1):
+        ways = math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
+        chance = math.exp(ways + n * math.log(share) + (tokens - n) * math.log(1 - share))
+        found += chance * ceil(n, rows)
+    return EXPERTS * found
+
+
+def grouped(gpu, scenario, op, tokens, N, K):
+    """grouped_gemm_4bit or its backward. Blocks without rows, which exit, cost nothing here."""
+    lines, depth = (N, K) if op == "grouped_gemm_4bit" else (K, N)
+    name, traced = grouped_kernel_of(gpu, op, tokens)
+    tile = library(gpu.binary)[name].tile
+    tiles, line_tiles = row_tiles(tokens, tile.rows), ceil(lines, tile.columns)
+    rows, weight = tokens * TOP, N * K * PACKED
+    launch = Launch(
+        name,
+        traced,
+        math.ceil(tiles * line_tiles),
+        ceil(depth, tile.step) / tile.steps,
+        weight * row_tiles(tokens, tokens) + 2 * rows * (N + K),
+        weight * tiles + 2 * rows * depth * line_tiles + 2 * rows * lines,
+    )
+    return [launch_time(gpu, scenario, launch)]
+
+
 def chunked(gpu, scenario, op, M, N, K, lora):
     """W decoded in chunks that cuBLAS multiplies; a second product adds the bypass to each."""
     lines, depth = (N, K) if op == "gemm_4bit" else (K, N)
@@ -213,6 +251,18 @@ def lora_backward(gpu, scenario, M, N, K):
 
 
 # ---------------------------------------------------------------- the others
+
+
+def grouped_mm(gpu, scenario, tokens, N, K):
+    """torch._grouped_mm on bf16 experts, in tiles of 128 or 64 rows."""
+    small = scenario.value("cublas small tiles", gpu)
+    sizes = ((128, 1), (64, small))
+    work = min(row_tiles(tokens, rows) * rows * 2 * N * K / share for rows, share in sizes)
+    compute = work / scenario.value("grouped mm", gpu) / 1e6
+    moved = 2 * N * K * row_tiles(tokens, tokens) + 2 * tokens * TOP * (N + K)
+    memory = moved / scenario.value("memory", gpu) / 1e6
+    fixed = scenario.value("launch", gpu) + scenario.value("cublas start", gpu)
+    return [Part(fixed + max(compute, memory), {"cuBLAS": compute, "memory": memory})]
 
 
 def two_passes(gpu, scenario, M, N, K):

@@ -28,10 +28,11 @@ from predict import cases, shared
 
 import qlora_ext  # noqa: F401  (the CPU ops, which make the weights)
 from simt import build
-from simt.sweep import _randn, _seeded, _weight
+from simt.sweep import _randn, _seeded, _stack, _weight
 
 PTX_ARCHS = {80: "80", 90: "90a"}
 SOURCES = {"gemm_4bit_fused": "gemm_4bit", "gemm_4bit_backward_fused": "gemm_4bit_backward"}
+SOURCES |= {f"grouped_{name}": f"grouped_{source}" for name, source in SOURCES.items()}
 SOURCES |= {"lora_rows_mma": "lora", "lora_columns_mma": "lora"}
 SOURCES |= {"dequantize_4bit_vector": "dequantize_4bit", "quantize_4bit_blocks": "quantize_4bit"}
 
@@ -42,6 +43,11 @@ def calls():
     g = _seeded("record")
     bf16 = torch.bfloat16
     wide, tall = _weight(g, (128, 2048), nested=True), _weight(g, (512, 256), nested=True)
+    wides, talls = (_stack(g, (1, *shape), nested=True) for shape in ((128, 2048), (512, 256)))
+
+    def all_of_one(M):
+        return torch.tensor([M], dtype=torch.int32), torch.arange(M, dtype=torch.int32)
+
     A, B = _randn(g, cases.RANK, 512), _randn(g, 512, cases.RANK)
     dense = _randn(g, 64, 512, dtype=bf16)
     quantize = (64, "nf4", None, "absmax", 3.0, "none", 1.0)
@@ -49,6 +55,12 @@ def calls():
         "gemm_4bit": lambda simt, M: simt.gemm_4bit(_randn(g, M, 2048, dtype=bf16), *wide, None),
         "gemm_4bit_backward": lambda simt, M: simt.gemm_4bit_backward(
             _randn(g, M, 512, dtype=bf16), *tall
+        ),
+        "grouped_gemm_4bit": lambda simt, M: simt.grouped_gemm_4bit(
+            _randn(g, M, 2048, dtype=bf16), *wides, *all_of_one(M), None, None, None
+        ),
+        "grouped_gemm_4bit_backward": lambda simt, M: simt.grouped_gemm_4bit_backward(
+            _randn(g, M, 512, dtype=bf16), *talls, all_of_one(M)[0], None, None
         ),
         "lora_shrink": lambda simt, M: simt.lora_shrink(_randn(g, M, 512, dtype=bf16), A, 1.0),
         "lora_expand_backward": lambda simt, M: simt.lora_expand_backward(
@@ -61,6 +73,9 @@ def calls():
 
 # (call, architecture that dispatch sees, rows)
 RUNS = [(op, arch, rows) for op in cases.PRODUCTS for arch in (80, 89, 90) for rows in (1, 16, 64)]
+RUNS += [
+    (op, arch, rows) for op in cases.GROUPED for arch in (80, 89, 90) for rows in (1, 16, 32, 64)
+]
 RUNS += [
     (op, arch, 256)
     for op in ("lora_shrink", "lora_expand_backward", "dequantize_4bit", "quantize_4bit")
@@ -135,6 +150,32 @@ def plans(simt):
     return result
 
 
+def experts(simt):
+    """{arch: {op: {tokens: the kernel that dispatch takes for a mixture}}}. It goes by the numbers
+    of rows and experts, so the experts are small here."""
+    g, size = _seeded("experts"), (cases.EXPERTS, 64, 64)
+    w4 = _stack(g, size, nested=True)
+
+    def run(simt, op, tokens):
+        rows = tokens * cases.TOP
+        ends = torch.arange(1, cases.EXPERTS + 1) * rows // cases.EXPERTS
+        x = _randn(g, rows, 64, dtype=torch.bfloat16)
+        last = (None,) * (4 if op == cases.GROUPED[0] else 2)  # rows, bias, adapters
+        getattr(simt, op)(x, *w4, ends.int(), *last)
+
+    result = {}
+    for gpu in cases.GPUS:
+        with simt.device(gpu.arch, gpu.sms):
+            result[str(gpu.arch)] = {
+                op: {
+                    str(tokens): launched(simt, lambda simt, n, op=op: run(simt, op, n), tokens)[0]
+                    for tokens in cases.TOKENS
+                }
+                for op in cases.GROUPED
+            }
+    return result
+
+
 LENGTHS = [(n, n) for n in sorted({n for layer in cases.LAYERS for n in layer})]
 
 
@@ -155,7 +196,12 @@ def everything(simt):
                     run_of[op](simt, rows)
                     numbers = numbers_of(SOURCES[base(kernel)], binary)[name]
                     kept[str(rows)] = by_warp(read(), numbers)
-    return {"plans": plans(simt), "kernels": chosen, "shared": wavefronts}
+    return {
+        "plans": plans(simt),
+        "experts": experts(simt),
+        "kernels": chosen,
+        "shared": wavefronts,
+    }
 
 
 def text(recorded):
