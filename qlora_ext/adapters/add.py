@@ -13,8 +13,8 @@ from ..models.plan import TRAINS, is_factor
 from ..models.raw_errors import explain_errors
 from ..models.report import num_parameters
 from ..models.walk import check_model, places_of, replace_module, stacked_names
-from ..nn.linear import Linear4bit, is_conv1d, linear_shape
-from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora, check_lora_rank
+from ..nn.linear import Linear4bit, is_conv1d
+from ..nn.lora import LoraLinear, LoraLinear4bit, _Lora
 from ..nn.offload import check_can_adapt, device_of
 from ..nn.shared_input import SharedInput
 from ..nn.stack import LoraStack4bit, Stack4bit
@@ -152,10 +152,10 @@ def add_lora(
             target is an unquantized Conv1D, or a subclass of nn.Linear whose forward may compute
             something else ("all-linear" leaves those out and warns).
         ValueError: the model has adapters (others' count if they require gradients) or was loaded
-            under torch.inference_mode; r is larger than a weight's smaller side; the architecture
-            is unknown, or a switch or name matches nothing (the error lists the linear layers);
-            config selects a part of a fused query-key-value layer; share_inputs=True, but no two
-            layers can share. The model then stays as it was.
+            under torch.inference_mode; the architecture is unknown, or a switch or name matches
+            nothing (the error lists the linear layers); config selects a part of a fused
+            query-key-value layer; share_inputs=True, but no two layers can share. The model then
+            stays as it was.
     """
     config = LoraConfig() if config is None else config
     if not isinstance(config, LoraConfig):
@@ -210,8 +210,6 @@ def install(model: nn.Module, settings: dict[str, dict]) -> None:
                 "and would leave the adapter out; want target_modules without it"
             )
         check_can_adapt("add_lora", base, model)
-        N, K = linear_shape(base)
-        check_lora_rank(f"add_lora: {name}", keywords["r"], K, N)
         new[name] = (base, with_adapter(name, base, **keywords))
     places = places_of(model)
     for base, module in new.values():

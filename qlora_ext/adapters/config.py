@@ -37,7 +37,7 @@ class LoraConfig:
     """Which layers get an adapter, and its rank: W' = W + (lora_alpha / r) B A.
 
     Args:
-        r: rank, from 1 to the smaller side of each adapted weight.
+        r: rank, 1 or more. Above a weight's smaller side it works, as in PEFT, and adds nothing.
         lora_alpha: numerator of the scaling.
         lora_dropout: dropout on the bypass's input, a probability in [0, 1).
         bias: only "none", because biases are not trained.

@@ -13,7 +13,7 @@ from ..models.plan import is_factor
 from ..models.reads import read_past_forward
 from ..models.walk import linear_names, output_embeddings, stacked_names
 from ..nn.experts import is_fused_experts, parameter_names
-from ..nn.linear import is_conv1d, is_plain_linear, linear_shape
+from ..nn.linear import is_conv1d, is_plain_linear
 from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
 from ..nn.stack import Stack4bit
@@ -106,7 +106,7 @@ def target_names(model: nn.Module, config) -> list[str]:
     chosen = _parameter_targets(model, config.target_parameters, linears)
     if config.target_modules is not None:
         if config.target_modules:
-            chosen |= set(_explicit_targets(model, config.target_modules, linears, config.r))
+            chosen |= set(_explicit_targets(model, config.target_modules, linears))
         return [name for name in linears if name in chosen]
     switches = config.switches
     family = _family(model) if set(switches) - {"head"} else None
@@ -155,7 +155,7 @@ def _parameter_targets(model, targets, linears) -> set[str]:
     return chosen
 
 
-def _explicit_targets(model, targets, linears, r: int) -> list[str]:
+def _explicit_targets(model, targets, linears) -> list[str]:
     if targets == "all-linear":
         head = output_embeddings(model)
         names = [name for name, module in linears.items() if module is not head]
@@ -171,9 +171,7 @@ def _explicit_targets(model, targets, linears, r: int) -> list[str]:
         )
         foreign = [n for n in names if n not in odd and n not in read and is_factor(n)]
         _warn_left_out(foreign, "adapters of another library")
-        narrow = [n for n in names if n not in odd and r > 1 and 1 in linear_shape(linears[n])]
-        _warn_left_out(narrow, "a matrix of one row, as a shared expert's gate is, has rank 1")
-        odd += [*read, *foreign, *narrow]
+        odd += [*read, *foreign]
         if len(odd) == len(names):
             raise ValueError(
                 'add_lora: target_modules="all-linear" finds no layer to adapt; '

@@ -19,16 +19,6 @@ from .panel import PanelLinear, _panel_product
 from .shared_input import SharedInput
 
 
-def check_lora_rank(name: str, r: int, in_features: int, out_features: int) -> None:
-    """ValueError unless 1 <= r <= min(in_features, out_features): a larger r adds no rank."""
-    most = min(in_features, out_features)
-    if type(r) is not int or not 1 <= r <= most:
-        raise ValueError(
-            f"{name}: r is {r!r}, want an integer from 1 to min(in_features, out_features) = "
-            f"{most} for a [{out_features}, {in_features}] weight"
-        )
-
-
 class _Lora(nn.Module):
     """The bypass that our layers with an adapter add: scaling * dropout(x) A^T B^T.
 
@@ -38,7 +28,8 @@ class _Lora(nn.Module):
 
     def _init_lora(self, r, lora_alpha, lora_dropout, use_rslora, device, lora_dtype) -> None:
         name = type(self).__name__
-        check_lora_rank(name, r, self.in_features, self.out_features)
+        if type(r) is not int or r < 1:
+            raise ValueError(f"{name}: r is {r!r}, want an integer of 1 or more")
         if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
             raise ValueError(
                 f"{name}: lora_dropout is {lora_dropout!r}, want a probability in [0, 1)"
@@ -92,7 +83,8 @@ class LoraLinear4bit(_Lora, Linear4bit):
 
     Args:
         in_features, out_features, bias, config, device, dtype: as for Linear4bit.
-        r: rank, from 1 to min(in_features, out_features).
+        r: rank, 1 or more. Above min(in_features, out_features) it works, as in PEFT, and adds
+            nothing.
         lora_alpha, lora_dropout: as in PEFT. use_rslora: scaling = lora_alpha / sqrt(r).
         lora_dtype: dtype of lora_A and lora_B.
 
@@ -118,7 +110,6 @@ class LoraLinear4bit(_Lora, Linear4bit):
         device=None,
         dtype=None,
     ):
-        check_lora_rank(type(self).__name__, r, in_features, out_features)
         super().__init__(in_features, out_features, bias, config=config, device=device, dtype=dtype)
         self._init_lora(r, lora_alpha, lora_dropout, use_rslora, self.weight.device, lora_dtype)
 

@@ -215,9 +215,6 @@ def test_bad_configs_are_refused(settings, message):
 
 def test_bad_models_are_refused_and_left_alone():
     model = quantized()
-    with pytest.raises(ValueError, match=r"q_proj: r is 33, want .* = 32|r is 33"):
-        add_lora(model, LoraConfig(r=33, key=True))  # k_proj is 32 x 64
-    assert adapted_names(model) == [] and any(p.requires_grad for p in model.parameters())
     with pytest.raises(TypeError, match="config is a LoraConfig, want qlora_ext"):
         add_lora(model, peft.LoraConfig())
     add_lora(model)
@@ -253,7 +250,7 @@ def test_a_single_layer_is_no_model(tmp_path):
 
 
 def test_bad_settings_of_one_layer():
-    with pytest.raises(ValueError, match="LoraLinear4bit: r is True, want an integer from 1"):
+    with pytest.raises(ValueError, match="LoraLinear4bit: r is True, want an integer of 1"):
         LoraLinear4bit(64, 64, r=True)
     with pytest.raises(ValueError, match="LoraLinear: lora_dropout is '0', want a probability"):
         LoraLinear.from_linear(nn.Linear(64, 64), lora_dropout="0")
@@ -268,10 +265,11 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone():
     model = nn.Sequential(nn.Linear(64, 64), Doubling(64, 64))
     x = torch.randn(3, 64)
     want = model(x)
-    for targets in (["1"], "1"):
+    for targets in (["0", "1"], "0|1"):
         with pytest.raises(TypeError, match="add_lora: 1: LoraLinear: linear is a Doubling, want"):
             add_lora(model, LoraConfig(target_modules=targets))
     assert type(model[1]) is Doubling and type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
     with pytest.warns(UserWarning, match=r'"all-linear" leaves out 1 \(Doubling\)'):
         add_lora(model, LoraConfig(target_modules="all-linear"))
     assert type(model[0]) is LoraLinear and type(model[1]) is Doubling

@@ -411,11 +411,11 @@ def test_bad_inputs_are_refused():
         layer(torch.zeros(2, 64, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("r", [0, -1, 17, 2.0])
+@pytest.mark.parametrize("r", [0, -1, True, 2.0])
 def test_bad_rank_is_refused(r):
-    with pytest.raises(ValueError, match=r"r is .*, want an integer from 1 to .* = 16"):
+    with pytest.raises(ValueError, match=r"r is .*, want an integer of 1 or more"):
         LoraLinear4bit(64, 16, r=r)
-    with pytest.raises(ValueError, match="want an integer from 1 to"):
+    with pytest.raises(ValueError, match="want an integer of 1 or more"):
         LoraLinear.from_linear(dense_layer(16, 64), r=r)
 
 
