@@ -12,7 +12,7 @@ from ..models.architectures import FAMILIES, Family
 from ..models.plan import is_factor
 from ..models.reads import read_past_forward
 from ..models.walk import linear_names, output_embeddings, stacked_names
-from ..nn.experts import is_fused_experts, parameter_names
+from ..nn.experts import is_fused_experts, parameter_names, up_name
 from ..nn.linear import is_conv1d, is_plain_linear
 from ..nn.packed import _Packed4bit
 from ..nn.panel import PanelLinear
@@ -32,12 +32,12 @@ def _read_past_forward(model: nn.Module, layers: dict[str, nn.Module]) -> dict[s
     return {name: found[id(layer)] for name, layer in dense.items() if id(layer) in found}
 
 
-def _warn_left_out(layers: list[str], why: str) -> None:
-    """Warns which layers "all-linear" leaves out, if there are any."""
+def _warn_left_out(layers: list[str], why: str, setting: str = '"all-linear"') -> None:
+    """Warns which layers a setting of LoraConfig leaves out, if there are any."""
     if layers:
         more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
         warnings.warn(
-            f'add_lora: "all-linear" leaves out {", ".join(layers[:5])}{more}: {why}', stacklevel=5
+            f"add_lora: {setting} leaves out {', '.join(layers[:5])}{more}: {why}", stacklevel=5
         )
 
 
@@ -69,10 +69,57 @@ def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
+def _dense_experts(model: nn.Module) -> dict[str, str]:
+    """The experts in model that are not packed, and so get no adapter: the name of each parameter
+    -> the name that its packed stack would have. Experts of a class without transformers' layout
+    are known by their name or their class's."""
+    found, linears = {}, linears_of(model)
+    for holder, module in model.named_modules():
+        called = f"{holder.rpartition('.')[2]} {type(module).__name__}".lower()
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        names = {}
+        if is_fused_experts(module):
+            names = {up_name(module): "up", "down_proj": "down"}
+        elif "expert" in called and holder not in linears and not isinstance(module, nn.Embedding):
+            names = {key: key for key, p in own.items() if p.ndim > 1 and "bias" not in key}
+        start = f"{holder}." if holder else ""
+        found |= {start + key: start + stack for key, stack in names.items()}
+    return found
+
+
+def _warn_of_dense_experts(model: nn.Module, config) -> None:
+    """Warns which experts config asks for that get no adapter because they are not packed."""
+    left: dict[str, list[str]] = {}
+    targets = config.target_modules
+    for name, stack in _dense_experts(model).items():
+        if any(_ends_with(name, target) for target in config.target_parameters or ()):
+            setting = "target_parameters"
+        elif targets == "all-linear":
+            setting = '"all-linear"'
+        elif targets is None and config.mlp:
+            setting = "mlp=True"
+        elif targets is not None and _is_explicit_target(stack, targets):
+            setting = "target_modules"
+        else:
+            continue
+        left.setdefault(setting, []).append(name)
+    for setting, names in left.items():
+        _warn_left_out(
+            stacked_names(names),
+            "these experts are not packed, and add_lora adapts packed ones only. "
+            "print(model.quantization_report) says why they stayed dense; PEFT's target_parameters "
+            "adapts them",
+            setting,
+        )
+
+
 def layers_found(model: nn.Module) -> str:
     text = f"the linear layers of {type(model).__name__} are {linear_names(model)}"
-    experts = stacked_names(parameter_names(model).values())
-    return text + (f", and its packed experts (for target_parameters) {experts}" if experts else "")
+    if experts := stacked_names(parameter_names(model).values()):
+        text += f", and its packed experts (for target_parameters) {experts}"
+    if experts := stacked_names(_dense_experts(model)):
+        text += f"; add_lora does not adapt {experts}, experts that are not packed"
+    return text
 
 
 def _family(model: nn.Module) -> Family:
@@ -104,10 +151,17 @@ def target_names(model: nn.Module, config) -> list[str]:
     """Full names of the layers that config selects, in the model's order."""
     linears = linears_of(model)
     chosen = _parameter_targets(model, config.target_parameters, linears)
-    if config.target_modules is not None:
-        if config.target_modules:
-            chosen |= set(_explicit_targets(model, config.target_modules, linears))
-        return [name for name in linears if name in chosen]
+    if config.target_modules is None:
+        chosen |= _switched_targets(model, config, linears)
+    elif config.target_modules:
+        chosen |= set(_explicit_targets(model, config.target_modules, linears))
+    _warn_of_dense_experts(model, config)
+    return [name for name in linears if name in chosen]
+
+
+def _switched_targets(model, config, linears) -> set[str]:
+    """The layers that the switches of config select."""
+    chosen = set()
     switches = config.switches
     family = _family(model) if set(switches) - {"head"} else None
     attention = [switch for switch in switches if switch in ATTENTION]
@@ -135,7 +189,7 @@ def target_names(model: nn.Module, config) -> list[str]:
                 f"{layers_found(model)}"
             )
         chosen |= found
-    return [name for name in linears if name in chosen]
+    return chosen
 
 
 def _parameter_targets(model, targets, linears) -> set[str]:
@@ -146,10 +200,9 @@ def _parameter_targets(model, targets, linears) -> set[str]:
     for target in targets or ():
         found = {layer for parameter, layer in names.items() if _ends_with(parameter, target)}
         if not found:
-            stacks = stacked_names(parameter_names(model).values())
             raise ValueError(
                 f"add_lora: target_parameters has {target!r}, which is no weight of the model's "
-                f"linear layers and experts; its packed experts are {stacks or 'none'}"
+                f"linear layers and packed experts; {layers_found(model)}"
             )
         chosen |= found
     return chosen
@@ -178,21 +231,26 @@ def _explicit_targets(model, targets, linears) -> list[str]:
                 f"{layers_found(model)}"
             )
         return [name for name in names if name not in odd]
-    if isinstance(targets, str):
-        names = [name for name in linears if re.fullmatch(targets, name)]
-        if not names:
-            _check_no_table(model, lambda name: re.fullmatch(targets, name) is not None)
-            raise ValueError(
-                f"add_lora: target_modules={targets!r} matches none; {layers_found(model)}"
-            )
-        return names
-    for target in targets:
+    names = [name for name in linears if _is_explicit_target(name, targets)]
+    if isinstance(targets, str) and not names:
+        _check_no_table(model, lambda name: _is_explicit_target(name, targets))
+        raise ValueError(
+            f"add_lora: target_modules={targets!r} matches none; {layers_found(model)}"
+        )
+    for target in () if isinstance(targets, str) else targets:
         if not any(_ends_with(name, target) for name in linears):
             _check_no_table(model, lambda name, target=target: _ends_with(name, target))
             raise ValueError(
                 f"add_lora: target_modules has {target!r}, no layer; {layers_found(model)}"
             )
-    return [name for name in linears if any(_ends_with(name, target) for target in targets)]
+    return names
+
+
+def _is_explicit_target(name: str, targets) -> bool:
+    """Whether target_modules, names or a regular expression, select the layer of that name."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(_ends_with(name, target) for target in targets)
 
 
 def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:

@@ -119,6 +119,57 @@ def test_a_rank_above_a_weights_smaller_side(tmp_path):
     assert last < first
 
 
+@pytest.mark.parametrize(
+    "config, setting",
+    [
+        ({"target_modules": "all-linear"}, '"all-linear"'),
+        ({"mlp": True}, "mlp=True"),
+        ({"target_parameters": BOTH}, "target_parameters"),
+        ({"target_modules": ["experts.up", "experts.down"]}, "target_modules"),
+        ({"target_modules": r".*experts\.(up|down)"}, "target_modules"),
+    ],
+    ids=str,
+)
+def test_experts_that_stayed_dense_are_named(config, setting):
+    """They get no adapter, and whoever asks for one must know."""
+    model = tiny.make("qwen3_moe", num_hidden_layers=3)
+    keep = ["layers.1.mlp.experts", "layers.2.mlp.experts"]
+    quantize_model(model, modules_to_not_convert=keep, progress_bar=False)
+    with pytest.warns(UserWarning, match="leaves out") as seen:
+        add_lora(model, LoraConfig(**{**NO_SWITCH, **config}))
+    (text,) = [str(w.message) for w in seen if "leaves out" in str(w.message)]
+    gone = "model.layers.{1,2}.mlp.experts.gate_up_proj, model.layers.{1,2}.mlp.experts.down_proj"
+    assert text.startswith(f"add_lora: {setting} leaves out {gone}: these experts are not packed")
+    assert seen[0].filename == __file__
+    names = [name for name, m in model.named_modules() if isinstance(m, LoraStack4bit)]
+    assert names == [f"{HOLDER}.up", f"{HOLDER}.down"]
+
+
+class Experts(torch.nn.Module):
+    """Experts in a layout of their own, as Llama 4 has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(4, 64, 32))
+        self.bias = torch.nn.Parameter(torch.zeros(4, 32))
+
+
+def test_experts_of_an_unknown_class_are_named():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), Experts())
+    with pytest.warns(UserWarning, match=r'"all-linear" leaves out 1.gate_up_proj: these experts'):
+        add_lora(model, LoraConfig(target_modules="all-linear"))
+    config = LoraConfig(**NO_SWITCH, target_parameters=["gate_up_proj"])
+    message = r"'gate_up_proj', which is no weight .* does not adapt \['1.gate_up_proj'\], experts"
+    with pytest.raises(ValueError, match=message):
+        add_lora(torch.nn.Sequential(torch.nn.Linear(64, 64), Experts()), config)
+
+
+@pytest.mark.filterwarnings("error:add_lora")
+def test_no_warning_where_experts_are_packed_or_not_asked_for():
+    add_lora(quantized(), LoraConfig(target_modules="all-linear"))
+    add_lora(tiny.make("qwen3_moe"))  # query and value
+
+
 @pytest.mark.parametrize("kind", ["GptOss", "Olmoe", "GraniteMoe", "Ernie4_5_Moe"])
 def test_switches_know_the_mixtures(kind):
     """mlp and the attention's switches need no names of layers."""
