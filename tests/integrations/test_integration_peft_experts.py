@@ -363,6 +363,37 @@ def test_experts_compile_in_one_graph():
             assert torch.equal(parameter.grad, grads[name])
 
 
+@pytest.fixture
+def unset_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@adapts_stacks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_turn_the_chosen_experts_alone(dtype, unset_memory_is_nan):
+    """Without gradients. The product must not read B of the others, and later values count."""
+    model = packed_model(dtype=dtype, num_experts=20)
+    model = randomize(peft.get_peft_model(model, config(), autocast_adapter_dtype=False))
+    wrapper = wrapper_of(model)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weights = torch.ones(2, 2, dtype=dtype)
+    B = wrapper.lora_B["default"].weight
+    for change in (lambda: None, B.data.neg_, lambda: setattr(B, "data", B * 3)):
+        change()
+        for index in ([[3, 7], [3, 19]], [[7, -1], [20, 0]]):
+            given = torch.tensor(index), weights
+            want = wrapper(x, *given)
+            assert not wrapper._stacked(["default"], given[0])[1].isnan().any()
+            with torch.no_grad():
+                assert wrapper._stacked(["default"], given[0])[1].isnan().any()
+                assert torch.equal(wrapper(x, *given), want)
+                assert torch.equal(wrapper(x, top_k_index=given[0], top_k_weights=weights), want)
+    with torch.no_grad():
+        assert wrapper(x[:0], given[0][:0], weights[:0]).shape == (0, 64)
+
+
 @adapts_stacks
 def test_mixed_batches_are_refused():
     packed, _ = both()
