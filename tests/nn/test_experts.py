@@ -1,10 +1,16 @@
 """Experts4bit: transformers' fused experts, packed as stacks, against the class they came from."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.utils.checkpoint import checkpoint
 
 import tiny_models as tiny
@@ -12,6 +18,7 @@ from qlora_ext import (
     LoraConfig,
     QuantConfig,
     add_lora,
+    grouped_ops,
     linear_4bit,
     load_adapter,
     merge_and_unload,
@@ -147,6 +154,47 @@ def test_compiled_in_one_graph():
         results.append((y, *gradients))
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager)
+
+
+def step_of(packed, x, index, weights):
+    """A forward and a backward pass: y and the gradients of all that can have one."""
+    inputs = [x.requires_grad_(), weights.requires_grad_()]
+    inputs += [p for p in packed.parameters() if p.requires_grad]
+    y = packed(x, index, weights)
+    return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_the_host_reads_no_values(is_adapted, layout):
+    """Nor depends a shape on them: fake tensors have none. So a CUDA graph can hold the layer."""
+    packed = adapted(layout) if is_adapted else Experts4bit.from_experts(tiny.experts(layout))
+    given = routed(tiny.experts(layout))
+    want = step_of(packed, *given)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, index, weights = (mode.from_tensor(t.detach()) for t in given)
+        got = step_of(packed, x, index, weights)
+        assert [t.shape for t in got] == [t.shape for t in want]
+        for read in (index.tolist, index.unique, lambda: x[index[:, 0] > 1], index.sum().item):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                read()
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_no_op_of_the_layer_waits_for_the_device(is_adapted):
+    """On the emulated CUDA machine, as under a graph's capture, where waiting is an error."""
+    from simt.build import load_simt
+
+    packed = adapted("mixtral") if is_adapted else Experts4bit.from_experts(tiny.experts("mixtral"))
+    x, index, weights = routed(tiny.experts("mixtral"))
+    index[0, 0] = 4  # a slot without an expert
+    want = step_of(packed, x, index, weights)
+    simt = load_simt()
+    simt.reset_launches()
+    with mock.patch.object(grouped_ops, "_ops", torch.ops.qlora_ext_simt), simt.capture():
+        got = step_of(packed, x, index, weights)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert any(count and "grouped" in name for name, count in simt.kernels().items())
 
 
 def test_checkpointing_and_autocast():
