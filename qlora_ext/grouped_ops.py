@@ -7,7 +7,8 @@ the M sorted rows takes; None: x is sorted, and T = M. Both are on x's device, a
 reads them there.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -71,9 +72,14 @@ def _saved(ctx, w4: W4) -> Sequence[Tensor | None]:
     return w4[:4] if ctx.again is None else ()
 
 
-def _restored(ctx, tensors: Sequence[Tensor | None]) -> W4:
-    """The weight whose tensors `_saved` saved."""
-    return (*tensors, *ctx.static) if ctx.again is None else ctx.again()
+@contextlib.contextmanager
+def _restored(ctx, tensors: Sequence[Tensor | None]) -> Iterator[W4]:
+    """A context with the weight whose tensors `_saved` saved."""
+    if ctx.again is None:
+        yield (*tensors, *ctx.static)
+    else:
+        with ctx.again() as w4:
+            yield w4
 
 
 class _GroupedGemm4bit(torch.autograd.Function):
@@ -94,8 +100,8 @@ class _GroupedGemm4bit(torch.autograd.Function):
         need = ctx.needs_input_grad
         dX = dbias = dS = dB = None
         if need[0]:
-            w4 = _restored(ctx, weight)
-            dX = _ops.grouped_gemm_4bit_backward.default(dY, *w4, offsets)
+            with _restored(ctx, weight) as w4:
+                dX = _ops.grouped_gemm_4bit_backward.default(dY, *w4, offsets)
             dX = _sum_to_x(dX, rows, ctx.T)
         if need[4]:
             dbias = _bias_gradient(dY, offsets, ctx.bias_dtype)
@@ -245,15 +251,17 @@ class _GroupedLoraGemm4bit(torch.autograd.Function):
     def backward(ctx, dY, _dS):
         x, S, A, B, offsets, rows, *weight = ctx.saved_tensors
         need = ctx.needs_input_grad
-        w4 = _restored(ctx, weight)
         dX = dA = dB = dbias = None
         if need[2] or need[3]:
-            dX, dA, dB = _ops.grouped_lora_gemm_4bit_backward.default(
-                dY, x, S, *w4, A, B, ctx.scaling, offsets, rows, need[0]
-            )
+            with _restored(ctx, weight) as w4:
+                dX, dA, dB = _ops.grouped_lora_gemm_4bit_backward.default(
+                    dY, x, S, *w4, A, B, ctx.scaling, offsets, rows, need[0]
+                )
         elif need[0]:  # the adapter is frozen
             dS, _ = _ops.grouped_lora_expand_backward.default(dY, S, B, offsets)
-            dX = _ops.grouped_gemm_4bit_backward.default(dY, *w4, offsets, dS * ctx.scaling, A)
+            dS = dS * ctx.scaling
+            with _restored(ctx, weight) as w4:
+                dX = _ops.grouped_gemm_4bit_backward.default(dY, *w4, offsets, dS, A)
         if need[7]:
             dbias = _bias_gradient(dY, offsets, ctx.bias_dtype)
         dX = _sum_to_x(dX, rows, x.shape[0]) if need[0] else None

@@ -55,7 +55,7 @@ def _look(model: nn.Module) -> None:
         weight = None if layer is None else layer._parameters.get("weight")
         # Skip weights that FSDP2 has sharded or a hook will load: their bytes are not there yet.
         if type(weight) is nn.Parameter and not weight.is_meta:
-            layer._w4(False)
+            _Packed4bit._w4(layer, False)  # a Stack4bit's own would fetch experts from the host
 
 
 def _looking_call(call):

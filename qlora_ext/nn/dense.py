@@ -153,7 +153,8 @@ def dense_experts(
             weight = weight.mT.contiguous()
         experts.register_parameter(name, nn.Parameter(weight))
         if stack.bias is not None:
-            bias = nn.Parameter(stack.bias.detach().to(dtype))
+            # On a device of its own if offload_experts keeps the weight in host memory.
+            bias = nn.Parameter(stack.bias.detach().to(weight.device, dtype))
             experts.register_parameter(f"{name}_bias", bias)
     return experts.train(module.training)
 

@@ -8,6 +8,10 @@ a backward pass. Autograd saves no copy: the backward pass fetches a layer's exp
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -49,8 +53,9 @@ class _Streams:
 
 
 class Fetched(tuple):
-    """The ops' arguments for a weight that was fetched. `again()` fetches it once more, so autograd
-    saves that instead of the tensors, which the next layers overwrite."""
+    """The ops' arguments for a weight that was fetched. `again()` is a context in which it is
+    fetched once more, so autograd saves that instead of the tensors, which the next layers
+    overwrite."""
 
     def __new__(cls, w4, again):
         self = super().__new__(cls, w4)
@@ -71,6 +76,9 @@ class _Slot:
 class ExpertFetcher:
     """Fetches the stacks of a model's mixture layers to a device.
 
+    Whoever fetches holds `lock` until the product with what was fetched is computed, or given to
+    the device's stream: another thread would overwrite it.
+
     Args:
         layers: in the order in which the model calls them.
         device: where they compute.
@@ -79,6 +87,7 @@ class ExpertFetcher:
 
     def __init__(self, layers: list[Experts4bit], device: torch.device, streams=None):
         self.device = device
+        self.lock = threading.RLock()
         self.streams = streams or _Streams(device)
         self.layers = layers
         self.layer_of = self._layer_of_each_stack()
@@ -91,9 +100,10 @@ class ExpertFetcher:
 
     def forget(self, stack: Stack4bit) -> None:
         """The packed tensors of a stack have other bytes from now on, or other memory."""
-        for slot in self.slots:
-            if slot.layer is not None and slot.layer == self.layer_of.get(stack, slot.layer):
-                slot.layer = None
+        with self.lock:
+            for slot in self.slots:
+                if slot.layer is not None and slot.layer == self.layer_of.get(stack, slot.layer):
+                    slot.layer = None
 
     def fetch(self, stack: Stack4bit, w4) -> Fetched:
         """w4, the ops' arguments with the tensors of a stack in host memory, on the device."""
@@ -122,12 +132,24 @@ class ExpertFetcher:
             other = next((s for s in self.slots if s is not slot), None)
             if other is not None and other.layer != following:
                 self._start(other, following)
-        return Fetched((*slot.views[stack], *w4[4:]), lambda: self.fetch(stack, w4))
+        return Fetched((*slot.views[stack], *w4[4:]), lambda: self._fetched(stack, w4))
+
+    @contextlib.contextmanager
+    def _fetched(self, stack: Stack4bit, w4) -> Iterator[Fetched]:
+        with self.lock:
+            yield self.fetch(stack, w4)
 
     def _start(self, slot: _Slot, layer: int) -> None:
         """Starts copying a layer's experts into a slot."""
+        stacks = self.layers[layer].up, self.layers[layer].down
+        for source in (tensor for stack in stacks for tensor in _tensors(stack)):
+            if type(source) not in (nn.Parameter, torch.Tensor, type(None)):
+                raise RuntimeError(
+                    f"offload_experts: a layer's experts are a {type(source).__name__} now, want "
+                    "plain tensors: shard a model (FSDP2) or offload its experts, not both"
+                )
         slot.layer, slot.views, start, pairs = layer, {}, 0, []
-        for stack in (self.layers[layer].up, self.layers[layer].down):
+        for stack in stacks:
             views: list[torch.Tensor | None] = []
             for source in _tensors(stack):
                 if source is None:
@@ -175,7 +197,8 @@ def offload_experts(model: nn.Module, device: torch.device | str = "cuda") -> nn
     The device holds the experts of two layers at a time: one computes while the next one's are
     copied. Host memory is pinned if device is a GPU. Forward and backward work, with and without
     activation checkpointing, for inference and for adapters on any layer; adapters of experts are
-    on the device. torch.compile leaves the experts' products out of its graphs. Has not run on a
+    on the device. torch.compile leaves the experts' products out of its graphs. Threads take turns
+    at them; all must use one CUDA stream. A copy of the model is not offloaded. Has not run on a
     GPU yet: the order of copies and waits is tested with recorded streams.
 
     Args:

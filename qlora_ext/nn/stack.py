@@ -163,7 +163,8 @@ class Stack4bit(_Packed4bit):
     @torch.compiler.disable
     def _fetched_product(self, x, offsets, rows, adapter):
         # A graph would save what was fetched, and the next layers overwrite it.
-        return self._product(x, offsets, rows, adapter)
+        with self.fetcher.lock:
+            return self._product(x, offsets, rows, adapter)
 
     def _product(self, x, offsets, rows, adapter):
         w4, bias = self._w4(torch.compiler.is_compiling()), self._parameters["bias"]

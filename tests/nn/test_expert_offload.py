@@ -1,9 +1,13 @@
 """Experts in host memory: the order of copies and waits, and the same results."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import qlora_ext
@@ -178,10 +182,74 @@ def test_other_bytes_and_adapters_later(assign):
 
 def test_compiled():
     plain = mixture(4).train()
-    model, _, _ = offloaded(copy.deepcopy(plain))
+    model, _, streams = offloaded(copy.deepcopy(plain))
     compiled = torch.compile(model, backend="aot_eager")
     for got, want in zip(losses_and_gradients(compiled), losses_and_gradients(plain)):
         torch.testing.assert_close(got, want)
+    # Before a compiled call all packed bytes are looked at; no experts are fetched for that.
+    assert sum(entry[0] == "copy" for entry in streams.log) == 6
+
+
+def test_threads_take_turns():
+    """What one fetched, another must not overwrite before the product is computed."""
+    model = mixture(6)
+    batches = [torch.randint(3, tiny.VOCAB, (1, 30 + i)) for i in range(3)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(ids):
+        loss = model(input_ids=ids, labels=ids).loss
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    wants = [step(ids) for ids in batches]
+    qlora_ext.offload_experts(model, "cpu")
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for gots in [list(pool.map(step, batches)) for _ in range(2)]:
+            for got, want in zip(gots, wants):
+                assert all(map(torch.equal, got, want))
+
+
+def test_a_copy_is_offloaded_again_by_itself():
+    model = qlora_ext.offload_experts(mixture(2), "cpu")
+    want = tiny.logits(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        experts = again.model.layers[0].mlp.experts
+        assert experts.up.fetcher is None and experts.up.weight.device.type == "cpu"
+        assert torch.equal(tiny.logits(again), want)
+        qlora_ext.offload_experts(again, "cpu")
+        assert experts.up.fetcher is not model.model.layers[0].mlp.experts.up.fetcher
+        assert torch.equal(tiny.logits(again), want)
+
+
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_leaves_experts_out(process_group):
+    """A GPU's DDP refuses parameters on two kinds of devices, unless it is told to ignore them."""
+    model, plain = offloaded(mixture(3))[0], mixture(3)
+    packed = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, packed)
+    wrapped = DistributedDataParallel(model)
+    assert not any(p.dtype == torch.uint8 for p in wrapped._module_parameters)
+    batch = tiny.inputs(model)
+    wrapped(**batch, labels=batch["input_ids"]).loss.backward()
+    want = losses_and_gradients(plain)[1:]
+    got = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, got, want))
+
+
+def test_sharding_afterwards_is_refused(process_group):
+    model, _, _ = offloaded(mixture(2))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="are a DTensor now, want plain tensors: shard"):
+            tiny.logits(model)
 
 
 def test_moves_and_saves(tmp_path):

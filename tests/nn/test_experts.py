@@ -27,7 +27,7 @@ from qlora_ext import (
     save_adapter,
 )
 from qlora_ext.nn import Experts4bit, Linear4bit, LoraLinear4bit
-from qlora_ext.nn.dense import dense_layer
+from qlora_ext.nn.dense import dense_experts, dense_layer
 from qlora_ext.nn.experts import is_fused_experts
 from qlora_ext.nn.stack import LoraStack4bit, Stack4bit
 
@@ -78,6 +78,14 @@ def test_low_precision_and_meta_and_copies():
     assert all(p.is_meta for p in empty.parameters())
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(empty(x.bfloat16(), index, weights), y)
+
+
+def test_a_dense_bias_goes_where_its_weight_is():
+    """offload_experts keeps a stack's weight in host memory, and its bias on the device."""
+    packed = Experts4bit.from_experts(tiny.experts("gpt_oss"))
+    weight = torch.empty(packed.down._shape, device="meta")
+    dense = dense_experts(packed, torch.float32, {"down_proj": weight})
+    assert dense.down_proj_bias.is_meta and not dense.gate_up_proj_bias.is_meta
 
 
 @pytest.mark.parametrize("none", [4, 7, -1])
