@@ -87,6 +87,7 @@ def test_all_linear_adapts_experts():
     assert isinstance(model.model.layers[1].mlp.experts.down, LoraStack4bit)
 
 
+@reads_mixtures
 def test_a_rank_above_a_weights_smaller_side(tmp_path):
     """As in PEFT: the gate of a shared expert is one row, a projection of an expert has 32."""
     import transformers
