@@ -29,6 +29,7 @@ from ..checks import check_input
 from ..nn.experts import Experts4bit
 from ..nn.linear import Linear4bit
 from ..nn.lora import LoraLinear4bit
+from ..nn.marked import MarkedWeight
 from ..nn.stack import Stack4bit
 
 __all__ = ["ColwiseParallel4bit", "ParallelLinear4bit", "RowwiseParallel4bit"]
@@ -63,7 +64,7 @@ class _Summed(torch.autograd.Function):
         return gradient, None
 
 
-class ParallelLinear4bit(nn.Module):
+class ParallelLinear4bit(MarkedWeight):
     """A Linear4bit or LoraLinear4bit that one of the styles below has cut, in place.
 
     Parameters, all DTensors over the mesh: `weight` uint8 [N, K / 2]; `weight_absmax` (and

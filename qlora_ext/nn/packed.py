@@ -23,9 +23,6 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +41,7 @@ from .dense_state import (
     pre_hooks_first,
     read_lazy,
 )
+from .marked import MarkedWeight
 from .packed_bytes import byte_probe, byte_sample, is_arithmetic
 
 _CODEBOOK_BYTES = 64
@@ -82,7 +80,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-class _Packed4bit(nn.Module):
+class _Packed4bit(MarkedWeight):
     """The base of the packed layers: the packed weight, its checks and its moves."""
 
     holds_packed_weight = True  # in the parameters weight..., of the logical shape _shape
@@ -99,9 +97,6 @@ class _Packed4bit(nn.Module):
     _probe: ctypes.Array | None
     _probed: bytes | None
     _forwards_left: int
-    # Attributes of the parameter `weight` for other libraries. Reading `layer.weight` puts them on
-    # it: a copy, load_state_dict(assign=True) and offloading make another parameter.
-    weight_marks: Mapping[str, Any] = MappingProxyType({})
     # The dtype of adapters that are not cast to fp32; None is `dtype`.
     adapter_dtype: torch.dtype | None = None
 
@@ -331,11 +326,7 @@ class _Packed4bit(nn.Module):
             and sys._getframe(1).f_globals.get("__name__") in _REPARAMETRIZING
         ):
             raise self._packed_error(name)
-        value = super().__getattr__(name)
-        if name == "weight" and value is not None and not is_compiling():
-            for mark, content in self.weight_marks.items():
-                setattr(value, mark, content)
-        return value
+        return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; raises RuntimeError if torch.nn.utils.prune renames a packed weight."""

@@ -237,6 +237,28 @@ def refuse(mesh):
             RowwiseParallel4bit()._apply(layer, mesh)
 
 
+def keep_marks(mesh):
+    """What other libraries look for on `layer.weight` is on the parameter that takes its place."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    from qlora_ext.integrations.tensor_parallel import ColwiseParallel4bit, RowwiseParallel4bit
+    from qlora_ext.nn import Linear4bit, LoraLinear4bit
+
+    def change(layer, style):
+        if style is None:
+            return fully_shard(layer, mesh=mesh)
+        return style._apply(layer, mesh)
+
+    for style in (ColwiseParallel4bit(), RowwiseParallel4bit(), None):
+        for kind in (Linear4bit, LoraLinear4bit):
+            layer = kind(128, 64)
+            layer.weight_marks, layer.adapter_dtype = {"quant_state": "ours"}, torch.bfloat16
+            layer = change(layer, style)
+            assert layer.weight.quant_state == "ours" and layer.adapter_dtype == torch.bfloat16
+            assert not hasattr(change(kind(128, 64), style).weight, "quant_state")
+
+
 def refuse_in_a_plan(mesh, folder):
     """Plans for whole models: layers that hold several, parts that are no whole number of blocks,
     and PEFT's layers."""
@@ -330,6 +352,7 @@ if __name__ == "__main__":
         train(each)
         train(each, double_quant=False, normalization="standard")
         refuse(each)
+        keep_marks(each)
         refuse_in_a_plan(each, sys.argv[1])
         one_of_two(each)
         clip(each)
