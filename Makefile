@@ -80,8 +80,8 @@ test-abi: .venv-torch-$(TORCH_NEWER)/ready .venv-torch-$(TORCH_OLDER)/ready ## a
 
 test-versions: build $(STATE)/train $(STATE)/test ## the integrations under other releases of transformers, PEFT and TRL: VERSIONS=oldest
 	sh tools/versions.sh $(PY) $(STATE)/versions $(VERSIONS) $(if $(ARGS),-- $(ARGS))
-test-trainers: build $(STATE)/train $(STATE)/test $(STATE)/demo ## PEFT's tests, and other trainers' own commands and recipes, on our kernels: TRAINERS="trl axolotl"
-	sh tools/trainers.sh $(PY) $(STATE)/trainers $(or $(TRAINERS),peft trl llamafactory axolotl ms-swift lightning litgpt torchtune) $(if $(ARGS),-- $(ARGS))
+test-trainers: build $(STATE)/train $(STATE)/test $(STATE)/demo ## PEFT's tests, and other trainers' own commands and recipes, on our kernels; merged models to GGUF: TRAINERS="trl axolotl"
+	sh tools/trainers.sh $(PY) $(STATE)/trainers $(or $(TRAINERS),peft trl llamafactory axolotl ms-swift lightning litgpt torchtune gguf) $(if $(ARGS),-- $(ARGS))
 
 native: ## the CPU kernels without torch, under ASan and UBSan, on each path of this CPU
 	sh tools/native.sh

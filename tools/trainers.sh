@@ -2,8 +2,8 @@
 # trainers.sh PYTHON FOLDER TRAINER... [-- ARGUMENTS...]: these trainers on our kernels. Each goes
 # into an environment of its own in FOLDER (tests/trainers/TRAINER.txt). TRL is among PYTHON's
 # packages. Trainers with a command line run through tests/trainers/test_command_lines.py, which
-# leaves a table of the runs; lightning, litgpt and torchtune have tests of their own. `peft` stands
-# for PEFT's own tests (tools/peft_tests.sh).
+# leaves a table of the runs; lightning, litgpt and torchtune have tests of their own, and so has
+# `gguf`, the converter for merged models. `peft` stands for PEFT's own tests (tools/peft_tests.sh).
 set -eu
 python=$1 folder=$2
 shift 2
@@ -31,7 +31,7 @@ for name in $wanted; do
   own=tests/trainers/test_$name.py
   case $name in
     torchtune) own="$own tests/trainers/test_foreign_adapters.py" ;;
-    lightning | litgpt) ;;
+    gguf | lightning | litgpt) ;;
     *) commands="$commands $name" && continue ;;
   esac
   echo "== $name"
