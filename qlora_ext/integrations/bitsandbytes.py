@@ -144,6 +144,7 @@ def enable() -> None:
 
     Raises:
         ImportError: bitsandbytes is not installed.
+        RuntimeError: it lacks what we replace, as releases before 0.50 do. Nothing was replaced.
     """
     global _library, _pack_for_cpu, _swap
     if _library is not None:
@@ -152,6 +153,12 @@ def enable() -> None:
     from bitsandbytes.nn import modules
 
     found = metadata.version("bitsandbytes")
+    theirs = (torch.ops.bitsandbytes, "gemm_4bit"), (modules, "_convert_weight_packed_for_cpu")
+    if lacks := [name for holder, name in theirs if not hasattr(holder, name)]:
+        raise RuntimeError(
+            f"enable: found bitsandbytes {found}, which has no {' and no '.join(lacks)}, want "
+            f"{TESTED}: install that, or load models with QLoraExtConfig, which does without"
+        )
     if found.split(".")[:2] != TESTED.split("."):
         warnings.warn(
             f"qlora_ext: found bitsandbytes {found}, tested with {TESTED}.*", stacklevel=2

@@ -1,6 +1,7 @@
 """Checkpoints from and for the real bitsandbytes, and its layers on our kernels."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -469,6 +470,19 @@ def test_enabling_twice_and_disabling_twice():
     plugin.disable()
     assert not plugin.is_enabled()
     layer()(torch.randn(2, 128))
+
+
+@pytest.mark.parametrize("name", ["gemm_4bit", "_convert_weight_packed_for_cpu"])
+def test_a_release_that_lacks_what_we_replace_is_refused_whole(monkeypatch, name):
+    """As 0.48 and 0.49, which have no op for the product."""
+    if name == "gemm_4bit":
+        monkeypatch.setattr(torch.ops, "bitsandbytes", types.SimpleNamespace())
+    else:
+        monkeypatch.delattr(bnb.nn.modules, name)
+    with pytest.raises(RuntimeError, match=rf"found bitsandbytes .* has no {name}, want 0\.50"):
+        plugin.enable()
+    assert not plugin.is_enabled()
+    assert "qlora_ext" not in torch._C._dispatch_dump("bitsandbytes::quantize_4bit")
 
 
 def test_peft_on_bitsandbytes_layers(llama, enabled):
