@@ -58,8 +58,10 @@ _LAZY = {"QLoraExtConfig", "from_pretrained", "save_pretrained"}
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from .integrations import transformers
-
+        try:
+            from .integrations import transformers
+        except ImportError as error:
+            raise integrations.named_by_version(error, "transformers") from error
         return getattr(transformers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -52,6 +52,11 @@ _HOOKS = {
 }
 
 _attached: set[str] = set()
+_older: set[str] = set()  # distributions that are older than their window
+
+
+def _series(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def check_version(distribution: str) -> None:
@@ -62,15 +67,27 @@ def check_version(distribution: str) -> None:
     """
     found = importlib.metadata.version(distribution)
     window = WINDOWS[distribution]
-    release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
-    oldest, newest = (tuple(map(int, end.split("."))) for end in window[:2])
-    if release < oldest:
+    if _series(found) < _series(window.oldest):
+        _older.add(distribution)
         said = f"want {window.oldest} or newer; {window.older}"
-    elif release[0] > newest[0]:
+    elif _series(found)[0] > _series(window.newest)[0]:
         said = f"the newest release tested is {window.newest}; its plug-in may not work"
     else:
         return
     warnings.warn(f"qlora_ext: found {distribution} {found}, {said}", stacklevel=2)
+
+
+def named_by_version(error: ImportError, distribution: str) -> ImportError:
+    """`error`, which importing a plug-in raised, or one that says that the installed `distribution`
+    is too old for it."""
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return error
+    oldest = WINDOWS[distribution].oldest
+    if _series(found) >= _series(oldest):
+        return error
+    return ImportError(f"qlora_ext: found {distribution} {found}, want {oldest} or newer ({error})")
 
 
 def _run_hook(module: str) -> None:
@@ -87,6 +104,8 @@ def _run_hook(module: str) -> None:
         importlib.import_module(f"{__package__}.{plugin}")  # importing it attaches it
     except (ImportError, AttributeError) as error:
         # Another release may lack a function that we hook. That must not break its own import.
+        if _older:  # a warning has said what fails, also that PEFT needs our transformers plug-in
+            return
         window = WINDOWS.get(distribution)
         warnings.warn(
             f"qlora_ext: could not attach to {distribution} "

@@ -105,9 +105,33 @@ def test_version_outside_the_window_is_named(monkeypatch, name, version, said):
     from qlora_ext.integrations import import_hook as integrations
 
     monkeypatch.setattr(integrations.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(integrations, "_older", set())
     with pytest.warns(UserWarning, match=rf"found {name} {version}, {said}") as caught:
         integrations.check_version(name)
     assert len(caught) == 1
+
+
+def test_an_old_release_is_named_once(monkeypatch):
+    """Also where its plug-in, and that of PEFT above it, cannot be imported."""
+    from qlora_ext.integrations import import_hook as integrations
+
+    versions = {"transformers": "4.57.6", "peft": "0.21.2"}
+    monkeypatch.setattr(integrations.importlib.metadata, "version", versions.get)
+    monkeypatch.setattr(integrations, "_attached", set())
+    monkeypatch.setattr(integrations, "_older", set())
+
+    def import_module(name):
+        raise ImportError("cannot import name 'x'")
+
+    monkeypatch.setattr(integrations.importlib, "import_module", import_module)
+    with pytest.warns(UserWarning, match=r"found transformers 4\.57\.6, want 5\.6") as caught:
+        integrations._run_hook("transformers.modeling_utils")
+        integrations._run_hook("peft")
+    assert len(caught) == 1
+    error = ImportError("cannot import name 'x'")
+    with pytest.raises(ImportError, match=r"found transformers 4.* want 5\.6 or newer \(cannot im"):
+        raise integrations.named_by_version(error, "transformers")
+    assert integrations.named_by_version(error, "peft") is error
 
 
 @pytest.mark.parametrize(
