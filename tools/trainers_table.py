@@ -8,26 +8,26 @@ import json
 import sys
 from pathlib import Path
 
-ORDER = ("trl", "llamafactory", "axolotl", "ms-swift")
+ORDER = ("trl", "llamafactory", "axolotl", "ms-swift", "litgpt", "torchtune")
 HEAD = ("command", "with", "lines changed", "last loss", "our kernels", "our layers", "time")
 
 
 def line(row: dict) -> list[str]:
-    versions = row["versions"]
-    stock, kernels, layers = (row[way] for way in ("stock", "1", "layers"))
+    versions, stock = row["versions"], row["stock"]
+    ours = [row.get(way) for way in ("1", "layers")]
 
     def off(run):
         pairs = zip(run["losses"], stock["losses"], strict=True)
         return f"{max(abs(a / b - 1) for a, b in pairs):.0e}"
 
+    times = [f"{run['seconds'] / stock['seconds']:.1f}" for run in ours if run and run["seconds"]]
     return [
-        f"`{row['way in'].strip('`')}` {row['release']}",
-        ", ".join(versions[name] for name in ("transformers", "peft", "trl")),
-        "0",
+        f"`{row['way in']}` {row['release']}",
+        ", ".join(versions[name] for name in ("transformers", "peft", "trl")) if versions else "-",
+        str(row["lines"]),
         f"{stock['losses'][-1]:.4f}",
-        off(kernels),
-        off(layers),
-        ", ".join(f"{run['seconds'] / stock['seconds']:.1f}" for run in (kernels, layers)),
+        *(off(run) if run else "-" for run in ours),
+        ", ".join(times) or "-",
     ]
 
 

@@ -19,6 +19,7 @@ import yaml
 from safetensors import safe_open
 
 import small_model
+import trainer_results
 from paths import REPOSITORY, TESTS
 
 pytest.importorskip("bitsandbytes")
@@ -126,7 +127,11 @@ def compare(trainer, way_in, command, start, tmp_path):
     check_layers(runs["layers"])
     for enable in ("1", "layers"):
         check_losses(stock, runs[enable], TOLERANCE[enable])
-    note(trainer, way_in, runs)
+    found = {
+        enable or "stock": {"losses": run.losses, "seconds": run.seconds}
+        for enable, run in runs.items()
+    }
+    trainer_results.note(trainer, way_in, 0, found, stock.versions)
     return runs
 
 
@@ -140,20 +145,6 @@ def check_losses(stock, run, tolerance):
     assert run.losses == pytest.approx(stock.losses, rel=tolerance)
     assert run.adapter == stock.adapter
     assert stock.losses[-1] < stock.losses[0]
-
-
-def note(trainer, way_in, runs):
-    if not (folder := os.environ.get("TRAINERS_RESULTS")):
-        return
-    versions = runs[""].versions
-    row = {"way in": way_in, "versions": versions, "release": versions["trl"]}
-    if trainer != "trl":
-        pins = (TESTS / "trainers" / f"{trainer}.txt").read_text()
-        row["release"] = re.search(r"^[\w-]+==(\S+)", pins, re.M)[1]
-    for enable, run in runs.items():
-        row[enable or "stock"] = {"losses": run.losses, "seconds": run.seconds}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, f"{trainer}.json").write_text(json.dumps(row, indent=1))
 
 
 def test_trl(start, tmp_path):

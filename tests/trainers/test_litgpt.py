@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import qlora_ext
 import small_model
+import trainer_results
 
 for module in ("lightning", "litgpt", "jsonargparse"):
     pytest.importorskip(module, reason="tests/trainers/litgpt.txt is not installed")
@@ -116,8 +117,16 @@ def finetune(program, folder, data, out, precision="32-true", *more, switches=()
     return result.stdout + result.stderr, result.returncode
 
 
+def metrics(out):
+    return list(csv.DictReader((out / "logs/csv/version_0/metrics.csv").open()))
+
+
+def seconds(out):
+    return sum(float(row["iter_time"]) for row in metrics(out) if row["iter_time"])
+
+
 def losses(out):
-    rows = list(csv.DictReader((out / "logs/csv/version_0/metrics.csv").open()))
+    rows = metrics(out)
     train = [float(row["loss"]) for row in rows if row["loss"]]
     return train, [float(row["val_loss"]) for row in rows if row["val_loss"]]
 
@@ -145,6 +154,13 @@ def test_losses_are_those_of_the_dequantized_weights(
     ours, stock = losses(tmp_path / "ours"), losses(tmp_path / "stock")
     assert len(ours[0]) == 8 and len(ours[1]) == 2
     torch.testing.assert_close(ours, stock, rtol=tolerance, atol=0)
+    if model == "small_folders" and precision == "32-true":
+        found = {"stock": (stock, "stock"), "layers": (ours, "ours")}
+        found = {
+            way: {"losses": run[0], "seconds": seconds(tmp_path / name)}
+            for way, (run, name) in found.items()
+        }
+        trainer_results.note("litgpt", "litgpt finetune_lora", 1, found)
     # Steps of Adam turn rounding into steps of another sign where a gradient is close to zero.
     got, want = adapters(tmp_path / "ours"), adapters(tmp_path / "stock")
     assert got.keys() == want.keys()
