@@ -4,6 +4,8 @@ transformers decides what a tensor in a file means: it renames tensors and fuses
 (its `conversion_mapping`). So this file runs transformers' own loader on the tensors of one module
 at a time, with the rest of the model on the meta device. The result is what `from_pretrained` would
 have read, and the same model class decides which layers are packed.
+
+This file is longer than others: it is one class, whose parts share what was found in the files.
 """
 
 from __future__ import annotations
