@@ -19,6 +19,14 @@ from ..tensor.config import QuantConfig
 Read = Callable[[int], torch.Tensor]
 
 
+class ExpertError(RuntimeError):
+    """One expert of the stack `key` of a module cannot be packed."""
+
+    def __init__(self, key: str, expert: int, why: Exception):
+        super().__init__(str(why))
+        self.key, self.expert = key, expert
+
+
 def read_experts(name: str, module: nn.Module, checkpoint: Checkpoint) -> dict[str, Read]:
     """Parameter of a module of fused experts -> a function that reads one expert's weight. Stacks
     on meta are read from the checkpoint."""
@@ -63,7 +71,7 @@ def packed_experts(module: nn.Module, config: QuantConfig, readers: dict[str, Re
             try:
                 stack.set_expert(e, weight)
             except RuntimeError as error:
-                raise RuntimeError(f"{key}[{e}]: {error}") from error
+                raise ExpertError(key, e, error) from error
         stacks[key] = stack
     return Experts4bit._in_place_of(module, stacks)
 

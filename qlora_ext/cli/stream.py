@@ -28,7 +28,7 @@ from ..nn.linear import Linear4bit
 from ..nn.packed import _Packed4bit
 from ..text import first_few, first_line, plural
 from .errors import CliError, as_cli_error
-from .experts import Read, tensors_of_expert, written_alone
+from .experts import ExpertError, Read, tensors_of_expert, written_alone
 from .inputs import InputsChanged
 from .output import STATE, Output, is_full
 from .shards import Entry, Shard, ShardWriter, plan_shards, write_index
@@ -305,18 +305,21 @@ class Job:
                 yield key, tensor, e if is_slice else None
 
     def _expert(self, name: str, e: int, like: torch.Tensor, read: Read) -> torch.Tensor:
-        with self._naming(name):
+        with self._naming(name, e):
             weight = read(e).to(like.dtype)
-        self._check_finite(name, weight, is_buffer=False)
+        self._check_finite(name, weight, is_buffer=False, expert=e)
         return weight
 
     @contextlib.contextmanager
-    def _naming(self, name: str):
+    def _naming(self, name: str, expert: int | None = None):
         """Within it an error of the weight `name` names it and its file."""
         try:
             yield
         except (RuntimeError, MemoryError, OverflowError) as error:
-            raise CliError(f"{self._where(name)}: {str(error).splitlines()[0]}") from None
+            if isinstance(error, ExpertError):
+                name, expert = f"{name.rpartition('.')[0]}.{error.key}", error.expert
+            where = self._where(name, expert)
+            raise CliError(f"{where}: {str(error).splitlines()[0]}") from None
 
     def _dense_stacks(self, module: str) -> dict[str, torch.Tensor]:
         """The stacks of a module of the result, if it is one of fused experts, on meta."""
@@ -334,21 +337,30 @@ class Job:
                 names += [f"{name}.{key}" for key in weight_names(module)]
         return [name for name in names if self.checkpoint.expert_reader(name) is not None]
 
-    def _check_finite(self, name: str, tensor: torch.Tensor, is_buffer: bool) -> None:
+    def _check_finite(
+        self, name: str, tensor: torch.Tensor, is_buffer: bool, expert: int | None = None
+    ) -> None:
         """Raises CliError if a tensor to write holds a NaN or an infinity. A buffer may hold
         infinities, for a mask."""
         if tensor.dtype not in FLOATS:
             return
         values = without_mask(tensor) if is_buffer else tensor
         with as_cli_error(OverflowError):
-            check_finite(self._where(name), values, tensor.dtype)
+            check_finite(self._where(name, expert), values, tensor.dtype)
 
-    def _where(self, name: str) -> str:
-        """The file and tensor that the model's tensor `name` comes from, else folder and name."""
-        sources = self.checkpoint.sources.get(name, ())
+    def _where(self, name: str, expert: int | None = None) -> str:
+        """The file and tensor that the model's tensor `name` comes from, else folder and name. Of
+        one expert of a stack its number, and the file that all its tensors are in."""
+        checkpoint, number = self.checkpoint, "" if expert is None else f"[{expert}]"
+        sources = checkpoint.sources.get(name, ())
         if len(sources) == 1:
-            return f"{self.checkpoint.files.where[sources[0]]}: {sources[0]}"
-        return f"{self.checkpoint.folder}: {name}"
+            return f"{checkpoint.files.where[sources[0]]}: {sources[0]}{number}"
+        if expert is not None:
+            sources = checkpoint.expert_keys(name, expert)
+            files = {checkpoint.files.where[key] for key in sources}
+            if len(files) == 1:
+                return f"{files.pop()}: {name}{number} of {' and '.join(sources)}"
+        return f"{checkpoint.folder}: {name}{number}"
 
     def _write_rest(self, folder: Path) -> None:
         """Writes what save_pretrained writes besides weights; copies the input's other files."""

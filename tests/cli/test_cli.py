@@ -997,6 +997,34 @@ def test_merge_into_packed_experts_names_the_one_that_overflows(tmp_path):
     assert "cannot hold" in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_damaged_expert_is_named_with_its_file(name, tmp_path):
+    """Whether its stack is packed, or stays dense and is written as it is read."""
+    source = saved(name, tmp_path / "in")
+    attention = qlora_ext.LoraConfig(r=2, target_modules=["q_proj"])
+    model = qlora_ext.add_lora(load(source), attention)
+    qlora_ext.save_adapter(model, tmp_path / "adapter")
+    end = {"mixtral": "1.block_sparse_moe.experts.2.w2", "qwen3_moe": "1.mlp.experts.2.down_proj"}
+    key = f"model.layers.{end[name]}.weight"
+    (path,) = [p for p in source.glob("*.safetensors") if key in load_file(p)]
+    weights = load_file(path)
+    whole = path.read_bytes()
+    weights[key][3, 5] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    where = f"{path}: model.layers.1.mlp.experts.down_proj[2] of {key}"
+    merging = ["merge", source, tmp_path / "adapter", tmp_path / "merged"]
+    packing = ["quantize", source, tmp_path / "packed"]
+    assert f"{where} holds 1 value" in run(*merging, ok=False)
+    assert f"{where}: quantize_4bit: weight has a NaN" in run(*packing, ok=False)
+    packing += ["--restart", "--keep", "experts"]
+    assert f"{where} holds 1 value" in run(*packing, ok=False)
+    path.write_bytes(whole)
+    del weights[key]
+    save_file(weights, path, metadata={"format": "pt"})
+    said = run(*packing, ok=False)
+    assert f"{source} has 3 tensors " in said and "experts.down_proj, want 4" in said
+
+
 def test_quantize_refuses_a_dtype_that_its_values_do_not_fit(tmp_path):
     """config.json says float16 of a checkpoint in fp32: what is not packed would become Inf."""
     source = saved("llama", tmp_path / "in", torch.float32, vocab_size=256)
@@ -1072,6 +1100,17 @@ def test_biases_and_buffers_are_checked_and_masks_are_not(tmp_path):
         job._check_finite("mask", mask, is_buffer=False)
     with pytest.raises(CliError, match=r"mask holds 1 value of 1 .* 1 NaN among them"):
         job._check_finite("mask", torch.tensor([float("nan"), float("inf")]), is_buffer=True)
+
+
+def test_a_class_that_serves_two_architectures_is_found():
+    if not hasattr(transformers, "SarvamMoEConfig"):
+        pytest.skip("this transformers lacks Sarvam")
+    name = "Glm4MoeForCausalLM"  # which transformers makes and saves for a Sarvam
+    config = transformers.SarvamMoEConfig(architectures=[name])
+    assert building.model_class(config) is getattr(transformers, name)
+    config = transformers.LlamaConfig(architectures=[name])
+    with pytest.raises(CheckpointError, match=f"{name}, which is none of a 'llama'"):
+        building.model_class(config)
 
 
 # hostile folders ----------------------------------------------------------------------------------

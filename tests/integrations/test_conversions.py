@@ -80,6 +80,28 @@ def test_packed_layers_are_saved_as_they_are(way, dense, tmp_path):
     assert torch.equal(tiny.logits(qlora_ext.from_pretrained(tmp_path / "theirs")), want)
 
 
+@pytest.mark.parametrize("dense", ["a module's name"], indirect=True)
+def test_a_part_of_a_model_is_saved_so_too(dense, tmp_path):
+    """The part has no quantizer of its own."""
+    model = load(dense[0], quantization_config=packing())
+    model.model.save_pretrained(tmp_path / "part")
+    part = transformers.LlamaModel.from_pretrained(tmp_path / "part", dtype=torch.float32)
+    want, got = (m(**tiny.inputs(m)).last_hidden_state for m in (model.model, part))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dense", ["a module's name"], indirect=True)
+def test_an_error_of_saving_leaves_the_conversions(dense, tmp_path):
+    loaded = load(dense[0], quantization_config=packing())
+    quantized = qlora_ext.quantize_model(dense[1], progress_bar=False)
+    (tmp_path / "file").touch()
+    for model in (loaded, quantized):
+        before = vars(model).get("_weight_conversions")
+        with pytest.raises((AssertionError, OSError)):
+            model.save_pretrained(tmp_path / "file" / "folder")
+        assert vars(model).get("_weight_conversions") is before
+
+
 def test_once_dense_they_are_stored_as_the_class_does(dense, tmp_path):
     """The packed checkpoint needed no conversion to be read."""
     pytest.importorskip("typer")

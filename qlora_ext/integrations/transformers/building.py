@@ -149,19 +149,29 @@ def model_class(config, path: Path | str = "config.json") -> type:
     for name in config.architectures or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            if found.config_class is not None and not isinstance(config, found.config_class):
+            # A class may serve several architectures: Glm4MoeForCausalLM is Sarvam's, too.
+            serves = found is _causal_class(config)
+            if found.config_class is not None and not (
+                serves or isinstance(config, found.config_class)
+            ):
                 raise CheckpointError(
                     f"{path}: architectures has {name}, which is none of a {config.model_type!r}"
                 )
             return found
-    try:
-        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
+    found = _causal_class(config)
+    if found is None:
         raise CheckpointError(
             f"{path}: architectures is {shorten(config.architectures)}, and transformers "
             f"{transformers.__version__} has none of them nor a language model for "
             f"{config.model_type!r}"
-        ) from None
+        )
+    return found
+
+
+def _causal_class(config) -> type | None:
+    """The causal language model of a config's architecture."""
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    return mapping.get(type(config), None)
 
 
 def stored_method(config) -> str | None:

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -120,6 +120,7 @@ class Checkpoint:
         self.names = list(self.model.state_dict())
         self.wholes: set[str] = set()
         self.unexpected: list[str] = []
+        self.of_experts: dict[str, dict[str, list[str]]] = {}  # what _lists_of_experts found
         self._find_sources()
         self._tie(untie)
 
@@ -188,6 +189,8 @@ class Checkpoint:
         if any(isinstance(op, ReadBitsandbytes) for op in converter.operations):
             stem = f"{name}_"
             return [name, *(other for other in self.names if other.startswith(stem))]
+        if type(by_expert(converter)) is ByExpert:
+            self._check_experts(name, keys, converter)
         config = LoadStateDictConfig(
             dtype=self.dtype, weight_mapping=self.conversions, device_map={"": "meta"}
         )
@@ -203,6 +206,18 @@ class Checkpoint:
                 f"transformers cannot make {name} of {first_few(keys)} ({problems[0]})"
             )
         return [other for other in self.names if other not in info.missing_keys]
+
+    def _check_experts(self, name: str, keys: list[str], converter) -> None:
+        """Raises CheckpointError unless a stack has all tensors that each of its experts has."""
+        found = Counter(self.patterns[key] for key in keys)
+        count = len(self.model.get_parameter_or_buffer(name))
+        for pattern in converter.source_patterns:
+            if found[pattern] != count:
+                stored_as = re.sub(r"\\(.)", r"\1", pattern)
+                raise CheckpointError(
+                    f"{self.folder} has {plural(found[pattern], 'tensor')} {stored_as} of "
+                    f"{name}, want {count}, one of each expert by config.json"
+                )
 
     def _check_shape(self, name: str, keys: list[str]) -> None:
         want, got = tuple(self.model.state_dict()[name].shape), self.files.shapes[keys[0]]
@@ -349,23 +364,34 @@ class Checkpoint:
                 part._parameters.update(parameters)
                 part._buffers.update(buffers)
 
+    def expert_keys(self, name: str, e: int) -> list[str]:
+        """The stored tensors that expert e of the model's parameter `name`, a stack, is made of."""
+        lists = self._lists_of_experts(name)
+        return self.sources.get(name, []) if lists is None else [k[e] for k in lists.values()]
+
+    def _lists_of_experts(self, name: str) -> dict[str, list[str]] | None:
+        """Pattern -> a stored tensor of each expert of a stack, if it is stored so."""
+        converter = self.converters.get(name)
+        if converter is None or type(by_expert(converter)) is not ByExpert:
+            return None
+        if name not in self.of_experts:
+            self.of_experts[name] = lists = defaultdict(list)
+            for key in self.sources[name]:
+                lists[self.patterns[key]].append(key)
+        return self.of_experts[name]
+
     def expert_reader(self, name: str) -> Callable[[int], torch.Tensor] | None:
         """A function that reads one expert of the model's parameter `name`, a stack, as it would be
         in the whole stack; None if the stored tensors can only be read together."""
         keys, empty = self.sources[name], self.model.get_parameter(name)
-        converter = self.converters.get(name)
+        converter, lists = self.converters.get(name), self._lists_of_experts(name)
         if converter is None:
 
             def stored(e: int) -> torch.Tensor:
                 return self.files.slice(keys[0])[e : e + 1][0]
+        elif lists is None:
+            return None
         else:
-            lists: dict[str, list[str]] = defaultdict(list)
-            for key in keys:
-                lists[self.patterns[key]].append(key)
-            counts = {len(each) for each in lists.values()}
-            complete = len(lists) == len(converter.source_patterns) and counts == {len(empty)}
-            if not complete or type(by_expert(converter)) is not ByExpert:
-                return None
 
             def stored(e: int) -> torch.Tensor:
                 one = copy.deepcopy(converter)

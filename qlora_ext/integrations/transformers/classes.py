@@ -49,7 +49,8 @@ def _write_what_is_given(original):
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kw):
         quantizer = getattr(self, "hf_quantizer", None)
         if not isinstance(quantizer, QLoraExtHfQuantizer):
-            return original(self, save_directory, is_main_process, state_dict, *args, **kw)
+            with saving_packed(self):  # it may be a part of a quantized model
+                return original(self, save_directory, is_main_process, state_dict, *args, **kw)
         quantizer.given_state = state_dict
         try:
             with saving_packed(self):

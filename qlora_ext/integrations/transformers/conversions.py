@@ -242,6 +242,9 @@ def saved_alone(name: str, conversions: list) -> bool:
 @contextlib.contextmanager
 def saving_packed(model):
     """A context in which transformers saves the model without a conversion of packed weights."""
+    if not any(isinstance(module, _Packed4bit) for module in model.modules()):
+        yield
+        return
     before = model._weight_conversions if hasattr(model, "_weight_conversions") else None
     conversions = before
     if before is None:  # transformers would take those of the class, but for changes of a prefix
