@@ -239,6 +239,7 @@ def merge(
     from ..files import extra_files, find_folder
     from ..integrations.transformers.building import read_config, stored_method
     from . import merge as work
+    from .calibrated import merge_calibrated
     from .output import Output
 
     quiet()
@@ -274,7 +275,7 @@ def merge(
             if made is None:
                 say(f"{out} is complete: an interrupted run had written all of it")
                 return
-            tokens = work.calibrated(
+            tokens = merge_calibrated(
                 folder, adapter_folder, calibration, made, config, keep or [], limit
             )
         by = "that the model wrote" if own_text else f"of {calibration}"

@@ -10,9 +10,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..integrations.transformers.checkpoint import Checkpoint
 from ..integrations.transformers.conversions import saved_alone
-from ..models.plan import weight_names
 from ..nn.dense import merged_expert
-from ..nn.experts import Experts4bit
+from ..nn.experts import Experts4bit, weight_names
 from ..nn.stack import Stack4bit
 from ..tensor.config import QuantConfig
 

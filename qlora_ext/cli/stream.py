@@ -21,9 +21,8 @@ from ..checks import check_finite, without_mask
 from ..files import FLOATS, INDEX, extra_files
 from ..integrations.transformers.checkpoint import Checkpoint, Unit
 from ..integrations.transformers.conversions import without_those_of_packed
-from ..models.plan import weight_names
 from ..nn.embedding import Embedding4bit
-from ..nn.experts import Experts4bit, is_fused_experts
+from ..nn.experts import Experts4bit, is_fused_experts, weight_names
 from ..nn.linear import Linear4bit
 from ..nn.packed import _Packed4bit
 from ..text import first_few, first_line, plural

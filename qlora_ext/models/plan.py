@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..nn.experts import is_fused_experts
+from ..nn.experts import is_fused_experts, weight_names
 from ..nn.linear import is_plain_linear
 from ..nn.packed import _Packed4bit
 from ..tensor.config import FLOAT_DTYPES
@@ -297,13 +297,6 @@ def _some_are_frozen(model: nn.Module) -> bool:
         for key, parameter in module._parameters.items()
         if parameter is not None and (key == "weight" or is_fused_experts(module))
     )
-
-
-def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of module that packing replaces."""
-    if is_fused_experts(module):
-        return tuple(key for key, p in module._parameters.items() if p is not None and p.ndim == 3)
-    return ("weight",)
 
 
 def _reason_of_shape(module: nn.Module) -> str | None:

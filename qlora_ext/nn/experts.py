@@ -33,6 +33,13 @@ def is_fused_experts(module: nn.Module) -> bool:
     return all(part is not None and part.ndim == 3 for part in parts)
 
 
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of module that packing replaces."""
+    if is_fused_experts(module):
+        return tuple(key for key, p in module._parameters.items() if p is not None and p.ndim == 3)
+    return ("weight",)
+
+
 class _Permute(torch.autograd.Function):
     """x[order], where `back` is the inverse permutation: dx = dy[back], a sum of nothing."""
 

@@ -18,6 +18,7 @@ from qlora_ext import (
 )
 from qlora_ext.merging.dense import leave_no_packed_layer
 from qlora_ext.nn import LoraLinear4bit, LoraStack4bit
+from qlora_ext.nn.experts import is_fused_experts
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -179,6 +180,8 @@ def test_switches_know_the_mixtures(kind):
     settings = {**tiny.EXPERTS, "num_local_experts": 4, "num_experts": 4, "head_dim": 16}
     config = getattr(transformers, f"{kind}Config")(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    if not any(map(is_fused_experts, model.modules())):
+        pytest.skip("this release of transformers holds these experts in layers of their own")
     add_lora(quantize_model(model, progress_bar=False), LoraConfig(mlp=True, projection=True))
     names = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert names >= {"q_proj", "v_proj", "o_proj", "up", "down"}

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 import qlora_ext
 import tiny_models
 from integration_helpers import run_python, tiny_llama, tiny_tokenizer
-from qlora_ext.cli import app, estimate, merge, output, quantize, screen
+from qlora_ext.cli import app, calibrated, estimate, output, quantize, screen
 from qlora_ext.cli.errors import CliError
 from qlora_ext.files import OPEN_FILES
 from qlora_ext.integrations.transformers import building
@@ -698,8 +698,8 @@ def test_of_a_long_text_only_the_start_is_read(llama, tmp_path, monkeypatch):
     path.write_bytes("aé".encode() * 10)
     os.truncate(path, 2**40)
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    monkeypatch.setattr(merge, "CALIBRATION_BYTES", 3 * 5 + 2)
-    taken = torch.cat(merge._samples(tokenizer, path, 512), dim=1)
+    monkeypatch.setattr(calibrated, "CALIBRATION_BYTES", 3 * 5 + 2)
+    taken = torch.cat(calibrated._samples(tokenizer, path, 512), dim=1)
     assert torch.equal(taken, tokenizer("aé" * 5 + "a", return_tensors="pt").input_ids)
 
 
@@ -727,7 +727,7 @@ def test_merge_with_calibration_text_stays_in_4_bits(llama, tmp_path, monkeypatc
     same, theirs = tensors(tmp_path / "o"), tensors(tmp_path / "out")
     assert same.keys() == theirs.keys()
     assert all(torch.equal(same[key], theirs[key]) for key in same)
-    monkeypatch.setattr("qlora_ext.cli.merge._samples", lambda *_: [torch.tensor([[999]])])
+    monkeypatch.setattr("qlora_ext.cli.calibrated._samples", lambda *_: [torch.tensor([[999]])])
     command[3] = tmp_path / "other"
     assert "makes token 999" in run(*command, "--four-bit", ok=False)
 

@@ -13,13 +13,16 @@ from paths import REPOSITORY
 
 
 def peft_reads_mixtures() -> bool:
-    """Whether this PEFT can read an adapter onto a mixture. 0.19 passes a keyword to transformers'
-    WeightConverter that 5.17 no longer has."""
+    """Whether this PEFT can read our adapters onto a mixture. Before 0.19.1 it takes a stack for
+    its transpose, and 0.19 gives WeightConverter a keyword that transformers 5.17 lacks."""
     import peft
     from transformers.core_model_loading import WeightConverter
 
+    from qlora_ext.integrations.peft.versions import ADAPTS_STACKS
+
     arguments = inspect.signature(WeightConverter.__init__).parameters
-    return "distributed_operation" in arguments or not peft.__version__.startswith("0.19.")
+    has = "distributed_operation" in arguments
+    return ADAPTS_STACKS and (has or not peft.__version__.startswith("0.19."))
 
 
 def tiny_llama(path: Path, seed: int = 0, **settings):

@@ -16,8 +16,8 @@ from transformers.core_model_loading import (
 
 from ...checks import check_finite, lacks_data, without_mask
 from ...files import FLOATS, TORCH_DTYPES, SafetensorsFiles
-from ...models.plan import Stored, weight_names
-from ...nn.experts import is_fused_experts
+from ...models.plan import Stored
+from ...nn.experts import is_fused_experts, weight_names
 from ...nn.linear import is_plain_linear
 from ...nn.packed import _PACKED_KEYS
 from ...text import CheckpointError

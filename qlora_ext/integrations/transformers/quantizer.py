@@ -23,11 +23,11 @@ from ...checks import check_finite, check_parameters
 from ...files import FLOATS
 from ...merging.dense import leave_no_packed_layer
 from ...models.names import as_names
-from ...models.plan import Plan, log_report, warn_unmatched, weight_names
+from ...models.plan import Plan, log_report, warn_unmatched
 from ...models.raw_errors import explain_errors
 from ...models.walk import check_whole, places_of, replace_module, use_dense_panels
 from ...nn.embedding import Embedding4bit
-from ...nn.experts import Experts4bit
+from ...nn.experts import Experts4bit, weight_names
 from ...nn.linear import Linear4bit, is_plain_linear
 from ...nn.lora import _Lora
 from ...nn.offload import device_of, is_offloaded, offload
