@@ -168,12 +168,16 @@ def _merge_packed(name: str, module: nn.Module, adapter: dict, dtype: torch.dtyp
     """Turns a packed module and its adapters into a dense one. Sums are rounded once. Stacks of
     experts stay on meta: _merged_stacks reads them."""
     if isinstance(module, Experts4bit):
-        for key, stack in module.stacks().items():
+        stacks = module.stacks()
+        shapes = {key: stack.quantized.shape for key, stack in stacks.items()}
+        empty = {key: torch.empty(s, dtype=dtype, device="meta") for key, s in shapes.items()}
+        experts = dense_experts(module, dtype, empty)
+        for key, stack in stacks.items():
             if stack.bias is not None:
                 _check(f"{name}.{key}_bias", stack.bias, dtype)
-        shapes = {key: stack.quantized.shape for key, stack in module.stacks().items()}
-        empty = {key: torch.empty(s, dtype=dtype, device="meta") for key, s in shapes.items()}
-        return dense_experts(module, dtype, empty)
+                bias = nn.Parameter(stack.bias.detach().to(dtype), requires_grad=False)
+                experts._parameters[f"{key}_bias"] = bias
+        return experts
     layers = _pairs_inside(adapter, name)
     if name in adapter:
         layers[name] = adapter[name]

@@ -142,8 +142,7 @@ def dense_experts(
 ) -> nn.Module:
     """The fused module that `module` was made from, with the adapters of its stacks in its sums.
 
-    merged: weights [E, N, K] by the names of `stacks()` to take instead of the module's own. If
-        they are on meta, the biases stay where they are.
+    merged: weights [E, N, K] by the names of `stacks()` to take instead of the module's own.
     """
     experts = type(module.template).__new__(type(module.template))
     _share(module.template, experts)
@@ -155,8 +154,7 @@ def dense_experts(
         experts.register_parameter(name, nn.Parameter(weight))
         if stack.bias is not None:
             # On a device of its own if offload_experts keeps the weight in host memory.
-            device = stack.bias.device if weight.is_meta else weight.device
-            bias = nn.Parameter(stack.bias.detach().to(device, dtype))
+            bias = nn.Parameter(stack.bias.detach().to(weight.device, dtype))
             experts.register_parameter(f"{name}_bias", bias)
     return experts.train(module.training)
 
