@@ -6,7 +6,7 @@ import dataclasses
 
 from . import ops
 from .assumptions import ALL
-from .cases import GROUPED, PACKED, RANK
+from .cases import GROUPED, PACKED, PRODUCTS, RANK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +80,15 @@ def goal_of(gpu, op, M, N, K):
                 share,
                 share_of_copy(weight, lambda g, s: ops.product(g, s, op, M, N, K)),
             )
-    if op in ("gemm_4bit", "gemm_4bit_backward"):
-        shape = (N, K) if op == "gemm_4bit" else (K, N)
+    if op in PRODUCTS or (op in GROUPED and gpu.arch == 90):
+        text, ours, theirs = "<= dequantize + cuBLAS", ops.product, ops.two_passes
+        if op in GROUPED:
+            text, ours, theirs = "<= torch._grouped_mm in bf16", ops.grouped, ops.grouped_mm
+        shape = (K, N) if op.endswith("_backward") else (N, K)
         return at_most(
-            "<= dequantize + cuBLAS",
+            text,
             1.0,
-            over(
-                lambda g, s: ops.product(g, s, op, M, N, K),
-                lambda g, s: ops.two_passes(g, s, M, *shape),
-            ),
-        )
-    if op in GROUPED and gpu.arch == 90:
-        shape = (N, K) if op == GROUPED[0] else (K, N)
-        return at_most(
-            "<= torch._grouped_mm in bf16",
-            1.0,
-            over(
-                lambda g, s: ops.grouped(g, s, op, M, N, K),
-                lambda g, s: ops.grouped_mm(g, s, M, *shape),
-            ),
+            over(lambda g, s: ours(g, s, op, M, N, K), lambda g, s: theirs(g, s, M, *shape)),
         )
     if op == "lora_gemm_4bit" and M in LORA_OVER_DENSE:
         return at_most(

@@ -29,10 +29,10 @@ class ExpertError(RuntimeError):
 def read_experts(name: str, module: nn.Module, checkpoint: Checkpoint) -> dict[str, Read]:
     """Parameter of a module of fused experts -> a function that reads one expert's weight. Stacks
     on meta are read from the checkpoint."""
+    stacks = {key: module._parameters[key] for key in weight_names(module)}
     return {
         key: checkpoint.expert_reader(f"{name}.{key}") if dense.is_meta else dense.__getitem__
-        for key, dense in module.named_parameters(recurse=False)
-        if key in weight_names(module)
+        for key, dense in stacks.items()
     }
 
 

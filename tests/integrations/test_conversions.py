@@ -57,8 +57,11 @@ def load(folder, **kwargs):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
 
 
+KEPT = ["lm_head", "layers.1.mlp.up_proj"]
+
+
 def packing():
-    return qlora_ext.QLoraExtConfig(modules_to_not_convert=["lm_head", "layers.1.mlp.up_proj"])
+    return qlora_ext.QLoraExtConfig(modules_to_not_convert=KEPT)
 
 
 @pytest.mark.parametrize("way", ["from_pretrained", "quantize_model"])
@@ -67,9 +70,7 @@ def test_packed_layers_are_saved_as_they_are(way, dense, tmp_path):
     if way == "from_pretrained":
         model = load(folder, quantization_config=packing())
     else:
-        qlora_ext.quantize_model(
-            model, modules_to_not_convert=["lm_head", "layers.1.mlp.up_proj"], progress_bar=False
-        )
+        qlora_ext.quantize_model(model, modules_to_not_convert=KEPT, progress_bar=False)
     want = tiny.logits(model)
     model.save_pretrained(tmp_path / "packed")
     again = load(tmp_path / "packed")
