@@ -171,7 +171,7 @@ def test_losses_are_those_of_the_dequantized_weights(
         int(re.search(r"non-trainable parameters: ([\d,]+)", text)[1].replace(",", ""))
         for text in (printed["ours"], printed["stock"])
     ]
-    assert counts[0] < 0.75 * counts[1]
+    assert counts[0] < (0.7 if model == "folders" else 0.75) * counts[1]
 
 
 EXPECTED = {
