@@ -109,11 +109,11 @@ TITLE = """\
 
 Made by `python bench/kernel_model.py --write`. **No GPU has run these kernels**: every figure is
 predicted ([kernels.md](../kernels.md), "Predicted", says how, and how wrong the model was on
-kernels whose speed is known). Rank {rank}, bf16, NF4 with block size 64 and nested scales. The
-share is that of what binds in the high end's time. `latency, X` means that no pipe is busy for
-80% of the time, and that X is the busiest. A goal is met only if every combination of the
-assumptions below meets it, and missed if none does. Of a mixture M is tokens, each of which takes
-{top} of {experts} experts at random.
+kernels whose speed is known). Rank {rank}, bf16, NF4 with block size 64 and nested scales. What
+binds takes "its share" of the high end's time. `latency, X` means that no pipe is busy for 80% of
+the time, and that X is the busiest. A goal is met only if every combination of the assumptions
+below meets it, and missed if none does. Grouped products are those of a mixture of experts: M
+counts tokens, and each takes {top} of {experts} experts at random.
 
 """
 

@@ -296,11 +296,10 @@ def report(folder):
     with tempfile.TemporaryDirectory() as scratch:
         crossings = list(bitsandbytes_rows(folder, scratch))
         marlin = list(marlin_rows(folder, scratch))
-    text = TITLE + "## Rows up to which bitsandbytes' kernel beats dequantize + cuBLAS\n\n"
-    text += "Of " + ", ".join(map(str, ROWS)) + ". Their table was calibrated on GPUs. "
-    text += (
-        "The ratio is their kernel's time over two passes', by the model, at that M (8 if 0).\n\n"
-    )
+    text = TITLE + "## Up to how many rows bitsandbytes' kernel beats dequantize + cuBLAS\n\n"
+    text += "Row counts tried: " + ", ".join(map(str, ROWS)) + ". Their table was calibrated on "
+    text += "GPUs. The ratio, by the model, is (their kernel's time) / (dequantize + cuBLAS) at\n"
+    text += "their table's row count, or at 8 if that is 0.\n\n"
     text += kernel_report.table(
         ["GPU", "N x K", "their table", "model, low", "high", "in the range", "time ratio there"],
         [

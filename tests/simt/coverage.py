@@ -19,11 +19,10 @@ from simt.test_simt_kernels import agrees_with_cpu
 HEAD = """\
 # Every kernel, and what executes it
 
-Made by `python tests/simt/coverage.py --write`: each instantiation that a launcher names (it
-registers itself when the library is loaded), the calls of `tests/simt/sweep.py` that launch it, and
-the first of them whose result is wrong when the kernel does nothing (`SIMT_SKIP`). All run on the
-emulated machine in every run of `tests/simt` ([kernels.md](../kernels.md)). None has run on a GPU
-yet.
+Made by `python tests/simt/coverage.py --write`. For each instantiation that a launcher names, it
+lists the calls of `tests/simt/sweep.py` that launch it, and the first call whose result is wrong if
+the kernel does nothing (`SIMT_SKIP`). The tests in `tests/simt` run all of them on the emulated
+machine ([kernels.md](../kernels.md)). None has run on a GPU yet.
 
 """
 

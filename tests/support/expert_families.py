@@ -105,7 +105,7 @@ def page():
             "# Experts of transformers, class by class",
             "",
             f"Every class of transformers {transformers.__version__} that holds its experts in",
-            "one parameter a projection. Each is built small, packed, and compared with its own",
+            "one parameter per projection. Each is built small, packed, and compared with its own",
             "forward on the dequantized weights (tests/nn/test_expert_families.py). Written by",
             "`python tests/support/expert_families.py --write`.",
             "",
