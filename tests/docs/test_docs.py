@@ -42,7 +42,7 @@ def test_models_page_has_every_family():
 # Sentences ----------------------------------------------------------------------------------------
 
 ROOT = DOCS.parent
-PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("**/*.md"))]
+PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("**/*.md")), ROOT / "tests/simt/README.md"]
 GAP = "\0"  # what is filled in when a message is made
 # Pages that list error messages, an item each: - `message` (library): what to do
 LISTS = ("cli.md", "merging.md", "troubleshooting.md")
@@ -135,6 +135,18 @@ def test_links_lead_somewhere():
             target = page.parent / name if name else page
             assert target.exists(), (page.name, link)
             assert not anchor or anchor in anchors(target), (page.name, link)
+
+
+def test_lines_of_a_page_are_under_100_characters():
+    """Except in blocks of code and in what a program writes."""
+    for page in PAGES:
+        if page.parent.name == "generated":
+            continue
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+        text = re.sub(r"<!-- results: begin.*?results: end", "", text, flags=re.S)
+        long = [line for line in text.splitlines() if len(line) > 99]
+        assert not long, (page.name, long)
 
 
 def test_promises_name_tests_that_exist():
