@@ -24,7 +24,7 @@ def gguf_file() -> Path:
 
 
 def folder(cache: Path) -> Path:
-    """The model's folder under `cache`, converted to safetensors on the first call (20 s)."""
+    """The model's folder under `cache`, converted to safetensors on the first call."""
     target = cache / NAME
     if not target.exists():
         print(f"Converting {NAME} to safetensors, once, into {target}", flush=True)

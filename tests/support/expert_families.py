@@ -90,7 +90,7 @@ def _row(folder, name):
         "transposed": layer.is_transposed,
         "biases": layer.has_bias,
         "no gate": not layer.has_gate,
-        "gate of its own": layer._apply_gate.__func__.__name__ != "_default_apply_gate",
+        "its own gate": layer._apply_gate.__func__.__name__ != "_default_apply_gate",
         "norm after each expert": getattr(layer, "has_post_expert_norm", False),
     }
     layout = ", ".join(note for note, has in notes.items() if has) or "plain"
