@@ -16,7 +16,8 @@ FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def is_number(value) -> bool:
-    """Whether it is an int or float that fits a float (not 10**400). Infinities and NaN are."""
+    """Whether it is an int or a float, and not too large for one (as 10**400 is). Infinities and
+    NaN count as numbers."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= FLOAT_MAX
     return isinstance(value, float)
@@ -56,37 +57,37 @@ def check_input(function: str, **tensors) -> None:
         return
     for argument, value in tensors.items():
         got = not_dense(value)
-        if got is not None and not got.endswith("makes a tensor of it)"):  # torch resolves views
+        if got is not None and not got.endswith("() first)"):  # the ops resolve such views
             advice = ""
             if getattr(value, "layout", None) is torch.jagged:
-                advice = " (its values() is one: torch.nested.nested_tensor_from_jagged makes a "
-                advice += "jagged tensor of the result and its offsets())"
+                advice = " (pass its values(), and make a jagged tensor of the result and its "
+                advice += "offsets() with torch.nested.nested_tensor_from_jagged)"
             raise TypeError(f"{function}: {argument} is {got}, want a dense tensor{advice}")
 
 
 def not_plain(value) -> str | None:
     """Describes a value from outside if it is not a dense tensor in plain memory; else None.
 
-    Such tensors are refused, because their memory does not hold their values. The caller decides
-    about meta tensors, subclasses and other layouts, for which this returns None.
+    Such tensors are refused, because their memory does not hold their values. For meta tensors,
+    subclasses and other layouts this returns None: the caller decides about them.
     """
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     if value.is_nested:
         return "a nested tensor"
     if value.is_quantized:
-        return f"a quantized tensor of torch ({value.dtype})"
+        return f"a tensor quantized by torch ({value.dtype})"
     if value.layout != torch.strided:
         return None  # the callers report the layout
     if value.is_conj():
-        return "a conjugate view (resolve_conj() makes a tensor of it)"
+        return "a conjugate view (call resolve_conj() first)"
     if value.is_neg():
-        return "a view with the negative bit (resolve_neg() makes a tensor of it)"
+        return "a view with the negative bit (call resolve_neg() first)"
     return None
 
 
 def not_dense(value) -> str | None:
-    """As not_plain. It also describes a tensor with a layout without strides."""
+    """As not_plain. It also describes a tensor whose layout has no strides (sparse, jagged)."""
     got = not_plain(value)
     if got is None and value.layout != torch.strided:
         return f"a tensor of layout {value.layout}"
@@ -106,7 +107,7 @@ def not_stored(value) -> str | None:
     last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     end = (value.storage_offset() + last + 1) * value.itemsize
     if value.untyped_storage().nbytes() < end:
-        return "a tensor whose storage was freed or cut under it"
+        return "a tensor whose storage is too small for it (freed or resized)"
     return None
 
 

@@ -1,8 +1,7 @@
-"""Reads and checks the files of a checkpoint or adapter, which nobody has to trust.
+"""Reads and checks the files of a checkpoint or adapter, which may come from anyone.
 
-A folder may come from anyone. `read_json` reads JSON, and `SafetensorsFiles` reads tensors. A
-library that reads a file itself is called within `reading`. Every fault raises a CheckpointError
-that names the file.
+`read_json` reads JSON, and `SafetensorsFiles` reads tensors. If a library reads a file itself, call
+it within `reading`. Every fault raises a CheckpointError that names the file.
 """
 
 from __future__ import annotations
@@ -79,14 +78,14 @@ def reading(source: Path | str, what: str = "cannot be read"):
 
 
 def find_folder(name: str, only: str | None = None) -> Path:
-    """The folder of a model or adapter. `name` is a folder, or a hub name that is downloaded; of
-    that only the file `only`, if it is given."""
+    """The folder of a model or adapter. `name` is a folder, or a name on the hub to download. If
+    `only` is given, only that file is downloaded."""
     name = str(name)
     if os.path.isdir(name):  # False for a string that cannot be a path; Path.is_dir would raise
         return Path(name)
     if os.path.lexists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(
-            f"{printable(name)} is no folder, want one with "
+            f"{printable(name)} is not a folder, want one with "
             f"{only or 'config.json and safetensors files'}"
         )
     try:
@@ -96,7 +95,7 @@ def find_folder(name: str, only: str | None = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=kinds))
     except Exception as error:  # many kinds: no such name, no network, no permission
         raise CheckpointError(
-            f"{printable(name)} is no folder here, and as a hub name it cannot be had: "
+            f"{printable(name)} is not a folder here, and it cannot be downloaded from the hub: "
             f"{first_line(error, with_type=True)}"
         ) from None
 
@@ -123,7 +122,7 @@ def check_file(path: Path) -> int:
     except (OSError, ValueError) as error:  # a loop of links, or a string that cannot be a path
         raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from None
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "thing of another kind")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
         raise CheckpointError(f"{path} is a {kind}, want a file")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} cannot be read (Permission denied)")
@@ -170,7 +169,9 @@ def _check_depth(path: Path, value) -> None:
         ]
         if not level:
             return
-    raise CheckpointError(f"{path} nests more than {MAX_DEPTH} lists and objects in each other")
+    raise CheckpointError(
+        f"{path} nests lists and objects too deeply, want at most {MAX_DEPTH} levels"
+    )
 
 
 def _odd_name(name: object, limit: int) -> str | None:
@@ -184,7 +185,7 @@ def _odd_name(name: object, limit: int) -> str | None:
     if not name.isprintable():  # NUL, a terminal's escapes, half a surrogate pair
         return "not printable"
     if any(c.isdigit() and not c.isdecimal() for c in name):  # transformers reads it as a number
-        return "spelled with a digit that is no decimal"
+        return "spelled with a digit that is not decimal"
     return None
 
 
@@ -213,7 +214,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {plural(len(missing), 'shard')} of {len(names)}: "
-                f"{first_few(missing)}"
+                f"{first_few(missing)}; download or copy it again"
             )
         return [folder / name for name in names]
     if os.path.lexists(single):
@@ -222,7 +223,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS[1:])
     hint = f" (it holds {first_few(others)}; transformers' save_pretrained writes safetensors)"
     raise CheckpointError(
-        f"{folder} has no model.safetensors nor {INDEX}, want a safetensors checkpoint"
+        f"{folder} has neither model.safetensors nor {INDEX}, want a safetensors checkpoint"
         f"{hint if others else ''}"
     )
 
@@ -259,8 +260,8 @@ def _open(path: Path):
 def _read_header(path: Path) -> dict[str, dict]:
     """Name -> the tensor's dtype, shape and data_offsets, from a safetensors header.
 
-    safetensors' own reader checks the header against the file. But if a name is there twice, it
-    silently takes the last; this raises CheckpointError.
+    safetensors' own reader checks the header against the file. But if a name occurs twice, it
+    silently takes the last entry; this function raises CheckpointError.
     """
     nbytes = check_file(path)
     if path.suffix in PICKLES:
@@ -281,7 +282,7 @@ def _read_header(path: Path) -> dict[str, dict]:
     with reading(path, "is damaged or not a safetensors file"), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_HEADER, nbytes - 8):
-            raise ValueError(f"its header is said to have {length:,} bytes")
+            raise ValueError(f"it says that its header has {length:,} bytes")
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=once)
         header.pop("__metadata__", None)
     return header
@@ -325,11 +326,16 @@ class SafetensorsFiles(Mapping):
             raise CheckpointError(f"{key} is in {self.where[key]} and in {path}, want it once")
         # Also for tensors without elements, because nothing else limits their other dimensions.
         if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
-            raise CheckpointError(f"{path}: {shorten(key)} has shape {shorten(list(shape))}")
+            raise CheckpointError(
+                f"{path}: {shorten(key)} has shape {shorten(list(shape))}, want at most "
+                f"{MAX_DIMENSIONS} dimensions and {MAX_NUMEL:,} elements"
+            )
         if dtype in TORCH_DTYPES:
             self.dtypes[key] = TORCH_DTYPES[dtype]
         elif not any_dtype:
-            raise CheckpointError(f"{path}: {key} has dtype {dtype}, which is unknown")
+            raise CheckpointError(
+                f"{path}: {key} has dtype {dtype}, want one of {', '.join(TORCH_DTYPES)}"
+            )
         start, end = tensor["data_offsets"]
         self.where[key], self.shapes[key], self.stored[key] = path, shape, dtype
         self._nbytes[key] = end - start
@@ -385,10 +391,6 @@ class SafetensorsFiles(Mapping):
         if not self.shapes[one]:
             return bool((self.slice(one)[...] == self.slice(other)[...]).all())
         rows = self.shapes[one][0]
-        step = max(1, 2**22 // max(1, self.numel(one) // max(rows, 1)))
-        return all(
-            torch.equal(
-                self.slice(one)[i : min(i + step, rows)], self.slice(other)[i : min(i + step, rows)]
-            )
-            for i in range(0, rows, step)
-        )
+        step = max(1, 2**22 * rows // self.numel(one))
+        parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        return all(torch.equal(self.slice(one)[part], self.slice(other)[part]) for part in parts)

@@ -49,8 +49,8 @@ def _(a):
 
 
 def _sum_to_x(dX: Tensor, rows: Tensor | None, T: int) -> Tensor:
-    """The gradient of x [T, K] from that of its sorted rows: each row's are added in the order in
-    which they are sorted."""
+    """The gradient of x [T, K] from dX, that of its sorted rows: the gradients of a row of x are
+    added in the order in which they were sorted."""
     if rows is None:
         return dX
     row, order = rows.sort(stable=True)
@@ -66,8 +66,8 @@ def _bias_gradient(dY: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _saved(ctx, w4: W4) -> Sequence[Tensor | None]:
-    """The tensors of a weight to save for the backward pass: none if it can be fetched again, as
-    one that is kept in host memory (nn/expert_offload.py)."""
+    """The tensors of a weight to save for the backward pass. None of them if the weight is kept in
+    host memory and can be fetched again (nn/expert_offload.py)."""
     ctx.static, ctx.again = w4[4:], getattr(w4, "again", None)
     return w4[:4] if ctx.again is None else ()
 
@@ -137,10 +137,10 @@ def grouped_gemm_4bit(
     """y [M, N]: expert e's rows of x times W_e^T, + bias[e] + S lora_B[e]^T.
 
     x [T, K] fp32, bf16 or fp16; bias [E, N]; lora_S fp32 [M, r] from `grouped_lora_shrink`; lora_B
-    [E, N, r]. Each expert's rows are what `gemm_4bit` gives for all of them in one call, on the CPU
-    bit for bit. Raises RuntimeError for shapes and dtypes that do not fit; on the CPU also for
-    offsets that fall or exceed M, and for rows that x does not have. A GPU cuts these offsets and
-    takes zeros for these rows.
+    [E, N, r]. An expert's rows of y are those of one `gemm_4bit` call with all its rows of x, on
+    the CPU bit for bit. Raises RuntimeError for shapes and dtypes that do not fit; on the CPU also
+    for offsets that decrease or exceed M, and for rows that x does not have. A GPU cuts such
+    offsets to valid ones and takes zeros for such rows.
     """
     if torch.compiler.is_compiling():
         return _ops.grouped_gemm_4bit.default(x, *w4, offsets, rows, bias, lora_S, lora_B)

@@ -99,7 +99,7 @@ def _direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]
         except RuntimeError as error:
             if "map::at" in str(error) and torch._C._get_tracing_state() is not None:
                 raise RuntimeError(
-                    f"{function.op}: torch.jit.trace records no autograd.Function; trace under "
+                    f"{function.op}: torch.jit.trace cannot record its gradient; trace under "
                     "torch.no_grad(), or export the model with torch.export"
                 ) from error
             # torch saves tensors after forward has returned, so its error names neither the op nor
@@ -434,9 +434,8 @@ def lora_linear(
 ) -> Tensor:
     """y = x W^T + bias + scaling (dropout(x) A^T) B^T. Every layer with an adapter calls this.
 
-    The arguments are lora_gemm_4bit's, and dropout: the probability of a zero in the bypass's
-    input, applied if not 0. The bypass then sees another x than the weight, so x A^T is a separate
-    product.
+    The arguments are lora_gemm_4bit's and dropout, the probability of a zero in the bypass's input.
+    With dropout, the bypass and the weight get different inputs, so x A^T is a separate product.
     """
     if not dropout:
         return lora_gemm_4bit(x, w4, lora_A, lora_B, scaling, bias, lora_S)

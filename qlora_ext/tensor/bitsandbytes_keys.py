@@ -1,4 +1,4 @@
-"""Writes a packed weight under bitsandbytes' state-dict keys; reads it back and checks it all."""
+"""Writes a packed weight under bitsandbytes' state-dict keys, and reads and checks such keys."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class _StateReader:
         key = self.prefix + suffix
         if key not in self.d:
             raise KeyError(
-                f"QuantizedTensor.from_state_dict: {key!r} is missing; with this prefix there are "
-                f"{self.near()}"
+                f"QuantizedTensor.from_state_dict: {key!r} is missing; the keys with this prefix "
+                f"are {self.near()}"
             )
         return self.checked(key, self.d[key])
 
@@ -145,7 +145,7 @@ class _StateReader:
             raise KeyError(
                 "QuantizedTensor.from_state_dict: want one key "
                 f"{self.prefix + '.quant_state.bitsandbytes__*'!r}, "
-                f"got {keys}; with this prefix there are {self.near()}"
+                f"got {keys}; the keys with this prefix are {self.near()}"
             )
         raw = self.checked(keys[0], self.d[keys[0]])
         try:
@@ -187,7 +187,8 @@ class _StateReader:
             return quant_type, values
         if values != tuple(_C.codebooks()[quant_type]):
             raise self.fail(
-                f"quant_map differs from the {quant_type} table, whose codes these are said to be"
+                f"quant_map differs from the {quant_type} table, want that table for quant_type "
+                f"{quant_type!r}"
             )
         return quant_type, None
 
@@ -216,7 +217,9 @@ class _StateReader:
         # Neighbouring entries differ by at least 0.7%, so this tolerance confuses none.
         ours = torch.tensor(_C.dynamic_map())
         if not torch.allclose(table.detach().cpu(), ours, rtol=1e-6, atol=0):
-            raise self.fail("nested_quant_map differs from the signed dynamic map")
+            raise self.fail(
+                "nested_quant_map differs from bitsandbytes' signed dynamic map, want that map"
+            )
         absmax2 = self.floats(".nested_absmax", -(-num_blocks // _NESTED_BLOCKSIZE)).view(
             torch.float32
         )

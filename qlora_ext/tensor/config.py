@@ -19,9 +19,9 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT_DTYPES = tuple(_DTYPES.values())
 _NESTED_BLOCKSIZE = 256
-# The version of docs/format.md. It goes up when an older release would misread what a newer wrote:
-# 2 has the experts of a mixture as stacks, for which a release of 1 would put random weights. A
-# checkpoint says the least version that can read it.
+# The version of docs/format.md. It goes up when older releases would misread what a newer one
+# writes. Version 2 stores the experts of a mixture as stacks; a release that knows only version 1
+# would give them random weights. A checkpoint records the lowest version that can read it.
 FORMAT_VERSION = 2
 
 
@@ -130,11 +130,10 @@ class QuantConfig:
 
 
 def check_format_version(found: object) -> None:
-    """Checks the `format_version` of a packed checkpoint. None is a checkpoint that says none,
-    which is version 1.
+    """Checks the `format_version` of a packed checkpoint. None: it records none, so it is 1.
 
     Raises:
-        ValueError: it is newer than FORMAT_VERSION, or no version.
+        ValueError: it is newer than FORMAT_VERSION, or not an integer of 1 or more.
     """
     if found is None:
         return

@@ -9,25 +9,21 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_input, check_scaling
-from .config import _DTYPES, FLOAT_DTYPES, QuantConfig
+from .config import FLOAT_DTYPES, QuantConfig
 from .quantized import QuantizedTensor, view_matrix
 
 
-def _check_weight(weight: Tensor) -> None:
+def _check_weight(weight: Tensor, op: str = "quantize_4bit") -> None:
     if not isinstance(weight, Tensor):
-        raise TypeError(f"quantize_4bit: weight is a {type(weight).__name__}, want a torch.Tensor")
-    if weight.dtype not in _DTYPES.values():
-        raise TypeError(
-            f"quantize_4bit: weight has dtype {weight.dtype}, want float32, float16 or bfloat16"
-        )
+        raise TypeError(f"{op}: weight is a {type(weight).__name__}, want a torch.Tensor")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: weight has dtype {weight.dtype}, want float32, float16 or bfloat16")
     if weight.device.type == "meta":
-        raise ValueError(
-            "quantize_4bit: weight is on the meta device and has no values, want cpu or cuda"
-        )
+        raise ValueError(f"{op}: weight is on the meta device and has no values, want cpu or cuda")
     if weight.is_nested:
-        raise TypeError("quantize_4bit: weight is a nested tensor, want a dense tensor")
+        raise TypeError(f"{op}: weight is a nested tensor, want a dense tensor")
     if weight.layout != torch.strided:
-        raise TypeError(f"quantize_4bit: weight has layout {weight.layout}, want torch.strided")
+        raise TypeError(f"{op}: weight has layout {weight.layout}, want torch.strided")
 
 
 def quantize_4bit(
@@ -106,7 +102,7 @@ def quantize_stack_4bit(weight: Tensor, config: QuantConfig | None = None) -> Qu
     Raises ValueError for another number of dimensions, an odd K or no experts, and as
     `quantize_4bit` does; the error names the expert.
     """
-    _check_weight(weight)
+    _check_weight(weight, "quantize_stack_4bit")
     if weight.dim() != 3 or weight.shape[0] == 0 or weight.shape[2] % 2:
         raise ValueError(
             f"quantize_stack_4bit: weight has shape {list(weight.shape)}, want [E, N, K] with at "
@@ -165,7 +161,7 @@ def dequantize_4bit(
 def _op_args(function: str, q: QuantizedTensor) -> ops.W4:
     if not isinstance(q, QuantizedTensor):
         raise TypeError(
-            f"{function}: q is a {type(q).__name__}, want a QuantizedTensor, as quantize_4bit makes"
+            f"{function}: q is a {type(q).__name__}, want a QuantizedTensor (see quantize_4bit)"
         )
     return q.op_args()
 

@@ -245,7 +245,7 @@ def test_checkpoints_that_cannot_be_quantized_are_one_sentence(llama, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     assert "is missing" in run("quantize", tmp_path / "empty", out, ok=False)
-    assert "is no folder" in run("quantize", "./nowhere", out, ok=False)
+    assert "is not a folder" in run("quantize", "./nowhere", out, ok=False)
     assert "--blocksize is 7" in run("quantize", llama, out, "--blocksize", 7, ok=False)
     assert "want a size" in run("quantize", llama, out, "--max-shard-size", "big", ok=False)
     assert "matches no module" in run("quantize", llama, out, "--keep", "nothing", ok=False)
@@ -891,9 +891,9 @@ def test_adapters_that_do_not_fit_are_one_sentence(llama, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "is missing" in run("merge", llama, tmp_path / "empty", out, ok=False)
     other = saved("llama", tmp_path / "other", intermediate_size=128, num_hidden_layers=4)
-    assert "the adapter is another model's" in run("merge", other, adapter, out, ok=False)
+    assert "the adapter belongs to another model" in run("merge", other, adapter, out, ok=False)
     shallow = saved("llama", tmp_path / "shallow", num_hidden_layers=1)
-    assert "no layer" in run("merge", shallow, adapter, out, ok=False)
+    assert "which the model does not have" in run("merge", shallow, adapter, out, ok=False)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
     assert "use_dora" in run("merge", llama, adapter, out, ok=False)
@@ -1374,10 +1374,10 @@ def test_pickles_are_refused_by_every_command(llama, tmp_path):
     out = tmp_path / "o"
     for words in (["quantize", pickled, out], ["merge", pickled, adapter, out],
                   ["inspect", pickled], ["chat", pickled, "--prompt", "a"]):  # fmt: skip
-        assert "has no model.safetensors" in run(*words, ok=False)
+        assert "has neither model.safetensors nor" in run(*words, ok=False)
     assert "may be a pickle" in run("inspect", pickled / "pytorch_model.bin", ok=False)
     said = run("chat", pickled / "pytorch_model.bin", "--prompt", "a", ok=False)
-    assert "is no folder" in said
+    assert "is not a folder" in said
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     for words in (["merge", llama, adapter, tmp_path / "o"], ["inspect", adapter],
                   ["chat", adapter, "--base", llama, "--prompt", "a"]):  # fmt: skip
@@ -1396,7 +1396,7 @@ def test_adapters_that_peft_must_not_be_given(llama, tmp_path):
         ({"use_dora": True, "target_modules": "(a+)+$"}, "among its names of layers"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is ['x']"),
         ({"base_model_name_or_path": str(adapter)}, "is an adapter (adapter_config.json)"),
-        ({"base_model_name_or_path": "./" + "x" * 5000}, "is no folder"),
+        ({"base_model_name_or_path": "./" + "x" * 5000}, "is not a folder"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
         base = [] if "base_model_name_or_path" in change else ["--base", llama]

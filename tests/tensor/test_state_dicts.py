@@ -154,13 +154,13 @@ def freed(tensor, nbytes=0):
 ODD = {
     "quantized": (
         lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
-        r"is a quantized tensor of torch \(torch.quint8\)",
+        r"is a tensor quantized by torch \(torch.quint8\)",
     ),
     "per-channel": (
         lambda t: torch.quantize_per_channel(
             t.float().reshape(1, -1), torch.ones(1), torch.zeros(1), 0, torch.qint8
         ),
-        r"is a quantized tensor of torch \(torch.qint8\)",
+        r"is a tensor quantized by torch \(torch.qint8\)",
     ),
     "nested": (
         lambda t: torch.nested.nested_tensor([t.reshape(-1)]),
@@ -174,8 +174,8 @@ ODD = {
     "negative": (negative, "is a view with the negative bit"),
     "negative-bytes": (lambda t: torch._neg_view(t.clone()), "is a view with the negative bit"),
     "functional": (torch._to_functional_tensor, "is a functional tensor"),
-    "freed": (freed, "is a tensor whose storage was freed"),
-    "cut": (lambda t: freed(t, t.nbytes - 1), "is a tensor whose storage was freed or cut"),
+    "freed": (freed, "is a tensor whose storage is too small"),
+    "cut": (lambda t: freed(t, t.nbytes - 1), "is a tensor whose storage is too small"),
     "none": (lambda t: None, "is NoneType, want a"),
     "text": (lambda t: "0", "is str, want a"),
     "number": (lambda t: 0, "is int, want a"),
