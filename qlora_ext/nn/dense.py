@@ -53,7 +53,7 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(module, LoraStack4bit):
         return merged_stack(module.quantized, _adapter_of(module), dtype)
     if isinstance(module, _Lora):
-        # The op wants A and B in the same dtype. fp32 holds both exactly.
+        # The op needs A and B in one dtype; fp32 holds both exactly.
         A, B = module.lora_A.detach().float(), module.lora_B.detach().float()
         return ops.merge_lora_4bit(module.quantized.op_args(), A, B, module.scaling, dtype)
     if not isinstance(module, _Packed4bit):
@@ -62,7 +62,7 @@ def merged_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 def merged_stack(q: QuantizedTensor, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:
-    """The dense stack [E, N, K] of q with an adapter in its sums, in dtype: an expert at a time."""
+    """The dense stack [E, N, K] of q plus its adapter, in dtype, computed expert by expert."""
     stack = q.packed.new_empty(q.shape, dtype=dtype)
     for e, expert in enumerate(stack):
         expert.copy_(merged_expert(q, adapter, e, dtype))
@@ -82,8 +82,8 @@ def merged_expert(
     if adapter is None:
         return dequantize_4bit(q[e], dtype)
     A, B, scaling = adapter
-    # The op wants A and B in the same dtype, which fp32 holds exactly, and where q is, which
-    # offload_experts keeps in host memory.
+    # The op needs A and B in one dtype (fp32 holds both exactly) and on q's device, which is the
+    # CPU under offload_experts.
     pair = (factor[e].float().contiguous().to(q.packed.device) for factor in (A, B))
     return ops.merge_lora_4bit(q[e].op_args(), *pair, scaling, dtype)
 
@@ -140,9 +140,9 @@ def dense_layer(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def dense_experts(
     module: Experts4bit, dtype: torch.dtype, merged: dict[str, torch.Tensor] | None = None
 ) -> nn.Module:
-    """The fused module that `module` was made from, with the adapters of its stacks in its sums.
+    """The fused module that `module` was made from; its weights include the stacks' adapters.
 
-    merged: weights [E, N, K] by the names of `stacks()` to take instead of the module's own.
+    merged: weights [E, N, K], by the names in `stacks()`, to use instead of the module's own.
     """
     experts = type(module.template).__new__(type(module.template))
     _share(module.template, experts)
@@ -153,7 +153,7 @@ def dense_experts(
             weight = weight.mT.contiguous()
         experts.register_parameter(name, nn.Parameter(weight))
         if stack.bias is not None:
-            # On a device of its own if offload_experts keeps the weight in host memory.
+            # The bias may be on another device: offload_experts keeps only weights in host memory.
             bias = nn.Parameter(stack.bias.detach().to(weight.device, dtype))
             experts.register_parameter(f"{name}_bias", bias)
     return experts.train(module.training)
@@ -178,8 +178,8 @@ WIDER = "merge to torch.bfloat16 or torch.float32"
 
 
 def check_weight(name: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """Raises OverflowError, which names the layer, if its dense weight does not fit dtype. For a
-    stack, `name[7]` is the expert.
+    """Raises OverflowError, which names the layer, if its dense weight does not fit dtype. In a
+    stack it names the expert: `name[7]`.
 
     The weight itself is computed only if a bound from its statistics cannot rule that out.
     """

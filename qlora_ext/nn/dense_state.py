@@ -1,7 +1,7 @@
 """Packs a dense weight that a packed layer finds in a state dict.
 
-Code that builds a model first and loads an unquantized checkpoint after needs nothing else: the
-entry `weight` becomes the packed entries, and nn.Module loads those.
+So code can build a packed model first and then load an unquantized checkpoint in the usual way: the
+entry `weight` is replaced by packed entries, which nn.Module loads.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def pre_hooks_first(module: nn.Module, *args):
 
 
 def read_lazy(state_dict, keys) -> None:
-    """Reads the entries that are no tensors but act like one, as Lightning's lazy loader makes
-    them: any function of torch gives a tensor."""
+    """Reads entries that are not tensors but act like tensors, such as those of Lightning's lazy
+    loader: any torch function of them returns a tensor."""
     for key in keys:
         value = state_dict.get(key)
         if not isinstance(value, torch.Tensor) and torch.overrides.is_tensor_like(value):
@@ -74,9 +74,9 @@ def is_own(own: torch.Tensor | None, value) -> bool:
 
 
 def drop_own_beside_dense(layer, state_dict, prefix: str, keys) -> None:
-    """If a state dict holds a dense weight for layer, drops those of keys that are the layer's own
-    parameters. set_model_state_dict of torch, which accelerate calls too, fills up what it is given
-    with the model's own state."""
+    """If a state dict holds a dense weight for layer, drops the entries, of those in `keys`, that
+    are the layer's own parameters. torch's set_model_state_dict, which accelerate also calls, adds
+    them: it fills in missing entries with the model's own."""
     if is_dense(layer, state_dict.get(prefix + "weight")):
         for key in keys:
             value = state_dict.get(prefix + key)
@@ -86,10 +86,10 @@ def drop_own_beside_dense(layer, state_dict, prefix: str, keys) -> None:
 
 def pack_dense(layer, state_dict, prefix: str, assign: bool) -> list[str]:
     """Replaces the dense weight of a state dict by packed entries. Returns error messages; if there
-    are some, the state dict is as it was.
+    are any, the state dict is unchanged.
 
-    The weight is packed where the layer is. With assign, or if the layer is on the meta device, it
-    is packed where the weight is.
+    The weight is packed on the layer's device. With assign, or if the layer is on the meta device,
+    it is packed on its own device.
     """
     name, key = type(layer).__name__, f"{prefix}weight"
     weight, own = state_dict[key], layer._parameters["weight"]
@@ -98,8 +98,8 @@ def pack_dense(layer, state_dict, prefix: str, assign: bool) -> list[str]:
     whole = type(own) in _PLAIN or isinstance(own, FakeTensor)
     if not whole or own.shape != layer._sizes()["weight"]:
         return [
-            f"{name}: {key} is a dense {weight.dtype} {list(weight.shape)}, and this layer is "
-            "sharded, want packed entries: load the dense weight before the model is sharded"
+            f"{name}: {key} is a dense {weight.dtype} {list(weight.shape)}, but this layer is "
+            "sharded, want packed entries; or load the dense weight before sharding the model"
         ]
     if lacks_data(weight):
         sizes = {**layer._sizes(), "weight_codebook": layer.weight_codebook.shape}

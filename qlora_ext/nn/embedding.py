@@ -15,8 +15,8 @@ from .packed import _Packed4bit
 class Embedding4bit(_Packed4bit, nn.Embedding):
     """nn.Embedding with the table packed in 4 bits and frozen. int64 indices [...] -> [..., dim].
 
-    The output has `dtype`, which .to(dtype) changes. padding_idx is kept; the frozen table has no
-    gradient that it could stop. The constructor packs N(0, 1) rows; on the meta device it allocates
+    The output has `dtype`, which .to(dtype) changes. padding_idx is kept, though a frozen table has
+    no gradient for it to stop. The constructor packs N(0, 1) rows; on the meta device it allocates
     nothing and waits for a state dict.
 
     Args:
@@ -84,7 +84,7 @@ class Embedding4bit(_Packed4bit, nn.Embedding):
         if embedding.max_norm is not None:
             raise TypeError(
                 f"{name}: embedding.max_norm is {embedding.max_norm}, want None: it rewrites rows "
-                "as they are read"
+                "as they are read, and packed rows are frozen"
             )
         if embedding.weight.dtype not in FLOAT_DTYPES:
             raise TypeError(

@@ -1,9 +1,9 @@
 """Keeps the packed experts of a mixture in host memory and copies them to the GPU layer by layer.
 
-The experts are most of a mixture's weights and few of a step's work, so a small card can hold the
-rest of the model and two layers' experts. While a layer computes, a second stream copies the
-experts of the layer whose turn comes next: the one after it in a forward pass, the one before it in
-a backward pass. Autograd saves no copy: the backward pass fetches a layer's experts again.
+Most of a mixture's weights are experts, and only one layer computes at a time. So a small card can
+hold the rest of the model and the experts of two layers. While a layer computes, a second stream
+copies the experts of the next one: the layer after it in a forward pass, the layer before it in a
+backward pass. Autograd saves no copies: the backward pass fetches each layer's experts again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ _ALIGNMENT = 256  # bytes between the tensors of a slot, as torch's allocator al
 
 
 class _Streams:
-    """The current stream, which computes, and one of our own, which copies. On a CPU, where each
-    call is done when it returns, nothing is waited for."""
+    """The current stream, which computes, and one of our own, which copies. On a CPU each call has
+    finished when it returns, so there is nothing to wait for."""
 
     def __init__(self, device: torch.device):
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def computed(self):
-        """An event: all that was given to the computing stream until now is done."""
+        """An event for the end of all work that was queued on the computing stream so far."""
         return None if self.side is None else torch.cuda.current_stream().record_event()
 
     def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after):
-        """Starts copying (target, source) pairs after an event. Returns an event: they are done."""
+        """Copies (target, source) pairs once the event `after` has happened. Returns an event for
+        the end of the copies."""
         if self.side is None:
             for target, source in pairs:
                 target.copy_(source)
@@ -53,9 +54,8 @@ class _Streams:
 
 
 class Fetched(tuple):
-    """The ops' arguments for a weight that was fetched. `again()` is a context in which it is
-    fetched once more, so autograd saves that instead of the tensors, which the next layers
-    overwrite."""
+    """The ops' arguments for a weight that was fetched. `again()` is a context that fetches it once
+    more. Autograd saves `again` instead of the tensors, because the next layers overwrite them."""
 
     def __new__(cls, w4, again):
         self = super().__new__(cls, w4)
@@ -68,21 +68,21 @@ class _Slot:
 
     def __init__(self, nbytes: int, device: torch.device):
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.layer: int | None = None  # whose experts it holds or is being given
+        self.layer: int | None = None  # the layer whose experts it holds or is receiving
         self.views: dict[Stack4bit, list[torch.Tensor | None]] = {}
-        self.ready = None  # an event of _Streams: they are there
+        self.ready = None  # an event of _Streams: the experts have arrived
 
 
 class ExpertFetcher:
     """Fetches the stacks of a model's mixture layers to a device.
 
-    Whoever fetches holds `lock` until the product with what was fetched is computed, or given to
-    the device's stream: another thread would overwrite it.
+    A caller of `fetch` must hold `lock` until the product is computed or queued on the device's
+    stream. Otherwise another thread could overwrite what was fetched.
 
     Args:
         layers: in the order in which the model calls them.
         device: where they compute.
-        streams: for tests; what `_Streams` does.
+        streams: replaces `_Streams` in tests.
     """
 
     def __init__(self, layers: list[Experts4bit], device: torch.device, streams=None):
@@ -99,22 +99,25 @@ class ExpertFetcher:
         return {s: i for i, layer in enumerate(self.layers) for s in (layer.up, layer.down)}
 
     def forget(self, stack: Stack4bit) -> None:
-        """The packed tensors of a stack have other bytes from now on, or other memory."""
+        """Call it when the bytes of a stack's packed tensors change, or their memory: the copies in
+        slots are no longer valid."""
         with self.lock:
             for slot in self.slots:
                 if slot.layer is not None and slot.layer == self.layer_of.get(stack, slot.layer):
                     slot.layer = None
 
     def fetch(self, stack: Stack4bit, w4) -> Fetched:
-        """w4, the ops' arguments with the tensors of a stack in host memory, on the device."""
+        """Returns w4, the ops' arguments for a stack in host memory, with the tensors copied to the
+        device."""
         if stack not in self.layer_of:  # adapters were added or removed
             self.layer_of = self._layer_of_each_stack()
             for slot in self.slots:
                 slot.layer = None
         if stack not in self.layer_of:
             raise RuntimeError(
-                f"{type(stack).__name__}: offload_experts keeps the bytes in host memory for a "
-                "layer of a model, and this stack is in none; copy.deepcopy gives one of its own"
+                f"{type(stack).__name__}: offload_experts keeps this stack in host memory, but it "
+                "is no longer in a layer of its model; use copy.deepcopy(stack), which does not "
+                "offload"
             )
         layer = self.layer_of[stack]
         slot = next((s for s in self.slots if s.layer == layer), None)
@@ -145,8 +148,9 @@ class ExpertFetcher:
         for source in (tensor for stack in stacks for tensor in _tensors(stack)):
             if type(source) not in (nn.Parameter, torch.Tensor, type(None)):
                 raise RuntimeError(
-                    f"offload_experts: a layer's experts are a {type(source).__name__} now, want "
-                    "plain tensors: shard a model (FSDP2) or offload its experts, not both"
+                    f"offload_experts: the experts of a layer are now of type "
+                    f"{type(source).__name__}, want plain tensors: shard a model (FSDP2) or "
+                    "offload its experts, not both"
                 )
         slot.layer, slot.views, start, pairs = layer, {}, 0, []
         for stack in stacks:
@@ -160,7 +164,7 @@ class ExpertFetcher:
                 views.append(target)
                 pairs.append((target, source.detach()))
             slot.views[stack] = views
-        # What the slot held may still be in use by work that was given to the device before.
+        # Work that is already queued on the device may still read what the slot held.
         slot.ready = self.streams.copy(pairs, self.streams.computed())
 
 
@@ -169,14 +173,14 @@ def _tensors(stack: Stack4bit) -> list[torch.Tensor | None]:
 
 
 def layer_bytes(layer: Experts4bit) -> int:
-    """Bytes that the experts of a layer take in a slot."""
+    """Bytes of a slot that the experts of a layer take."""
     tensors = [t for stack in (layer.up, layer.down) for t in _tensors(stack) if t is not None]
     return sum(-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors)
 
 
 def bytes_on_device(model: nn.Module) -> tuple[int, int]:
-    """Bytes of all packed experts of model, and how many of them are on the device at a time if
-    offload_experts keeps the rest in host memory."""
+    """Bytes of all packed experts of model, and how many of these are on the device at a time under
+    offload_experts."""
     layers = [layer_bytes(m) for m in model.modules() if isinstance(m, Experts4bit)]
     return sum(layers), min(_SLOTS, len(layers)) * max(layers, default=0)
 
@@ -185,21 +189,21 @@ def check_not_in_host(op: str, name: str, stack: Stack4bit) -> None:
     """Raises ValueError if offload_experts keeps a stack in host memory."""
     if stack.fetcher is not None:
         raise ValueError(
-            f"{op}: offload_experts keeps {name} in host memory, want it where its adapter is to "
-            "merge into 4 bits: load the model and the adapter again without offload_experts, or "
-            "merge into 16 bits"
+            f"{op}: offload_experts keeps {name} in host memory, want it on its adapter's device "
+            "to merge into 4 bits: load the model and the adapter again without offload_experts, "
+            "or merge into 16 bits"
         )
 
 
 def offload_experts(model: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
-    """Keeps the packed experts of a mixture in host memory, and moves all else to a device.
+    """Keeps the packed experts of a mixture in host memory, and moves the rest to a device.
 
     The device holds the experts of two layers at a time: one computes while the next one's are
     copied. Host memory is pinned if device is a GPU. Forward and backward work, with and without
     activation checkpointing, for inference and for adapters on any layer; adapters of experts are
     on the device. torch.compile leaves the experts' products out of its graphs. Threads take turns
-    at them; all must use one CUDA stream. A copy of the model is not offloaded. Has not run on a
-    GPU yet: the order of copies and waits is tested with recorded streams.
+    computing them, and must all use one CUDA stream. A copy of the model is not offloaded. This has
+    not run on a GPU yet: tests check the order of copies and waits with recorded streams.
 
     Args:
         model: a packed mixture, best on the CPU: from_pretrained without a device_map, or
@@ -226,7 +230,10 @@ def offload_experts(model: nn.Module, device: torch.device | str = "cuda") -> nn
     for name, layer in layers:
         for stack in (layer.up, layer.down):
             if stack.fetcher is not None:
-                raise ValueError(f"offload_experts: {name} is offloaded already, want it once")
+                raise ValueError(
+                    f"offload_experts: {name} is offloaded already, want a model whose experts "
+                    "are not"
+                )
             weight = stack._parameters["weight"]
             if type(weight) is not nn.Parameter or weight.is_meta:
                 kind = "on the meta device" if weight.is_meta else f"a {type(weight).__name__}"

@@ -41,7 +41,7 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], where `back` is the inverse permutation: dx = dy[back], a sum of nothing."""
+    """x[order]. `back` is the inverse permutation, so dx = dy[back], without any sums."""
 
     @staticmethod
     def forward(ctx, x, order, back):
@@ -90,7 +90,7 @@ class Experts4bit(nn.Module):
             )
         if getattr(experts, "_is_expert_parallel", False):
             raise TypeError(
-                f"{cls.__name__}: experts are sharded over devices, want the whole layer in one"
+                f"{cls.__name__}: experts are sharded over devices, want the whole layer on one"
             )
         names = (up_name(experts), "down_proj")
         return cls._in_place_of(experts, {name: _pack(experts, name, config) for name in names})
@@ -155,8 +155,8 @@ class Experts4bit(nn.Module):
                     state_dict[f"{prefix}{side}.{key}"] = values[0]
 
     def _rename_dense(self, state_dict, prefix: str) -> list[str]:
-        """Gives the dense weights of the fused module to the stacks, which pack them. Returns error
-        messages; if there are some, no stack is given any."""
+        """Renames the dense weights of the fused module to the stacks' entries, which pack them.
+        Returns error messages; if there are any, it renames none."""
         name = type(self).__name__
         dense = {}  # key -> (its shape, the stack's own key)
         for key, stack in self.stacks().items():
@@ -173,14 +173,19 @@ class Experts4bit(nn.Module):
         others = [key for key in packed if not is_own(own.get(key), state_dict[key])]
         errors = []
         if given and others:
-            errors.append(f"{name}: {given[0]} is beside {others[0]}, want one of them")
+            errors.append(
+                f"{name}: the state dict has {given[0]}, which is dense, and {others[0]}, which is "
+                "packed, want one of them"
+            )
         for key, value in values.items():
             want = list(dense[key][0])
             got = not_dense(value)
             if got is None and (list(value.shape) != want or value.dtype not in FLOAT_DTYPES):
                 got = f"{value.dtype} {list(value.shape)}"
             if got is not None:
-                errors.append(f"{name}: {key} is {got}, want float {want}")
+                errors.append(
+                    f"{name}: {key} is {got}, want float32, float16 or bfloat16 of shape {want}"
+                )
                 continue
             try:
                 check_finite(f"{name}: {key}", value, value.dtype)

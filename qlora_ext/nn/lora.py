@@ -83,8 +83,8 @@ class LoraLinear4bit(_Lora, Linear4bit):
 
     Args:
         in_features, out_features, bias, config, device, dtype: as for Linear4bit.
-        r: rank, 1 or more. Above min(in_features, out_features) it works, as in PEFT, and adds
-            nothing.
+        r: rank, 1 or more. A rank above min(in_features, out_features) works, as in PEFT, but has
+            no benefit.
         lora_alpha, lora_dropout: as in PEFT. use_rslora: scaling = lora_alpha / sqrt(r).
         lora_dtype: dtype of lora_A and lora_B.
 
@@ -133,7 +133,7 @@ class LoraLinear4bit(_Lora, Linear4bit):
         name = cls.__name__
         if isinstance(linear, _Lora):
             raise TypeError(
-                f"{name}: linear is a {type(linear).__name__}, want one without adapter"
+                f"{name}: linear is a {type(linear).__name__}, want a layer without an adapter"
             )
         if not isinstance(linear, Linear4bit):
             linear = Linear4bit.from_linear(linear, config)

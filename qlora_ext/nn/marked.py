@@ -11,8 +11,8 @@ from torch.compiler import is_compiling
 
 
 class MarkedWeight(nn.Module):
-    """A layer that puts `weight_marks` on its `weight` whenever that is read: a copy,
-    load_state_dict(assign=True), offloading and sharding make another parameter."""
+    """A layer that sets `weight_marks` as attributes of its `weight` whenever that is read, because
+    copies, load_state_dict(assign=True), offloading and sharding replace the parameter."""
 
     weight_marks: Mapping[str, Any] = MappingProxyType({})
 

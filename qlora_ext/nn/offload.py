@@ -54,8 +54,8 @@ def check_can_adapt(op: str, layer: nn.Module, model: nn.Module) -> None:
         if is_offloaded(module) and any(child is layer for child in module.modules()):
             raise ValueError(
                 f"{op}: the weights of {name or 'the model'} are offloaded together (accelerate's "
-                "preload_module_classes), want each layer by itself, or the adapters added before "
-                "the model is offloaded"
+                "preload_module_classes), want each layer offloaded by itself; or add the adapters "
+                "before offloading the model"
             )
 
 

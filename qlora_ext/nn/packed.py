@@ -209,12 +209,11 @@ class _Packed4bit(MarkedWeight):
             tensor = self._parameters.get(key)
             if tensor is not None and tensor.dtype != torch.uint8 and not tensor.is_meta:
                 raise RuntimeError(
-                    f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8 (of a packed "
-                    f"{list(self._shape)} weight): something assigned other values to the .data of "
-                    "a packed weight, as vector_to_parameters and averages of all parameters do, "
-                    "or called the layer with others (functional_call); change only parameters "
-                    "with requires_grad, and load the packed weight again with "
-                    "load_state_dict(assign=True)"
+                    f"{type(self).__name__}: {key} is {tensor.dtype}, want uint8, the bytes of a "
+                    f"packed {list(self._shape)} weight. Something assigned other values to the "
+                    ".data of a packed weight (vector_to_parameters, an average of all "
+                    "parameters), or passed them (functional_call): change only parameters with "
+                    "requires_grad, and load this weight again with load_state_dict(assign=True)"
                 )
         sample = byte_sample(held) if held else None
         if sample is None:
@@ -237,7 +236,7 @@ class _Packed4bit(MarkedWeight):
 
     def _check_written(self, weight: torch.Tensor) -> None:
         """_check_bytes for a forward pass that found weight's version or address changed."""
-        if torch._C._are_functorch_transforms_active():  # whose tensors have no address
+        if torch._C._are_functorch_transforms_active():  # their tensors have no address
             self._check_bytes()
             return
         known = self._seen_version != -1
@@ -311,9 +310,9 @@ class _Packed4bit(MarkedWeight):
     def _packed_error(self, key: str) -> RuntimeError:
         return RuntimeError(
             f"{type(self).__name__}: {key} is packed, so it cannot be pruned, parametrized or "
-            "normalized (torch.nn.utils); do that to the dense layer, make it permanent "
-            "(prune.remove, remove_parametrizations), and pack it then; here, undo it or load the "
-            "layer anew"
+            "normalized (torch.nn.utils). Do that to the dense layer, make it permanent "
+            "(prune.remove, remove_parametrizations), then pack it. To go on with this layer, undo "
+            "the change or load it again"
         )
 
     def __getattr__(self, name: str):
@@ -339,7 +338,7 @@ class _Packed4bit(MarkedWeight):
         # A replica's tensors are plain attributes that every forward pass makes again.
         raise RuntimeError(
             f"{type(self).__name__}: nn.DataParallel is not supported; start one process per GPU "
-            "(torchrun, accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            "(torchrun, accelerate launch), or use one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
 
     def reset_parameters(self) -> None:
@@ -455,11 +454,11 @@ class _Packed4bit(MarkedWeight):
             tensor = state_dict.get(prefix + key)
             if tensor is None:
                 errors.append(
-                    f"{name}: {prefix}{key} is missing, want uint8 {list(size)} beside "
+                    f"{name}: {prefix}{key} is missing, want uint8 {list(size)} in addition to "
                     f"{prefix}weight ({self._describe()})"
                 )
             elif tensor.dtype != torch.uint8:
-                hint = "; a dense weight is packed only if no packed entries are given beside it"
+                hint = "; a dense weight is packed only if the layer's other entries are not given"
                 if tuple(tensor.shape) == size:
                     hint = _AVERAGE
                 errors.append(
@@ -479,7 +478,7 @@ class _Packed4bit(MarkedWeight):
             if prefix + key in state_dict and key not in self._sizes():
                 errors.append(
                     f"{name}: {prefix}{key} is unexpected with {self._describe()}; the checkpoint "
-                    "was written with another config"
+                    "was written with another config: build the layer with that one"
                 )
         if errors:
             return errors
@@ -503,17 +502,17 @@ class _Packed4bit(MarkedWeight):
                 )
             elif key == "weight_nested" and not _scales_fit(tensor):
                 errors.append(
-                    f"{name}: {prefix}{key} makes scales beyond float32, want finite ones; the "
-                    "checkpoint is damaged"
+                    f"{name}: {prefix}{key} gives scales that float32 cannot hold, want finite "
+                    "ones; the checkpoint is damaged"
                 )
         # The codebook is compared above.
         sample = byte_sample([state_dict[prefix + key] for key in self._sizes()])
         sealed = (self._sealed or b"")[:-_CODEBOOK_BYTES]
         if sample is not None and is_arithmetic(sealed, sample):
             errors.append(
-                f"{name}: {prefix}weight holds this layer's bytes after arithmetic on them, as an "
-                "average of state dicts gives; average the floating-point entries alone and take "
-                "the uint8 ones as they are"
+                f"{name}: {prefix}weight holds this layer's bytes after arithmetic on them, such "
+                "as an average of state dicts; average only the floating-point entries, and copy "
+                "the uint8 entries unchanged"
             )
         return errors
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 _CODES, _STATISTICS = 1024, 256  # bytes sampled from the first tensor, and from each other one
-_WINDOWS = 4  # places that they come from, since the head of a table may be all zeros
+_WINDOWS = 4  # places to sample, because the start of a table may be all zeros
 # Bytes of a probe (Python allocates an object of this size fast), and how many different values
 # they must have: an average in bf16 with a decay of 0.9 changes only 12 of the 256 values.
 _PROBE, _VALUES = 448, 128

@@ -11,12 +11,12 @@ read the same x shows when they run:
 
 S is computed without gradients, and a layer's op takes its columns as `lora_S` instead of computing
 them. So each layer has its own graph, and outputs and gradients are those of layers that share
-nothing. A wrong group costs a little work and gives no wrong number. With dropout active, each
+nothing. A wrong group costs a little work but gives no wrong numbers. With dropout active, each
 layer draws its own mask and computes its own product.
 
 "Unchanged" means that torch reports the same count of writes, address, dtype, shape and strides for
-x and for A. If something writes to them between the calls of two siblings in a way that torch does
-not count (through `.data`, NumPy or another pointer), nobody notices.
+x and for A. torch does not count writes through `.data`, NumPy or another pointer, so such a write
+between the calls of two siblings goes unnoticed.
 """
 
 from __future__ import annotations

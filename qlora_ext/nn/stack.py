@@ -51,7 +51,8 @@ class Stack4bit(_Packed4bit):
             config: a QuantConfig, or None for NF4 with blocks of 64.
 
         Raises:
-            TypeError: weight has another dtype. ValueError: it is no stack, or K is odd.
+            TypeError: weight has another dtype.
+            ValueError: it is not such a stack, or K is odd.
             RuntimeError: a weight has a NaN or Inf; the error names the expert and the index.
         """
         name = cls.__name__
@@ -64,7 +65,8 @@ class Stack4bit(_Packed4bit):
         if values.ndim != 3 or 0 in values.shape or values.shape[2] % 2:
             want = "[E, K, N]" if is_transposed else "[E, N, K]"
             raise ValueError(
-                f"{name}: weight has shape {list(weight.shape)}, want {want} with K even"
+                f"{name}: weight has shape {list(weight.shape)}, want {want} with K even and no "
+                "size 0"
             )
         self = cls.empty(
             values.shape, config, dtype=weight.dtype, device="meta", is_transposed=is_transposed
@@ -143,7 +145,7 @@ class Stack4bit(_Packed4bit):
             self.fetcher.forget(self)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "fetcher": None}  # a copy's experts are in host memory
+        return {**super().__getstate__(), "fetcher": None}  # a copy is not offloaded
 
     def _to_host(self, pinned: bool) -> None:
         """Moves the packed tensors to host memory."""
@@ -184,7 +186,7 @@ class LoraStack4bit(_Lora, Stack4bit):
     """Stack4bit with a LoRA adapter for each expert: + scaling (x_e A_e^T) B_e^T.
 
     lora_A [E, r, in_features] and lora_B [E, out_features, r] are trainable. There is no dropout:
-    PEFT has none for parameters that are stacks, and its files cannot say so.
+    PEFT has none for stacked parameters, and its files cannot store one.
     """
 
     @classmethod
@@ -193,7 +195,7 @@ class LoraStack4bit(_Lora, Stack4bit):
         """Adds adapters to a Stack4bit and shares its bytes. Raises as LoraLinear4bit does."""
         if isinstance(stack, _Lora) or not isinstance(stack, Stack4bit):
             raise TypeError(
-                f"{cls.__name__}: stack is a {type(stack).__name__}, want a Stack4bit without "
+                f"{cls.__name__}: stack is a {type(stack).__name__}, want a Stack4bit without an "
                 "adapter"
             )
         self = cls.__new__(cls)

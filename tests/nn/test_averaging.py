@@ -558,7 +558,8 @@ def test_data_of_another_dtype(kind):
 def test_a_dense_weight_for_one_call(kind):
     layer, x = layer_and_input(kind)
     N, K = layer._shape
-    sentence = rf"{type(layer).__name__}: weight is torch.float32, want uint8 \(of a packed \[{N}, "
+    want = rf"want uint8, the bytes of a packed \[{N}, "
+    sentence = rf"{type(layer).__name__}: weight is torch.float32, {want}"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=sentence):
             torch.func.functional_call(layer, {"weight": torch.randn(N, K)}, (x,))
@@ -777,7 +778,7 @@ def test_the_bench_of_its_price_runs(words):
     script = REPOSITORY / "bench" / "forward_overhead.py"
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("with the look (noise") == 4
+    assert done.stdout.count("with the check (noise") == 4
 
 
 # FSDP2 ------------------------------------------------------------------------------------------

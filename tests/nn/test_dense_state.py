@@ -322,7 +322,7 @@ def test_strict_reports_what_nn_linear_reports():
     assert_same_state(layer, Linear4bit.from_linear(dense()))
 
 
-@pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one might expect")
+@pytest.mark.filterwarnings("ignore:.*stay unquantized in layers that you might expect")
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_a_packed_model_of_transformers_takes_another_dense_checkpoint(family, assign):
@@ -334,7 +334,7 @@ def test_a_packed_model_of_transformers_takes_another_dense_checkpoint(family, a
     assert_same_state(model, quantize_model(source, progress_bar=False))
 
 
-@pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one might expect")
+@pytest.mark.filterwarnings("ignore:.*stay unquantized in layers that you might expect")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_tools_that_fill_up_a_state_dict_with_the_models_own(family, tmp_path):
     """set_model_state_dict gives load_state_dict the model's own packed entries beside the dense
@@ -433,11 +433,13 @@ def test_a_dense_weight_beside_packed_entries_is_refused():
     packed, layer = Linear4bit(64, 16).state_dict(), Linear4bit(64, 16)
     for key in ("weight_absmax", "weight_nested", "weight_codebook"):
         state = {"weight": dense().weight, key: packed[key]}
-        refused(Linear4bit(64, 16), state, r"\[16, 64\], want uint8 .*only if no packed entries")
-        with pytest.raises(RuntimeError, match="only if no packed entries"):
+        refused(
+            Linear4bit(64, 16), state, r"\[16, 64\], want uint8 .*only if the layer's other entries"
+        )
+        with pytest.raises(RuntimeError, match="only if the layer's other entries"):
             Linear4bit(64, 16, device="meta").load_state_dict(state, strict=False)
         copied = {k: t.clone() for k, t in layer.state_dict().items() if k == key}
-        refused(layer, {**state, **copied}, "only if no packed entries")
+        refused(layer, {**state, **copied}, "only if the layer's other entries")
     average = {key: t.float() for key, t in Linear4bit(1, 1).state_dict().items()}
     refused(Linear4bit(1, 1), average, "average of packed bytes")
 
@@ -522,6 +524,8 @@ def test_bad_fused_weights_change_no_expert():
     refused(experts, changed("down_proj", None), "down_proj is NoneType, want float")
     packed = experts.state_dict(prefix="")
     mixed = {**source, "up.weight": packed["up.weight"].clone()}
-    refused(experts, mixed, "gate_up_proj is beside up.weight, want one of them")
+    refused(
+        experts, mixed, "gate_up_proj, which is dense, and up.weight, which is packed, want one"
+    )
     with pytest.raises(RuntimeError, match=r"Missing key.*down.weight"):
         experts.load_state_dict({k: v for k, v in source.items() if k != "down_proj"})

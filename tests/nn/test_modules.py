@@ -268,7 +268,7 @@ def good_state(config=None):
 def test_missing_statistics_are_named_even_when_not_strict():
     state = good_state()
     del state["weight_nested"]
-    assert "q.weight_nested is missing, want uint8 [8] beside q.weight" in load_error(state)
+    assert "q.weight_nested is missing, want uint8 [8] in addition to q.weight" in load_error(state)
     with pytest.raises(RuntimeError, match="weight_nested is missing"):
         Linear4bit(64, 16).load_state_dict(state, strict=False)
 
@@ -298,7 +298,7 @@ def test_damaged_statistics_are_refused():
 def test_scales_beyond_float32_are_refused():
     state = good_state()
     state["weight_nested"] = torch.full((2,), 3e38).view(torch.uint8)
-    assert "q.weight_nested makes scales beyond float32" in load_error(state)
+    assert "q.weight_nested gives scales that float32 cannot hold" in load_error(state)
 
 
 @pytest.mark.parametrize("assign", [True, False])
@@ -430,7 +430,7 @@ def test_bad_lora_arguments_are_refused():
         LoraLinear4bit.from_linear(base, lora_dtype=torch.float64)
     with pytest.raises(TypeError, match="config is given for a layer that is quantized already"):
         LoraLinear4bit.from_linear(base, QuantConfig(blocksize=32))
-    with pytest.raises(TypeError, match="want one without adapter"):
+    with pytest.raises(TypeError, match="want a layer without an adapter"):
         LoraLinear4bit.from_linear(LoraLinear4bit.from_linear(base))
     with pytest.raises(TypeError, match="with a dense weight"):
         LoraLinear.from_linear(base)
