@@ -40,9 +40,8 @@ STARCODER2 = Family(("o_proj",), ("mlp.c_fc", "mlp.c_proj"), **_QKV)
 NEMOTRON = Family(("o_proj",), ("up_proj", "down_proj"), **_QKV)
 T5 = Family(("o",), ("wi", "wi_0", "wi_1", "wo"), query=("q",), key=("k",), value=("v",))
 
-# config.model_type -> family. A new architecture needs one line here. No name may be the end of
-# another family's name for another switch, because LoraConfig.to_peft() without a model uses all of
-# them.
+# config.model_type -> family. A new architecture needs one line here. LoraConfig.to_peft() uses all
+# names if it gets no model, so none may be the end of a name that a family has for another switch.
 FAMILIES = {
     **dict.fromkeys(["llama", "mistral", "ministral", "mixtral", "smollm3", "stablelm"], LLAMA),
     **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "cohere"], LLAMA),

@@ -76,8 +76,8 @@ def check_config(
 
     if raw.get("auto_map"):
         raise CheckpointError(
-            f"{path} brings model code of its own (auto_map), which is not run here; "
-            "want an architecture of transformers"
+            f"{path} brings model code of its own (auto_map), which is never run here; want a "
+            "model whose architecture is in transformers"
         )
     _check_numbers(path, raw, within)
     layers = [n for key, n in raw.items() if _counts_layers(key) and type(n) is int and n > 0]
@@ -114,8 +114,8 @@ def _is_float_dtype(name: object) -> bool:
 
 
 def _check_numbers(path: Path, raw: dict, within: str) -> None:
-    """Raises CheckpointError for a NaN or an infinity. Lists and limits (judged by name) may hold
-    infinities: the end of an interval may be infinite (Mamba's `time_step_limit`)."""
+    """Raises CheckpointError for a NaN or an infinity. Lists, and limits (judged by their names),
+    may hold infinities, because an interval may have no end (Mamba's `time_step_limit`)."""
     for key, value in raw.items():
         number = value
         if isinstance(value, dict) and value.get("__float__") in ("NaN", "Infinity", "-Infinity"):
@@ -155,7 +155,7 @@ def _check_objects(key: str, value: int, times: int, weights: int, files, refuse
     most = max(_MAX_OBJECTS, held // weights) // times
     if value > most:
         of = f" in {times:,} layers" if times > 1 else ""
-        with_files = "" if files is None else f" by the {held:,} weights in the folder's files"
+        with_files = "" if files is None else f" with the {held:,} weights in the folder's files"
         refuse(key, f"at most {most:,}{of}{with_files}")
 
 
@@ -183,7 +183,7 @@ def check_settings(stored: dict) -> None:
     own = {"quant_method", "checkpoint_format", "format_version", *_NAME_LISTS[:1]}
     check_format_version(stored.get("format_version"))  # a newer format may have other settings
     if unknown := sorted(stored.keys() - known - own):
-        raise ValueError(f"got unknown settings {unknown}")
+        raise ValueError(f"got unknown settings {unknown}, want only {sorted(known | own)}")
     QuantConfig(**{key: value for key, value in stored.items() if key in known})
 
 

@@ -1,4 +1,4 @@
-"""Matches names of layers to leave alone. They mean the same wherever they are given.
+"""Matches names of layers to leave alone. A name means the same everywhere.
 
 A name matches a layer if it is a run of the dotted parts of the layer's full name: "lm_head",
 "vision_tower", "layers.0.mlp" or the full name. "proj" does not match "q_proj". A name with
@@ -39,9 +39,7 @@ def as_names(names: Any, owner: str, argument: str = "modules_to_not_convert") -
     is_list = isinstance(names, Iterable) and not isinstance(names, Mapping)
     listed = [names] if isinstance(names, str) or not is_list else list(names)
     if not all(isinstance(name, str) and name for name in listed):
-        raise ValueError(
-            f"{owner}: {argument} got {shorten(names)}, want a list of names of layers"
-        )
+        raise ValueError(f"{owner}: {argument} got {shorten(names)}, want a list of layer names")
     patterns = [name for name in listed if not _PLAIN.fullmatch(name)]
     if bad := bad_regex(patterns):
         raise ValueError(f"{owner}: {argument} has {shorten(bad[0])}, want {bad[1]}")

@@ -50,13 +50,13 @@ def is_regex(text: str) -> bool:
 
 
 _QUICK = (
-    "a name, or a regular expression that is quick to match: no group repeated by * + or {}, no (? "
-    "but (?: and lookarounds (so no flags, as in (?i)), and few of * + ? { |"
+    "a name, or a regular expression that is quick to match: no repeated group such as (ab)*, no "
+    "(? except (?: and lookarounds (so no flags such as (?i)), and few of * + ? { |"
 )
 
 
 def bad_regex(patterns: Iterable[str]) -> tuple[str, str] | None:
-    """The first pattern that must not be matched with names, and what is wanted instead; or None.
+    """The first pattern that must not be matched with names, and what to give instead; or None.
 
     `re` backtracks, so a pattern from a file could keep a program busy for years. All patterns
     together get a budget of steps. Names, and usual patterns for them (`.*`, `[0-9]+`,

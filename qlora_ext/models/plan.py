@@ -30,15 +30,15 @@ logger = logging.getLogger("qlora_ext")
 
 ABSENT = "not in the checkpoint, so made anew"
 
-# Reasons to leave a layer alone that was made to be trained, and that packing would freeze.
+# Reasons to leave a layer alone because it was made to be trained. Packing would freeze it.
 ADAPTER = "an adapter of another library"
 TRAINS = "trainable, while other weights of the model are frozen"
-# How other libraries call the two factors of LoRA if these are layers (torchtune, PEFT, kohya).
+# What other libraries call the two factors of LoRA if these are layers (torchtune, PEFT, kohya).
 _FACTORS = frozenset(("lora_a", "lora_b", "lora_down", "lora_up"))
 
 
 def is_factor(name: str) -> bool:
-    """Whether a module or parameter is a factor of LoRA by its name. Ours are called so too."""
+    """Whether a module or parameter is a factor of LoRA, judged by its name. True for ours too."""
     return not _FACTORS.isdisjoint(name.lower().split("."))
 
 
@@ -136,8 +136,8 @@ class Plan:
                 f"{type(model).__name__}: the checkpoint lacks "
                 f"{', '.join(f'{name}.weight' for name in self.lacking[:8])}"
                 f"{f' and {len(self.lacking) - 8} more' if len(self.lacking) > 8 else ''}, want "
-                "all of its layers; one that is to be trained from scratch goes into "
-                "modules_to_not_convert when the unquantized model is packed"
+                "every layer of the model; to train a layer from scratch, name it in "
+                "modules_to_not_convert when you pack the unquantized model"
             )
 
     @property
@@ -157,7 +157,7 @@ class Plan:
         dtypes = ", ".join(sorted(map(str, self.other_dtypes)))
         return (
             f"The weights of linear layers are {dtypes}, want float32, float16 or bfloat16: cast "
-            "the model, or load it with another dtype"
+            "the model, or load it in one of these"
         )
 
     def unmatched(self, names: Iterable[str] | None = None) -> list[str]:
@@ -262,7 +262,7 @@ class Plan:
 
     def _reason_read(self, module: nn.Module) -> str | None:
         if reader := self.read_past.get(id(module)):
-            return f"its weight is read by {reader}, past the layer's own forward"
+            return f"its weight is read by {reader}, which bypasses the layer's forward"
         return None
 
     def _reason_in_packed_checkpoint(self, name: str, module: nn.Module) -> str | None:
@@ -300,7 +300,7 @@ def _some_are_frozen(model: nn.Module) -> bool:
 
 
 def _reason_of_shape(module: nn.Module) -> str | None:
-    """Why a module of fused experts cannot be a packed stack by its shapes; None if it can."""
+    """Why the shapes of a module of fused experts rule out packed stacks; None if they do not."""
     if not is_fused_experts(module):
         return None
     for key in weight_names(module):
@@ -308,7 +308,7 @@ def _reason_of_shape(module: nn.Module) -> str | None:
         if 0 in shape:
             return f"its {key} {shape} has no weights"
         if shape[1 if module.is_transposed else 2] % 2:
-            return f"its {key} {shape} has an odd number of columns, which no packed stack can have"
+            return f"its {key} {shape} has an odd number of columns, and a packed stack needs even"
     return None
 
 
@@ -357,10 +357,11 @@ def log_report(
             if stay > (packed := len(report.quantized)):
                 advice = f"; layers left alone: {stay}, packed: {packed}"
             advice += (
-                "; to pack those that are no adapters, freeze them first (requires_grad_(False))"
+                "; to pack those that are not adapters, freeze them first (requires_grad_(False))"
             )
         warnings.warn(
-            f"{op}: left alone, because packing would freeze them: {_named(trained)}{advice}",
+            f"{op}: these layers stay as they are, because packing would freeze them: "
+            f"{_named(trained)}{advice}",
             stacklevel=stacklevel,
         )
     unexpected = [part for part in report.unquantized if not part.reason.startswith(_EXPECTED)]
@@ -368,8 +369,8 @@ def log_report(
     if not unexpected or share < least:
         return
     warnings.warn(
-        f"{op}: {share:.1%} of the weights stay unquantized in layers one might expect to be "
-        f"packed: {_named(unexpected)}. model.quantization_report has the rest",
+        f"{op}: {share:.1%} of the weights stay unquantized in layers that you might expect to be "
+        f"packed: {_named(unexpected)}. print(model.quantization_report) shows all layers",
         stacklevel=stacklevel,
     )
 
@@ -391,6 +392,6 @@ def warn_unmatched(
     if names:
         warnings.warn(
             f"{op}: {argument} has {', '.join(map(repr, names))}, which matches no module of "
-            f"{type(model).__name__}: nothing is left alone by it",
+            f"{type(model).__name__} and has no effect; model.named_modules() has the names",
             stacklevel=3,
         )

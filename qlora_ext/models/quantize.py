@@ -9,7 +9,7 @@ from torch import nn
 from .. import hosts
 from ..checks import check_parameters
 from ..nn.embedding import Embedding4bit
-from ..nn.experts import Experts4bit, is_fused_experts
+from ..nn.experts import Experts4bit, is_fused_experts, weight_names
 from ..nn.linear import Linear4bit, is_plain_linear
 from ..nn.lora import _Lora
 from ..nn.offload import check_in_memory
@@ -63,7 +63,7 @@ def _check_model(model: nn.Module) -> None:
         name = next(name for name, p in model.named_parameters() if p.is_meta)
         raise ValueError(
             f"quantize_model: {name} is on the meta device (offloaded?) and has no values, want "
-            "all weights in memory, or the whole model on meta"
+            "all weights in memory; or the whole model on meta"
         )
 
 
@@ -162,12 +162,9 @@ def quantize_model(
 
 def _check_dense(model: nn.Module, plan: Plan) -> None:
     """Raises RuntimeError for a NaN or Inf in weights that stay dense; packing checks the rest."""
-    packed = set()
-    for name in plan.names:
-        layer = model.get_submodule(name)
-        parts = layer._parameters if is_fused_experts(layer) else ("weight",)
-        packed.update(f"{name}.{key}" for key in parts if layer._parameters[key] is not None
-                      and layer._parameters[key].ndim > 1)  # fmt: skip
+    packed = {
+        f"{name}.{key}" for name in plan.names for key in weight_names(model.get_submodule(name))
+    }
     try:
         check_parameters("quantize_model", model, skipped=packed)
     except OverflowError as error:

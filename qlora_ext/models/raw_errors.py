@@ -2,8 +2,8 @@
 
 reads.py finds such code before a model is packed, but misses some, such as a layer looked up by a
 computed name. Then torch raises an error about shapes or dtypes that names no layer. A forward hook
-adds to the error which module has which packed layers, and how to keep them dense. The error's type
-and text stay. Other errors are not changed.
+adds to such an error which packed layers are involved, and how to keep them dense. The error's type
+and own text stay. Other errors are not changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DTYPES = re.compile(r"\b(u?int|b?float|complex|BFloat|bfloat)\d+")
 _OF_MASKS = re.compile(r"\b(boolean )?masks?\b|masked_")  # old masks are bytes
 _OF_SHAPES = re.compile(r"shape|size|dim|type|broadcast|mat1|mat2")
 _MARK = "\nqlora_ext: "
-_MOST = 8  # at most so many layers are named
+_MOST = 8  # the most layers that a message names
 
 
 def explain_errors(model: nn.Module) -> None:
@@ -178,9 +178,9 @@ class _Search:
                 mine, other = self._called(module), self.layers[layer]
                 kind = "a packed embedding" if isinstance(layer, nn.Embedding) else "a packed layer"
                 return (
-                    f"{mine} was tied to {other}, {kind}, after that was packed "
-                    "(tie_weights, or an assignment): its weight is packed bytes. Tie before "
-                    "packing, which leaves tied weights dense, or keep the table dense: "
+                    f"{mine} was tied to {other}, {kind}, after packing (tie_weights, or an "
+                    "assignment), so its weight is packed bytes. Tie them before packing, which "
+                    "leaves tied weights dense, or keep the packed one dense: "
                     f"modules_to_not_convert={[_keep(other)]!r}"
                 )
         return None
@@ -200,10 +200,10 @@ class _Search:
         stored = "bytes" if weight is None else f"uint8 {list(weight.shape)}"
         return (
             f"{'the code' if module is None else self._called(module)} seems to read the weight of "
-            f"a packed layer, which is packed bytes ({names[0]}.weight is {stored} for "
-            f"{list(first._shape)}), so that only the layer itself can compute with it. Its packed "
-            f"layers: {', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep "
-            f"those dense whose weight the code reads: modules_to_not_convert={keep!r}"
+            f"a packed layer ({names[0]}.weight is {stored} for {list(first._shape)}). Only the "
+            f"layer itself can compute with these bytes. Packed layers here: "
+            f"{', '.join(names[:_MOST])}{more}. Pack the unquantized model again, and keep dense "
+            f"the layers whose weights this code reads: modules_to_not_convert={keep!r}"
         )
 
 

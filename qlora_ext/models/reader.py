@@ -36,14 +36,14 @@ _HARMLESS = frozenset(("device", "requires_grad", "is_meta", "is_cuda", "grad", 
 _ALL_WEIGHTS = frozenset(("parameters", "named_parameters", "state_dict", "get_parameter"))
 # The parameters that packing replaces, of linear layers, embeddings and fused experts.
 _READING = _ALL_WEIGHTS | {"weight", "gate_up_proj", "up_proj", "down_proj"}
-# Methods of modules and dicts that give what is inside. The first may give all of a model, and
-# count only in code that a forward calls.
+# Methods of modules and dicts that list what is inside. Those in _ALL may list a whole model, so
+# they count only in code that a forward calls.
 _ALL = _ALL_WEIGHTS | {"modules", "named_modules"}
 _LISTING = _ALL | {"children", "named_children", "get_submodule", "values", "items", "get"}
 # Functions that return a list of what is in their arguments.
 _PASSING = frozenset(("list", "tuple", "iter", "reversed", "sorted", "set", "chain", "islice"))
 _PASSING |= {"filter", "zip", "enumerate", "dict", "OrderedDict"}
-# Functions that use no weight: they only ask, or compute with a module's own forward.
+# Functions that read no weight: they only ask about it, or call a module's own forward.
 _ASKING = frozenset(("isinstance", "hasattr", "id", "type", "len", "functional_call", "checkpoint"))
 _DESCRIBING = frozenset(("dtype", "shape", "size", "ndim", "dim", "numel", "element_size"))
 # Attributes that change while a model is in use.
@@ -55,7 +55,7 @@ _COMPARE = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt, ast.LtE: operator.le,
 }  # fmt: skip
-_SHORT = 20  # names in a method that may be one that picks a layer
+_SHORT = 20  # a method with at most this many names may be one that only picks a layer
 _DEPTH = 3  # how many nested calls to follow, and how deep to look into lists
 
 
@@ -408,7 +408,7 @@ class Reader:
             called = [v for owner in owners for v in self.attribute(owner, name)]
         else:
             owners, called = [], self.values(function)
-        # The first weight may matter in any code: new models ask it for their dtype.
+        # next(self.parameters()) counts in any code: new models ask that weight for its dtype.
         runs, self.runs = self.runs, self.runs or name == "next"
         given = [self.values(argument) for argument in node.args]
         self.runs = runs
@@ -425,7 +425,7 @@ class Reader:
                 return found + [v for values in given[2:] for v in values]
             return inside[0]  # the name is computed, so it may be any child
         if name == "next" and given:
-            if isinstance(node.args[0], ast.Call):  # an iterator that is new gives its first item
+            if isinstance(node.args[0], ast.Call):  # a new iterator: next() returns its first item
                 return [item for value in given[0] for item in items_of(value)[:1]]
             return given[0] + inside[0]
         returned = self.call_handed(name, owners, given, named)
@@ -444,7 +444,7 @@ class Reader:
         return [v for values in followed for v in values] + ([returned] if returned else [])
 
     def listed(self, owner: Any, name: str, key: Any) -> list:
-        """What torch's methods return that list what is in a module, and a dict's own."""
+        """The result of a method of torch that lists what is in a module, or of a dict's."""
         if name in _ALL and not self.runs:
             return []
         if name == "state_dict":
@@ -455,8 +455,8 @@ class Reader:
         return [list(getattr(owner, name)())]
 
     def call_handed(self, name: str, owners: list, given: list, named: dict) -> list:
-        """What nested functions return that are arguments of a call, as in `map(f, layers)`. Each
-        of their arguments may be any layer that the call has."""
+        """The results of nested functions that a call is given, as f in `map(f, layers)`. Each of
+        their arguments may be any layer that the call is given."""
         handed = [v for values in given for o in values for v in (o, *items_of(o))]
         if name == "apply" and self.runs:
             handed += [m for o in owners if isinstance(o, nn.Module) for m in o.modules()]
@@ -485,8 +485,8 @@ class Reader:
         return returned
 
     def follow(self, called: Any, given: list, named: dict, owner: Any = None) -> list | None:
-        """The modules, weights and lists that a call returns; None if it is not followed. That is
-        done for functions that read layers they are given, and for short methods."""
+        """The modules, weights and lists that a call returns; None if it is not followed. Functions
+        that read layers they are given are followed, and short methods."""
         if isinstance(called, _Nested):
             return called.reader.call_nested(called.node, given, named)
         if type(called) is operator.attrgetter:
@@ -517,7 +517,7 @@ class Reader:
             if (node := source_of(function)) is not None:
                 known = {} if owner is None else {"self": [owner]}
                 known |= zip(_arguments(node), given if owner is None else [[owner], *given])
-                # A read is the fault of the method that gives a layer away, else of its own.
+                # If the function is given a layer, the caller is named as the reader.
                 own = f"{type(owner).__name__}.{function.__name__}"
                 reader = Reader(
                     self.search, function, module, known | named,

@@ -1,4 +1,4 @@
-"""Finds layers whose weight the model's code reads without calling the layer's forward.
+"""Finds layers whose weight the model's code reads other than through the layer's forward.
 
 A packed layer's weight is bytes in another shape. So `F.linear(x, self.proj.weight)` in the module
 around it fails, and `x.to(self.proj.weight.dtype)` truncates activations to integers. This file
@@ -69,8 +69,8 @@ def read_past_forward(model: nn.Module, values_only: bool = False) -> dict[int, 
 def read_in_frame(
     frame: types.FrameType, module: nn.Module | None, layers: dict[int, list[nn.Module]]
 ) -> dict[int, str]:
-    """As read_past_forward, for the code that runs in a frame and the other methods of `module`,
-    whose method it is. Its variables are known.
+    """As read_past_forward, for a method of `module` that runs in a frame, whose variables are
+    known, and for the other methods of `module`.
 
     Args:
         layers: id of a parameter -> the layers that have it.
@@ -87,7 +87,7 @@ def read_in_frame(
 
 
 def _read(search: Search, function: types.FunctionType, module: nn.Module, runs: bool) -> None:
-    """Reads a method of a module, of which only the first argument is known."""
+    """Follows a method of a module; only its first argument is known."""
     known = {name: [module] for name in ("self", *_arguments(function)[:1])}
     method = f"{type(module).__name__}.{function.__name__}"
     Reader(search, function, module, known, method, runs).run()

@@ -132,14 +132,14 @@ def check_whole(op: str, model: nn.Module, only: str = "") -> None:
             continue
         if dtensor is not None and isinstance(parameter, dtensor.DTensor):
             raise ValueError(
-                f"{op}: {name} is a DTensor, of which this process holds a share, want a whole "
-                "model: gather the state into one, as docs/sharding.md does"
+                f"{op}: {name} is a DTensor, so this process holds only a part of it, want a whole "
+                "model: gather its state as docs/sharding.md shows"
             )
         if parameter.numel() == 0 and getattr(parameter, "ds_numel", 0):
             raise ValueError(
-                f"{op}: {name} is a tensor of DeepSpeed's ZeRO-3, of which this process holds a "
-                "share, want it whole: within deepspeed.zero.GatheredParameters, as "
-                "docs/sharding.md does"
+                f"{op}: {name} is a tensor of DeepSpeed's ZeRO-3, so this process holds only a "
+                "part of it, want it whole: call this within deepspeed.zero.GatheredParameters, as "
+                "docs/sharding.md shows"
             )
 
 
@@ -180,8 +180,8 @@ def use_dense_panels(
 
 
 def stacked_names(names: Iterable[str]) -> list[str]:
-    """Names of layers, each stack's as one, with its numbers as a shell would write them:
-    layers.{0..3,7}.mlp.up_proj. A name that is alone stays as it is."""
+    """Names of layers; those of a stack are joined to one, with the numbers as in a shell:
+    layers.{0..3,7}.mlp.up_proj. Other names stay as they are."""
     stacks: dict[str, list[list[str]]] = defaultdict(list)
     for name in names:
         stacks[re.sub(r"\b\d+\b", "*", name)].append(re.findall(r"\b\d+\b", name))
@@ -198,7 +198,7 @@ def stacked_names(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers as 3, or {0..3,7}; of many ranges the first ones."""
+    """Sorted numbers as 3, or {0..3,7}; of many ranges only the first."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and ranges[-1][1] == number - 1:

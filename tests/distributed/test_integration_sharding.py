@@ -122,9 +122,7 @@ def merge_with_peft(path) -> None:
         return fully_shard(model)
 
     row = tiny.inputs(build("lora"))["input_ids"][dist.get_rank()][None]
-    words = (
-        r"[\w.]+ is a DTensor, .* want a whole model: gather the state into one, as docs/sharding"
-    )
+    words = r"[\w.]+ is a DTensor, .* want a whole model: gather its state as docs/sharding"
     for kind in configs:
         model = shard(build(kind))
         before = {name: p.full_tensor() for name, p in model.named_parameters()}

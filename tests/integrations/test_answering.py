@@ -196,7 +196,10 @@ def test_the_table_has_every_setting():
         ),
         ({"load_in_4bit": False}, r"load_in_4bit got False, want True \(load_in_8bit=True is"),
         ({"bnb_4bit_compute_dtype": torch.float64}, "bnb_4bit_compute_dtype got 'float64', want"),
-        ({"llm_int8_skip_modules": [3]}, r"llm_int8_skip_modules got \[3\], want a list of names"),
+        (
+            {"llm_int8_skip_modules": [3]},
+            r"llm_int8_skip_modules got \[3\], want a list of layer names",
+        ),
     ],
 )
 def test_what_we_dont_do_is_an_error(layers, folder, settings, error):
@@ -265,7 +268,7 @@ def test_messages_name_the_config_that_the_user_wrote(layers, folder):
     texts = [str(one.message) for one in said if "nope" in str(one.message)]
     assert texts == [
         "BitsAndBytesConfig: llm_int8_skip_modules has 'nope', which matches no module of "
-        "LlamaForCausalLM: nothing is left alone by it"
+        "LlamaForCausalLM and has no effect; model.named_modules() has the names"
     ]
 
 

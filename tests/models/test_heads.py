@@ -14,7 +14,7 @@ from qlora_ext.nn import Linear4bit
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one might expect")
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay unquantized in layers that you might expect")
 
 HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 # Backbones that have task heads only; the classes of tiny.FAMILIES write text as well.
@@ -277,7 +277,7 @@ def test_a_layer_of_the_stack_that_is_missing_is_damage(packed, cls, tmp_path):
     name = "bert.encoder.layer.1.output.dense"
     tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{name}.weight")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"checkpoint lacks {name}\.weight, want all"):
+    with pytest.raises(ValueError, match=rf"checkpoint lacks {name}\.weight, want every layer"):
         load(getattr(transformers, cls), tmp_path, **settings)
 
 

@@ -34,6 +34,16 @@ def test_what_stays_dense_must_be_finite(name, value):
     assert not packed_names(model)
 
 
+def test_biases_of_packed_experts_must_be_finite():
+    model = toy(experts=tiny.experts("gpt_oss"))
+    model.experts.down_proj_bias.data[1, 2] = float("nan")
+    with pytest.raises(
+        RuntimeError, match=r"quantize_model: experts\.down_proj_bias holds 1 value"
+    ):
+        quantize(model)
+    assert not packed_names(model)
+
+
 def packed_names(model):
     return [name for name, m in model.named_modules() if isinstance(m, Linear4bit)]
 

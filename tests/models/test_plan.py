@@ -19,7 +19,7 @@ from qlora_ext.nn import Embedding4bit, Linear4bit, Stack4bit
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*stay unquantized in layers one might expect")
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay unquantized in layers that you might expect")
 
 
 def packed_names(model):
@@ -235,7 +235,7 @@ def test_what_is_no_list_of_names_is_refused():
             ValueError, match=f"{owner}: modules_to_not_convert got {{'0': 1}}, want"
         ):
             pack({"0": 1})
-        with pytest.raises(ValueError, match=r"no flags, as in \(\?i\)"):
+        with pytest.raises(ValueError, match=r"no flags such as \(\?i\)"):
             pack(["(?i)UP_PROJ"])
     assert as_names("lm_head", "op") == ["lm_head"] and as_names({"b", "a"}, "op") == ["a", "b"]
 
@@ -508,7 +508,7 @@ def test_a_layer_that_is_read_stays_dense(cls):
     quantize(model)
     assert packed_names(model) == {"part.called", "part.many.0"}
     reasons = {part.name: part.reason for part in model.quantization_report.unquantized}
-    assert "past the layer's own forward" in reasons["part.read"]
+    assert "which bypasses the layer's forward" in reasons["part.read"]
     assert cls.__name__ in reasons["part.read"]
     got = model["part"](x)
     assert got.dtype == want.dtype and (got - want).norm() < 0.3 * want.norm()
@@ -761,7 +761,7 @@ def test_state_space_models(family, tmp_path):
     left = {
         part.name.rpartition(".")[2]: part.reason for part in own.quantization_report.unquantized
     }
-    assert all("past the layer's own forward" in left[name] for name in read)
+    assert all("which bypasses the layer's forward" in left[name] for name in read)
     for model in (own, loaded.eval()):
         assert (tiny.logits(model) - want).norm() < 0.5 * want.norm()
     assert torch.equal(tiny.logits(own), tiny.logits(loaded))
@@ -883,7 +883,9 @@ def test_most_architectures_are_reached():
 
 def test_no_adapter_where_it_would_be_left_out():
     model = quantize_model(Direct(), progress_bar=False)
-    with pytest.raises(ValueError, match=r"Direct\.forward reads the weight of read past its"):
+    with pytest.raises(
+        ValueError, match=r"Direct\.forward reads the weight of read and bypasses its"
+    ):
         add_lora(model, LoraConfig(target_modules=["read", "called"]))
     with pytest.warns(UserWarning, match=r'"all-linear" leaves out read \(Direct\.forward\): that'):
         add_lora(model, LoraConfig(target_modules="all-linear"))

@@ -142,7 +142,7 @@ def test_a_model_with_nothing_but_adapters_to_pack_stays_and_that_is_said():
     with pytest.warns(UserWarning) as caught:
         assert quantize(model) is model
     messages = [str(w.message) for w in caught]
-    assert any("left alone" in m and "{0,1}.lora_b (an adapter" in m for m in messages)
+    assert any("would freeze them" in m and "{0,1}.lora_b (an adapter" in m for m in messages)
     assert any("stay unquantized" in m and "{0,1} (not an nn.Linear)" in m for m in messages)
     assert trainable(model) == before and torch.equal(model(x), want)
     assert not packed(model) and not model.quantization_report.quantized
@@ -172,9 +172,9 @@ def test_a_layer_that_trains_while_others_are_frozen_is_left_alone():
     with pytest.warns(UserWarning) as caught:
         quantize(model)
     assert [str(w.message) for w in caught] == [
-        "quantize_model: left alone, because packing would freeze them: layers.{0,1}.extra "
-        "(trainable, while other weights of the model are frozen); to pack those that are no "
-        "adapters, freeze them first (requires_grad_(False))"
+        "quantize_model: these layers stay as they are, because packing would freeze them: "
+        "layers.{0,1}.extra (trainable, while other weights of the model are frozen); to pack "
+        "those that are not adapters, freeze them first (requires_grad_(False))"
     ]
     assert packed(model) == {"layers.0.fc", "layers.1.fc"} and trainable(model) == before
     assert reasons(model)["layers.1.extra"] == TRAINS
@@ -213,7 +213,7 @@ def test_tables_that_train():
         return blocks(table=nn.Embedding(9, 64))
 
     trained = freeze_all_but(model(), "table")
-    with pytest.warns(UserWarning, match=r"left alone.*table \(trainable, while"):
+    with pytest.warns(UserWarning, match=r"would freeze them.*table \(trainable, while"):
         quantize(trained, quantize_embeddings=True)
     assert type(trained["table"]) is nn.Embedding and trained["table"].weight.requires_grad
     frozen = quietly(model(), quantize_embeddings=True)
@@ -229,7 +229,7 @@ def test_names_to_leave_alone_come_first():
 
 def test_adapters_do_not_become_panels():
     model = nn.ModuleDict({"q": Wrapped(("lora_a", "lora_b")), "kept": nn.Linear(64, 64)})
-    with pytest.warns(UserWarning, match="left alone"):
+    with pytest.warns(UserWarning, match="would freeze them"):
         quantize(model, modules_to_not_convert=["kept"], dense_panels=True)
     assert type(model["kept"]) is PanelLinear
     assert type(model["q"].lora_a) is nn.Linear and type(model["q"].lora_b) is nn.Linear
@@ -273,7 +273,7 @@ def test_our_adapters_freeze_no_others(op, kind, tmp_path):
     calls["load_adapter"] = lambda: load_adapter(model, tmp_path)
     if op == "load_adapter":
         save_adapter(add_lora(nn.Sequential(nn.Identity(), nn.Linear(64, 64)), config), tmp_path)
-    with pytest.raises(ValueError, match=rf"{op}: \{{0,2\}}\.lora_.*, and {op} would freeze them"):
+    with pytest.raises(ValueError, match=rf"{op}: \{{0,2\}}\.lora_.*, but {op} would freeze them"):
         calls[op]()
     assert trainable(model) == before and len(before) == 4
     model.requires_grad_(False)
@@ -303,7 +303,7 @@ def test_warnings_name_the_layers():
             quantize(model)
         return str(caught[0].message)
 
-    start = "quantize_model: left alone, because packing would freeze them: "
+    start = "quantize_model: these layers stay as they are, because packing would freeze them: "
     reason = " (trainable, while other weights of the model are frozen)"
     assert said([0, 2, 3, 4, 5]).startswith(f"{start}1{reason}; to pack")
     assert said([0, 2, 4]).startswith(f"{start}{{1,3,5}}{reason}; to pack")
