@@ -59,8 +59,8 @@ def check_foreign(op: str, model: nn.Module) -> None:
     if names:
         raise ValueError(
             f"{op}: {', '.join(stacked_names(names)[:4])} are adapters of another library and "
-            f"require gradients, and {op} would freeze them: train them without {op}, or merge "
-            "them first, or freeze them yourself (requires_grad_(False)) to keep them as they are"
+            f"require gradients, but {op} would freeze them: train them without {op}, merge them "
+            "first, or freeze them yourself (requires_grad_(False)) to keep them as they are"
         )
 
 
@@ -114,7 +114,7 @@ def _input_groups(model: nn.Module, names: list[str]) -> list[list[str]]:
         looked_for = "; ".join(", ".join(siblings) for siblings in SAME_INPUT)
         raise ValueError(
             "add_lora: share_inputs=True, but no two of the layers to adapt are packed siblings "
-            f"that read the same input (looked for {looked_for}); these get adapters: "
+            f"that read the same input (looked for {looked_for}), want False or other layers than "
             f"{first_few(names)}"
         )
     return found
@@ -166,8 +166,8 @@ def add_lora(
     check_trainable("add_lora", model)
     if present := adapters_of(model):
         raise ValueError(
-            f"add_lora: {next(iter(present))} has an adapter already, want a model without; "
-            "merge_and_unload merges them"
+            f"add_lora: {next(iter(present))} has an adapter already, want a model without "
+            "adapters; merge_and_unload merges them"
         )
     check_foreign("add_lora", model)
     names = target_names(model, config)
@@ -206,8 +206,8 @@ def install(model: nn.Module, settings: dict[str, dict]) -> None:
         base = bases[name]
         if name in read:
             raise ValueError(
-                f"add_lora: {read[name]} reads the weight of {name} past its forward, "
-                "and would leave the adapter out; want target_modules without it"
+                f"add_lora: {read[name]} reads the weight of {name} and bypasses its forward, so "
+                "an adapter would have no effect; leave this layer out of target_modules"
             )
         check_can_adapt("add_lora", base, model)
         new[name] = (base, with_adapter(name, base, **keywords))

@@ -37,7 +37,8 @@ class LoraConfig:
     """Which layers get an adapter, and its rank: W' = W + (lora_alpha / r) B A.
 
     Args:
-        r: rank, 1 or more. Above a weight's smaller side it works, as in PEFT, and adds nothing.
+        r: rank, 1 or more. A rank above a weight's smaller side works, as in PEFT, but has no
+            benefit.
         lora_alpha: numerator of the scaling.
         lora_dropout: dropout on the bypass's input, a probability in [0, 1).
         bias: only "none", because biases are not trained.
@@ -47,8 +48,8 @@ class LoraConfig:
         target_modules: used instead of the switches: ends of dotted names, a regular expression
             for whole names (a str), or "all-linear" (every linear layer except the head).
         use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
-        target_parameters: ends of the names of weights to adapt besides, as in PEFT: the experts of
-            a mixture by "experts.gate_up_proj" and "experts.down_proj". The switch mlp adapts them
+        target_parameters: ends of the names of other weights to adapt, as in PEFT: for the experts
+            of a mixture, "experts.gate_up_proj" and "experts.down_proj". The switch mlp adapts them
             too. lora_dropout does not act on experts, since PEFT's files cannot store that.
 
     Raises:
@@ -114,9 +115,9 @@ class LoraConfig:
                 FAMILIES, and PEFT adapts those it finds. Layers that fuse query, key and value are
                 included if all three switches are on.
 
-        The stacks of a mixture's experts are target_parameters, and so are those linear layers
-        beside them that PEFT would take for parts of experts (shared_experts.up_proj). PEFT has no
-        dropout for parameters, nor for layers beside them: if there are any, it is 0.
+        The stacks of a mixture's experts become target_parameters, and so do other linear layers
+        that PEFT would mistake for parts of experts (shared_experts.up_proj). With
+        target_parameters PEFT has no dropout on any layer, so lora_dropout is then 0.
 
         Raises:
             ValueError: as for add_lora, if a model is given.
@@ -159,7 +160,7 @@ def check_targets(targets, called: str = "target_modules") -> None:
     if isinstance(targets, str) and not is_regex(targets):
         raise ValueError(
             f"LoraConfig: target_modules is {shorten(targets)}, want a regular expression; names "
-            "go in a list"
+            "of layers go in a list"
         )
     names = [targets] if targets is None or isinstance(targets, str) else targets
     for name in names if isinstance(names, (list, tuple)) else [names]:

@@ -100,7 +100,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     check_whole("save_adapter", model, only="lora_")
     adapters = adapters_of(model)
     if not adapters:
-        raise ValueError("save_adapter: model has no adapters, want one that add_lora was given")
+        raise ValueError(
+            "save_adapter: model has no adapters, want a model to which add_lora or load_adapter "
+            "added some"
+        )
     first = next(iter(adapters.values()))
     modules, parameters = peft_targets(model, list(adapters))
     names = parameter_names(model)
@@ -245,9 +248,12 @@ def load_adapter(
 
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     if not tensor.is_floating_point():
-        raise ValueError(f"load_adapter: {file} has {tensor.dtype} in {name}, want floating values")
+        raise ValueError(f"load_adapter: {file} has {tensor.dtype} in {name}, want a float dtype")
     if not tensor.double().isfinite().all():
-        raise ValueError(f"load_adapter: {file} has a NaN or Inf in {name}")
+        raise ValueError(
+            f"load_adapter: {file} has a NaN or Inf in {name}, want finite values: the file is "
+            "damaged, or training diverged"
+        )
     if not tensor.to(dtype).isfinite().all():
         raise ValueError(
             f"load_adapter: {file} has {tensor.double().abs().max().item():g} in {name}, want "
@@ -281,7 +287,10 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
     _stack_singles(linears, file, config, halves)
     for name, half in halves.items():
         if name not in linears:
-            raise ValueError(f"load_adapter: {file} adapts {name}, no layer; {layers_found(model)}")
+            raise ValueError(
+                f"load_adapter: {file} adapts {name}, which the model does not have; "
+                f"{layers_found(model)}"
+            )
         for key in ("lora_A", "lora_B"):
             if key not in half:
                 raise ValueError(f"load_adapter: {file} has no {key} for {name}, want A and B")
@@ -300,7 +309,7 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
             raise ValueError(
                 f"load_adapter: {file}: {name} has lora_A {list(A.shape)} and lora_B "
                 f"{list(B.shape)}, want [{E} r, {K}] and [{N}, {E} r] for {E} experts of "
-                f"[{N}, {K}]: the adapter is another model's"
+                f"[{N}, {K}]: the adapter belongs to another model"
             )
         pairs[name] = pair
     return pairs
@@ -309,8 +318,8 @@ def read_pairs(model: nn.Module, path: Path, config: dict, dtype_of) -> dict[str
 def _stack_singles(
     linears: dict, file: Path, config: dict, halves: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    """Stacks the adapters that a version before wrote for each expert alone, in place: those of
-    experts.packed.7.up become experts.up."""
+    """Stacks, in place, the adapters that an older version wrote separately for each expert: those
+    of experts.packed.7.up become experts.up."""
     patterns = [*config["rank_pattern"], *config["alpha_pattern"]]
     for old in [name for name in halves if ".packed.0." in name]:
         holder, side = old.split(".packed.0.")
@@ -327,8 +336,8 @@ def _stack_singles(
                 or any(p.match(n) for p in patterns for n in names)
             ):
                 raise ValueError(
-                    f"load_adapter: {file} adapts the experts of {holder} one by one, and not all "
-                    f"{len(names)} alike, want one rank and lora_alpha for all"
+                    f"load_adapter: {file} adapts the experts of {holder} one by one, but not all "
+                    f"{len(names)} in the same way, want one rank and lora_alpha for all"
                 )
             halves.setdefault(f"{holder}.{side}", {})[key] = torch.stack(parts)
         for name in names:
@@ -337,7 +346,7 @@ def _stack_singles(
 
 def _stacks_in_file(model: nn.Module, file: Path, config: dict) -> dict[str, str]:
     """The start of a key in an adapter's file -> the stack of experts that it adapts. Raises
-    ValueError if one of the config's target_parameters is no weight of the model."""
+    NotPlainLora if one of the config's target_parameters names no weight of the model."""
     adapted = []
     names = {parameter: stack for stack, parameter in parameter_names(model).items()}
     for target in config.get("target_parameters") or ():

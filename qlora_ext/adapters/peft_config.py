@@ -19,7 +19,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class NotPlainLora(ValueError):
-    """A PEFT adapter computes something else than W + scaling B A. PEFT itself may load it."""
+    """A PEFT adapter computes something other than W + scaling B A. PEFT itself may load it."""
 
 
 def read_adapter_config(path: Path) -> dict:
@@ -56,7 +56,7 @@ HARMLESS = {
 
 
 def check_plain(file: Path, config: dict) -> None:
-    """Raises NotPlainLora if a key makes the adapter something else than W + scaling B A."""
+    """Raises NotPlainLora if a key makes the adapter something other than W + scaling B A."""
     elsewhere = "peft.PeftModel.from_pretrained loads this adapter"
     for key, value in config.items():
         if key == "bias":
@@ -91,7 +91,7 @@ def _check_values(file: Path, config: dict) -> None:
         if patterns is None:
             continue
         if not isinstance(patterns, dict):
-            raise ValueError(f"{op} {key} is {shorten(patterns)}, want names and values, {{}}")
+            raise ValueError(f"{op} {key} is {shorten(patterns)}, want an object of names: values")
         if bad := bad_regex(patterns):
             raise ValueError(f"{op} {key} holds {shorten(bad[0])}, want {bad[1]}")
         for pattern, value in patterns.items():
@@ -127,8 +127,8 @@ def exactly(name: str) -> str:
 
 def per_layer(config: dict, key: str, name: str, default):
     """The value for this layer in config[key], which holds PEFT's patterns, else default. A pattern
-    is a regular expression for the end of a layer's name; of its weight's, if target_parameters
-    names that."""
+    is a regular expression for the end of a layer's name, or of its weight's name if
+    target_parameters names the weight."""
     weight = f"{name}.weight"
     targets = config.get("target_parameters") or ()
     if any(weight == target or weight.endswith(f".{target}") for target in targets):
@@ -157,7 +157,7 @@ def rank_of(
 
     Args:
         config: as read_adapter_config returns it.
-        name: the layer's name; of a stack of experts, the name of its parameter.
+        name: the layer's name; for a stack of experts, the name of its parameter.
         base: the layer of that name.
     """
     N, K = linear_shape(base)
@@ -167,12 +167,12 @@ def rank_of(
         raise ValueError(
             f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and lora_B "
             f"{list(lora_B.shape)}, want [r, {K}] and [{N}, r] for a [{N}, {K}] weight: the "
-            "adapter is another model's"
+            "adapter belongs to another model"
         )
     rank = per_layer(config, "rank_pattern", name, config.get("r", r))
     if rank != r:
         raise ValueError(
             f"load_adapter: {path}: {name} has lora_A {list(lora_A.shape)} and the config "
-            f"says r = {rank}, want the same"
+            f"says r = {rank}, want the same rank: take the config that belongs to these weights"
         )
     return r

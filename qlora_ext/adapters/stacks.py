@@ -1,11 +1,11 @@
 """How PEFT stores the adapters of a mixture's experts: as those of `target_parameters`.
 
-PEFT adapts a parameter [E, N, K] by one A for all experts, [E r, K], whose row e r + k is row k of
-expert e, and one B, [N, r E], whose column k E + e is column k of expert e (peft/tuners/lora/
+PEFT adapts a parameter [E, N, K] with one A and one B for all experts. Row e r + k of A [E r, K] is
+row k of expert e, and column k E + e of B [N, r E] is column k of expert e (peft/tuners/lora/
 layer.py, ParamWrapper). It wraps the module once for each parameter, in the order in which the
-module registered them, so the keys of all but the last have a `base_layer` more.
+module registered them. So a parameter's keys have one `base_layer` for each parameter after it.
 
-Before 0.19.1 PEFT took an [E, N, K] for an [E, K, N], so A and B there are those of W^T.
+Before 0.19.1 PEFT mistook [E, N, K] for [E, K, N], so A and B in its files are those of W^T.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def from_file(
 
 
 def is_swapped(op: str, file, config: dict, adapters: list[tuple]) -> bool:
-    """Whether the A and B of a file are those of W^T: whether PEFT took [E, N, K] for [E, K, N].
+    """Whether the A and B of a file are those of W^T, because PEFT mistook [E, N, K] for [E, K, N].
 
-    Its config names the release that made the adapter. A later one that loads it (from experts that
-    were apart) and saves it leaves that name there, so if the shapes fit only [E, N, K], they are
-    not.
+    The config names the release that made the adapter. A later release that loads the adapter (from
+    experts stored one by one) and saves it keeps that name. So the answer is no if the shapes fit
+    only [E, N, K].
 
     Args:
         op, file: for errors.
@@ -79,7 +79,7 @@ def is_swapped(op: str, file, config: dict, adapters: list[tuple]) -> bool:
     if release == (0, 19, 0):
         raise ValueError(
             f"{op}: {file} adapts experts and was written by PEFT 0.19.0, which stored "
-            "them in a layout of its own, want a file of another release"
+            "them in a layout of its own, want a file that another release of PEFT wrote"
         )
     if release >= (0, 19, 1) or any(stack.is_transposed for *_, stack in adapters):
         return False

@@ -25,8 +25,8 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _read_past_forward(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
-    """Name -> the method that reads the layer's weight past its forward and so would ignore an
-    adapter. It looks only at dense layers, because quantizing leaves such layers dense."""
+    """Name -> the method that reads the layer's weight and bypasses its forward, so that it would
+    ignore an adapter. Only for dense layers, because quantizing leaves such layers dense."""
     dense = {name: layer for name, layer in layers.items() if not isinstance(layer, _Packed4bit)}
     found = read_past_forward(model, values_only=True) if dense else {}
     return {name: found[id(layer)] for name, layer in dense.items() if id(layer) in found}
@@ -106,9 +106,9 @@ def _warn_of_dense_experts(model: nn.Module, config) -> None:
     for setting, names in left.items():
         _warn_left_out(
             stacked_names(names),
-            "these experts are not packed, and add_lora adapts packed ones only. "
-            "print(model.quantization_report) says why they stayed dense; PEFT's target_parameters "
-            "adapts them",
+            "these experts are not packed, and add_lora adapts only packed ones. "
+            "print(model.quantization_report) says why they stayed dense. PEFT's target_parameters "
+            "can adapt them",
             setting,
         )
 
@@ -118,7 +118,7 @@ def layers_found(model: nn.Module) -> str:
     if experts := stacked_names(parameter_names(model).values()):
         text += f", and its packed experts (for target_parameters) {experts}"
     if experts := stacked_names(_dense_experts(model)):
-        text += f"; add_lora does not adapt {experts}, experts that are not packed"
+        text += f"; add_lora does not adapt {experts}, because these experts are not packed"
     return text
 
 
@@ -142,7 +142,7 @@ def _head_name(model: nn.Module) -> str:
         if module is head and head is not None:
             return name
     raise ValueError(
-        f"add_lora: head=True, and {type(model).__name__} has no output embeddings; "
+        f"add_lora: head=True, but {type(model).__name__} has no output embeddings; "
         f"{layers_found(model)}"
     )
 
@@ -201,8 +201,8 @@ def _parameter_targets(model, targets, linears) -> set[str]:
         found = {layer for parameter, layer in names.items() if _ends_with(parameter, target)}
         if not found:
             raise ValueError(
-                f"add_lora: target_parameters has {target!r}, which is no weight of the model's "
-                f"linear layers and packed experts; {layers_found(model)}"
+                f"add_lora: target_parameters has {target!r}, which names no weight of a linear "
+                f"layer or of packed experts; {layers_found(model)}"
             )
         chosen |= found
     return chosen
@@ -216,11 +216,12 @@ def _explicit_targets(model, targets, linears) -> list[str]:
         read = _read_past_forward(model, {n: linears[n] for n in names if n not in odd})
         _warn_left_out(
             [f"{n} ({method})" for n, method in read.items()],
-            "that method reads the layer's weight past its forward, and would leave an adapter out",
+            "that method reads the layer's weight and bypasses its forward, so an adapter would "
+            "have no effect",
         )
         _warn_left_out(
             [f"{n} ({type(linears[n]).__name__})" for n in odd],
-            "a subclass of nn.Linear may compute something else than x W^T + b",
+            "a subclass of nn.Linear may compute something other than x W^T + b",
         )
         foreign = [n for n in names if n not in odd and n not in read and is_factor(n)]
         _warn_left_out(foreign, "adapters of another library")
@@ -235,13 +236,14 @@ def _explicit_targets(model, targets, linears) -> list[str]:
     if isinstance(targets, str) and not names:
         _check_no_table(model, lambda name: _is_explicit_target(name, targets))
         raise ValueError(
-            f"add_lora: target_modules={targets!r} matches none; {layers_found(model)}"
+            f"add_lora: target_modules={targets!r} matches no layer; {layers_found(model)}"
         )
     for target in () if isinstance(targets, str) else targets:
         if not any(_ends_with(name, target) for name in linears):
             _check_no_table(model, lambda name, target=target: _ends_with(name, target))
             raise ValueError(
-                f"add_lora: target_modules has {target!r}, no layer; {layers_found(model)}"
+                f"add_lora: target_modules has {target!r}, which matches no layer; "
+                f"{layers_found(model)}"
             )
     return names
 
@@ -269,14 +271,13 @@ def shorten_names(model: nn.Module, names: list[str]) -> list[str] | str:
     return list(names)
 
 
-# In a mixture with fused experts PEFT takes layers of these names for parts of the experts,
-# wherever they are (peft/utils/transformers_weight_conversion.py): those of shared experts and
-# dense layers.
+# In a mixture with fused experts PEFT mistakes all layers of these names for parts of the experts
+# (peft/utils/transformers_weight_conversion.py), also those of shared experts and dense layers.
 _TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def names_as_parameters(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Those of these layers and stacks of experts that PEFT's target_parameters must name -> the
+    """Which of these layers and stacks of experts must be in PEFT's target_parameters -> their
     names there. A layer's adapter has the same keys and shapes as if target_modules named it."""
     stacks = parameter_names(model)
     is_mixture = bool(stacks) or any(is_fused_experts(module) for module in model.modules())

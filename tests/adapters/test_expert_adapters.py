@@ -161,7 +161,7 @@ def test_experts_of_an_unknown_class_are_named():
     with pytest.warns(UserWarning, match=r'"all-linear" leaves out 1.gate_up_proj: these experts'):
         add_lora(model, LoraConfig(target_modules="all-linear"))
     config = LoraConfig(**NO_SWITCH, target_parameters=["gate_up_proj"])
-    message = r"'gate_up_proj', which is no weight .* does not adapt \['1.gate_up_proj'\], experts"
+    message = r"'gate_up_proj', which names no weight .* does not adapt \['1.gate_up_proj'\], bec"
     with pytest.raises(ValueError, match=message):
         add_lora(torch.nn.Sequential(torch.nn.Linear(64, 64), Experts()), config)
 
@@ -190,7 +190,7 @@ def test_switches_know_the_mixtures(kind):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target_parameters": ["gate"]}, "target_parameters has 'gate', which is no weight"),
+        ({"target_parameters": ["gate"]}, "target_parameters has 'gate', which names no weight"),
         ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj', want a list"),
         ({"target_parameters": [3]}, "target_parameters holds 3, want names"),
         ({"target_modules": [], "target_parameters": []}, "target_modules is empty"),
@@ -335,7 +335,7 @@ def test_adapters_of_single_experts_load(tmp_path):
     assert torch.equal(tiny.logits(load_adapter(quantized(), tmp_path)), want)
     del tensors[f"{KEY}.packed.2.up.lora_B.weight"]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="one by one, and not all 4 alike"):
+    with pytest.raises(ValueError, match="one by one, but not all 4 in the same"):
         load_adapter(quantized(), tmp_path)
 
 
@@ -345,7 +345,10 @@ def test_adapters_of_single_experts_load(tmp_path):
         ({"peft_version": "0.19.0"}, "written by PEFT 0.19.0, which stored them in a layout of"),
         ({"peft_version": "x"}, "peft_version 'x', want x.y.z"),
         ({"target_parameters": ["experts.up_proj"]}, "adapts the parameter experts.up_proj, want"),
-        ({"target_parameters": ["experts.down_proj"]}, "experts.base_layer, no layer"),
+        (
+            {"target_parameters": ["experts.down_proj"]},
+            "experts.base_layer, which the model does not have",
+        ),
         ({"target_parameters": "w"}, "target_parameters is 'w', want names"),
         ({"r": 5}, "the config says r = 5"),
     ],

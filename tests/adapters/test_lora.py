@@ -168,9 +168,11 @@ def test_unknown_architecture_and_unmatched_switch_list_the_layers():
     layers = r"the linear layers of Custom are \['layers\.\*\.wq'\]"
     with pytest.raises(ValueError, match=rf"has the architecture None, want one of .*{layers}"):
         add_lora(Custom())
-    with pytest.raises(ValueError, match=rf"target_modules has 'q_proj', no layer; {layers}"):
+    with pytest.raises(
+        ValueError, match=rf"target_modules has 'q_proj', which matches no layer; {layers}"
+    ):
         add_lora(Custom(), LoraConfig(target_modules=["wq", "q_proj"]))
-    with pytest.raises(ValueError, match=rf"head=True, and Custom has no output.*{layers}"):
+    with pytest.raises(ValueError, match=rf"head=True, but Custom has no output.*{layers}"):
         add_lora(Custom(), LoraConfig(query=False, value=False, head=True))
     add_lora(Custom(), LoraConfig(target_modules=["wq"]))
     model = tiny.make("llama")
@@ -539,7 +541,7 @@ def edit_config(path, **changes):
         ({"lora_alpha": 0}, "lora_alpha is 0, want a positive number"),
         ({"lora_alpha": "8"}, "lora_alpha is '8', want a positive number"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] is 'x', want a positive"),
-        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj'], want names and values"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj'], want an object of names"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern holds '(', want a regular expression"),
         ({"rank_pattern": {"q_proj": 2}}, "has lora_A [4, 64] and the config says r = 2"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern['q_proj'] is 1.5, want an integer"),
@@ -641,7 +643,7 @@ def test_values_beyond_the_adapters_dtype_are_refused(adapter):
     with pytest.raises(ValueError, match=r"has 1e\+300 in .*want values that torch\.float32"):
         load_adapter(quantized(), adapter)
     edit_weights(adapter, big(1, torch.int32))
-    with pytest.raises(ValueError, match=r"has torch\.int32 in .*lora_A, want floating values"):
+    with pytest.raises(ValueError, match=r"has torch\.int32 in .*lora_A, want a float dtype"):
         load_adapter(quantized(), adapter)
     with pytest.raises(TypeError, match=r"load_adapter: lora_dtype is torch\.int32"):
         load_adapter(quantized(), adapter, lora_dtype=torch.int32)
@@ -690,7 +692,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ),
         (
             lambda t: t.update({f"{Q[:-6]}x_proj.lora_A.weight": torch.zeros(4, 64)}),
-            "adapts model.layers.0.self_attn.x_proj, no layer; the linear layers of Llama",
+            "self_attn.x_proj, which the model does not have; the linear layers of Llama",
         ),
         (
             lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(96, 64)}),
