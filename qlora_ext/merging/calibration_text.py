@@ -1,4 +1,4 @@
-"""Lets a model write its own calibration text, if there is no other.
+"""Lets a model write its own calibration text, if you have none.
 
 Given an empty user turn in its own template, a chat model writes a question and then its answer. So
 its layers see the format that the adapter was trained on, and some of its subject.
@@ -47,19 +47,19 @@ def write_calibration(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(
-            f"write_calibration: model is a {type(model).__name__}, want a transformers model, "
-            "which generates"
+            f"write_calibration: model is a {type(model).__name__}, want a transformers model "
+            "that has generate()"
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
-            f"write_calibration: model is a {type(model).__name__}, which encodes a text and "
-            "decodes another, want a model that goes on with a text: give text of your own"
+            f"write_calibration: model is a {type(model).__name__}, an encoder-decoder, want a "
+            "decoder-only model; give merge_into_4bit text of your own as calibration"
         )
     parts = ("chat_template", "bos_token_id", "eos_token_id")
     if not callable(tokenizer) or not all(hasattr(tokenizer, part) for part in parts):
         raise TypeError(
-            f"write_calibration: tokenizer is {shorten(tokenizer)}, want the model's tokenizer, as "
-            "transformers.AutoTokenizer.from_pretrained gives it"
+            f"write_calibration: tokenizer is {shorten(tokenizer)}, want the model's tokenizer, "
+            "from transformers.AutoTokenizer.from_pretrained"
         )
     if not is_integer(tokens) or tokens < 1:
         raise ValueError(
@@ -111,8 +111,9 @@ def _frame(tokenizer) -> tuple[list[int], list[int]]:
     before, between = _template_frame(tokenizer) if tokenizer.chat_template else ([], [])
     if not before and not start:
         raise ValueError(
-            "write_calibration: tokenizer has no chat template, or one with nothing before a "
-            "question, and neither a bos nor an eos token, want one of them to start a text with"
+            "write_calibration: tokenizer has neither a bos nor an eos token, nor a chat template "
+            "that starts a question, want one of these to start a text with; or give "
+            "merge_into_4bit text of your own"
         )
     return before or start, between
 
@@ -143,15 +144,15 @@ def _length(model: nn.Module, frame: list[int]) -> int:
     known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     if max(frame) >= known:
         raise ValueError(
-            f"write_calibration: the text starts with token {max(frame)} and the model {known} "
-            "tokens, want the tokenizer of this model"
+            f"write_calibration: a text contains token {max(frame)}, but the model knows only "
+            f"{known} tokens, want the tokenizer of this model"
         )
     context = context_length(getattr(model, "config", None))
     length = min(_LENGTH, context - len(frame))
     if length < 3:
         raise ValueError(
             f"write_calibration: the chat template takes {len(frame)} of the model's {context} "
-            "positions, want one that leaves room for a question"
+            "positions, want a template that leaves room for a question and an answer"
         )
     return length
 
@@ -173,7 +174,7 @@ def _drawn(model, rows: list[list[int]], most: int, ends: set[int], device) -> l
     batch = _padded(rows, "left")
     if hasattr(model, "get_base_model"):  # a PeftModel has its own settings
         model = model.get_base_model()
-    # Replace the model's settings. An argument would keep those of the model that it does not set.
+    # Replace the model's settings: those that an argument does not set would stay the model's.
     before = model.generation_config
     model.generation_config = type(before)(
         max_new_tokens=most,

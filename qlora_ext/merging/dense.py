@@ -22,8 +22,8 @@ from ..tensor.config import FLOAT_DTYPES
 # What to do if a model is offloaded.
 IN_MEMORY = (
     "save the adapter, load the model without 'cpu' and 'disk' in device_map, and load the adapter "
-    "again (a CPU merges as well as a GPU); or the command qlora-ext merge, which reads one shard "
-    "at a time"
+    "again (a CPU merges as well as a GPU); or use the command qlora-ext merge, which reads one "
+    "shard at a time"
 )
 
 

@@ -299,18 +299,21 @@ def fit_4bit(
             continue
         if not weights or len(weights) != len(dense):
             raise ValueError(
-                f"fit_4bit: weights has {len(weights)} entries and {name} {len(dense)}, want as "
-                "many of both, at least one"
+                f"fit_4bit: weights has {len(weights)} entries and {name} has {len(dense)}, want "
+                "the same number in both, at least one"
             )
         for q, matrix in zip(weights, dense, strict=True):
             if tuple(q.shape) != tuple(matrix.shape) or q.shape[-1] != K or len(q.shape) != 2:
                 raise ValueError(
                     f"fit_4bit: weights has shape {list(q.shape)} and {name} "
-                    f"{list(matrix.shape)}, want [N, {K}] both (hessian is {list(hessian.shape)})"
+                    f"{list(matrix.shape)}, want [N, {K}] for both (hessian is "
+                    f"{list(hessian.shape)})"
                 )
     for q in weights:
         if q.values != weights[0].values or (q.mean is None) != (weights[0].mean is None):
-            raise ValueError("fit_4bit: weights differ in codebook or normalization, want one")
+            raise ValueError(
+                "fit_4bit: weights differ in codebook or normalization, want the same for all"
+            )
     with torch.no_grad():
         fit = _Fit(weights, targets, damped(hessian, damping), changes)
         steps = {"c": fit.sweep_codes, "s": fit.sweep_scales, "p": fit.push}

@@ -57,10 +57,9 @@ def merge_into_4bit(
     and, in a mixture of experts, Stack4bit.
 
     With `base`, each adapted layer becomes quantize(W + s B A). With `calibration`, it becomes the
-    packed weight whose outputs on the calibration text are nearest to the adapted layer's. An
-    expert counts as a layer, whose inputs are those of the tokens that chose it. With
-    neither, it warns what requantizing would lose, and merges the model into 16 bits instead, as
-    merge_and_unload does.
+    packed weight whose outputs on the calibration text are nearest to the adapted layer's. Each
+    expert counts as a layer; its inputs are the tokens that chose it. With neither, it warns what
+    requantizing would lose, and merges the model into 16 bits instead, as merge_and_unload does.
 
     Layers without an adapter keep their bytes. An adapted dense layer (a head) stays dense and is
     untied if it was tied. Each layer keeps its format (block size, codebook, double quantization),
@@ -115,9 +114,8 @@ def merge_into_4bit(
             hessian_bytes = operator.index(hessian_bytes)  # NumPy's integers
     if not is_integer(hessian_bytes) or hessian_bytes < 1:
         raise ValueError(
-            f"merge_into_4bit: hessian_bytes is {shorten(hessian_bytes)}, want an int of at "
-            "least 1: "
-            "bytes of memory, 2**30 by default"
+            f"merge_into_4bit: hessian_bytes is {shorten(hessian_bytes)}, want an int of at least "
+            "1: bytes of memory, 2**30 by default"
         )
     if not isinstance(progress_bar, bool):
         raise TypeError(f"merge_into_4bit: progress_bar is {shorten(progress_bar)}, want a bool")
@@ -129,7 +127,7 @@ def merge_into_4bit(
     if base is not None and calibration is not None:
         raise ValueError(
             "merge_into_4bit: got base and calibration, want one of them: calibration alone keeps "
-            "about as much as both did (docs/merging.md)"
+            "about as much as both (docs/merging.md)"
         )
     adapted = adapted_model(model)
     layers = adapted.layers
@@ -137,8 +135,8 @@ def merge_into_4bit(
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
             f"merge_into_4bit: base and calibration are None, and requantizing without them {_LOSS}"
-            f"; merging into {name} instead. Give the unquantized model as base, or some text as "
-            "calibration: write_calibration makes some",
+            f"; merging into {name} instead. To merge into 4 bits, give the unquantized model as "
+            "base, or some text as calibration (write_calibration makes some)",
             stacklevel=2,
         )
         return adapted.merge_dense(dtype, progress_bar)

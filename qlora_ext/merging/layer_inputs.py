@@ -30,13 +30,12 @@ def as_batches(calibration: Iterable, model: nn.Module) -> list:
     if not isinstance(calibration, Iterable):
         raise TypeError(
             f"merge_into_4bit: calibration is {shorten(calibration)}, want a list of batches: "
-            "token "
-            "ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
+            "token ids [batch, tokens], or what tokenizer(text, return_tensors='pt') gives"
         )
     batches = list(calibration)
     if not batches:
         raise ValueError(
-            "merge_into_4bit: calibration is empty, want batches of text; 5,000 tokens do"
+            "merge_into_4bit: calibration is empty, want batches of text; 5,000 tokens are enough"
         )
     for number, batch in enumerate(batches):
         if not isinstance(batch, (Tensor, Mapping)):
@@ -49,12 +48,12 @@ def as_batches(calibration: Iterable, model: nn.Module) -> list:
     if not tokens:
         raise ValueError(
             "merge_into_4bit: calibration has no tokens (is its attention_mask all zeros?), want "
-            "batches of text; 5,000 tokens do"
+            "batches of text; 5,000 tokens are enough"
         )
     if tokens < _FEW_TOKENS:
         warnings.warn(
             f"merge_into_4bit: calibration has {tokens} tokens, want at least {_FEW_TOKENS}; "
-            "5,000 were measured to do",
+            "measurements used 5,000 (docs/merging.md)",
             stacklevel=3,
         )
     return batches
@@ -90,7 +89,10 @@ def _check_batch(called: str, batch, model: nn.Module) -> None:
         _check_ids(called, batch, _vocabulary(model))
         return
     if names := [name for name in batch if not isinstance(name, str)]:
-        raise ValueError(f"{called} has the key {shorten(names[0])}, want names of arguments")
+        raise ValueError(
+            f"{called} has the key {shorten(names[0])}, want names of arguments of the model's "
+            "forward"
+        )
     if not batch:
         raise ValueError(f"{called} is empty, want input_ids, token ids [batch, tokens]")
     for name, value in batch.items():
@@ -292,8 +294,9 @@ class LayerInputs:
                 sums[key] /= counts[key]
             if not math.isfinite(sums[key].diagonal().sum().item()):
                 raise ValueError(
-                    f"merge_into_4bit: {group[0].called} is given a NaN or an infinity on the "
-                    "calibration text, want finite activations (another dtype?)"
+                    f"merge_into_4bit: {group[0].called} gets a NaN or an infinity as input on the "
+                    "calibration text, want finite activations: load the model in bfloat16 or "
+                    "float32"
                 )
         return sums
 
@@ -316,7 +319,7 @@ class LayerInputs:
                 raise
             raise ValueError(
                 f"merge_into_4bit: the model's forward fails on calibration[{number}]: "
-                f"{first_line(error, with_type=True)}"
+                f"{first_line(error, with_type=True)}; want a batch that this forward takes"
             ) from error
         finally:
             for hook in hooks:

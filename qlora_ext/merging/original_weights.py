@@ -46,9 +46,8 @@ class OriginalWeights:
             self.tensors = self._read(Path(base), model)
         else:
             raise TypeError(
-                f"{self.op}: base is {shorten(base)}, want the unquantized model, its state "
-                "dict, or "
-                "a folder or file of safetensors"
+                f"{self.op}: base is {shorten(base)}, want the unquantized model, its state dict, "
+                "or a folder or file of safetensors"
             )
 
     def _read(self, path: Path, model: nn.Module) -> Mapping[str, Tensor]:
@@ -96,7 +95,7 @@ class OriginalWeights:
             raise ValueError(
                 f"{self.op}: {self.called} has no {key}, want the unquantized model that was "
                 f"packed; it has {near[:3] or list(self.tensors)[:3]}"
-                + (f"; as a model's folder it cannot be read: {self.reason}" if self.reason else "")
+                + (f"; transformers cannot read the folder: {self.reason}" if self.reason else "")
             )
         weight = self.tensors[key]
         got = not_readable(weight)
@@ -104,8 +103,8 @@ class OriginalWeights:
             got = f"a tensor of {weight.dtype}"
         if got is not None:
             raise ValueError(
-                f"{self.op}: {self.called} has {key} as {got}, want float values: the model as it "
-                "was before it was packed"
+                f"{self.op}: {self.called} has {key} as {got}, want float values: give the model "
+                "as it was before packing"
             )
         shape = (packed.out_features, packed.in_features)
         called, is_transposed = key, getattr(packed, "from_conv1d", False)
@@ -131,9 +130,9 @@ class OriginalWeights:
         # If base is stored in another dtype, one weight in a hundred gets another code.
         if now.numel() and same / 2 < 0.9:
             raise ValueError(
-                f"{self.op}: {self.called} is not what was packed: {same / 2:.0%} of the codes of "
-                f"{layer.called} agree, want nearly all. An adapter that was initialised by "
-                "changing the packed weight (PiSSA, OLoRA) needs calibration instead"
+                f"{self.op}: {self.called} is not the model that was packed: {same / 2:.0%} of the "
+                f"codes of {layer.called} agree, want nearly all. If the adapter's initialisation "
+                "changed the packed weight (PiSSA, OLoRA), give calibration instead of base"
             )
 
     def target(self, layer: AdaptedLayer) -> Tensor:
