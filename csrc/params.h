@@ -40,7 +40,7 @@ struct PackedWeight {
   float values[16];            // the codebook, by code
 };
 
-// A stack of E such weights: expert e's parts lie behind those of the experts before it.
+// A stack of E such weights: in each array, the experts' parts follow one another.
 struct PackedStack {
   PackedWeight first;  // expert 0; N, K, blocksize and num_blocks are those of each expert
   int64_t E;
@@ -141,8 +141,8 @@ struct Gemm4bitBackwardParams {
 };
 
 // The products of a mixture of experts. The M rows are sorted by expert: expert e has the rows from
-// offsets[e - 1] (0 for the first) to offsets[e]; rows from offsets[E - 1] on have none, and their
-// results are zeros. x has T rows; row m reads row rows[m] of it, or row m if rows is null.
+// offsets[e - 1] (0 for the first) to offsets[e]. Rows from offsets[E - 1] on belong to no expert, and
+// their results are zeros. x has T rows; row m reads row rows[m] of it, or row m if rows is null.
 // Both are device memory, and a CUDA kernel must not trust them: it takes
 // min(max(offsets), M) and reads zeros for a row outside [0, T).
 struct Groups {

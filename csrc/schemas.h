@@ -52,9 +52,9 @@ constexpr const char* kSchemas[] = {
     "embedding_4bit(Tensor indices, " QLORA_EXT_W4 ", ScalarType dtype) -> Tensor",
     // Mixtures of experts. W4 is a stack of shape [E, N, K], K even: each expert has the bytes that
     // packing it alone gives, so packed is [E, N, K / 2] and each statistic [E, ...], and these may
-    // be slices of dimension 0. The M rows of y are sorted by expert: offsets int32 [E] is where each
-    // expert's end. Rows past the last are zero in every result. x is [T, K]; rows int32 [M] says
-    // which row of x each takes, and without it M = T.
+    // be slices of dimension 0. The M rows of y are sorted by expert, and offsets int32 [E] is where
+    // each expert's rows end. Rows past the last end are zero in every result. x is [T, K]; rows
+    // int32 [M] says which row of x each takes, and without it M = T.
     //
     // y = x[rows] W_e^T + bias_e + S B_e^T; bias [E, N], S [M, R], lora_B [E, N, R].
     "grouped_gemm_4bit(Tensor x, " QLORA_EXT_W4

@@ -4,8 +4,8 @@
 // (docs/cpu.md says what limits them). More rows: W is decoded, transposed, into panels that stay
 // in L1, and the LoRA bypass is added as one more block of the contraction.
 //
-// A mixture of experts does the same for each expert's rows, and shares out all experts' tasks at
-// once.
+// A mixture of experts does the same for each expert's rows. The threads share the tasks of all
+// experts.
 #include "groups.h"
 #include "matmul.h"
 #include "scales.h"
@@ -160,7 +160,7 @@ ExpertRows rows_of_piece(const GroupedGemm4bitParams& p, const Piece& piece, int
   e.p.lora_B = of_expert(p.lora_B, p.lora_dtype, piece.expert, N * p.R);
   e.p.y = element(p.y, p.dtype, piece.row * N);
   e.p.M = piece.rows;
-  // Chosen by all of the expert's rows, as gemm_4bit would.
+  // As gemm_4bit would choose for all of the expert's rows.
   const LeftOperand all = all_rows(p);
   const int64_t rows = rows_of_expert(p.groups, piece.expert).rows;
   const bool copied = p.groups.rows != nullptr;

@@ -16,7 +16,7 @@ struct Piece {
   int64_t rows;
 };
 
-// The rows of expert e. The host has checked that offsets rise from 0 or more to at most M.
+// The rows of expert e. The host has checked that offsets are in [0, M] and never decrease.
 inline Piece rows_of_expert(const Groups& groups, int64_t e) {
   const int64_t begin = e > 0 ? groups.offsets[e - 1] : 0;
   return {.expert = e, .row = begin, .rows = groups.offsets[e] - begin};

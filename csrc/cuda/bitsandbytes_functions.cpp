@@ -1,10 +1,10 @@
 // bitsandbytes' C functions on our kernels: names and arguments as in its CUDA library (0.50). Some
-// trainers call that library by ctypes, past torch's ops.
+// trainers call that library through ctypes, not torch's ops.
 // qlora_ext/integrations/bitsandbytes_functions.py puts these in its place.
 //
 // Pointers are to memory of the current device; `stream` is a cudaStream_t. The functions return
-// nothing. An error waits for qlora_ext_take_error(), thread by thread; one that nobody has taken
-// is printed before the next call of that thread, or at its end.
+// nothing. Each thread keeps its error for qlora_ext_take_error(). An error that was not taken is
+// printed before the thread's next call, or when the thread ends.
 #include <cstdio>
 
 #include "../host/common.h"
@@ -64,7 +64,7 @@ void dequantize(const char* op, const double* levels, DType dtype, const uint8_t
                 const float* absmax, void* out, int blocksize, int n, void* stream) {
   keep_error([&] {
     check_blocksize(op, blocksize);
-    QLORA_CHECK(n >= 0, op, "n is ", n, ", want the number of weights");
+    QLORA_CHECK(n >= 0, op, "n is ", n, ", want the number of weights, 0 or more");
     if (n == 0) return;
     check_address(op, "A", A, 1);
     check_address(op, "absmax", absmax, 4);
@@ -85,11 +85,11 @@ void gemm(const char* op, DType dtype, int m, int n, int k, const void* A, const
           void* stream) {
   keep_error([&] {
     check_blocksize(op, blocksize);
-    QLORA_CHECK(m >= 0, op, "m is ", m, ", want the rows of the weight");
+    QLORA_CHECK(m >= 0, op, "m is ", m, ", want the number of rows of the weight, 0 or more");
     QLORA_CHECK(n == 0 || n == 1, op, "n is ", n, ", want 1: it multiplies one vector");
-    QLORA_CHECK(k >= 0 && k % 2 == 0, op, "k is ", k, ", want the even length of a weight's row");
+    QLORA_CHECK(k >= 0 && k % 2 == 0, op, "k is ", k, ", want the length of a weight's row, even");
     QLORA_CHECK(m <= 1 || ldb == k / 2, op, "ldb is ", ldb, ", want ", k / 2,
-                " bytes (k / 2): rows that follow each other");
+                " bytes (k / 2): rows of B without gaps between them");
     if (m == 0 || n == 0) return;
     check_address(op, "out", out, dtype_size(dtype));
     if (k > 0) {
@@ -120,8 +120,8 @@ void gemm(const char* op, DType dtype, int m, int n, int k, const void* A, const
 
 #define QLORA_EXT_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The error of this thread's last call, or null. It is taken by this, and its text lives until the
-// next one is.
+// Takes the error of this thread's last call and returns it; null if there is none. The text lives
+// until the next error is taken.
 QLORA_EXT_EXPORT const char* qlora_ext_take_error() {
   static thread_local std::string taken;
   taken = std::move(qlora_ext::host::waiting.error);

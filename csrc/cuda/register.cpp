@@ -46,7 +46,7 @@ struct StreamScope {
     QLORA_CHECK(
         aoti_torch_get_current_device_index(&device) == AOTI_TORCH_SUCCESS &&
             aoti_torch_create_cuda_stream_guard(stream, device, &guard) == AOTI_TORCH_SUCCESS,
-        op, "torch could not make the stream current, want one of the current GPU");
+        op, "torch could not make the stream current, want a stream of the current GPU");
   }
   ~StreamScope() { aoti_torch_delete_cuda_stream_guard(guard); }
   StreamScope(const StreamScope&) = delete;

@@ -1,16 +1,16 @@
-// Which rows of which weight a block multiplies. The tile code of a product asks its `Rows`, so that
-// a grouped product is another scheduler and no other kernel: OneWeight for a plain product,
+// Which rows of which weight a block multiplies. The tile code of a product asks its `Rows`, so a
+// grouped product needs another scheduler but no other tile code: OneWeight for a plain product,
 // ExpertRows for a mixture of experts.
 //
 // Sched   expert e has ceil(rows / tile) tiles of rows, and blocks find theirs from the offsets in
 //         device memory: nothing waits for the host. The host launches row_slots() slots for each
 //         tile of columns, an upper bound for any offsets; a slot without rows exits. The slots of
-//         expert e begin at floor(begin / tile) + e: floor(end / tile) + e + 1 bounds them, so that
-//         no sum over the experts before is needed, only their ends. With few rows (decoding) a slot
-//         is a row instead, and works if a tile begins there.
+//         expert e begin at floor(begin / tile) + e and end by floor(end / tile) + e + 1. So a block
+//         needs only the experts' ends, and no sum over earlier experts. With few rows (decoding) a
+//         slot is one row instead, and a block works only if a tile begins there.
 // Cost    each warp reads the offsets, 32 at a time: a load, 5 shuffles and a vote. Not measured.
 // Trust   offsets and rows are data: ends are min(running maximum, M) from 0 on, and an index
-//         outside [0, T) reads zeros. The rows past the last end are an expert E, without a weight.
+//         outside [0, T) reads zeros. The rows past the last end count as expert E, which has none.
 #pragma once
 
 #include <algorithm>
@@ -81,7 +81,7 @@ const char* launch_row_groups(Params params, const Groups& groups, const RowGrou
                    .column_tiles = static_cast<uint32_t>(size.column_tiles),
                    .slot_is_row = slots.are_rows};
   const int64_t blocks = slots.count * size.column_tiles;
-  if (blocks > INT32_MAX) return "a grouped product of more than 2^31 - 1 blocks";
+  if (blocks > INT32_MAX) return "it needs more than 2^31 - 1 blocks, want fewer rows in a call";
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(size.y),
                   static_cast<unsigned>(size.parts));
   return launch_kernel<kernel>(grid, threads, shared_bytes, stream, params);
@@ -95,7 +95,7 @@ const char* launch_experts(Params params, const Groups& groups, const RowGroupsG
                    .column_tiles = static_cast<uint32_t>(size.column_tiles),
                    .slot_is_row = false};
   const int64_t blocks = groups.E * size.column_tiles;
-  if (blocks > INT32_MAX) return "a grouped product of more than 2^31 - 1 blocks";
+  if (blocks > INT32_MAX) return "it needs more than 2^31 - 1 blocks, want fewer rows in a call";
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(size.y),
                   static_cast<unsigned>(size.parts));
   return launch_kernel<kernel>(grid, threads, shared_bytes, stream, params);

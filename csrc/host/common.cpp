@@ -25,7 +25,7 @@ const char* dtype_name(ScalarType dtype) {
     case ScalarType::ComplexDouble: return "complex128";
     case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     case ScalarType::Float8_e5m2: return "float8_e5m2";
-    default: return "a dtype this build does not know";
+    default: return "unknown to this build";
   }
 }
 
@@ -156,8 +156,8 @@ void check_tensor(const char* op, const char* arg, const Tensor& tensor) {
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   QLORA_CHECK(last < bytes / element_bytes(tensor.scalar_type()), op, arg, " has shape ",
-              list_string(tensor.sizes()), " and a storage of ", bytes,
-              " bytes, want one that holds it (it was freed or resized)");
+              list_string(tensor.sizes()), " and a storage of only ", bytes,
+              " bytes, want one that was not freed or made smaller");
 }
 
 void check_same_device(const char* op, const char* arg, const Tensor& tensor, const Tensor& like) {
@@ -273,7 +273,7 @@ Codebook as_codebook(const char* op, const std::string& quant_type, const Option
       kind == Companding::kExponential ? 80 : 1000000, "]");
   if (const NamedCodebook* named = find_codebook(quant_type)) {
     QLORA_CHECK(!codebook, op, "codebook was given with quant_type '", quant_type,
-                "', want quant_type 'custom'");
+                "', want quant_type 'custom' with it, or no codebook");
     return make_codebook(named->levels, named->sign_magnitude, kind, companding_k);
   }
   if (quant_type != "custom") {
@@ -308,7 +308,7 @@ const uint8_t* as_bytes(const char* op, const char* arg, const Tensor& tensor, i
 
 namespace {
 
-// Fills `view` with the statistics of `count` weights of v.num_blocks blocks each, and the codebook.
+// Fills `v` with the parts of `count` weights of v.num_blocks blocks each, and the codebook.
 void fill_weight(const char* op, PackedWeight& v, std::array<Tensor, 4>& keep, int64_t count,
                  int64_t packed_bytes, const Tensor& packed, const Tensor& absmax,
                  const OptionalTensor& nested, const OptionalTensor& mean,
@@ -389,8 +389,8 @@ void check_matrix(const char* op, const Ints& shape) {
 
 void check_both(const char* op, const char* first_arg, const OptionalTensor& first,
                 const char* second_arg, const OptionalTensor& second) {
-  QLORA_CHECK(first.has_value() == second.has_value(), op, first ? second_arg : first_arg,
-              " is missing, want both or neither");
+  QLORA_CHECK(first.has_value() == second.has_value(), op, first ? first_arg : second_arg,
+              " is given without ", first ? second_arg : first_arg, ", want both or neither");
 }
 
 void fill_zeros(Tensor tensor) { torch::stable::fill_(tensor, 0); }

@@ -149,8 +149,8 @@ struct LoraPair {
 LoraPair as_lora_pair(const char* op, const Tensor& lora_A, const Tensor& lora_B, int64_t N,
                       int64_t K, const Tensor& device_of);
 
-// S or dS: fp32, R columns and M rows, which have x's leading dimensions. A slice of columns is
-// read in place.
+// S or dS: fp32, [..., R] with x's leading dimensions, which make M rows. A slice of columns is read
+// in place.
 Rows as_rank_rows(const char* op, const char* arg, const Tensor& S, int64_t M, int64_t R,
                   const Tensor& device_of);
 
@@ -160,7 +160,7 @@ void check_matrix(const char* op, const Ints& shape);
 void check_both(const char* op, const char* first_arg, const OptionalTensor& first,
                 const char* second_arg, const OptionalTensor& second);
 
-void fill_zeros(Tensor tensor);  // by value: torch's fill_ wants it mutable
+void fill_zeros(Tensor tensor);  // by value: torch's fill_ needs a mutable tensor
 
 // Product of the sizes. An error if a size is negative or int64 overflows.
 int64_t checked_numel(const char* op, const Ints& shape);

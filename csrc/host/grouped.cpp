@@ -28,7 +28,7 @@ void check_ends(const char* op, const char* arg, const Tensor& ends, int64_t lim
   for (int64_t i = 0; i < ends.numel(); ++i) {
     QLORA_CHECK(values[i] >= before && values[i] <= limit, op, arg, "[", i, "] is ", values[i],
                 i > 0 ? " after " : "", i > 0 ? std::to_string(before) : "",
-                ", want ends that rise from 0 to at most ", limit, " (", limit_of, ")");
+                ", want ends from 0 to ", limit, " (", limit_of, ") that never decrease");
     before = values[i];
   }
 }
@@ -57,7 +57,7 @@ GroupTensors as_groups(const char* op, int64_t E, int64_t T, const Tensor& offse
   groups.view.offsets = as_int32(op, "offsets", offsets, "[E], the end of each expert's rows",
                                  device_of, groups.offsets);
   QLORA_CHECK(offsets.size(0) == E, op, "offsets has ", offsets.size(0), " ends, want ", E,
-              ", one an expert");
+              ", one for each expert");
   groups.view.E = E;
   groups.view.T = T;
   groups.view.M = T;
@@ -69,8 +69,8 @@ GroupTensors as_groups(const char* op, int64_t E, int64_t T, const Tensor& offse
     check_indices(op, "rows", groups.rows, T, "the rows of x");
   }
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  QLORA_CHECK(T <= most && groups.view.M <= most, op, "x has ", T, " rows for ", groups.view.M,
-              " sorted ones, want at most ", most);
+  QLORA_CHECK(T <= most && groups.view.M <= most, op, "x has ", T, " rows and the result ",
+              groups.view.M, ", want at most ", most, " in one call");
   check_ends(op, "offsets", groups.offsets, groups.view.M, "the number of sorted rows");
   return groups;
 }
@@ -350,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_gemm_4bit_backward(
   check_same_device(op, "x", x, dY);
   const int64_t M = rows ? rows->numel() : x.size(0);
   QLORA_CHECK(as_matrix(op, "dY", dY, w.view.first.N).rows == M, op, "dY has shape ",
-              list_string(dY.sizes()), ", want ", M, " rows, as ", rows ? "rows" : "x", " has");
+              list_string(dY.sizes()), ", want ", M, " rows like ", rows ? "`rows`" : "x");
   // S includes the scaling, so dB = dY^T S is final. The dS returned is the gradient of x A^T.
   const auto [dS, dB] = expand_backward(op, dY, lora_S, lora_B, scaling, offsets, scope);
   const auto [no_dx, dA] =

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_4bit(const Tensor& weight, int64_t b
   const DeviceScope scope(weight);
   QLORA_CHECK(!scope.is_capturing(), op,
               "the current stream is being captured into a CUDA graph, want the weight quantized "
-              "before: a flag for NaN is read back from the GPU");
+              "before the capture, because the check for NaN waits for the GPU");
   const Tensor source = contiguous(op, "weight", weight, dtype_size(p.dtype));
   const Tensor packed = empty(op, "packed", {(p.numel + 1) / 2}, ScalarType::Byte, weight);
   const Tensor absmax = empty(op, "absmax", {4 * p.num_blocks}, ScalarType::Byte, weight);

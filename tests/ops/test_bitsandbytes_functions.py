@@ -126,7 +126,7 @@ BAD_DEQUANTIZE = [
     ({"blocksize": 96}, f"blocksize is 96, {BLOCKSIZE}"),
     ({"blocksize": 16}, f"blocksize is 16, {BLOCKSIZE}"),
     ({"blocksize": 8192}, f"blocksize is 8192, {BLOCKSIZE}"),
-    ({"n": -1}, "n is -1, want the number of weights"),
+    ({"n": -1}, "n is -1, want the number of weights, 0 or more"),
     ({"A": None}, "A is null, want an address on the GPU"),
     ({"absmax": None}, "absmax is null, want an address on the GPU"),
     ({"absmax": 66}, "absmax starts 2 bytes past a multiple of 4, want an aligned address"),
@@ -135,12 +135,12 @@ BAD_DEQUANTIZE = [
 ]
 BAD_GEMM = [
     ({"blocksize": 48}, f"blocksize is 48, {BLOCKSIZE}"),
-    ({"m": -2}, "m is -2, want the rows of the weight"),
+    ({"m": -2}, "m is -2, want the number of rows of the weight, 0 or more"),
     ({"n": 2}, "n is 2, want 1: it multiplies one vector"),
     ({"n": -1}, "n is -1, want 1: it multiplies one vector"),
-    ({"k": -64}, "k is -64, want the even length of a weight's row"),
-    ({"k": 65, "ldb": 33}, "k is 65, want the even length of a weight's row"),
-    ({"ldb": 40}, "ldb is 40, want 32 bytes (k / 2): rows that follow each other"),
+    ({"k": -64}, "k is -64, want the length of a weight's row, even"),
+    ({"k": 65, "ldb": 33}, "k is 65, want the length of a weight's row, even"),
+    ({"ldb": 40}, "ldb is 40, want 32 bytes (k / 2): rows of B without gaps between them"),
     ({"A": None}, "A is null, want an address on the GPU"),
     ({"A": 65}, "A starts 1 bytes past a multiple of 2, want an aligned address"),
     ({"B": None}, "B is null, want an address on the GPU"),
@@ -192,7 +192,7 @@ def test_errors_do_not_cross_threads(c):
         thread.start()
     for thread in threads:
         thread.join()
-    sentence = "cdequantize_blockwise_fp16_fp4: n is {}, want the number of weights"
+    sentence = "cdequantize_blockwise_fp16_fp4: n is {}, want the number of weights, 0 or more"
     assert messages == {n: {sentence.format(n)} for n in (-1, -2)}
 
 
@@ -206,7 +206,9 @@ for n in (-1, -2):
     library.cdequantize_blockwise_fp32_nf4(None, None, None, None, 64, n, None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    sentence = "qlora_ext: cdequantize_blockwise_fp32_nf4: n is {}, want the number of weights"
+    sentence = (
+        "qlora_ext: cdequantize_blockwise_fp32_nf4: n is {}, want the number of weights, 0 or more"
+    )
     assert done.stderr.splitlines() == [sentence.format(n) for n in (-1, -2)]
 
 

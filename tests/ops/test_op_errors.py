@@ -161,7 +161,9 @@ def test_none_for_a_required_tensor(op):
         with pytest.raises(RuntimeError, match=f"^{op}: {name} is None, want a tensor"):
             getattr(ops, op)(**{**arguments, **rest, name: None})
     if op == "gemm_4bit":
-        with pytest.raises(RuntimeError, match="lora_B is missing, want both or neither"):
+        with pytest.raises(
+            RuntimeError, match="lora_S is given without lora_B, want both or neither"
+        ):
             ops.gemm_4bit(x, *w4, None, S, None)
 
 
@@ -185,21 +187,27 @@ def test_a_storage_that_was_freed_or_cut():
         return tensor
 
     for nbytes in (0, 16, x.nbytes - 1):
-        says = rf"x has shape \[5, 64\] and a storage of {nbytes} bytes, want one that holds it"
+        says = rf"x has shape \[5, 64\] and a storage of only {nbytes} bytes, want"
         with pytest.raises(RuntimeError, match=f"^gemm_4bit: {says}"):
             ops.gemm_4bit(cut(x, nbytes), *w4)
         with pytest.raises(RuntimeError, match=f"^lora_shrink: {says}"):
             ops.lora_shrink(cut(x, nbytes), A, 1.0)
-    with pytest.raises(RuntimeError, match=r"^gemm_4bit: packed has .* a storage of 0 bytes"):
+    with pytest.raises(RuntimeError, match=r"^gemm_4bit: packed has .* a storage of only 0 bytes"):
         ops.gemm_4bit(x, cut(w4[0], 0), *w4[1:])
-    with pytest.raises(RuntimeError, match=r"^merge_lora_4bit: lora_B has .* storage of 8 bytes"):
+    with pytest.raises(
+        RuntimeError, match=r"^merge_lora_4bit: lora_B has .* storage of only 8 bytes"
+    ):
         ops.merge_lora_4bit(*w4, A, cut(B, 8), 1.0, torch.float32)
-    with pytest.raises(RuntimeError, match=r"^quantize_4bit: weight has .* a storage of 0 bytes"):
+    with pytest.raises(
+        RuntimeError, match=r"^quantize_4bit: weight has .* a storage of only 0 bytes"
+    ):
         qlora_ext.quantize_4bit(cut(dY, 0))
     part = torch.randn(8, 64)[3:]  # a view may lie anywhere in a storage that holds it
     assert ops.gemm_4bit(part[:, :64], *w4).shape == (5, N)
     part.untyped_storage().resize_(4 * 64 * 7)
-    with pytest.raises(RuntimeError, match=r"^gemm_4bit: x has shape .* a storage of 1792 bytes"):
+    with pytest.raises(
+        RuntimeError, match=r"^gemm_4bit: x has shape .* a storage of only 1792 bytes"
+    ):
         ops.gemm_4bit(part, *w4)
 
 
@@ -217,7 +225,7 @@ def test_functions_name_what_is_no_dense_tensor(x):
 
 @pytest.mark.parametrize(
     "kind, got",
-    [("quantized", "a quantized tensor of torch"), ("jagged", "a nested tensor"),
+    [("quantized", "a tensor quantized by torch"), ("jagged", "a nested tensor"),
      ("csr", "a tensor of layout torch.sparse_csr")],
 )  # fmt: skip
 def test_a_bias_that_is_no_dense_tensor(kind, got):
@@ -281,7 +289,7 @@ def layers():
 @pytest.mark.parametrize("kind", odd_inputs())
 def test_layers_name_what_is_no_dense_tensor(kind, grad):
     x = odd_inputs()[kind]
-    want = "want a dense tensor" + (r" \(its values\(\) is one" if kind == "jagged" else "")
+    want = "want a dense tensor" + (r" \(pass its values\(\)" if kind == "jagged" else "")
     for name, layer in layers().items():
         argument = "indices" if name == "Embedding4bit" else "x"
         with torch.set_grad_enabled(grad), pytest.raises(TypeError) as caught:
@@ -314,7 +322,7 @@ def test_a_dense_head_takes_what_torchs_layer_takes(dtype):
 def test_jit_trace_is_for_inference():
     x = torch.randn(2, K)
     for layer in (Linear4bit(K, N), LoraLinear4bit(K, N, r=R)):
-        match = "gemm_4bit: torch.jit.trace records no autograd.Function; trace under torch.no_grad"
+        match = "gemm_4bit: torch.jit.trace cannot record its gradient; trace under torch.no_grad"
         with pytest.raises(RuntimeError, match=match):
             torch.jit.trace(layer, (x,))
         with torch.no_grad():

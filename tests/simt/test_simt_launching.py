@@ -144,7 +144,7 @@ def test_every_op_but_the_quantizer_can_be_captured(simt):
     assert simt.synchronizations() == before
     assert refused == {
         "quantize_4bit: the current stream is being captured into a CUDA graph, want the weight "
-        "quantized before: a flag for NaN is read back from the GPU"
+        "quantized before the capture, because the check for NaN waits for the GPU"
     }
     called = set(calls_of_ours(profile))
     assert "aten::narrow" in called  # the profiler sees what ops call, all but addmm_out itself

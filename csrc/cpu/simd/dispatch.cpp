@@ -63,7 +63,8 @@ Choice choose() {
     if (!automatic && name != forced) continue;
     if (path.supported) return {path.kernels, ""};
     if (!automatic) {
-      return {kPortableKernels, "QLORA_EXT_CPU is " + name + ", and this CPU lacks " + path.needs};
+      return {kPortableKernels, "QLORA_EXT_CPU is " + name + ", but this CPU lacks " + path.needs +
+                                    "; unset it to use the best path of this CPU"};
     }
   }
   return {kPortableKernels, "QLORA_EXT_CPU is " + std::string(forced) + ", want one of " + names};

@@ -68,11 +68,11 @@ struct Kernels {
                    const float* panel, int64_t depth, float* acc);
 
   // The same for two panels at once, [2][depth][kPanelWidth], into acc[2][rows][kPanelWidth]; null
-  // where it would not be faster.
+  // if it would not be faster.
   void (*multiply_two)(const float* x, int64_t row_stride, int64_t depth_stride, int64_t rows,
                        const float* panels, int64_t depth, float* acc);
 
-  // The same product in bf16, for CPUs with instructions for it; null elsewhere.
+  // The same product in bf16, for CPUs with instructions for it; null on other paths.
   // pairs[d / 2][c] = (panel[d][c], panel[d + 1][c]), rounded to bf16, for an even depth.
   void (*pair_bf16)(const float* panel, int64_t depth, uint16_t* pairs);
   // acc[m][c] += sum over d of x[m * row_stride + d] * panel[d][c], in order of pairs of d.
