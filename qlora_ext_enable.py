@@ -32,10 +32,10 @@ def layers_wanted() -> bool:
     return wanted() == "layers" and not _too_late
 
 
-@functools.cache  # an environment over another one has each entry point twice
+@functools.cache  # an environment layered over another one has each entry point twice
 def tell(text: str) -> None:
     """Writes a line to stderr once, if that can be written to."""
-    if sys.stderr is None:  # closed; print would take stdout
+    if sys.stderr is None:  # closed; print would write to stdout
         return
     value = os.environ.get(VARIABLE)
     with contextlib.suppress(Exception):

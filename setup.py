@@ -24,16 +24,16 @@ DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
 
 if not find_spec("torch"):
     sys.exit("""\
-qlora_ext builds against your torch and finds none: pip's build isolation hides an installed one.
-First install torch and what else a build needs, then repeat your command without isolation:
+qlora_ext builds against your torch, but found none: pip's build isolation hides an installed one.
+Install torch and the other packages that a build needs, then run your command without isolation:
     pip install 'torch>=2.11' 'setuptools>=77' 'pybind11>=2.12' ninja wheel numpy
     pip install --no-build-isolation .      # or the name of the archive instead of the dot""")
 import torch  # noqa: E402
 
 
 def toolkit_root():
-    """The CUDA toolkit that nvcc uses, or None. nvcc on the PATH may be a wrapper script, so TOP is
-    taken from nvcc's dry run and not from its own folder."""
+    """The CUDA toolkit that nvcc uses, or None. nvcc on the PATH may be a wrapper script, so this
+    reads TOP from nvcc's dry run instead of taking nvcc's folder."""
     in_home = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=in_home)
     if nvcc is None:
@@ -51,10 +51,11 @@ def toolkit_version(root):
 
 
 def wants_cuda(toolkit):
-    """Whether to build the CUDA backend. Exits with a message if that was requested in vain."""
+    """Whether to build the CUDA backend. Exits with a message if it was requested but cannot be
+    built."""
     asked = os.environ.get("USE_CUDA", "")
     if asked not in ("", "0", "1"):
-        sys.exit(f"qlora_ext: USE_CUDA is {asked!r}, want 0 or 1, or unset for what can be built")
+        sys.exit(f"qlora_ext: USE_CUDA is {asked!r}, want 0, 1, or unset to build CUDA if possible")
     version = torch.version.cuda
     if asked == "0":
         missing = "USE_CUDA to be 1 or unset"
@@ -77,7 +78,7 @@ def wants_cuda(toolkit):
 
 
 def architectures():
-    """TORCH_CUDA_ARCH_LIST, or the default, plus Turing if seen. Older ones end the build."""
+    """TORCH_CUDA_ARCH_LIST, or the default, plus Turing if torch sees one. Exits for older ones."""
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;" * ((7, 5) in gpus) + DEFAULT_ARCHS
     # The PTX of 7.5 would also run on 8.0, but it lacks the kernels that dispatch chooses there.
@@ -129,7 +130,7 @@ from torch.utils.cpp_extension import BuildExtension  # noqa: E402
 class BuildLibraries(BuildExtension):
     def finalize_options(self):
         super().finalize_options()
-        if self.inplace:  # pip install -e uses a new folder each time, so would compile everything
+        if self.inplace:  # in pip install -e's own folder, new each time, nothing would be reused
             self.build_temp = f"build/in-place-{sys.implementation.cache_tag}-{torch.__version__}"
             self.build_lib = os.path.join(self.build_temp, "lib")
 

@@ -7,7 +7,7 @@ process of its own:
 - `native`: every contender with what this CPU has;
 - `avx2`: every contender limited to AVX2 (ours by QLORA_EXT_CPU, torch's by its libraries' own
   switches, bitsandbytes by its own cached answer to "is there AVX-512?"), the machine that the
-  targets were written for. Left out where the CPU has nothing beyond AVX2.
+  targets were written for. Left out if the CPU has nothing beyond AVX2.
 
 The result is one JSON and one PNG, bench/results/cpu-<machine>-<date>. On a machine that others
 use, `--cpu-time` counts one thread's CPU time instead of the clock's.

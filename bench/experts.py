@@ -67,11 +67,11 @@ class Layer:
         return self.torch.nn.functional.silu(gate) * up
 
     def grouped(self, x, chosen, weights, lora):
-        """Ours: one product a projection."""
+        """Ours: one product for each projection."""
         return (self.adapted if lora else self.packed)(x, chosen, weights)
 
     def loop(self, x, chosen, weights, lora):
-        """An expert after another, as transformers' own loop and our layers did it."""
+        """One expert after another, as in transformers' own loop and in our layers before."""
         torch = self.torch
         from qlora_ext import ops
 

@@ -1,10 +1,9 @@
-"""What the look at the packed bytes (docs/models.md, averaging) takes of a layer's forward pass.
+"""What the check of the packed bytes costs a layer's forward pass (docs/models.md, averaging).
 
-First it measures the look (the check of the bytes) in the layer: with and without it, in turns of
-ten calls with one row of x. Compare equal percentiles of both, because on a busy machine single
-runs differ by more than the look takes. Then it measures the look alone, called in a loop, as one
-usually gives the time of a line of Python. In the layer it takes longer, because other code has
-used the caches.
+First it measures the check in the layer: with and without it, in turns of ten calls with one row of
+x. Compare equal percentiles of both, because on a busy machine single runs differ by more than the
+check takes. Then it measures the check alone, called in a loop, as a line of Python is usually
+timed. In the layer it takes longer, because other code has used the caches.
 
     python bench/forward_overhead.py [--size 64] [--rounds 10000] [--device cpu] [--adapted]
 """
@@ -25,7 +24,7 @@ PERCENTILES = (1, 5, 10, 25)
 
 
 def bare(self, is_traced):
-    """_w4 without the look."""
+    """_w4 without the check."""
     d = self.__dict__
     p = d["_parameters"]
     try:
@@ -36,27 +35,27 @@ def bare(self, is_traced):
 
 
 def seconds_by_way(layer: torch.nn.Module, x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Sorted seconds per call: with the look, without it, and without it again (the noise)."""
-    look = _Packed4bit._w4
+    """Sorted seconds per call: with the check, without it, and without it again (the noise)."""
+    checked = _Packed4bit._w4
     seconds = {"with": [], "without": [], "again": []}
     ways = list(seconds)
     try:
         for _ in range(rounds):
             random.shuffle(ways)
             for way in ways:
-                _Packed4bit._w4 = look if way == "with" else bare
+                _Packed4bit._w4 = checked if way == "with" else bare
                 layer(x)
                 start = time.perf_counter()
                 for _ in range(CALLS):
                     layer(x)
                 seconds[way].append((time.perf_counter() - start) / CALLS)
     finally:
-        _Packed4bit._w4 = look
+        _Packed4bit._w4 = checked
     return {way: sorted(values) for way, values in seconds.items()}
 
 
 def seconds_alone(layer: torch.nn.Module, rounds: int) -> float:
-    """Seconds that the look takes alone in a loop: the least of 20 differences."""
+    """Seconds that the check takes alone in a loop: the least of 20 differences."""
 
     def least(call) -> float:
         return min(timeit.repeat(lambda: call(layer, False), number=rounds, repeat=5)) / rounds
@@ -81,13 +80,13 @@ def main() -> None:
     with torch.no_grad():
         layer(x)
         seconds = seconds_by_way(layer, x, args.rounds)
-    print(f"{kind.__name__} {args.size} x {args.size}, one row, {args.device}; us a call")
+    print(f"{kind.__name__} {args.size} x {args.size}, one row, {args.device}; us per call")
     for percentile in PERCENTILES:
         at = args.rounds * percentile // 100
         without, with_, again = (1e6 * seconds[w][at] for w in ("without", "with", "again"))
         print(
             f"percentile {percentile:2}: {without:.2f} without, {with_ - without:+.2f} with the "
-            f"look (noise {again - without:+.2f})"
+            f"check (noise {again - without:+.2f})"
         )
     print(f"alone in a loop: {1e6 * seconds_alone(layer, args.rounds):+.2f}")
 

@@ -337,7 +337,7 @@ class Bench:
 
     def clock_range(self) -> str:
         if not self.clocks:
-            return "SM clock unknown: neither NVML for Python nor nvidia-smi tells it"
+            return "SM clock unknown: neither NVML for Python nor nvidia-smi reports it"
         return f"SM clock {min(self.clocks)} to {max(self.clocks)} MHz while measuring"
 
     def save(self):

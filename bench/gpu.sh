@@ -9,18 +9,18 @@
 #   build       for this GPU, in place
 #   first_call  M = 1 products in a process of their own, checked; if they die, nothing more is run
 #   capture     the same, each op's first call inside a graph capture
-#   parity      a tiny model trained on the CPU and the GPU; peak memory beside the estimate
+#   parity      a tiny model trained on the CPU and the GPU; peak memory next to the estimate
 #   tests       the cuda tests
 #   memcheck, racecheck, initcheck, synccheck: compute-sanitizer over a small set
 #   bench       bench/gpu.py
 #
-# Each step has a limit, 490 seconds together. A step that fails does not stop the next, but for build
-# and first_call. Ends with 1 if a step failed; a sanitizer that runs out of time without a finding
-# has neither failed nor passed, and the summary says so.
+# Each step has a time limit, 490 seconds in all. A failed step does not stop the next one, except for
+# build and first_call. The exit status is 1 if a step failed. A sanitizer that runs out of time without
+# a finding has neither failed nor passed, and the summary says so.
 #
 # All results go to OUT_DIR, seven files at most: summary.txt, bench.json, three plots, logs.tar.gz
 # with a log of each step, and while a step runs its log (four while the sanitizers run). The build
-# goes where builds go.
+# goes to its usual places in the checkout.
 #
 # NOT YET RUN on a GPU; tests/tools/test_bench_gpu.py runs it with stand-ins for the tools.
 set -u
@@ -34,7 +34,7 @@ out=$(cd "$1" && pwd)
 python=${PYTHON:-python3}
 summary=$out/summary.txt
 checks=(memcheck racecheck initcheck synccheck)
-# What an earlier run left there: it would pass for this run's.
+# Remove the results of an earlier run, which could be mistaken for this run's.
 for name in build first_call capture parity tests "${checks[@]}" bench; do rm -f "$out/$name.log"; done
 rm -f "$out"/logs.tar{,.gz} "$out"/{bench.json,forward.png,forward_LoRA.png,backward_LoRA.png}
 : >"$summary"
@@ -53,8 +53,8 @@ finish() {
   exit "$1"
 }
 
-# limited SECONDS COMMAND...: the command's status, 124 if it ran past the limit (timeout itself says
-# 137 where the command had to be killed).
+# limited SECONDS COMMAND...: the command's status; 124 if it ran past the limit, where timeout itself
+# says 137 if it had to kill the command.
 limited() {
   local limit=$1 begin=$SECONDS status
   shift
@@ -93,7 +93,7 @@ step() {
     { grep -E "$shown" "$out/$name.log"; grep -vE "$shown" "$out/$name.log" | tail -n 15; } | indented
     failed=1
   fi
-  # What ptxas did to a wgmma kernel's overlap is information to it, and a fault to us.
+  # ptxas reports that it serialized wgmma as information only; for us it is a fault.
   grep -E 'C7510|C7511|wgmma.*serializ' "$out/$name.log" | sort -u | head -n 5 | indented
   keep "$name"
   return $status
@@ -138,15 +138,15 @@ step tests 80 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider -k 'cuda a
   tests/ops/test_ops.py tests/ops/test_grouped.py tests/ops/test_cuda_kernels.py \
   tests/nn/test_devices.py
 
-# What compute-sanitizer prints that is no finding: its own heading, empty lines, a count of zero, and
-# what the signal at the time limit makes it say.
+# Lines of compute-sanitizer that are not findings: its heading, empty lines, a count of zero, and what
+# it prints when the signal at the time limit stops it.
 no_finding='^=+ *$|COMPUTE-SANITIZER|(ERROR|RACECHECK) SUMMARY: 0 |process didn.t terminate|Target application'
 findings() { grep -E '^=========' "$1" | grep -vE "$no_finding"; }
 
 # One process per tool, at the same time: they are slow and use little of the GPU.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
 if [ -n "$sanitizer" ]; then
-  # Our kernels alone: torch's need no check and take the time. initcheck must see their writes too.
+  # Check only our kernels: torch's would take the time. But initcheck must see torch's writes too.
   filter=()
   "$sanitizer" --help | grep -q -e '--kernel-name' && filter=(--kernel-name kns=qlora_ext)
   check_limit=75

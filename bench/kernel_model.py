@@ -8,7 +8,7 @@ its goal. No GPU is used, and none has run these kernels yet.
 
 It simulates the main loop of each kernel's SASS, and adds blocks in waves, bytes over bandwidth,
 and launches (docs/kernels.md, "Predicted"). --write refuses a table in which a row got more than
-5% slower; --slower allows it. --peers wants a folder that pip filled:
+5% slower; --slower allows it. --peers needs a folder that pip filled:
 
     pip install --no-deps --only-binary=:all: --python-version 3.11 --target FOLDER \\
         bitsandbytes==0.50.2 auto-gptq==0.7.1
@@ -159,7 +159,7 @@ def committed():
 
 
 def slower(rows):
-    """Sentences about the rows that got more than 5% slower than the page says."""
+    """Messages about the rows that got more than 5% slower than the page says."""
     before, found = committed(), []
     for r in rows:
         key = r.gpu, r.op, r.shape, "-" if r.M is None else str(r.M)

@@ -122,7 +122,7 @@ def parity(dtype: torch.dtype, device: str) -> bool:
         tokens = BATCHES[step % len(BATCHES)]
         print(
             f"| {dtype!s:14} | {step:4} | {tokens[0] * tokens[1]:6} | {w:9.6f} | {g:9.6f} | "
-            f"{relative:.1e} | {of_loss:.1e} | {'' if within else 'PARTED'}"
+            f"{relative:.1e} | {of_loss:.1e} | {'' if within else 'DIFFERS'}"
         )
     for tokens, w, g in zip(BATCHES, wanted, found, strict=True):
         by_name = {name: off(g[name], w[name]) for name in w}
@@ -132,7 +132,7 @@ def parity(dtype: torch.dtype, device: str) -> bool:
         good &= within
         print(
             f"| {dtype!s:14} | gradients of the first step, {tokens[0] * tokens[1]} tokens: "
-            f"{relative:.1e} | {of_gradient:.1e} | {worst} {'' if within else 'PARTED'}"
+            f"{relative:.1e} | {of_gradient:.1e} | {worst} {'' if within else 'DIFFERS'}"
         )
     return good
 
@@ -200,7 +200,7 @@ def main() -> None:
     print(f"| training on cpu and {torch.cuda.get_device_name() if on_gpu else device}")
     print(f"| dtype          | step | tokens | loss, cpu | loss, {device} | off | bound |")
     good = [parity(dtype, device) for dtype in BOUNDS]
-    print("|", "parity: within the bounds" if all(good) else "parity: NO, the two sides part")
+    print("|", "parity: within the bounds" if all(good) else "parity: NO, the two sides differ")
     if on_gpu:
         sys.stdout.flush()
         memory(device)

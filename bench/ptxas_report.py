@@ -1,4 +1,5 @@
-"""The same PTX through every ptxas that is here: a driver that compiles it has one of them inside.
+"""Compares what every ptxas found here makes of the same PTX. A driver that compiles PTX has one of
+these versions inside.
 
     python bench/ptxas_report.py FOLDER    # nvcc's ptxas, triton's two, and those under FOLDER
     python bench/ptxas_report.py FOLDER --write   # also into docs/generated/kernel_report.md
@@ -97,7 +98,9 @@ def main():
     if sentence := kernel_report.missing_tools():
         sys.exit(sentence)
     if arguments.folder is not None and not arguments.folder.is_dir():
-        sys.exit(f"ptxas_report: {arguments.folder} is no folder; `make ptxas` makes and fills one")
+        sys.exit(
+            f"ptxas_report: {arguments.folder} is not a folder; `make ptxas` makes and fills one"
+        )
     versions = find_ptxas(arguments.folder)
     findings, notices, lengths = compare(versions, arguments.only)
     print(f"{ARCH} through ptxas {', '.join(p.version for p in versions)}")

@@ -1,4 +1,4 @@
-"""Finds registers that a kernel's SASS reads though nothing wrote them: ptxas has put some there.
+"""Finds registers that a kernel's SASS reads although nothing wrote them, as some ptxas make it.
 
     python bench/sass_flow.py FILE...    # cubins, libraries with device code, or listings (*.sass)
 
@@ -11,15 +11,15 @@ on some path from its entry. It reports
   LOP3 and PRMT that do), so other reads of R are not reported. For the same reason ULOP3 and UPRMT
   may read the register that they write;
 - code that no path reaches;
-- an instruction that is not in OPCODES below, because then nobody knows what it writes.
+- an instruction that is not in OPCODES below, because it is not known what that writes.
 
 A write under a predicate counts as a write. A subroutine starts with the registers that may be
 written at its callers' calls. After a call, the registers that it and its callees write may also be
 written (for a function elsewhere, such as vprintf, all of R). Indirect branches may go to every
-block. Each of these can hide a finding, but none invents one. A function whose RET takes a register
-that no path wrote is not a kernel, and starts with all of R.
+block. Each of these can hide a finding, but none causes a false one. A function whose RET takes a
+register that no path wrote is not a kernel, and starts with all of R.
 
-This check found `LDGSTS [R90+UR0+0xc080], desc[UR1][...]`, whose UR0 and UR1 nothing writes. ptxas
+This check found `LDGSTS [R90+UR0+0xc080], desc[UR1][...]`, where nothing writes UR0 and UR1. ptxas
 12.9.86 to 13.3 makes it from `cp.async` with an L2 policy.
 """
 
@@ -337,7 +337,7 @@ class Graph:
             target = _target(operands)
             if opcode in ("BRA", "JMP") or (opcode == "WARPSYNC" and "COLLECTIVE" in modifiers):
                 if target not in index:
-                    self.problems.append((i, "a branch to where there is no instruction"))
+                    self.problems.append((i, "a branch to an address without an instruction"))
                 else:
                     goes.add(index[target])
                     # DIV and CONV test whether the warp's lanes are together. On 7.5 they have no
@@ -436,7 +436,7 @@ def check_function(name, code):
     findings = [Finding(name, *code[i], sentence) for i, sentence in graph.problems]
     lost = [i for i, (_, text) in enumerate(code) if i not in before and not _is_padding(text)]
     for i in lost[:1]:
-        findings.append(Finding(name, *code[i], "no path from the entry comes here"))
+        findings.append(Finding(name, *code[i], "no path from the entry reaches it"))
     for i, state in sorted(before.items()):
         if missing := effect[i].reads & ~state:
             names = ", ".join(register_names(missing))

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written aside, flushed, then moved into place.
+"""Writes files that are either whole or absent: to a temporary name, flushed, then renamed.
 
 A full disk, a missing directory or a kill while writing leaves what was there before.
 """
@@ -37,10 +37,10 @@ def write_json(path: Path, value) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Calls `fill(folder)` on an empty folder beside `path`, then puts that in `path`'s place.
+    """Calls `fill(folder)` on an empty folder next to `path`, then renames it to `path`.
 
-    Whatever is raised, the folder that was there before is there again. A kill between the two
-    renames leaves it beside, as `.NAME.old`, and the next call puts it back first.
+    If anything is raised, the folder that was at `path` before is there again. A kill between the
+    two renames leaves it next to `path`, as `.NAME.old`, and the next call first puts it back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
@@ -82,6 +82,6 @@ def load_newest(folder: Path) -> tuple[dict, Path] | None:
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             return torch.load(path, weights_only=True, map_location="cpu"), path
-        except Exception as e:  # whatever a damaged file makes of the reader
+        except Exception as e:  # a damaged file can make the reader raise anything
             print(f"{path} cannot be read ({type(e).__name__}); trying the one before it")
     return None

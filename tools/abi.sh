@@ -3,9 +3,9 @@
 # and tests it under the other. The environments are .venv-torch-VERSION. WHEEL=dist/NAME.whl tests
 # that wheel instead.
 set -eu
-# What a change of torch could break: each op of the compiled library, autograd, modules. What stands
-# above it (transformers, PEFT) isn't installed in these environments; the emulator has a build of
-# its own. What the kernels compute with other values is the same under any torch.
+# What a change of torch could break: each op of the compiled library, autograd, modules. The libraries
+# that build on it (transformers, PEFT) are not installed in these environments, and the emulator has
+# a build of its own. What the kernels compute with other values is the same under any torch.
 : "${ABI_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_linear.py ops/test_cpu_paths.py
   tensor/test_state_dicts.py nn/test_modules.py nn/test_shared_input.py tools/test_build.py
   docs/test_docs.py}"

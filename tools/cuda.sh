@@ -1,7 +1,7 @@
 #!/bin/sh
-# cuda.sh PYTHON NAME ARCHITECTURES: builds a wheel with the CUDA library in build/NAME, installs it
-# imports it and checks its SASS: by the tests if NAME is `cuda`, by the data flow check alone
-# otherwise. It needs nvcc and a CUDA torch, but no GPU.
+# cuda.sh PYTHON NAME ARCHITECTURES: builds a wheel with the CUDA library in build/NAME, installs and
+# imports it, and checks its SASS: with the tests if NAME is `cuda`, otherwise only with the data flow
+# check. It needs nvcc and a CUDA torch, but no GPU.
 set -eu
 command -v nvcc > /dev/null || { echo 'nvcc is not on the PATH'; exit 1; }
 wheels=build/$2

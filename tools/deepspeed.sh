@@ -1,12 +1,12 @@
 #!/bin/sh
-# deepspeed.sh PYTHON FOLDER VERSION: tests with DeepSpeed, which goes into FOLDER: transformers and
-# accelerate act otherwise if they find it in the environment.
+# deepspeed.sh PYTHON FOLDER VERSION: runs the tests with DeepSpeed. It is installed in FOLDER, because
+# transformers and accelerate behave differently if they find it in the environment.
 set -eu
 python=$1 folder=$2 version=$3
 export DS_ACCELERATOR=cpu
 if [ "$(cat "$folder/version" 2> /dev/null)" != "$version" ]; then
   rm -rf "$folder"
-  # Without its requirement torch, which is there: pip would install another one into the folder.
+  # Without its requirements: pip would install a second torch into the folder.
   DS_BUILD_OPS=0 "$python" -m pip install -q --no-build-isolation --no-deps --target "$folder" "$version"
   "$python" -m pip install -q --target "$folder" einops hjson msgpack psutil py-cpuinfo pydantic
   echo "$version" > "$folder/version"

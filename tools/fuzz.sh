@@ -1,11 +1,11 @@
 #!/bin/sh
-# fuzz.sh PYTHON CASES: raw ops on hostile arguments, in a build with ASan and UBSan of its own.
+# fuzz.sh PYTHON CASES: calls raw ops with hostile arguments, in a separate build with ASan and UBSan.
 set -eu
 QLORA_EXT_SANITIZE=address,undefined USE_CUDA=0 "$1" setup.py -q build_ext \
   --build-temp build/fuzz/temp --build-lib build/fuzz/lib
-# Python and torch are not instrumented, so the sanitizer's runtime is loaded before them, and the C++
-# library with it, or ASan would not find what throws. With allocator_may_return_null torch gets an
-# error if it asks for more memory than there is, as it would without ASan.
+# Python and torch are not instrumented, so load the sanitizer's runtime before them, and the C++
+# library too, or ASan would not find the function that throws. With allocator_may_return_null torch
+# gets an error if it asks for too much memory, as it would without ASan.
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"
 ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0
 ASAN_OPTIONS=$ASAN_OPTIONS:allocator_may_return_null=1

@@ -1,13 +1,13 @@
 #!/bin/sh
-# paths.sh PYTHON ARGUMENTS...: tests again on the paths that this CPU has and would not choose.
-# Without /proc/cpuinfo that is the portable path alone.
+# paths.sh PYTHON ARGUMENTS...: runs tests again on the paths that this CPU has but would not choose.
+# Without /proc/cpuinfo that is only the portable path.
 set -eu
 # What the kernels compute, less what costs time elsewhere (torch.compile, T5) or is the same on
 # every path (opcheck: schemas and fakes; checks of arguments; modules).
 : "${PATH_TESTS:=ops/test_ops.py ops/test_autograd.py ops/test_properties.py ops/test_scaling.py
   ops/test_linear.py ops/test_real_weights.py ops/test_grouped.py ops/test_grouped_autograd.py}"
-# On each path that bitsandbytes' CPU library can take. Torch and bitsandbytes see the lesser CPU as
-# well there (tests/support/peers.py).
+# Run on each path that bitsandbytes' CPU library can take. There torch and bitsandbytes see the lesser
+# CPU too (tests/support/peers.py).
 : "${PEER_TESTS:=tensor/test_bitsandbytes.py integrations/test_integration_bitsandbytes.py}"
 : "${PEER_PATHS:=portable avx2 avx512}"
 python=$1

@@ -29,7 +29,7 @@ fi
 rm -rf "$folder/run"
 mkdir "$folder/run"
 cp -R "$source/tests" "$folder/run/tests"
-rm -f "$folder/run/tests/conftest.py" # it makes errors of transformers' warnings
+rm -f "$folder/run/tests/conftest.py" # it turns transformers' warnings into errors
 touch "$folder/run/tests/__init__.py" # the archive lacks it
 
 if ! cmp -s tests/trainers/peft_hub.py "$folder/hub/made.txt"; then
@@ -46,7 +46,7 @@ for on in stock config layers; do
   enable=''
   rm -f "$folder/$on.jsonl"
   [ "$on" != layers ] || enable=layers
-  # Failures are the table's to judge. 2 and more: pytest itself went wrong.
+  # The table judges failed tests (status 1). With a status of 2 or more pytest itself failed.
   # shellcheck disable=SC2086
   (cd "$folder/run" && \
     HF_HUB_CACHE=$folder/hub HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 \

@@ -1,7 +1,7 @@
 """peft_tests_table.py FOLDER: the outcomes of PEFT's tests side by side (tools/peft_tests.sh).
 
-It ends with 1 if a test passes on bitsandbytes and not on ours, except for those in EXPECTED, or if
-one of those passes.
+The exit status is 1 if a test that passes on bitsandbytes fails on ours and is not in EXPECTED, or
+if a test in EXPECTED passes.
 """
 
 import json
@@ -16,12 +16,12 @@ EXPECTED = {
     for run in RUNS[1:]
 }
 EXPECTED |= {
-    ("test_replace_lora_weights_with_local_model", run): "it wants an error, and ours finds the "
+    ("test_replace_lora_weights_with_local_model", run): "it expects an error, but ours finds the "
     "unquantized model's folder by itself"
     for run in RUNS[1:]
 }
 EXPECTED |= {
-    ("test_4bit_merge_lora", run): "it wants 4-bit layers after a merge; ours merges into 16 bits"
+    ("test_4bit_merge_lora", run): "it expects 4-bit layers after a merge; ours are 16-bit"
     for run in RUNS[1:]
 }
 EXPECTED["compute_dtype_diverges", "config"] = "QLoraExtConfig has no compute dtype"
@@ -41,7 +41,7 @@ def outcomes_of(path: Path) -> dict[str, dict]:
 def main(folder: Path) -> int:
     found = {run: outcomes_of(folder / f"{run}.jsonl") for run in RUNS}
     stock = found["stock"]
-    # Of the tests that ran, those that packed; of those that were skipped, all.
+    # A test that ran counts only if it packed layers. Skipped tests all count.
     names = [
         name
         for name, row in stock.items()

@@ -1,7 +1,7 @@
 #!/bin/sh
-# ptxas.sh PYTHON ARGUMENTS...: the report on what each ptxas makes of the 9.0a code. Besides nvcc's and
-# triton's own it takes the last of CUDA 12, and the newest when this was written;
-# PTXAS_NEWEST=nvidia-cuda-nvcc takes the newest there is.
+# ptxas.sh PYTHON ARGUMENTS...: reports what each ptxas makes of the 9.0a code: nvcc's, triton's, the
+# last of CUDA 12, and the newest when this was written. PTXAS_NEWEST=nvidia-cuda-nvcc takes today's
+# newest.
 set -eu
 command -v nvcc > /dev/null || { echo 'nvcc is not on the PATH'; exit 1; }
 python=$1 folder=build/ptxas

@@ -1,6 +1,6 @@
 #!/bin/sh
-# trainers.sh PYTHON FOLDER TRAINER... [-- ARGUMENTS...]: these trainers on our kernels. Each goes
-# into an environment of its own in FOLDER (tests/trainers/TRAINER.txt). TRL is among PYTHON's
+# trainers.sh PYTHON FOLDER TRAINER... [-- ARGUMENTS...]: tests these trainers on our kernels. Each gets
+# an environment of its own in FOLDER (tests/trainers/TRAINER.txt), except TRL, which is among PYTHON's
 # packages. Trainers with a command line run through tests/trainers/test_command_lines.py, which
 # leaves a table of the runs; lightning, litgpt and torchtune have tests of their own, and so has
 # `gguf`, the converter for merged models. `peft` stands for PEFT's own tests (tools/peft_tests.sh).
@@ -20,7 +20,7 @@ for name in $wanted; do
   [ "$name" != trl ] || continue
   env=$folder/$name
   sh tools/over.sh "$python" "$env" "tests/trainers/$name.txt" --no-deps
-  # LLaMA-Factory imports torchaudio, whose library needs CUDA's torch and does without.
+  # LLaMA-Factory imports torchaudio, whose library needs a CUDA torch. Without it the import works.
   "$env/bin/python" -c 'import torch; raise SystemExit(not torch.version.cuda)' ||
     rm -f "$env"/lib/python*/site-packages/torchaudio/lib/*.so
 done

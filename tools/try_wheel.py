@@ -1,6 +1,6 @@
-"""Runs a few ops of the package that a wheel brought into FOLDER, which must be on PYTHONPATH:
-try_wheel.py FOLDER [CUDA]. With CUDA (12.8, say) torch poses as a build for that version: the CUDA
-library must then stay off, with a warning that says why, and the CPU backend must work."""
+"""Runs a few ops of the package that a wheel installed in FOLDER, which must be on PYTHONPATH:
+try_wheel.py FOLDER [CUDA]. With CUDA (12.8, say) torch pretends to be a build for that version: the
+CUDA library must then stay off, with a warning that says why, and the CPU backend must work."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""The goals, and what the model says of each: met only if the pessimistic end meets it."""
+"""The goals, and what the model says of each: met only if the pessimistic end meets the goal."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def over(ours, other):
     return metric
 
 
-# shared/kernels.md and the issue of the model have them. M = 1 and dequantize's small weight: what
-# the next change to the decode kernels is for.
+# Set when the model was made. The goals for M = 1 and dequantize's small weight are for the next
+# change to the decode kernels.
 LORA_OVER_DENSE = {512: 1.06, 2048: 1.04, 8192: 1.03}
 BACKWARD_OVER_PEFT = {512: 1.50, 2048: 1.18, 8192: 1.06}
 DECODE_SHARE = {"H100": 0.90, "H200": 0.84}

@@ -1,5 +1,5 @@
-"""The ops as launches of our kernels and calls of cuBLAS, as dispatch makes them, and the ways of
-others to get the same result. Each function takes a GPU and a scenario and returns Parts."""
+"""The ops as launches of our kernels and calls of cuBLAS, as dispatch makes them, and how other
+libraries get the same result. Each function takes a GPU and a scenario and returns Parts."""
 
 from __future__ import annotations
 

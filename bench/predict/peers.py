@@ -3,11 +3,11 @@
 bitsandbytes has a table, calibrated on GPUs, of the number of rows up to which its fused kernel is
 faster than decoding the weight and calling cuBLAS. The kernels' SASS and that table are read out of
 the installed wheel. Marlin's kernel is in auto-gptq's wheel; its README says how much faster than
-cuBLAS it is on an A10. Of either, nothing is copied here but the facts in PUBLISHED and the tiles.
+cuBLAS it is on an A10. Nothing of either is copied here but the facts in PUBLISHED and the tiles.
 
-Their bank conflicts are not counted from addresses: the emulated machine does not run them. Marlin
-states that it has none. bitsandbytes states up to four: its 4-byte stores have one for the fast end
-and four for the slow one.
+Their bank conflicts are not counted from addresses, as the emulator does not run these kernels.
+Marlin states that it has none. bitsandbytes states up to four: for its 4-byte stores the fast end
+takes one and the slow end four.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ BINARIES = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "4090": "sm_89", 
 # acceleration" at 64 to 128 rows.
 PUBLISHED = ((1, "3.87"), (16, "3.87"), (32, "close to 3.87"), (64, "> 1"), (128, "> 1"))
 
-# What the parts of Marlin's loop do that run once per column of blocks: add the warps' and blocks'
-# sums.
+# Parts of Marlin's loop that run once per column of blocks: they add the warps' and blocks' sums.
 ADDING = ("FADD", "STS", "STG", "LDG", "RED", "ATOM")
 
 

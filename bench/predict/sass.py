@@ -132,7 +132,7 @@ class Loop:
         return collections.Counter(i.pipe for i in self.code)
 
     def without(self, never_ran):
-        """This loop less the basic blocks that have an instruction for which never_ran is true."""
+        """This loop without the basic blocks with an instruction for which never_ran is true."""
         kept = [block for block in basic_blocks(self.code) if not any(map(never_ran, block))]
         return dataclasses.replace(self, code=[i for block in kept for i in block])
 

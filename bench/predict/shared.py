@@ -99,5 +99,7 @@ def number_of(instruction, numbers):
     if not instruction.touches_shared:
         return None
     if instruction.line not in numbers:
-        raise NotRecorded(f"{instruction.text} is no access at PTX line {instruction.line}")
+        raise NotRecorded(
+            f"{instruction.text} matches no recorded access at PTX line {instruction.line}"
+        )
     return numbers[instruction.line]

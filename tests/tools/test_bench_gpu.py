@@ -633,7 +633,7 @@ def on_the_gpu_side(monkeypatch, parity, change):
 
 def test_parity_of_two_equal_sides_and_memory_beside_the_estimate(parity, capsys):
     status, printed = parity_run(parity, capsys)
-    assert status == 0 and "parity: within the bounds" in printed and "PARTED" not in printed
+    assert status == 0 and "parity: within the bounds" in printed and "DIFFERS" not in printed
     for dtype in ("float32", "bfloat16"):
         assert len(re.findall(rf"^\| torch.{dtype} +\| +\d+ \| +(?:8|288) \|", printed, re.M)) == 4
         assert len(re.findall(rf"^\| torch.{dtype} +\| gradients", printed, re.M)) == 2
@@ -658,8 +658,8 @@ def test_a_gradient_wrong_by_a_factor_breaks_parity(parity, monkeypatch, capsys,
 
     on_the_gpu_side(monkeypatch, parity, change)
     status, printed = parity_run(parity, capsys)
-    assert status == 1 and "the two sides part" in printed
-    parted = re.findall(r"^\| (\S+) .*?(\S*) PARTED$", printed, re.M)
+    assert status == 1 and "the two sides differ" in printed
+    parted = re.findall(r"^\| (\S+) .*?(\S*) DIFFERS$", printed, re.M)
     assert {where for where, _ in parted} == {str(dtype)}
     assert any("down_proj.lora_A" in name for _, name in parted)
 
@@ -683,8 +683,8 @@ def test_what_else_breaks_parity(parity, monkeypatch, capsys, what):
     status, printed = parity_run(parity, capsys)
     assert status == 1
     if what == "no step":  # each gradient of the first step is right: the losses tell
-        assert not re.search("gradients of the first step, 8 .*PARTED", printed)
-        assert re.search(r"^\| torch.bfloat16 +\| +\d .*PARTED", printed, re.M)
+        assert not re.search("gradients of the first step, 8 .*DIFFERS", printed)
+        assert re.search(r"^\| torch.bfloat16 +\| +\d .*DIFFERS", printed, re.M)
 
 
 # ---------------------------------------------------------------- gpu.sh
@@ -926,6 +926,6 @@ def test_gpu_sh_ends_well_within_nine_minutes():
     limits = [int(n) for n in re.findall(r"^step \w+ (\d+) ", text, re.M)]
     (sanitizers,) = re.findall(r"^ *check_limit=(\d+)$", text, re.M)
     assert len(limits) == len(STEPS) and sum(limits) + int(sanitizers) <= 490
-    assert f"{sum(limits) + int(sanitizers)} seconds together" in text
+    assert f"{sum(limits) + int(sanitizers)} seconds in all" in text
     (seconds,) = re.findall(r"^step bench (\d+) .* --seconds (\d+)", text, re.M)
     assert int(seconds[1]) < int(seconds[0]) - 20  # for the last case and the plots

@@ -128,7 +128,7 @@ def test_architectures_without_kernels_are_refused(setup_module, tmp_path, arch)
 
 
 def test_use_cuda_is_0_or_1(setup_module):
-    with pytest.raises(SystemExit, match="USE_CUDA is 'yes', want 0 or 1"):
+    with pytest.raises(SystemExit, match="USE_CUDA is 'yes', want 0, 1, or unset"):
         setup_module(USE_CUDA="yes")
 
 

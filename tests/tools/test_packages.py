@@ -119,8 +119,8 @@ def test_one_version_everywhere(archive, unpacked):
 # Without torch --------------------------------------------------------------------------------
 
 ADVICE = """\
-qlora_ext builds against your torch and finds none: pip's build isolation hides an installed one.
-First install torch and what else a build needs, then repeat your command without isolation:
+qlora_ext builds against your torch, but found none: pip's build isolation hides an installed one.
+Install torch and the other packages that a build needs, then run your command without isolation:
     pip install 'torch>=2.11' 'setuptools>=77' 'pybind11>=2.12' ninja wheel numpy
     pip install --no-build-isolation .      # or the name of the archive instead of the dot
 """

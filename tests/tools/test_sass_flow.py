@@ -176,7 +176,7 @@ def test_what_nothing_wrote_is_found(case):
     for start, registers in want.items():
         (problem,) = [p for i, p in found.items() if i.startswith(start)]
         if registers is None:
-            assert problem == "no path from the entry comes here"
+            assert problem == "no path from the entry reaches it"
         else:
             assert problem == f"reads {registers}, which no path wrote"
 
@@ -265,7 +265,7 @@ def test_an_instruction_that_is_not_known_fails_by_name(instruction, says):
 
 def test_a_branch_to_nowhere_is_found():
     assert problems("BRA 0x7770\nEXIT") == {
-        "BRA 0x7770": "a branch to where there is no instruction"
+        "BRA 0x7770": "a branch to an address without an instruction"
     }
 
 
