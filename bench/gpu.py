@@ -708,7 +708,7 @@ def plot(bench: Bench):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=240, help="no case starts after this")
     parser.add_argument("--quick", action="store_true", help="the targets' shapes only")

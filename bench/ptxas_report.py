@@ -88,7 +88,7 @@ def markdown(versions, lengths):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="with more of them, at any depth")
     parser.add_argument("--only", action="append", help="stems of csrc/cuda/*.cu; default: all")
     parser.add_argument(
