@@ -13,7 +13,7 @@ from ..checks import check_finite, check_parameters
 from ..files import FLOATS, SafetensorsFiles, find_folder, read_json, reading, safetensors_files
 from ..integrations.transformers.building import (
     build_folder,
-    check_nothing_anew,
+    check_complete,
     loading,
     read_config,
     stored_method,
@@ -147,7 +147,7 @@ def load_model(folder: Path, packing, device: str):
             settings["quantization_config"] = packing
         model, info = load(folder, output_loading_info=True, **settings)
         # Check this whatever class was saved: a random head cannot answer.
-        check_nothing_anew(folder, model, info["missing_keys"])
+        check_complete(folder, model, info["missing_keys"])
         if method != "qlora_ext" and "quantization_config" not in settings:
             check_loaded(model, files.paths)  # otherwise our quantizer has checked it
         return model

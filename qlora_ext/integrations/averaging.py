@@ -27,7 +27,7 @@ _Entry = tuple[dict[str, Tensor | None], str, Tensor]  # a module's dict, a key,
 _copied: weakref.WeakKeyDictionary[AveragedModel, list] = weakref.WeakKeyDictionary()
 
 
-def _is_number(tensor: Tensor) -> bool:
+def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -38,17 +38,17 @@ def _integers(model: nn.Module) -> list[_Entry]:
         for module in model.modules()
         for owner in (module._parameters, module._buffers)
         for key, tensor in owner.items()
-        if tensor is not None and not _is_number(tensor)
+        if tensor is not None and not _is_averaged(tensor)
     ]
 
 
 def _layout(model: nn.Module) -> list[tuple[str, torch.Size, bool]]:
-    """(name, shape, whether it is not an integer) of every parameter and every integer buffer, in
-    the order in which AveragedModel pairs them."""
+    """(name, shape, whether it is averaged) of every parameter and every integer buffer, in the
+    order in which AveragedModel pairs them."""
     parameters = [(name.rpartition(".")[2], p) for name, p in model.named_parameters()]
     buffers = [(name.rpartition(".")[2], b) for name, b in model.named_buffers()]
-    entries = parameters + [(key, b) for key, b in buffers if not _is_number(b)]
-    return [(key, t.shape, _is_number(t)) for key, t in entries]
+    entries = parameters + [(key, b) for key, b in buffers if not _is_averaged(b)]
+    return [(key, t.shape, _is_averaged(t)) for key, t in entries]
 
 
 @contextlib.contextmanager
@@ -97,8 +97,8 @@ def _keeping_integers(update_parameters):
         if _layout(self.module) != _layout(model):
             raise ValueError(
                 "AveragedModel: the model's parameters have other names or shapes than those of "
-                "the average, want the model that it was made from: not packed, dequantized or "
-                "merged since, and with the same adapters; make a new AveragedModel of it"
+                "the average, want the model that it was made from, with the same adapters and not "
+                "packed, dequantized or merged since; or make a new AveragedModel"
             )
         own, theirs = _integers(self.module), _integers(model)
         with _hidden(own + theirs):

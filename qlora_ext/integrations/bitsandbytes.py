@@ -20,7 +20,7 @@ from ..ops import _C
 from . import bitsandbytes_functions
 
 TESTED = "0.50"
-_SMALLEST = 1e-38  # bitsandbytes never divides a block by less
+_SMALLEST = 1e-38  # bitsandbytes divides no block by less
 
 _library: torch.library.Library | None = None
 _pack_for_cpu = None
@@ -138,9 +138,9 @@ def enable() -> None:
     first evaluation. enable() turns that off, but a layer that was repacked before stays on
     bitsandbytes' kernel. Calling it again does nothing.
 
-    On CUDA it also replaces the C functions that axolotl's and unsloth's kernels call, in
-    `bitsandbytes.functional.lib`. They take them when they are imported: a warning names modules
-    that have done so before, and keep bitsandbytes' own.
+    On CUDA it also replaces the C functions in `bitsandbytes.functional.lib` that axolotl's and
+    unsloth's kernels call. Their modules take these functions when they are imported. A warning
+    names the modules that were imported before, and so keep bitsandbytes' own.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -157,11 +157,13 @@ def enable() -> None:
     if lacks := [name for holder, name in theirs if not hasattr(holder, name)]:
         raise RuntimeError(
             f"enable: found bitsandbytes {found}, which has no {' and no '.join(lacks)}, want "
-            f"{TESTED}: install that, or load models with QLoraExtConfig, which does without"
+            f"{TESTED}; install that, or use QLoraExtConfig, which does not need bitsandbytes"
         )
     if found.split(".")[:2] != TESTED.split("."):
         warnings.warn(
-            f"qlora_ext: found bitsandbytes {found}, tested with {TESTED}.*", stacklevel=2
+            f"qlora_ext: found bitsandbytes {found}, tested with {TESTED}.*; if it fails, install "
+            "a tested one",
+            stacklevel=2,
         )
     keys = [
         key
@@ -170,7 +172,7 @@ def enable() -> None:
     ]
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
-        # The dispatcher warns that a kernel is replaced, but here that is the purpose.
+        # The dispatcher warns that a kernel is replaced, which is what we want.
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered.*")
         for key in keys:
             quantize, dequantize = (

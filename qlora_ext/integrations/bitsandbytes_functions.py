@@ -1,9 +1,9 @@
 """bitsandbytes' C functions on our CUDA kernels.
 
-Some trainers (axolotl, unsloth) have kernels of their own. They take C functions from bitsandbytes'
-CUDA library and call them by ctypes, past torch's ops, so those that replace its torch ops don't
-reach them. `put_into` replaces the functions in `bitsandbytes.functional.lib`, where trainers take
-them from when they are imported. `cdequantize_blockwise_fp32`, which decodes nested scales, stays
+Some trainers (axolotl, unsloth) have kernels of their own. They call C functions of bitsandbytes'
+CUDA library through ctypes and not through torch's ops, so replacing the ops does not reach them.
+`put_into` replaces the functions in `bitsandbytes.functional.lib`, from which trainers take them
+when they are imported. `cdequantize_blockwise_fp32`, which decodes nested scales, stays
 bitsandbytes'.
 Source: bitsandbytes/backends/cuda/ops.py of 0.50.
 """
@@ -18,7 +18,7 @@ _DEQUANTIZE = [ct.c_void_p] * 4 + [ct.c_int32] * 2 + [ct.c_void_p]
 _GEMM = [ct.c_int32] * 3 + [ct.c_void_p] * 5 + [ct.c_int32] * 4 + [ct.c_void_p]
 _DTYPES = ("fp32", "fp16", "bf16")
 
-# What csrc/cuda/bitsandbytes_functions.cpp exports; all of it returns nothing.
+# What csrc/cuda/bitsandbytes_functions.cpp exports. These functions return nothing.
 ARGTYPES: dict[str, list[type]] = {
     **{
         f"cdequantize_blockwise_{dtype}_{quant_type}": _DEQUANTIZE
@@ -59,8 +59,8 @@ class Swap:
                 continue  # their library lacks it: they put a function there that raises
             if theirs.argtypes and list(theirs.argtypes) != list(function.argtypes):
                 warnings.warn(
-                    f"qlora_ext: {name} of this bitsandbytes takes other arguments than in 0.50; "
-                    "it stays bitsandbytes' own",
+                    f"qlora_ext: {name} of this bitsandbytes takes other arguments than in 0.50 "
+                    "and is not replaced; to replace it, install 0.50",
                     stacklevel=4,
                 )
                 continue
@@ -73,7 +73,7 @@ class Swap:
                 setattr(self.lib, name, theirs)
 
     def late(self) -> list[str]:
-        """Modules that took bitsandbytes' own functions before, and keep them."""
+        """Modules that took bitsandbytes' own functions before they were replaced."""
         return sorted(
             module
             for module, loaded in list(sys.modules.items())
@@ -88,15 +88,15 @@ def put_into(lib, library: ct.CDLL | None) -> Swap | None:
     """Replaces the functions in `lib` (bitsandbytes.functional.lib) by those of `library`, our CUDA
     library. None if there is no such library, or if `lib` isn't bitsandbytes' CUDA library.
 
-    Warns of modules that are too early: they have taken bitsandbytes' own functions."""
+    Warns about modules that were imported too early and keep bitsandbytes' own functions."""
     if library is None or not getattr(lib, "compiled_with_cuda", False):
         return None
     swap = Swap(lib, functions(library))
     if late := swap.late():
         warnings.warn(
             f"qlora_ext: {', '.join(late)}: imported before enable(), with bitsandbytes' own C "
-            "functions. Call enable() before that import, or set QLORA_EXT_ENABLE=1 in the "
-            "environment",
+            "functions, which they keep. Call enable() before importing them, or set "
+            "QLORA_EXT_ENABLE=1 in the environment",
             stacklevel=3,
         )
     return swap

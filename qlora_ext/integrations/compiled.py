@@ -48,31 +48,31 @@ def _start_counting() -> None:
 
 
 @disable  # dynamo skips a module of torch's around the model, but traces what that calls
-def _look(model: nn.Module) -> None:
+def _check_layers(model: nn.Module) -> None:
     """Raises RuntimeError if the bytes of a packed layer of the model were changed."""
     for reference in _layers_of(model):
         layer = reference()
         weight = None if layer is None else layer._parameters.get("weight")
-        # Skip weights that FSDP2 has sharded or a hook will load: their bytes are not there yet.
+        # Skip weights that FSDP2 has sharded or that a hook will load: their bytes are not here.
         if type(weight) is nn.Parameter and not weight.is_meta:
-            _Packed4bit._w4(layer, False)  # a Stack4bit's own would fetch experts from the host
+            _Packed4bit._w4(layer, False)  # Stack4bit's own would fetch experts from host memory
 
 
-def _looking_call(call):
+def _checking_call(call):
     @functools.wraps(call)
-    def looking(self: OptimizedModule, *args, **kwargs):
+    def checking(self: OptimizedModule, *args, **kwargs):
         if not is_compiling():
-            _look(self)
+            _check_layers(self)
         return call(self, *args, **kwargs)
 
-    skip_code(looking.__code__)  # torch does the same with the method itself
-    looking.looks = True
-    return looking
+    skip_code(checking.__code__)  # torch does the same with the method itself
+    checking.checks_layers = True
+    return checking
 
 
-def _looking_compile(compile):
+def _checking_compile(compile):
     @functools.wraps(compile)
-    def looking(self: nn.Module, *args, **kwargs) -> None:
+    def checking(self: nn.Module, *args, **kwargs) -> None:
         compile(self, *args, **kwargs)
         compiled, model = self._compiled_call_impl, weakref.ref(self)
         if compiled is None:
@@ -81,22 +81,22 @@ def _looking_compile(compile):
         @functools.wraps(compiled)
         def call(*args, **kwargs):
             if not is_compiling():
-                _look(model())
+                _check_layers(model())
             return compiled(*args, **kwargs)
 
         skip_code(call.__code__)
         self._compiled_call_impl = call
 
-    looking.looks = True
-    return looking
+    checking.checks_layers = True
+    return checking
 
 
 def attach() -> None:
     """Makes compiled models check their bytes. Idempotent."""
-    if not hasattr(OptimizedModule.__call__, "looks"):
-        OptimizedModule.__call__ = _looking_call(OptimizedModule.__call__)
-    if not hasattr(nn.Module.compile, "looks"):
-        nn.Module.compile = _looking_compile(nn.Module.compile)
+    if not hasattr(OptimizedModule.__call__, "checks_layers"):
+        OptimizedModule.__call__ = _checking_call(OptimizedModule.__call__)
+    if not hasattr(nn.Module.compile, "checks_layers"):
+        nn.Module.compile = _checking_compile(nn.Module.compile)
 
 
 attach()

@@ -26,19 +26,19 @@ class Window(NamedTuple):
 
     oldest: str  # the oldest that `make test-versions` runs
     newest: str  # the newest that it runs; newer ones of the same major version are welcome
-    older: str  # what is known of older ones
+    older: str  # what is known of older ones; it ends the warning about them
 
 
 WINDOWS = {
     "transformers": Window(
         "5.6",
         "5.24",
-        "5.0 to 5.5 loaded, saved and merged a small model when it was tried. Before 5.0 the "
-        "plug-in is off: QLoraExtConfig fails, and PEFT's adapters on 4-bit layers fail to merge",
+        "5.0 to 5.5 loaded, saved and merged a small model in a trial. Before 5.0 the plug-in is "
+        "off: QLoraExtConfig fails, and PEFT's adapters on 4-bit layers fail to merge",
     ),
-    "peft": Window("0.18", "0.21", "transformers 5 cannot be imported beside it"),
-    "trl": Window("0.24", "1.16", "nothing is known to fail"),
-    "accelerate": Window("1.4", "1.15", "TRL 0.24 and newer want 1.4"),
+    "peft": Window("0.18", "0.21", "older ones cannot be imported together with transformers 5"),
+    "trl": Window("0.24", "1.16", "no failure is known with older ones"),
+    "accelerate": Window("1.4", "1.15", "TRL 0.24 and newer need it"),
 }
 
 # module whose execution triggers the hook -> (distribution, our plug-in or None).
@@ -71,15 +71,15 @@ def check_version(distribution: str) -> None:
         _older.add(distribution)
         said = f"want {window.oldest} or newer; {window.older}"
     elif _series(found)[0] > _series(window.newest)[0]:
-        said = f"the newest release tested is {window.newest}; its plug-in may not work"
+        said = f"the newest release tested is {window.newest}; our plug-in for it may not work"
     else:
         return
     warnings.warn(f"qlora_ext: found {distribution} {found}, {said}", stacklevel=2)
 
 
 def named_by_version(error: ImportError, distribution: str) -> ImportError:
-    """`error`, which importing a plug-in raised, or one that says that the installed `distribution`
-    is too old for it."""
+    """The error to raise for `error`, which importing a plug-in raised. If the installed
+    `distribution` is too old for the plug-in, it says so."""
     try:
         found = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -104,13 +104,13 @@ def _run_hook(module: str) -> None:
         importlib.import_module(f"{__package__}.{plugin}")  # importing it attaches it
     except (ImportError, AttributeError) as error:
         # Another release may lack a function that we hook. That must not break its own import.
-        if _older:  # a warning has said what fails, also that PEFT needs our transformers plug-in
+        if _older:  # a warning has said what fails (PEFT's plug-in needs that of transformers)
             return
         window = WINDOWS.get(distribution)
         warnings.warn(
             f"qlora_ext: could not attach to {distribution} "
-            f"{importlib.metadata.version(distribution)} ({error}); its plug-in is off"
-            + (f"; tested are {window.oldest} to {window.newest}" if window else ""),
+            f"{importlib.metadata.version(distribution)} ({error}); our plug-in for it is off"
+            + (f"; install a tested one, {window.oldest} to {window.newest}" if window else ""),
             stacklevel=2,
         )
 

@@ -23,7 +23,7 @@ from ..tensor.config import QuantConfig
 try:
     from lightning.fabric.plugins import Precision as _FabricPrecision
     from lightning.pytorch.plugins import Precision as _TrainerPrecision
-except ImportError:  # the two packages that `lightning` has in one
+except ImportError:  # the two packages that `lightning` combines
     from lightning_fabric.plugins import Precision as _FabricPrecision
     from pytorch_lightning.plugins import Precision as _TrainerPrecision
 
@@ -65,7 +65,7 @@ def _linear_class(config: QuantConfig):
 
 
 class Precision4bit:
-    """What both plug-ins do. Everything but the packed weights has `dtype`, as with Lightning's
+    """What both plug-ins share. Everything but the packed weights has `dtype`, as with Lightning's
     "bf16-true"; floating-point inputs are cast to it, and outputs to torch's default dtype.
 
     A model that is built under `fabric.init_module()` (Trainer: in `configure_model`) gets a
@@ -76,8 +76,8 @@ class Precision4bit:
     Args:
         config: a QuantConfig; None is NF4 with blocks of 64, double-quantized.
         dtype: torch.bfloat16, float16 or float32.
-        modules_to_not_convert: as in quantize_model. Names are not known while a model is built,
-            so `init_module` is refused then.
+        modules_to_not_convert: as in quantize_model. With it `init_module` raises an error, because
+            layers have no names yet while a model is built.
 
     Raises:
         TypeError: config is not a QuantConfig, or dtype is another dtype.
@@ -117,7 +117,7 @@ class Precision4bit:
 
     def _warn_of_dense(self, module: nn.Module) -> None:
         """Warns about linear layers that were made under init_module but are dense, because their
-        code has torch's class under a name of its own."""
+        code imported torch's class under another name."""
         if not self._built or any(hasattr(m, "quantization_report") for m in module.modules()):
             return
         dense = [
@@ -129,9 +129,9 @@ class Precision4bit:
         ]
         if dense:
             warnings.warn(
-                f"{type(self).__name__}: these layers are dense, because init_module replaces the "
-                f"name torch.nn.Linear only: {', '.join(stacked_names(dense)[:8])}; to pack "
-                "nn.Linear layers, build the model outside init_module",
+                f"{type(self).__name__}: {', '.join(stacked_names(dense)[:8])} stay dense, because "
+                "init_module replaces the name torch.nn.Linear only, and their code does not use "
+                "it; to pack nn.Linear layers, build the model outside init_module",
                 stacklevel=3,
             )
 
@@ -139,9 +139,9 @@ class Precision4bit:
         """A context in which torch.nn.Linear makes packed layers, and tensors have dtype."""
         if self.modules_to_not_convert:
             raise RuntimeError(
-                f"{type(self).__name__}: init_module cannot leave modules_to_not_convert = "
-                f"{self.modules_to_not_convert} alone, because layers get their names after they "
-                "are made: build the model outside it"
+                f"{type(self).__name__}: init_module cannot leave the layers of "
+                f"modules_to_not_convert={self.modules_to_not_convert} dense, because layers have "
+                "no names while they are made; build the model outside init_module"
             )
         self._built = True
         stack = contextlib.ExitStack()

@@ -88,26 +88,28 @@ class ParallelLinear4bit(MarkedWeight):
         """
         if mesh.ndim != 1:
             raise ValueError(
-                f"tensor parallel: the mesh has {mesh.ndim} dimensions, want 1: that of the "
-                'processes that share a layer, mesh["tp"] where it is named so'
+                f"tensor parallel: the mesh has {mesh.ndim} dimensions, want 1; give that of "
+                'the processes that share a layer, such as mesh["tp"]'
             )
         if isinstance(layer, (Stack4bit, Experts4bit)):
             raise TypeError(
                 f"tensor parallel: the layer is a {type(layer).__name__}, which holds a mixture's "
-                "experts, want a Linear4bit or a LoraLinear4bit: leave the experts out of the "
-                "plan; FSDP2 shards them, each process some of the experts"
+                "experts, want a Linear4bit or a LoraLinear4bit; leave the experts out of the plan "
+                "and shard them with FSDP2, which gives each process some of them"
             )
         if type(layer) not in (Linear4bit, LoraLinear4bit):
-            peft = "PEFT's " if hasattr(layer, "base_layer") else ""
+            whose, advice = "a ", "pack the layer, or leave it out of the plan"
+            if hasattr(layer, "base_layer"):
+                whose, advice = "PEFT's ", "PEFT's adapters cannot be cut: use add_lora"
             raise TypeError(
-                f"tensor parallel: the layer is {peft or 'a '}{type(layer).__name__}, want a "
-                "Linear4bit or a LoraLinear4bit of add_lora; PEFT's adapters cannot be cut: use "
-                "add_lora"
+                f"tensor parallel: the layer is {whose}{type(layer).__name__}, want a Linear4bit "
+                f"or a LoraLinear4bit of add_lora; {advice}"
             )
         if layer.fused and not rowwise:
             raise ValueError(
-                f"tensor parallel: {layer.fused} holds several layers, one after the other, and a "
-                "part of its rows is not the same part of each, want it left out of the plan"
+                f"tensor parallel: {layer.fused} holds several layers, one after the other, and "
+                "cutting its rows would not give each process a part of every one; leave it out of "
+                "the plan"
             )
         q, world = layer.quantized, mesh.size()
         N, K = q.shape
@@ -116,11 +118,12 @@ class ParallelLinear4bit(MarkedWeight):
             want = (
                 f"K a multiple of blocksize x {world}"
                 if rowwise
-                else (f"K a multiple of blocksize and N of {world}")
+                else f"K a multiple of blocksize and N of {world}"
             )
             raise ValueError(
                 f"tensor parallel: a [{N}, {K}] weight with blocksize={q.blocksize or None} cannot "
-                f"be cut into {world} parts by {'columns' if rowwise else 'rows'}, want {want}"
+                f"be cut into {world} parts by {'columns' if rowwise else 'rows'}, want {want}; "
+                "use another number of processes, or leave the layer out of the plan"
             )
         absmax = q.absmax
         if q.nested is not None:
@@ -167,7 +170,8 @@ class ParallelLinear4bit(MarkedWeight):
         if isinstance(x, DTensor):
             want = "this process's part, x.to_local()" if self.rowwise else "x.full_tensor()"
             raise TypeError(f"tensor parallel: x is a DTensor, want a plain tensor: {want}")
-        check_input(type(self).__name__, x=x)  # afterwards, in the communication, it is too late
+        # Other layers check only after an error. Here the communication would fail first.
+        check_input(type(self).__name__, x=x)
         x = self._input(x)
         if not self.rowwise:
             x = _Copied.apply(x, self.mesh)

@@ -25,16 +25,16 @@ def _leaving_packed_frozen(original):
             layers = {n: m for n, m in self.named_modules() if isinstance(m, _Packed4bit)}
             packed = {id(p) for m in layers.values() for k, p in m._parameters.items()
                       if k in _PACKED_KEYS}  # fmt: skip
-            numbers = [p for p in self.parameters() if id(p) not in packed]
-            if not layers or not all(p.is_floating_point() or p.is_complex() for p in numbers):
+            others = [p for p in self.parameters() if id(p) not in packed]
+            if not layers or not all(p.is_floating_point() or p.is_complex() for p in others):
                 raise
-        for parameter in numbers:
+        for parameter in others:
             parameter.requires_grad_(requires_grad)
         names = [name or type(self).__name__ for name in layers]
         warnings.warn(
             f"requires_grad_(True): the packed weights of {', '.join(names[:3])}"
-            f"{f' and {len(names) - 3} more layers' if len(names) > 3 else ''} stay frozen, all "
-            "other parameters require gradients now; adapters (add_lora, PEFT) train packed layers",
+            f"{f' and {len(names) - 3} more layers' if len(names) > 3 else ''} stay frozen. All "
+            "other parameters now require gradients. To train packed layers, use add_lora or PEFT",
             stacklevel=2,
         )
         return self

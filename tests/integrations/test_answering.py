@@ -194,7 +194,7 @@ def test_the_table_has_every_setting():
             {"llm_int8_enable_fp32_cpu_offload": True},
             r"llm_int8_enable_fp32_cpu_offload got True, want False \(layers on the CPU stay",
         ),
-        ({"load_in_4bit": False}, r"load_in_4bit got False, want True \(load_in_8bit=True is"),
+        ({"load_in_4bit": False}, r"load_in_4bit got False, want True \(8 bits need bits"),
         ({"bnb_4bit_compute_dtype": torch.float64}, "bnb_4bit_compute_dtype got 'float64', want"),
         (
             {"llm_int8_skip_modules": [3]},

@@ -286,7 +286,7 @@ def test_what_their_format_cannot_hold_is_refused(llama, tmp_path):
     peft.get_peft_model(tuned, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has adapters of PEFT"):
         qlora_ext.save_pretrained(tuned, tmp_path, format="bitsandbytes")
-    with pytest.raises(ValueError, match="is quantized by None"):
+    with pytest.raises(ValueError, match="is not quantized, want a 4-bit"):
         qlora_ext.from_pretrained(llama)
 
 

@@ -143,8 +143,8 @@ def test_a_trainer_imported_before_is_named(enabled, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     sentence = (
         "qlora_ext: axolotl.kernels.quantize, unsloth.kernels.utils: imported before enable(), "
-        "with bitsandbytes' own C functions. Call enable() before that import, or set "
-        "QLORA_EXT_ENABLE=1 in the environment"
+        "with bitsandbytes' own C functions, which they keep. Call enable() before importing them, "
+        "or set QLORA_EXT_ENABLE=1 in the environment"
     )
     with pytest.warns(UserWarning) as told:
         enabled(lib)

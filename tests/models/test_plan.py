@@ -155,7 +155,7 @@ def test_names_for_a_packed_checkpoint_change_nothing_and_that_is_said(tmp_path)
     with pytest.warns(UserWarning) as told:
         model = type(packed).from_pretrained(tmp_path, quantization_config=config)
     said = " ".join(str(w.message) for w in told)
-    assert "which decides: model.layers.0.mlp.gate_proj, " in said and "stay packed" in said
+    assert "packed already: model.layers.0.mlp.down_proj, " in said and "stay packed" in said
     assert "k_proj" not in said and "modules_to_not_convert has 'none_such', which matches" in said
     assert packed_names(model) == packed_names(packed)
     saved = model.config.quantization_config.to_dict()

@@ -103,8 +103,8 @@ def test_layers_under_other_names_are_named():
 
     with fabric.init_module():
         model = build()
-    dense_ones = "own, attention, attention.out_proj; to pack nn.Linear layers, build the model"
-    with pytest.warns(UserWarning, match=f"name torch.nn.Linear only: {dense_ones}"):
+    said = "own, attention, attention.out_proj stay dense, .* name torch.nn.Linear only, .* outside"
+    with pytest.warns(UserWarning, match=f": {said} init_module"):
         fabric.setup_module(model)
     assert packed(model) == {"up"}
     with pytest.warns(UserWarning):  # the advice holds
@@ -132,7 +132,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(TypeError, match=r"TrainerPrecision4bit: dtype is torch.float64, want"):
         TrainerPrecision4bit(dtype=torch.float64)
     fabric = fabric_of(modules_to_not_convert=["down"])
-    with pytest.raises(RuntimeError, match="init_module cannot leave modules_to_not_convert"):
+    with pytest.raises(RuntimeError, match=r"init_module cannot leave .* modules_to_not_convert"):
         fabric.init_module()
     with pytest.raises(ValueError, match="no layer to pack"):
         fabric_of().setup(nn.Sequential(nn.LayerNorm(4)))

@@ -29,14 +29,15 @@ def _create_for_parameter(base, config, adapter_name, target, *, parameter_name,
         )
     if config.fan_in_fan_out:
         raise ValueError(
-            f"PEFT's target_parameters on {layer}.weight does not work with fan_in_fan_out"
+            f"PEFT's target_parameters on {layer}.weight does not work with fan_in_fan_out=True, "
+            "want False"
         )
     return ParamWrapper(target, adapter_name, config=config, **{**kwargs, "target_name": layer})
 
 
 def _as_linear(config, settings: dict) -> None:
-    """Turns off fan_in_fan_out: GPT-2's layers are Conv1D, [in, out], and packed they are ordinary
-    [out, in] layers."""
+    """Turns off fan_in_fan_out. It is for GPT-2's Conv1D layers, [in, out], which become ordinary
+    [out, in] layers when they are packed."""
     if getattr(config, "fan_in_fan_out", False):
         config.fan_in_fan_out = False
         if "fan_in_fan_out" in settings:
@@ -72,14 +73,14 @@ def _create_as(cls: type):
     def wrap(original):
         @functools.wraps(original)
         def _create_new_module(config, *args, **kwargs):
-            *_, target = args  # RandLoRA's has two arguments more than the others'
+            *_, target = args  # RandLoRA's function takes two arguments more than the others
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if not isinstance(base, Linear4bit):
                 return original(config, *args, **kwargs)
             _as_linear(config, kwargs)
-            # A model that answers as bitsandbytes' would make PEFT look for its layers.
+            # For a model that says it is bitsandbytes', PEFT would look for its layers.
             layer = original(config, *args, **{**kwargs, "loaded_in_4bit": False})
-            # PEFT chooses the class itself, and its arguments differ from release to release.
+            # Change the class afterwards: PEFT chooses it, and its arguments depend on the release.
             layer.__class__ = cls
             return layer
 

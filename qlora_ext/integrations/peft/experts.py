@@ -3,7 +3,7 @@
 PEFT wraps a module once for each parameter that it adapts, and looks only at a module's own
 parameters. `named_stacks` shows it the stacks of an `Experts4bit` as such; the keys, the shapes and
 the outputs of the adapters are then those of the dense experts. PEFT itself adds B A to the whole
-dense stack in each forward; here the wrappers hand A and B down to the experts.
+dense stack in each forward. Our wrappers pass A and B to the experts instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import nn
 
-from ...checks import check_finite
 from ...nn.dense import dense_experts, merged_stack
 from ...nn.expert_offload import check_not_in_host
 from ...nn.experts import Experts4bit
@@ -29,6 +28,7 @@ from ...tensor.functions import dequantize_4bit
 from .lora import _FiniteScales
 from .stand_in import (
     _adapters_to_merge,
+    _check_finite,
     _innermost,
     _merge_to_4bit,
     _packed_base,
@@ -37,8 +37,8 @@ from .stand_in import (
 )
 from .versions import adapted_layer
 
-# The starts that need no dense weight; PEFT's own fails at the others on experts, too. "eva" is
-# that of the linear layers beside them.
+# The values of init_lora_weights that need no dense weight. On dense experts PEFT itself fails with
+# the others. "eva" acts on the linear layers of the same model.
 _STARTS = ("gaussian", "eva")
 
 
@@ -88,7 +88,7 @@ def check_biases(bias: str | None, model: nn.Module) -> None:
         if isinstance(module, Stack4bit) and module._parameters["bias"] is not None:
             raise ValueError(
                 f"PEFT's bias='all' would train {name}.bias, the biases of packed experts, which "
-                "its files cannot name, want bias='none'"
+                "PEFT cannot store in an adapter's file, want bias='none'"
             )
 
 
@@ -109,7 +109,7 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         return base.stacks()[self.parameter_name] if isinstance(base, Experts4bit) else None
 
     def get_param(self) -> nn.Parameter:
-        """A parameter like the dense stack, without its values; with them if merged."""
+        """A parameter like the dense stack. It has values only while adapters are merged."""
         stack = self.stack
         return super().get_param() if stack is None else _stand_in(stack)
 
@@ -118,18 +118,21 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         return self.get_param()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs) -> None:
-        """As PEFT's. Raises ValueError for what its `ParamWrapper` refuses in the first adapter,
-        and for starts that need the dense weight."""
+        """As PEFT's. Raises ValueError for settings that its `ParamWrapper` refuses in the first
+        adapter, and for values of init_lora_weights that need the dense weight."""
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower() not in _STARTS:
             raise ValueError(
                 f"LoraConfig: init_lora_weights={start!r} needs the weights of {self._name}, which "
-                "are packed, want True, False or 'gaussian' (after that, "
-                "peft.replace_lora_weights_loftq does LoftQ's start)"
+                "are packed, want True, False or 'gaussian'. For LoftQ, call "
+                "peft.replace_lora_weights_loftq after that"
             )
         for setting in ("lora_bias", "fan_in_fan_out", "use_dora", "velora_config", "kasa_config"):
             if getattr(config, setting, None):
-                raise ValueError(f"lora.ParamWrapper does not work with {setting} ({self._name})")
+                raise ValueError(
+                    f"PEFT's target_parameters on {self._name} does not work with {setting}; leave "
+                    "it out of LoraConfig"
+                )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
@@ -168,7 +171,7 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
     def forward(
         self, x: torch.Tensor, *args: Any, adapters: dict[str, Adapter] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The experts with the active adapters. `adapters` are those of the wrappers around it."""
+        """The experts with the active adapters. `adapters`: those of the wrappers around this."""
         if not isinstance(self.get_base_layer(), Experts4bit):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
@@ -199,18 +202,12 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
         names = _adapters_to_merge(self, adapter_names, self.r)
         if not names:
             return
-        # All at once into the packed weight: it is rounded once.
+        # Merge all at once into the packed weight, so that it is rounded once.
         A, B, scaling = self._stacked(self.merged_adapters + names)
         stack = _packed_base(self).stacks()[self.parameter_name]
         sums = functools.partial(merged_stack, stack.quantized, (A, B, float(scaling)))
         weight = sums(stack.dtype)
-        try:
-            check_finite(self._name, weight, stack.dtype, lambda: sums(torch.float32))
-        except OverflowError as error:
-            raise ValueError(
-                f"merge: with adapters {names}, {error}: an adapter is broken, or the dtype too "
-                "narrow"
-            ) from None
+        _check_finite(self._name, weight, names, stack.dtype, lambda: sums(torch.float32))
         self._swap_in(weight)
         self.merged_adapters.extend(names)
 
@@ -283,8 +280,8 @@ class ParamWrapper(_FiniteScales, PeftParamWrapper):
 
 
 def _is_cheaper_apart(chosen: torch.Tensor, E: int) -> bool:
-    """Whether the chosen experts' B alone are turned in less time than all. No gradient goes
-    through that, and a GPU turns all in a few microseconds."""
+    """Whether turning B of the chosen experts takes less time than turning all of it. No gradient
+    goes through the former, and a GPU turns all in a few microseconds."""
     is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return is_plain and chosen.device.type == "cpu" and 4 * chosen.numel() <= E
 

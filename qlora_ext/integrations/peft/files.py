@@ -76,8 +76,8 @@ def _check_combined(original):
             except OverflowError as error:
                 self.delete_adapter(adapter_name)
                 raise ValueError(
-                    f"add_weighted_adapter: with weights {weights}, {error}: an adapter is broken, "
-                    "or a weight too large"
+                    f"add_weighted_adapter: with weights {weights}, {error}; use smaller weights, "
+                    "or another adapter if one is damaged"
                 ) from None
         return result
 
@@ -169,7 +169,7 @@ def _set_state_dict(original):
 
 
 def _check_swapped(original):
-    """Wraps `hotswap_adapter_from_state_dict`. It swaps nothing if a value is not finite."""
+    """Wraps `hotswap_adapter_from_state_dict`. It refuses values that are not finite."""
 
     @functools.wraps(original)
     def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, *args, **kwargs):
@@ -179,7 +179,8 @@ def _check_swapped(original):
             _check_read(state_dict, "hotswap_adapter")
         swapped = _swapped_stacks(model, state_dict, adapter_name, config)
         original(model, state_dict, adapter_name, config, *args, **kwargs)
-        for wrapper in swapped:  # PEFT looks for the patterns in the keys, not in the names
+        # PEFT looks up the patterns by the keys, which do not name the parameter.
+        for wrapper in swapped:
             r, alpha = config.r, config.lora_alpha
             r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, wrapper._name), r)
             key = get_pattern_key(config.alpha_pattern, wrapper._name)
@@ -192,14 +193,14 @@ def _check_swapped(original):
 
 def _turn_stacks(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter_name: str) -> None:
     """Brings the adapters of packed experts in state into the orientation of this release. Raises
-    ValueError if the release that wrote them does not say which they have."""
+    ValueError if neither the release that wrote them nor their shapes tell the orientation."""
     config = model.peft_config[adapter_name]
     wrappers = _wrappers(model, adapter_name)
     if not wrappers:
         return
     op, adapters = "set_peft_model_state_dict", {}
     for name, wrapper in wrappers.items():
-        # A model that is no PeftModel has names without the prefix, which files have.
+        # Files have this prefix in their keys. A model that is not a PeftModel has no such names.
         prefix = "" if f"{name}.lora_A.weight" in state else "base_model.model."
         keys = tuple(f"{prefix}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
         if all(key in state for key in keys):
@@ -208,14 +209,15 @@ def _turn_stacks(model: torch.nn.Module, state: dict[str, torch.Tensor], adapter
     if adapters and is_swapped(op, adapter_name, settings, list(adapters.values())):
         if all(stack.in_features == stack.out_features for *_, stack in adapters.values()):
             raise ValueError(
-                f"{op}: PEFT {config.peft_version} stored {adapter_name!r}, an adapter of experts, "
-                "the other way round, unless a later release saved it again; as the matrices are "
-                "square, their shapes do not tell; qlora_ext.load_adapter goes by the release"
+                f"{op}: PEFT {config.peft_version} stored experts' adapters the other way round, "
+                f"but a later release may have saved {adapter_name!r} again, and because the "
+                "matrices are square, their shapes do not tell; use qlora_ext.load_adapter, which "
+                "goes by the release"
             )
         for keys, adapter in adapters.items():
             pair = from_file(*adapter, True)
             state |= {} if pair is None else dict(zip(keys, to_file(*pair), strict=True))
-    config.peft_version = peft.__version__  # of the orientation that is saved from now on
+    config.peft_version = peft.__version__  # from now on it is saved in this orientation
 
 
 def _wrappers(model: torch.nn.Module, adapter_name: str) -> dict[str, ParamWrapper]:
@@ -236,9 +238,10 @@ def _packed_stack(wrapper: ParamWrapper) -> Stack4bit:
 def _swapped_stacks(
     model: torch.nn.Module, state: dict[str, torch.Tensor], adapter_name: str, config
 ) -> list[ParamWrapper]:
-    """The wrappers of packed experts that a hot-swap gives another adapter. Raises ValueError for
-    one of another rank, because PEFT would cut or pad A, whose rows belong to one expert after the
-    other; and for one of a release that stored it the other way round."""
+    """The wrappers of packed experts that a hot-swap gives another adapter.
+
+    Raises ValueError if its rank differs, because PEFT would cut or pad A, whose rows belong to one
+    expert after the other; or if it is from a release that stored it the other way round."""
     op = "hotswap_adapter"
     swapped, adapters = [], []
     for name, wrapper in _wrappers(model, adapter_name).items():
@@ -250,14 +253,15 @@ def _swapped_stacks(
     if adapters and is_swapped(op, adapter_name, settings, adapters):
         raise ValueError(
             f"{op}: PEFT {config.peft_version} stored the new adapter of experts the other way "
-            "round; load it (PeftModel.load_adapter), save it, and swap that in"
+            "round; load it with PeftModel.load_adapter, save it again, and swap that in"
         )
     for wrapper, (new, _, _) in zip(swapped, adapters, strict=True):
         old = wrapper.lora_A[adapter_name].weight
         if new.shape != old.shape:
             raise ValueError(
                 f"{op}: {wrapper._name} has A {list(old.shape)} and the new adapter "
-                f"{list(new.shape)}, want the same rank on packed experts"
+                f"{list(new.shape)}, want the same rank on packed experts; load it with "
+                "PeftModel.load_adapter instead"
             )
     return swapped
 
@@ -268,7 +272,10 @@ def _check_read(state: dict[str, torch.Tensor], op: str = "set_peft_model_state_
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             continue
         if not local_part(tensor).isfinite().all():
-            raise ValueError(f"{op}: {key} has a NaN or Inf, want finite values")
+            raise ValueError(
+                f"{op}: {key} has a NaN or Inf, want finite values; the file is damaged, or the "
+                "training diverged"
+            )
 
 
 def _check_table(key: str, dense: torch.Tensor, table: Embedding4bit) -> None:
@@ -303,7 +310,8 @@ def load_adapters(path: str | Path, base: Any = None, is_trainable: bool = False
     base = base if base is not None else config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"load_adapters: base got None, and adapter_config.json in {path} names none"
+            f"load_adapters: base got None, and adapter_config.json in {path} names no base; give "
+            "one with base="
         )
     if not isinstance(base, torch.nn.Module):
         base = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)

@@ -126,13 +126,13 @@ class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLo
         if names is None:
             if type(self._modules["base_layer"]).__name__ == "ParallelLinear4bit":
                 raise TypeError(
-                    f"tensor parallel: the base layer of {self._name} was cut, and PEFT's adapters "
-                    "cannot be: use add_lora"
+                    f"tensor parallel: the base layer of {self._name} was cut, but PEFT's adapters "
+                    "cannot be cut; use add_lora"
                 )
             base = self._modules["base_layer"]
             if not self.lora_variant or not is_offloaded(base):
                 return super().forward(x, *args, **kwargs)
-            with loaded(base):  # PEFT's variants read the bias after the base layer has run
+            with loaded(base):  # PEFT's variants read the bias after running the base layer
                 return super().forward(x, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._fused(x, names, True)
@@ -192,14 +192,19 @@ class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLo
     def loftq_init(self, adapter_name: str, *args) -> None:
         """Raises ValueError: PEFT's would read the packed bytes as weights."""
         raise ValueError(
-            "init_lora_weights='loftq' needs the unquantized weight; on a 4-bit layer use "
-            "peft.replace_lora_weights_loftq(model, folder of the unquantized model)"
+            f"LoraConfig: init_lora_weights='loftq' on {self._name} needs the unquantized weight; "
+            "use init_lora_weights=True, then call peft.replace_lora_weights_loftq(model, folder) "
+            "with the folder of the unquantized model"
         )
 
     def lora_ga_init(self, adapter_name: str, lora_ga_config) -> None:
-        """Raises ValueError if gradients were gathered: PEFT would subtract from packed bytes."""
+        """As PEFT's. Raises ValueError if gradients were gathered, because PEFT would then subtract
+        from packed bytes."""
         if hasattr(self.get_base_layer(), "_peft_loraga_grad"):
-            raise ValueError("init_lora_weights='lora_ga' needs the unquantized weight")
+            raise ValueError(
+                f"LoraConfig: init_lora_weights='lora_ga' on {self._name} needs the unquantized "
+                "weight; use init_lora_weights=True"
+            )
         super().lora_ga_init(adapter_name, lora_ga_config)
 
 
@@ -215,7 +220,7 @@ class _DoraEmbeddingVariant(DoraEmbeddingVariant):
     @staticmethod
     def init(module, adapter_name: str, **kwargs):
         DoraEmbeddingVariant.init(module, adapter_name, **kwargs)
-        # PEFT's init makes its own class, and there is no way to choose another.
+        # PEFT's init makes its own class and takes no other.
         module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
 
 
@@ -249,8 +254,8 @@ class LoraEmbedding4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLor
     def loftq_init(self, adapter_name: str, *args) -> None:
         """Raises ValueError: PEFT's would read the packed bytes as weights."""
         raise ValueError(
-            f"init_lora_weights='loftq' on {self._name} needs the unquantized weight; a packed "
-            "embedding starts with init_lora_weights=True, or stays dense without "
+            f"LoraConfig: init_lora_weights='loftq' on {self._name} needs the unquantized weight; "
+            "use init_lora_weights=True for a packed embedding, or pack the model without "
             "quantize_embeddings=True"
         )
 
@@ -268,7 +273,7 @@ class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
         for name in _adapters_to_merge(self, adapter_names, self.lora_A):
             weight = dequantize(self.get_base_layer()).detach().float()
             weight = (weight + self.get_delta_weight(name)).detach()
-            _check_finite(self._name, weight, [name], _packed_base(self).dtype)
+            _check_finite(f"{self._name}.weight", weight, [name], _packed_base(self).dtype)
             _swap_in(self, weight.to(_packed_base(self).dtype))
             self.merged_adapters.append(name)
 
@@ -276,9 +281,9 @@ class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
 
 
 class ParamWrapper(PeftLoraLinear4bit):
-    """What `target_parameters=["q_proj.weight"]` gives a packed layer: the LoRA layer that
-    `target_modules` gives it, of the keys, the shapes and the outputs of PEFT's `ParamWrapper` on
-    the dense weight.
+    """The layer for `target_parameters=["q_proj.weight"]` on a packed layer: the LoRA layer of
+    `target_modules`. Its keys, shapes and outputs are those of PEFT's `ParamWrapper` on the dense
+    weight.
 
     PEFT asks for the class by this name when a second adapter is added.
     """

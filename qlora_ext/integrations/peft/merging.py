@@ -59,17 +59,17 @@ def _refuse_sharded(original):
 
 @contextlib.contextmanager
 def _no_bitsandbytes(model: torch.nn.Module):
-    """A context in which a model of our layers does not answer as one of bitsandbytes', because
-    PEFT's IA3 neither merges nor unloads such a model."""
-    answers = model.__dict__
-    if "is_loaded_in_4bit" not in answers or not _holds_packed(model):
+    """A context in which a model with our layers lacks `is_loaded_in_4bit`, because PEFT's IA3
+    refuses to merge or unload a model that has it."""
+    marks = model.__dict__
+    if "is_loaded_in_4bit" not in marks or not _holds_packed(model):
         yield
         return
-    answer = answers.pop("is_loaded_in_4bit")
+    mark = marks.pop("is_loaded_in_4bit")
     try:
         yield
     finally:
-        answers["is_loaded_in_4bit"] = answer
+        marks["is_loaded_in_4bit"] = mark
 
 
 def _merge_and_unload(original):
@@ -82,7 +82,7 @@ def _merge_and_unload(original):
             if any(isinstance(m, _Packed4bit) for m in self.model.modules()):
                 _check_unadapted(self.model, self.prefix)
                 if len(args) < 2:
-                    kwargs["safe_merge"] = True  # for the dense layers too, which PEFT merges
+                    kwargs["safe_merge"] = True  # for the dense layers, which PEFT merges
         else:
             _refuse_merged(self.model)
         with _no_bitsandbytes(self.model):
@@ -112,7 +112,7 @@ def _check_unadapted(model: torch.nn.Module, prefix: str) -> None:
 
 
 def adapted_model(model: torch.nn.Module) -> AdaptedModel | None:
-    """The adapters of a PeftModel on packed layers, for merge_into_4bit; None for other models."""
+    """The adapters of a PeftModel on packed layers, for merge_into_4bit. None for other models."""
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return None
 
@@ -138,7 +138,7 @@ def _adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
         if module.merged:
             raise ValueError(
                 f"merge_into_4bit: {name} has adapters merged ({module.merged_adapters}), want "
-                "them unmerged; model.unmerge_adapter() does it"
+                "them unmerged; call model.unmerge_adapter() first"
             )
         if isinstance(module.get_base_layer(), Embedding4bit) and any(
             name in module.r for name in module.active_adapters
@@ -178,7 +178,7 @@ def _adapted_stack(module: ParamWrapper, names: dict[nn.Module, str]) -> list[Ad
     stack = module.stack
     factors = (A.detach().float(), B.detach().float(), float(scaling))
 
-    def switch(on: bool) -> None:  # the wrapper hands its adapter to the merged stack, too
+    def switch(on: bool) -> None:  # off, or the wrapper adds its adapter to the merged stack, too
         module._disable_adapters = not on
 
     return adapted_experts(names[stack], stack, *factors, switch)

@@ -49,7 +49,7 @@ class _MergesOnStandIn:
         finally:
             self.merged_adapters, holder.base_layer = before
         weight, bias, dtype = dense.weight.data, dense.bias, packed.dtype
-        _check_finite(self._name, weight, names, dtype)
+        _check_finite(f"{self._name}.weight", weight, names, dtype)
         if bias is not None:
             _check_finite(f"{self._name}.bias", bias.data, names, dtype)
         _swap_in(self, weight.to(dtype).contiguous())
@@ -71,9 +71,7 @@ class HiraLinear4bit(_MergesOnStandIn, HiraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As IA3Linear4bit's."""
         super().merge(safe_merge, adapter_names)
-        self._base_weight_before_merge = (
-            None  # PEFT's copy, to unmerge with; ours is the packed one
-        )
+        self._base_weight_before_merge = None  # PEFT would unmerge with it; we keep the packed one
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The packed product and the adapters' own. PEFT's forward reads the weight as it is."""

@@ -88,8 +88,8 @@ def _swap_in(layer: BaseTunerLayer, weight: torch.Tensor) -> None:
         _warn_of_requantizing()
         stand_in = _repacked(stand_in, packed)
     holder = _innermost(layer)
-    # Keep it in a list, so that it is not a submodule: state_dict and parameters() are then the
-    # stand-in's.
+    # Keep it in a list, so that it is not a submodule. Then state_dict and parameters() give the
+    # stand-in's tensors.
     holder.__dict__["_qlora_ext_packed"] = [packed]
     holder.base_layer = stand_in
 
@@ -118,25 +118,26 @@ def unmerge(layer: BaseTunerLayer, restore: Callable[[BaseTunerLayer], None]) ->
 
 
 def _check_finite(
-    layer: str,
-    weight: torch.Tensor,
-    names: list[str],
+    name: str,
+    values: torch.Tensor,
+    adapters: list[str],
     dtype: torch.dtype,
     exact: Callable[[], torch.Tensor] | None = None,
 ) -> None:
-    """Raises ValueError, which PEFT's callers expect, if a merged weight does not fit dtype. exact
-    computes the weight before rounding."""
+    """Raises ValueError, which PEFT's callers expect, if the merged weight or bias `name` does not
+    fit dtype. exact computes it before rounding."""
     try:
-        check_finite(f"{layer}.weight", weight, dtype, exact)
+        check_finite(name, values, dtype, exact)
     except OverflowError as error:
         raise ValueError(
-            f"merge: with adapters {names}, {error}: an adapter is broken, or the dtype too narrow"
+            f"merge: with adapters {adapters}, {error}; load the base in a wider dtype, or another "
+            "adapter if one is damaged"
         ) from None
 
 
 def _adapters_to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None, own) -> list[str]:
-    """The adapters in `own` to merge, of those named or else of the active ones. Raises ValueError
-    if the layer is sharded or offloaded."""
+    """The adapters to merge: those in `own` that are named, or active if none are named. Raises
+    ValueError if the layer is sharded or offloaded."""
     check_whole(f"merge: {layer._name}", layer)
     check_in_memory(f"merge: {layer._name}", layer, IN_MEMORY)
     return [name for name in check_adapters_to_merge(layer, adapter_names) if name in own]
@@ -176,7 +177,8 @@ class _MergesIntoDense:
                 scaling,
             )
             weight = sum_in(dtype)
-            _check_finite(self._name, weight, names, dtype, lambda: sum_in(torch.float32))
+            exact = functools.partial(sum_in, torch.float32)
+            _check_finite(f"{self._name}.weight", weight, names, dtype, exact)
             self._set_merged(weight, names)
             return
         for name in names:
@@ -185,7 +187,7 @@ class _MergesIntoDense:
                 weight = self.lora_variant[name].merge_safe(self, name, weight)
             else:
                 weight = weight + self.get_delta_weight(name)
-            _check_finite(self._name, weight, [name], dtype)
+            _check_finite(f"{self._name}.weight", weight, [name], dtype)
             self._set_merged(weight.detach().to(dtype), [name])
 
     def _set_merged(self, weight: torch.Tensor, names: list[str]) -> None:
@@ -217,8 +219,8 @@ class _MergesIntoDense:
 
 
 def dequantize(module: torch.nn.Module) -> torch.Tensor:
-    """The weight [out, in] of a linear layer, or an embedding's table: dequantized to fp32 if it is
-    packed, else as it is."""
+    """The weight [out, in] of a linear layer, or an embedding's table: dequantized to fp32 if the
+    layer is packed, else unchanged."""
     if isinstance(module, _Packed4bit):
         with loaded(module):
             return dequantize_4bit(module.quantized, torch.float32)

@@ -43,7 +43,7 @@ def prepare_model_for_kbit_training(
     """Freezes a packed model, and turns on gradient checkpointing and gradients of the inputs.
 
     PEFT's function of this name also makes fp32 copies of norms, embeddings and head. Ours leaves
-    dtypes alone, because adapters are fp32 and each op accumulates in fp32.
+    dtypes alone, because adapters are fp32 and every op accumulates in fp32.
 
     Args:
         model: a transformers model with `Linear4bit` layers; changed in place and returned.
@@ -117,11 +117,12 @@ def replace_lora_weights_loftq(
     }
     if not layers:
         raise ValueError(
-            f"replace_lora_weights_loftq: no packed layer with LoRA named {adapter_name!r}"
+            f"replace_lora_weights_loftq: no packed layer with LoRA named {adapter_name!r}, want a "
+            "PeftModel with LoRA on packed layers, and the name of one of its adapters"
         )
     model_path = model_path or peft_model.get_base_model().config._name_or_path
     if not any(Path(model_path).glob("*.safetensors")) and not Path(model_path).is_file():
-        # model_path is a sharded model on the hub.
+        # It is a sharded model on the hub.
         loader = loftq_utils._SafetensorLoader(peft_model, str(model_path))
         model_path = Path(next(iter(loader.weight_map.values()))).parent
     unquantized = OriginalWeights(model_path, peft_model, "replace_lora_weights_loftq")
@@ -165,7 +166,7 @@ def _start_of_stack(unquantized: OriginalWeights, layer: ParamWrapper, r: int, s
             got = f"{key} as {weight.dtype} {list(weight.shape)}"
         raise ValueError(
             f"replace_lora_weights_loftq: {unquantized.called} has {got}, want float "
-            f"{list(shape)} of the unquantized model that was packed"
+            f"{list(shape)}; give the folder of the unquantized model that was packed"
             + (f"; its folder cannot be read: {unquantized.reason}" if unquantized.reason else "")
         )
     q, pairs = stack.quantized, []

@@ -28,7 +28,7 @@ from .stand_in import _check_finite, _innermost, _packed_base, _restore, _swap_i
 from .versions import ADAPTS_STACKS, NEWER, SUPPORTED, QuantizationBackend, adapted_layer
 
 _KEEP_TABLE = (
-    "or keep the table dense: quantize the unquantized model without quantize_embeddings=True "
+    "keep the table dense: quantize the unquantized model without quantize_embeddings=True "
     "(the command: without --embeddings)"
 )
 
@@ -54,7 +54,7 @@ class PackedBackend(QuantizationBackend):
             dtype = _packed_base(peft_layer).dtype
             name = peft_layer.__dict__.get("_qlora_ext_name", type(peft_layer).__name__)
             check_in_memory(f"merge: {name}", peft_layer, IN_MEMORY)
-            _check_finite(name, weight_data, list(peft_layer.active_adapters), dtype)
+            _check_finite(f"{name}.weight", weight_data, list(peft_layer.active_adapters), dtype)
             _swap_in(peft_layer, weight_data.detach().to(dtype).contiguous())
 
 
@@ -105,20 +105,20 @@ def _refuse_packed(original):
             _check_experts(base, method, layer, kwargs.get("parameter_name"))
         if isinstance(base, Stack4bit):
             raise ValueError(
-                f"PEFT's {method} on {layer}: it is the packed stack of a mixture's experts, want "
-                "target_parameters with the name that it has in the dense model, such as "
+                f"PEFT's {method} on {layer}: it is a packed stack of a mixture's experts, want it "
+                "in target_parameters under its name in the dense model, such as "
                 "experts.gate_up_proj"
             )
         if isinstance(base, _Lora):
             # PEFT's forward and merge would read only the base weight and lose A and B.
             raise ValueError(
                 f"PEFT's {method} on {layer}: it has an adapter of qlora_ext.add_lora already; "
-                "merge it with qlora_ext.merge_and_unload, or let PEFT start from a model without"
+                "merge it with qlora_ext.merge_and_unload, or load the base again for PEFT"
             )
         if isinstance(base, Embedding4bit) and method != "LORA":
             raise ValueError(
                 f"PEFT's {method} cannot train {layer}, an embedding that is packed in 4 bits; use "
-                f"LORA there, {_KEEP_TABLE}"
+                f"LORA there, or {_KEEP_TABLE}"
             )
         if isinstance(base, Linear4bit):
             if method not in SUPPORTED:
@@ -129,8 +129,8 @@ def _refuse_packed(original):
             if isinstance(target, BaseTunerLayer) and _tuner(target) != method:
                 # Merging two kinds into one weight depends on their order, which neither knows.
                 raise ValueError(
-                    f"PEFT's {method} on a 4-bit layer that has {_tuner(target)} already: adapters "
-                    "of one kind only"
+                    f"PEFT's {method} on {layer}: this 4-bit layer has {_tuner(target)} already, "
+                    "want adapters of one kind only; unload the other first"
                 )
         if not isinstance(base, (_Packed4bit, Experts4bit)):
             original(self, config, adapter_name, target, *args, **kwargs)
@@ -141,7 +141,7 @@ def _refuse_packed(original):
                 check_trainable(f"PEFT's {method} on {layer}", base)
             token = adapted_layer.set(layer)
             try:
-                # Some adapters start from the base weight's values, and all go on its device.
+                # Some adapters start from the base weight's values, and all go to its device.
                 with loaded(base):
                     original(self, config, adapter_name, target, *args, **kwargs)
             finally:
@@ -165,8 +165,7 @@ def _check_experts(experts: Experts4bit, method: str, layer: str, parameter: str
     if any(isinstance(stack, _Lora) for stack in experts.stacks().values()):
         raise ValueError(
             f"PEFT's {method} on {layer}: the experts have an adapter of qlora_ext.add_lora "
-            "already; merge it with qlora_ext.merge_and_unload, or let PEFT start from a model "
-            "without"
+            "already; merge it with qlora_ext.merge_and_unload, or load the base again for PEFT"
         )
     if method != "LORA":
         raise ValueError(
@@ -174,16 +173,16 @@ def _check_experts(experts: Experts4bit, method: str, layer: str, parameter: str
         )
     if not ADAPTS_STACKS:
         raise ValueError(
-            f"PEFT {peft.__version__} cannot adapt {layer}, a stack of packed experts: it takes "
-            "[experts, out, in] for [experts, in, out]; want PEFT 0.19.1 or newer, or "
+            f"PEFT {peft.__version__} cannot adapt {layer}, a stack of packed experts: it would "
+            "read [experts, out, in] as [experts, in, out]; want PEFT 0.19.1 or newer, or use "
             "qlora_ext.add_lora"
         )
 
 
 def _all_or_nothing(original):
-    """Wraps a tuner's `inject_adapter`. It shows PEFT the stacks of packed experts. If one layer of
-    a model with packed layers is refused, it restores the layers that were wrapped before it, and
-    which parameters were trainable."""
+    """Wraps a tuner's `inject_adapter`. It shows PEFT the stacks of packed experts. If a layer of a
+    model with packed layers is refused, it restores the layers that were wrapped before, and every
+    parameter's requires_grad."""
 
     @functools.wraps(original)
     def inject_adapter(self, model, *args, **kwargs):
@@ -209,9 +208,9 @@ def _all_or_nothing(original):
 
 
 def _cast_adapters(original):
-    """Wraps `BaseTuner._cast_adapter_dtype`, which casts to fp32 unless told not to. Then adapters
-    on packed layers get the dtype of the layer, or that of bitsandbytes' config if it gave the
-    layer: as on bitsandbytes' layers since PEFT 0.19."""
+    """Wraps `BaseTuner._cast_adapter_dtype`, which casts to fp32 if autocast_adapter_dtype. If not,
+    adapters on packed layers get the dtype of the layer, or the compute dtype of the
+    BitsAndBytesConfig that the layer came from, as on bitsandbytes' layers since PEFT 0.19."""
 
     @functools.wraps(original)
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
@@ -222,8 +221,8 @@ def _cast_adapters(original):
             if not isinstance(base, _Packed4bit):
                 continue
             trained = {name: p.requires_grad for name, p in layer.named_parameters()}
-            # The attribute in which PEFT looks for the dtype of a weight whose bytes have none. It
-            # is there for this call only: adapters start in fp32, and are rounded if asked for.
+            # PEFT reads this attribute if a weight is bytes. It exists only during this call,
+            # because adapters start in fp32 and are rounded only on request.
             base.compute_dtype = base.adapter_dtype or base.dtype
             try:
                 with loaded(base):  # or adapters would go to the meta device of its weight
@@ -245,7 +244,7 @@ def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def _put_back(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    """Undoes changes since `_attributes`. Containers stay the same objects."""
+    """Restores what `_attributes` returned. Containers stay the same objects."""
     module.__dict__.clear()
     module.__dict__.update((name, value) for name, (value, _) in attributes.items())
     for value, content in attributes.values():
@@ -275,7 +274,7 @@ def _refuse_packed_layer(original, what: str):
             if isinstance(base_layer, Experts4bit):
                 setting = f"target_parameters ({', '.join(base_layer.names)})"
             if isinstance(base_layer, Embedding4bit):
-                dense = _KEEP_TABLE.removeprefix("or ")
+                dense = _KEEP_TABLE
             raise ValueError(
                 f"PEFT's {what} names a {type(base_layer).__name__}, whose packed weight cannot be "
                 f"trained; adapt it with {setting}, or {dense}"

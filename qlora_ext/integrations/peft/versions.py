@@ -4,7 +4,7 @@ Nothing else in this package asks for PEFT's version.
 
     0.19    layers take the whole `config` and `target_name`; before, each setting is a keyword, and
             a layer is not told its name
-    0.19.1  target_parameters takes a stack [E, N, K] for what it is; before, for [E, K, N]
+    0.19.1  target_parameters reads a stack [E, N, K] as such; before, as [E, K, N]
     0.20    a layer lists its `lora_variants`; before, its `resolve_lora_variant` chooses one.
             KappaTune. `quantization_utils`, through which BOFT, MiSS, SHiRA and VeRA read packed
             weights
@@ -45,7 +45,7 @@ else:
             if key not in self.lora_variants:
                 raise ValueError(
                     f"LoraConfig: {' with '.join(key)} on {self._name}, a 4-bit layer, is not "
-                    "supported"
+                    f"supported; leave {'one of them' if len(key) > 1 else 'it'} out"
                 )
             variant = self.lora_variants[key]
             return variant and variant()
@@ -75,17 +75,17 @@ if RELEASE >= (0, 20):
 if RELEASE >= (0, 21):
     SUPPORTED |= {"HIRA", "OFT", "PVERA"}
 elif RELEASE >= (0, 20):
-    NEWER = f" (PEFT is {peft.__version__}; HIRA, OFT and PVERA want 0.21)"
+    NEWER = f" (PEFT is {peft.__version__}; HIRA, OFT and PVERA need 0.21)"
 else:
-    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, SHIRA and VERA want 0.20, "
+    NEWER = f" (PEFT is {peft.__version__}; BOFT, MISS, SHIRA and VERA need 0.20, "
     NEWER += "HIRA, OFT and PVERA 0.21)"
 
 
-# Whether PEFT stores A and B of a stack of experts [E, N, K] as adapters/stacks.py says.
+# Whether PEFT stores A and B of a stack of experts [E, N, K] in the way of adapters/stacks.py.
 ADAPTS_STACKS = RELEASE >= (0, 19, 1)
 
 
-# The layer that is being adapted, for errors. Only from 0.19 on does PEFT tell a layer its name.
+# The layer that is being adapted, for errors. PEFT tells a layer its name only from 0.19 on.
 adapted_layer: ContextVar[str] = ContextVar("qlora_ext_adapted_layer", default="a layer")
 
 

@@ -1,8 +1,8 @@
 """Answers transformers' BitsAndBytesConfig(load_in_4bit=True) with our layers.
 
-Trainers build that config inside, and then look at what it leaves on the model: the config itself,
+Trainers build that config themselves, and then read what loading leaves on the model: the config,
 `quantization_method`, `is_loaded_in_4bit`. So all these stay bitsandbytes', and so does the format
-of checkpoints; only the layers and the kernels are ours. QLORA_EXT_ENABLE=layers turns it on
+of checkpoints. Only the layers and the kernels are ours. QLORA_EXT_ENABLE=layers turns it on
 (qlora_ext_enable.py). 8-bit configs go to bitsandbytes.
 """
 
@@ -30,8 +30,8 @@ from .quantizer import QLoraExtHfQuantizer
 
 
 class _NoQuantState:
-    """Stands in for bitsandbytes' `weight.quant_state`. Kernels that would read it multiply by the
-    weight's bytes if they find none, so reading this raises an error."""
+    """Stands in for bitsandbytes' `weight.quant_state`, and raises an error when it is read.
+    Without it, a trainer's kernels would take the packed bytes for the weight."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # what copy and pickle look for
@@ -64,7 +64,7 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         qlora_ext_enable.tell("BitsAndBytesConfig(load_in_4bit=True) gives qlora_ext's layers")
 
     def update_device_map(self, device_map):
-        """As bitsandbytes': without a device map the model goes to the current GPU."""
+        """As with bitsandbytes: without a device map the model goes to the current GPU."""
         if device_map is not None:
             return device_map
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
@@ -78,7 +78,7 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
 
     def _warn_unmatched(self, model, plan: Plan) -> None:
         asked = self.quantization_config.llm_int8_skip_modules or []
-        # A name may match in their way alone.
+        # A name may match by transformers' rules alone.
         names = [name for name, _ in model.named_modules() if name]
         ours = [name for name in plan.unmatched() if name in asked]
         missed = [one for one in ours if all(should_convert_module(n, [one]) for n in names)]
@@ -93,15 +93,15 @@ class AnsweringQuantizer(QLoraExtHfQuantizer):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.weight_marks = {"quant_state": _NoQuantState()}
-                # What PEFT gives adapters that it doesn't cast to fp32.
+                # The dtype for adapters that PEFT doesn't cast to fp32.
                 module.adapter_dtype = self.quantization_config.bnb_4bit_compute_dtype
         return model
 
 
 def _left_by_bitsandbytes(model: nn.Module, skipped: list[str]) -> list[str]:
-    """Patterns for the layers that transformers would leave dense for bitsandbytes, and we not:
-    names in `skipped` also match in the middle of a word there ("proj"), and its format has no name
-    for fused experts and for subclasses of nn.Linear."""
+    """Patterns for the layers that we would pack and transformers leaves dense for bitsandbytes.
+    There, names in `skipped` also match in the middle of a word ("proj"), and fused experts and
+    subclasses of nn.Linear are not packed."""
     left = []
     for name, module in model.named_modules():
         is_linear = is_plain_linear(module)
@@ -117,11 +117,11 @@ def _left_by_bitsandbytes(model: nn.Module, skipped: list[str]) -> list[str]:
 
 
 def answer_bitsandbytes() -> None:
-    """From now on BitsAndBytesConfig(load_in_4bit=True) gives our layers, in this process."""
+    """Makes BitsAndBytesConfig(load_in_4bit=True) give our layers, in this process."""
     auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AnsweringQuantizer
 
 
 def attach() -> None:
-    """Does so if QLORA_EXT_ENABLE=layers, unless it is too late for that."""
+    """Calls answer_bitsandbytes if QLORA_EXT_ENABLE=layers, unless it is too late for that."""
     if qlora_ext_enable.layers_wanted():
         answer_bitsandbytes()

@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 # thresholds are for 8 bits.
 SETTINGS = {
     "load_in_4bit": Setting(
-        want=(True,), why="load_in_8bit=True is bitsandbytes' own; an unquantized model needs none"
+        want=(True,), why="8 bits need bitsandbytes itself; an unquantized model needs no config"
     ),
     "load_in_8bit": Setting(want=(False,)),
     "bnb_4bit_quant_type": Setting("quant_type", ("nf4", "fp4")),
@@ -42,9 +42,9 @@ SETTINGS = {
         why=f"layers on the CPU stay packed; name those that should be dense in {SKIPPED}",
     ),
 }
-# What a checkpoint's own config says of how it was loaded does not matter to who reads it.
+# In a checkpoint's config only these matter. The others say how its writer had loaded the model.
 _MATTERS_STORED = {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
-_BESIDES = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
+_NOT_SETTINGS = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
 
 
 def our_settings(config: Any) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def our_settings(config: Any) -> dict[str, Any]:
                 f"BitsAndBytesConfig: {key} got {value!r}, want {want}"
                 + f" ({setting.why})" * bool(setting.why)
             )
-    for key in () if stored else sorted(settings.keys() - SETTINGS.keys() - _BESIDES):
+    for key in () if stored else sorted(settings.keys() - SETTINGS.keys() - _NOT_SETTINGS):
         if key not in defaults or settings[key] != defaults[key]:
             raise ValueError(
-                f"BitsAndBytesConfig: {key} got {settings[key]!r}, want it left out: qlora_ext "
-                "does not know it"
+                f"BitsAndBytesConfig: {key} got {settings[key]!r}, want it left out, because "
+                "qlora_ext does not know it"
             )
     result = {
         setting.ours: settings.get(key, defaults.get(key))

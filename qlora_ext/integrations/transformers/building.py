@@ -64,22 +64,22 @@ def _config_of(raw: dict):
 
 
 def _usable(config):
-    """Returns config. Raises TypeError if its text part is not a config, or if a value hides one of
-    its methods: transformers keeps every key of the file as an attribute."""
+    """Returns config. Raises TypeError if its text part is not a config, or if a key has the name
+    of one of its methods and hides it: transformers makes every key an attribute."""
     inner = [v for v in vars(config).values() if isinstance(v, transformers.PreTrainedConfig)]
     for part in (config, *inner):
         for key in vars(part):
             if key == "_auto_class" or callable(getattr(type(part), key, None)):
-                raise TypeError(f"{key} is a name of its config's own code")
+                raise TypeError(f"the config's own code uses the name {key}")
     for part in (config.get_text_config(), config.get_text_config(decoder=True)):
         if not isinstance(part, transformers.PreTrainedConfig):
-            raise TypeError(f"it has {shorten(part)} for the config of its text model")
+            raise TypeError(f"the config of its text model is {shorten(part)}, want an object")
     return config
 
 
 def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
-    """Returns make(). If it fails, the error names the key of `raw`, the object in `path`, without
-    which make_of succeeds, if there is one."""
+    """Returns make(). If that fails, and make_of succeeds without one of the keys of `raw`, the
+    object in `path`, the error names that key."""
     try:
         with reading(path):
             return make()
@@ -89,13 +89,13 @@ def _naming_the_key(path: Path, raw: dict, make: Callable, make_of: Callable):
         if key is None:
             raise
     raise CheckpointError(
-        f"{path}: {printable(key)} is {shorten(raw[key])}, which transformers cannot take "
-        f"({first_line(cause)})"
+        f"{path}: {printable(key)} is {shorten(raw[key])}, which transformers does not accept "
+        f"({first_line(cause)}); correct it, or download the file again"
     )
 
 
 def _culprit(raw: dict, make_of: Callable) -> str | None:
-    """The key without which make_of(raw) works, if one is found within CULPRIT_SECONDS.
+    """The key without which make_of(raw) works; None if it is not found in CULPRIT_SECONDS.
 
     There may be many keys that the architecture's config does not know, so they are halved until
     one is left. Known keys may need each other, so they are left out one at a time.
@@ -107,7 +107,7 @@ def _culprit(raw: dict, make_of: Callable) -> str | None:
             return False
         try:
             make_of(copy.deepcopy(values))
-        except Exception:  # the same error as before, or another
+        except Exception:  # the first error or any other
             return False
         return True
 
@@ -155,15 +155,16 @@ def model_class(config, path: Path | str = "config.json") -> type:
                 serves or isinstance(config, found.config_class)
             ):
                 raise CheckpointError(
-                    f"{path}: architectures has {name}, which is none of a {config.model_type!r}"
+                    f"{path}: architectures has {name}, want a class for model_type "
+                    f"{config.model_type!r}; one of the two is wrong"
                 )
             return found
     found = _causal_class(config)
     if found is None:
         raise CheckpointError(
             f"{path}: architectures is {shorten(config.architectures)}, and transformers "
-            f"{transformers.__version__} has none of them nor a language model for "
-            f"{config.model_type!r}"
+            f"{transformers.__version__} has none of these, nor a language model for model_type "
+            f"{config.model_type!r}; a newer one may have it"
         )
     return found
 
@@ -175,7 +176,7 @@ def _causal_class(config) -> type | None:
 
 
 def stored_method(config) -> str | None:
-    """quant_method of a checkpoint that is quantized, else None."""
+    """The quant_method of a quantized checkpoint, else None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -209,7 +210,7 @@ def build(config, dtype: torch.dtype, cls: type | None = None) -> nn.Module:
 def build_folder(
     folder: Path, config, dtype: torch.dtype, find_class: Callable = model_class
 ) -> nn.Module:
-    """As `build`, for a config that was read from a folder. An error names the value at fault.
+    """Like `build`, for a config that was read from a folder. An error names the key at fault.
 
     Args:
         find_class: gives the class for (config, path of its file).
@@ -263,24 +264,31 @@ def _reported(error: RuntimeError) -> tuple[str | None, str]:
     error only refers to a report in its log, so this reads the report's variable from the frame."""
     trace = error.__traceback__
     while trace is not None:
-        info = trace.tb_frame.f_locals.get("loading_info")
-        for key, text in getattr(info, "conversion_errors", {}).items():
-            return key, last_words(text)
-        for key, got, want in sorted(getattr(info, "mismatched_keys", ())):
-            return key, f"shape got {list(got)}, want {list(want)} by config.json"
+        for problem in problems_of(trace.tb_frame.f_locals.get("loading_info")).items():
+            return problem
         trace = trace.tb_next
     return None, ""
 
 
-def last_words(text: str) -> str:
-    """The message of an error, from the text of the traceback that transformers keeps."""
+def problems_of(info) -> dict[str, str]:
+    """Tensor -> why transformers' loader could not use it, from its loading info."""
+    shapes = {
+        key: f"shape got {list(got)}, want {list(want)} by config.json"
+        for key, got, want in sorted(getattr(info, "mismatched_keys", ()))
+    }
+    errors = getattr(info, "conversion_errors", {})
+    return {key: _last_words(text) for key, text in errors.items()} | shapes
+
+
+def _last_words(text: str) -> str:
+    """The message of an error, from the traceback's text, which transformers keeps."""
     before, _, _ = text.rpartition("\nError")  # followed by the operation and the tensor's name
     words = (before or text).rpartition("\n")[2].strip(" \"'")  # a KeyError quotes its message
     return first_line(ValueError(words or text))
 
 
-def check_nothing_anew(folder: Path | str, model: nn.Module, missing: Iterable[str]) -> None:
-    """Raises CheckpointError if transformers initialised tensors at random that a folder lacks.
+def check_complete(folder: Path | str, model: nn.Module, missing: Iterable[str]) -> None:
+    """Raises CheckpointError if a folder lacks tensors, which transformers initialised at random.
 
     Args:
         missing: `missing_keys` of from_pretrained's loading info, which leaves out tied ones.

@@ -5,7 +5,7 @@ transformers decides what a tensor in a file means: it renames tensors and fuses
 at a time, with the rest of the model on the meta device. The result is what `from_pretrained` would
 have read, and the same model class decides which layers are packed.
 
-This file is longer than others: it is one class, whose parts share what was found in the files.
+This file is longer than others because its one class shares what it finds in the files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ...text import CheckpointError, first_few, format_bytes, plural
 from .building import (
     build,
     build_folder,
-    last_words,
+    problems_of,
     read_config,
     reading_in_order,
     stored_method,
@@ -137,8 +137,8 @@ class Checkpoint:
                 settings = QLoraExtConfig(**stored)
             else:
                 raise CheckpointError(
-                    f"{self.folder} is quantized by {method}, want an unquantized checkpoint, or "
-                    "one of qlora_ext or bitsandbytes in 4 bits"
+                    f"{self.folder} is quantized by {method}, want an unquantized checkpoint, or a "
+                    "4-bit one of qlora_ext or bitsandbytes"
                 )
         self.quantizer = QLoraExtHfQuantizer(settings, pre_quantized=True)
 
@@ -197,13 +197,11 @@ class Checkpoint:
         meta = {key: self.files.meta(key) for key in keys}
         with reading_in_order():
             info, _ = convert_and_load_state_dict_in_model(self.model, meta, config, None)
-        problems = [
-            *map(last_words, info.conversion_errors.values()),
-            *sorted(info.mismatched_keys),
-        ]
-        if problems:
+        if problems := problems_of(info):
+            why = next(iter(problems.values()))
             raise CheckpointError(
-                f"transformers cannot make {name} of {first_few(keys)} ({problems[0]})"
+                f"{self.folder}: transformers cannot make {name} from {first_few(keys)} ({why}); "
+                "the weights or config.json are from another model"
             )
         return [other for other in self.names if other not in info.missing_keys]
 
@@ -216,19 +214,21 @@ class Checkpoint:
                 stored_as = re.sub(r"\\(.)", r"\1", pattern)
                 raise CheckpointError(
                     f"{self.folder} has {plural(found[pattern], 'tensor')} {stored_as} of "
-                    f"{name}, want {count}, one of each expert by config.json"
+                    f"{name}, want {count}, one for each expert in config.json; download it again, "
+                    "or save the model again"
                 )
 
     def _check_shape(self, name: str, keys: list[str]) -> None:
         want, got = tuple(self.model.state_dict()[name].shape), self.files.shapes[keys[0]]
         if len(keys) > 1:
             raise CheckpointError(
-                f"{first_few(keys)} are all named {name} in the model, want one of them"
+                f"{self.folder}: {first_few(keys)} are all {name} in the model, want one of them; "
+                "remove the others"
             )
         if want != got:
             raise CheckpointError(
                 f"{self.files.where[keys[0]]}: {keys[0]} has shape {list(got)}, want {list(want)} "
-                "by config.json"
+                "by config.json; the weights or config.json are from another model"
             )
 
     def _tie(self, untie: tuple[str, ...]) -> None:
@@ -261,7 +261,8 @@ class Checkpoint:
         if missing and not self.may_lack:
             raise CheckpointError(
                 f"{self.folder} lacks {plural(len(missing), 'tensor')} of "
-                f"{type(self.model).__name__}: {first_few(missing)}"
+                f"{type(self.model).__name__}: {first_few(missing)}: download it again, or save "
+                "the model again"
             )
         self.tied = dict(tied)
 
@@ -290,8 +291,8 @@ class Checkpoint:
 
         Args:
             wholes: names of modules to read with everything inside them.
-            conversions: of the model that will be written. Parameters that saving makes one tensor
-                of are in one piece.
+            conversions: of the model that will be written. Parameters that saving joins into one
+                tensor are in one piece.
         """
         self.wholes = wholes
         together = saved_together(self.names, conversions)
@@ -310,7 +311,7 @@ class Checkpoint:
         for name in self.names:
             keys = self.sources.get(name)
             if keys is None:
-                continue  # it is tied to a parameter that is read
+                continue  # tied to a parameter that is read
             module = owner(name)
             others = [unit_of.get(owner(other)) for other in together.get(name, ())]
             known = [unit_of.get(module), unit_of_source.get(keys[0]), *others]
@@ -365,12 +366,12 @@ class Checkpoint:
                 part._buffers.update(buffers)
 
     def expert_keys(self, name: str, e: int) -> list[str]:
-        """The stored tensors that expert e of the model's parameter `name`, a stack, is made of."""
+        """The stored tensors from which expert e of the model's stack `name` is made."""
         lists = self._lists_of_experts(name)
         return self.sources.get(name, []) if lists is None else [k[e] for k in lists.values()]
 
     def _lists_of_experts(self, name: str) -> dict[str, list[str]] | None:
-        """Pattern -> a stored tensor of each expert of a stack, if it is stored so."""
+        """Pattern -> a stored tensor for each expert of a stack; None if it is not stored so."""
         converter = self.converters.get(name)
         if converter is None or type(by_expert(converter)) is not ByExpert:
             return None
@@ -381,8 +382,8 @@ class Checkpoint:
         return self.of_experts[name]
 
     def expert_reader(self, name: str) -> Callable[[int], torch.Tensor] | None:
-        """A function that reads one expert of the model's parameter `name`, a stack, as it would be
-        in the whole stack; None if the stored tensors can only be read together."""
+        """A function that reads one expert of the model's stack `name`, as it would be in the whole
+        stack. None if the stored tensors can only be read together."""
         keys, empty = self.sources[name], self.model.get_parameter(name)
         converter, lists = self.converters.get(name), self._lists_of_experts(name)
         if converter is None:
@@ -428,15 +429,14 @@ class Checkpoint:
                 raise
             need = sum(self.files.nbytes(key) for key in sources)
             raise CheckpointError(
-                f"memory is used up: {first_few(unit.modules)} alone takes {format_bytes(need)}"
+                f"memory is used up: {first_few(unit.modules)} alone takes {format_bytes(need)}; "
+                "use a machine with more memory"
             ) from None
         finally:
             self.model._weight_conversions = self.used_conversions
-        for key, text in info.conversion_errors.items():
+        for key, why in problems_of(info).items():
             where = self.files.where.get(key, self.folder)
-            raise CheckpointError(f"{where}: {key} cannot be loaded ({last_words(text)})")
-        for problem in sorted(info.mismatched_keys):
-            raise CheckpointError(f"{self.folder}: transformers cannot load {problem}")
+            raise CheckpointError(f"{where}: {key} cannot be loaded ({why})")
         for target, source in self.copies.items():
             module, _, key = target.rpartition(".")
             if module in unit.modules:
@@ -474,7 +474,8 @@ class Checkpoint:
                         "the file is damaged, download or save it again"
                     ) from None
             raise CheckpointError(
-                f"{self.folder}: config.json has dtype {values.dtype}, and {error}"
+                f"{self.folder}: config.json has dtype {values.dtype}, but {error}; set the files' "
+                "own dtype there"
             ) from None
 
     def fingerprint(self) -> list:

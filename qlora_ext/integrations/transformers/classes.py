@@ -43,20 +43,21 @@ def _count_logical_weights(original):
 def _write_what_is_given(original):
     """Wraps `PreTrainedModel.save_pretrained`, so that it writes the `state_dict` it is given. For
     a quantized model, transformers would ignore it and write the model's own. Packed weights are
-    written as they are: a conversion of the class would fuse q, k and v of one layer, say."""
+    written without the class's conversions, which may fuse q, k and v, for example."""
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kw):
+        # It may have packed layers and no quantizer of ours: a part of a quantized model.
         quantizer = getattr(self, "hf_quantizer", None)
-        if not isinstance(quantizer, QLoraExtHfQuantizer):
-            with saving_packed(self):  # it may be a part of a quantized model
-                return original(self, save_directory, is_main_process, state_dict, *args, **kw)
-        quantizer.given_state = state_dict
+        ours = isinstance(quantizer, QLoraExtHfQuantizer)
+        if ours:
+            quantizer.given_state = state_dict
         try:
             with saving_packed(self):
                 return original(self, save_directory, is_main_process, state_dict, *args, **kw)
         finally:
-            quantizer.given_state = None
+            if ours:
+                quantizer.given_state = None
 
     return save_pretrained
 
@@ -88,9 +89,9 @@ def _refuse_packed_resize(original):
             if isinstance(packed, Embedding4bit):
                 setting = "quantize_embeddings=False"
             raise ValueError(
-                f"resize_token_embeddings: {type(self).__name__} has {packed._shape[0]} rows in "
-                f"its {type(packed).__name__}, and {want} are wanted; packed rows cannot be added "
-                "or dropped: resize the unquantized model before it is packed, or pack it with "
+                f"resize_token_embeddings: got {want} rows, want the {has} of "
+                f"{type(self).__name__}'s {type(packed).__name__}; packed rows cannot be added or "
+                "dropped: resize the unquantized model before it is packed, or pack it with "
                 f"{setting}"
             )
         return original(self, old, new_num_tokens, *args, **kwargs)
@@ -99,9 +100,9 @@ def _refuse_packed_resize(original):
 
 
 def _keep_what_was_asked(original):
-    """Wraps `AutoHfQuantizer.merge_quantization_configs`, which drops the caller's config if the
-    checkpoint has one, and what it does not know. It keeps the names that the caller wanted dense,
-    for a warning, and the block size in a checkpoint of bitsandbytes' format."""
+    """Wraps `AutoHfQuantizer.merge_quantization_configs`, which drops keys that it does not know,
+    and the caller's config if the checkpoint has one. This keeps the names that the caller wanted
+    dense, for a warning, and the block size in a checkpoint of bitsandbytes' format."""
 
     @functools.wraps(original)
     def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):

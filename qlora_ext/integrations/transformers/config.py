@@ -32,8 +32,8 @@ class QLoraExtConfig(QuantizationConfigMixin):
             names that match nothing.
         checkpoint_format: 'bitsandbytes' for a checkpoint that bitsandbytes packed;
             `qlora_ext.from_pretrained` sets it. What we save is in 'qlora_ext'.
-        format_version: of the format of a packed checkpoint; config.json says it. None is 1, which
-            releases wrote that did not say it.
+        format_version: the version of a packed checkpoint's format, from its config.json. None
+            means 1: the first releases did not write it.
         settings: the other fields of `QuantConfig`: normalization, codebook, companding,
             companding_k, std_factor.
 
@@ -53,10 +53,13 @@ class QLoraExtConfig(QuantizationConfigMixin):
         **settings: Any,
     ):
         check_format_version(format_version)  # first: a newer format may have other settings
-        settings.pop("quant_method", None)  # config.json has it
+        settings.pop("quant_method", None)  # from config.json
         known = {field.name for field in dataclasses.fields(QuantConfig)}
         if unknown := sorted(set(settings) - known):
-            raise ValueError(f"QLoraExtConfig: got unknown settings {unknown}")
+            raise ValueError(
+                f"QLoraExtConfig: got unknown settings {unknown}, want modules_to_not_convert or "
+                f"one of {sorted(known)}; QLoraExtConfig.from_bnb reads bitsandbytes' names"
+            )
         if checkpoint_format not in CHECKPOINT_FORMATS:
             raise ValueError(
                 f"QLoraExtConfig: checkpoint_format got {checkpoint_format!r}, want one of "
@@ -64,14 +67,14 @@ class QLoraExtConfig(QuantizationConfigMixin):
             )
         self.quant_method = QUANT_METHOD
         self.checkpoint_format = checkpoint_format
-        self.format_version = 1  # what we write; set_format_version sets it for a model
+        self.format_version = 1  # the version to write; set_format_version sets it for a model
         names = as_names(modules_to_not_convert, "QLoraExtConfig")
         self.modules_to_not_convert = None if modules_to_not_convert is None else names
         config = QuantConfig(quant_type, blocksize, double_quant, **settings)
         vars(self).update(config.to_dict())
 
     def set_format_version(self, model: nn.Module) -> None:
-        """Sets the version that config.json says to the least that can read the packed model."""
+        """Sets format_version to the lowest version that has what this packed model needs."""
         has_stacks = any(isinstance(module, Stack4bit) for module in model.modules())
         self.format_version = FORMAT_VERSION if has_stacks else 1
 
@@ -89,9 +92,10 @@ class QLoraExtConfig(QuantizationConfigMixin):
         """The settings of a `BitsAndBytesConfig` (or the dict in a config.json) as ours.
 
         `bnb_4bit_compute_dtype` and `bnb_4bit_quant_storage` are ignored, because we compute in the
-        activations' dtype and store bytes. transformers' bitsandbytes packs blocks of 64.
+        activations' dtype and store bytes. The block size is 64, as in transformers' bitsandbytes,
+        unless the config has our own key for it.
 
         Raises:
-            ValueError: the config does not ask for 4 bits, or asks for something that we don't do.
+            ValueError: the config does not ask for 4 bits, or asks for something we don't support.
         """
         return cls(**our_settings(config))

@@ -39,7 +39,7 @@ class Quantize(ConversionOps):
         """input_dict: full parameter name -> dense weight [out, in] (a Conv1D's is [in, out]).
 
         Returns the packed weight and its statistics under their names in the model. A stack of
-        experts goes into the quantizer's `stacks`, and what is returned holds no values.
+        experts goes into the quantizer's `stacks`; what is returned for it holds no values.
         """
         result = {}
         for name, value in input_dict.items():
@@ -68,7 +68,7 @@ class Quantize(ConversionOps):
                 except RuntimeError:
                     if value.isfinite().all():
                         raise
-                    # An error raised here would end in transformers' report, which names no file.
+                    # transformers would only report an error that is raised here, without the file.
                     # So note it; the quantizer raises after loading.
                     self.hf_quantizer.not_finite.append((name, value.dtype))
                     q = quantize_tensor(torch.zeros_like(value), module.config)
@@ -108,13 +108,13 @@ class Quantize(ConversionOps):
 
     @staticmethod
     def in_its_place(model, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A parameter for transformers to set: an empty one, or on meta that of the model."""
+        """A parameter for transformers to set: an empty one, or on meta the model's own."""
         return model.get_parameter(name) if value.is_meta else value.new_empty(0, 0, 0)
 
 
 class ByExpert(WeightConverter):
-    """A converter that makes a stack of experts from a tensor (or two) for each of them. If the
-    stack is packed on loading, the experts are read and packed one after another."""
+    """A converter that makes a stack of experts from one or two tensors of each expert. If the
+    stack is packed on loading, it reads and packs the experts one after another."""
 
     __slots__ = ()
 
@@ -141,14 +141,14 @@ class ByExpert(WeightConverter):
 
 
 def _return_freed_memory() -> None:
-    """Makes glibc return freed memory to the system. Of the dense experts that were read and
-    dropped it kept half, 400 MB of 770."""
+    """Makes glibc return freed memory to the system. Without this it kept half of the dense experts
+    that were read and dropped: 400 MB of 770."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def by_expert(conversion):
-    """A conversion for loading as a ByExpert, if it treats each expert alone; else itself."""
+    """A conversion for loading as a ByExpert, if it treats each expert alone; else unchanged."""
     first, *rest = getattr(conversion, "operations", None) or [None]
     if (
         type(first) is not MergeModulelist
@@ -164,7 +164,7 @@ def by_expert(conversion):
 
 
 def as_given(conversion):
-    """The conversion that `by_expert` was given, for saving."""
+    """Undoes `by_expert`, for saving."""
     if type(conversion) is ByExpert:
         conversion = copy.copy(conversion)
         conversion.__class__ = WeightConverter
@@ -172,9 +172,8 @@ def as_given(conversion):
 
 
 def with_those_of_packed(model, conversions: list) -> list:
-    """These conversions, which read a packed checkpoint, and those that read its packed layers in
-    other files of the class. That checkpoint needed none, but the layers may be made dense and
-    saved."""
+    """`conversions`, which read a packed checkpoint, and those of the class for its packed layers.
+    The packed checkpoint did not need these, but saving does once the layers are made dense."""
     dense, packed = [], []
     for name, module in model.named_modules():
         if isinstance(module, Experts4bit):
@@ -196,14 +195,13 @@ def with_those_of_packed(model, conversions: list) -> list:
 
 
 def without_those_of_packed(model, conversions: list) -> list:
-    """These conversions without those that would fuse, cut or permute packed weights when
-    transformers reverses them to save the model. A file of ours has such a layer under the name
-    that it has in the model."""
+    """`conversions` without those that would fuse, cut or permute packed weights when transformers
+    reverses them to save the model. Our files have packed layers under their names in the model."""
     return [conversion for conversion in conversions if not _saves_packed(conversion, model)]
 
 
 def _saves_packed(conversion, model) -> bool:
-    """Whether a conversion makes another tensor of a packed layer's when it is reversed."""
+    """Whether a conversion changes a tensor of a packed layer when it is reversed."""
     if not isinstance(conversion, WeightConverter):
         return False
     try:
@@ -218,7 +216,7 @@ def _saves_packed(conversion, model) -> bool:
 
 
 def saved_together(names: Iterable[str], conversions: list) -> dict[str, list[str]]:
-    """Parameter -> those before it that saving with these conversions puts into the same tensor."""
+    """Parameter -> earlier ones that saving with these conversions puts into the same tensor."""
     back = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
     found, groups = {}, defaultdict(list)
     for name in names if back else ():
@@ -247,7 +245,7 @@ def saving_packed(model):
         return
     before = model._weight_conversions if hasattr(model, "_weight_conversions") else None
     conversions = before
-    if before is None:  # transformers would take those of the class, but for changes of a prefix
+    if before is None:  # take those that transformers would: the class's, without PrefixChange
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
     kept = without_those_of_packed(model, conversions)
@@ -295,7 +293,7 @@ class ReadBitsandbytes(ConversionOps):
         if got != want:
             raise ValueError(
                 f"{full_layer_name}: (shape, quant_type, blocksize, double_quant) got {got}, want "
-                f"{want}"
+                f"{want} by config.json"
             )
         packed = Linear4bit(
             layer.in_features, layer.out_features, bias=False, config=config, device="meta"
@@ -309,7 +307,7 @@ class ReadBitsandbytes(ConversionOps):
 
 
 class StackSingles(ConversionOps):
-    """Stacks one tensor of every expert of a layer. Of the codebook, which all share, one stays."""
+    """Stacks one tensor of every expert of a layer. It keeps one codebook, which all share."""
 
     def convert(self, input_dict, *args, target_patterns=None, **kwargs):
         ((_, tensors),) = input_dict.items()
@@ -318,8 +316,8 @@ class StackSingles(ConversionOps):
 
 
 def singles_stacked() -> list[WeightConverter]:
-    """Converters for checkpoints of the version that packed a mixture expert by expert, under
-    `experts.packed.7.up.weight`. They give today's `experts.up.weight`."""
+    """Converters for checkpoints of the version that packed a mixture expert by expert. They make
+    today's `experts.up.weight` from `experts.packed.7.up.weight` and the others."""
     # Longer keys first: in older releases `weight` matches the start of `weight_absmax`, too.
     return [
         WeightConverter(f"packed.*.{side}.{key}", f"{side}.{key}", [StackSingles()])

@@ -78,8 +78,7 @@ def check_loaded(model, checkpoint_files) -> None:
 
 
 def check_read(model, name: str, values: torch.Tensor, checkpoint_files) -> None:
-    """Raises the error that `not_held` makes if values, of the model's tensor `name`, are not
-    finite."""
+    """Raises the error of `not_held` if the values of the model's tensor `name` are not finite."""
     try:
         check_finite(name, values, values.dtype)
     except OverflowError as error:
@@ -117,8 +116,8 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sources_of(model, name: str, checkpoint_files) -> tuple[SafetensorsFiles, list[str]]:
-    """The files of a model, and the names of the tensors in them that make one of its tensors. No
-    names if they are not known."""
+    """The files of a model, and the names of the stored tensors from which one of its tensors is
+    made. There are no names if this cannot be found out."""
     paths = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
     files = SafetensorsFiles([])
     try:
@@ -137,7 +136,7 @@ def sources_of(model, name: str, checkpoint_files) -> tuple[SafetensorsFiles, li
 
 
 def file_of(model, name: str, checkpoint_files) -> str:
-    """The file that a tensor of a model comes from, "" if it is not known."""
+    """The file that a tensor of a model comes from, or "" if it is not known."""
     files, keys = sources_of(model, name, checkpoint_files)
     return str(files.where[keys[0]]) if keys else ""
 
@@ -165,13 +164,13 @@ def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
             if layer in ours and kind in _PACKED_KEYS and headers[key][0] != "U8":
                 raise ValueError(
                     f"{key}: dtype got {headers[key][0]}, want U8, packed bytes; the checkpoint "
-                    "was changed after it was saved"
+                    "was changed after it was saved: save the packed model again"
                 )
         for key, (layer, kind) in owner.items():
             lacks = [k for k in _ALWAYS if f"{layer}.{k}" not in headers] if layer in ours else []
             if lacks and kind in _PACKED_KEYS:
                 raise CheckpointError(
-                    f"{headers[key][2]}: {key} is there, and the checkpoint lacks "
+                    f"{headers[key][2]}: {key} is there, but the checkpoint lacks "
                     f"{', '.join(f'{layer}.{k}' for k in lacks)}; it is damaged: save the packed "
                     "model again, or pack the unquantized one"
                 )
@@ -216,7 +215,7 @@ def stored_layers(model, checkpoint_files, packed: bool) -> Stored | None:
 
 
 def storage_dtype(checkpoint_files) -> torch.dtype:
-    """The dtype that bitsandbytes' packed bytes are stored in; uint8 if there are none, as ours."""
+    """The dtype that bitsandbytes' packed bytes are stored in. Without any it is ours, uint8."""
     headers = _headers(checkpoint_files)
     weights = (key.rpartition(".quant_state.")[0] for key in headers)
     stored = {headers[key][0] for key in weights if key in headers}
@@ -229,7 +228,7 @@ def _same_end(one: str, other: str) -> bool:
 
 
 def _targets(model, keys) -> dict[str, list[str]]:
-    """Tensor of a checkpoint -> the weights of model that transformers' loader makes from it."""
+    """Tensor of a checkpoint -> the model's weights that transformers' loader makes from it."""
     conversions = get_model_conversion_mapping(model, None, None)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -251,8 +250,8 @@ def _targets(model, keys) -> dict[str, list[str]]:
 def checkpoint_names(model) -> list[dict[str, str]]:
     """Mappings of layer -> its name in files, for layers of a transformers model whose names differ
     there. LLaVA's files say `language_model.model` for `model.language_model`. The first mapping is
-    for the files that the class writes; a loaded model has a second one, for the file it was read
-    from. Empty if it is not a transformers model."""
+    for the files that the class writes. A loaded model has a second one, for the file it was read
+    from. For other models than transformers' the list is empty."""
     if not isinstance(model, transformers.PreTrainedModel):
         return []
     of_file = getattr(model, "_weight_conversions", None)
@@ -288,7 +287,7 @@ def _saved_names(model, conversions: list) -> dict[str, str]:
 
 def _holds_experts(stored: set[str], name: str) -> bool:
     """Whether the `stored` layers include packed experts with the same last part as `name`, in the
-    same layer of the stack. The parts before may differ in a checkpoint (Mixtral's
+    same layer of the model. In a checkpoint the parts before it may differ (Mixtral's
     `block_sparse_moe.experts`)."""
     last = name.rpartition(".")[2]
     for first in (f"{last}.up", f"{last}.packed.0.up"):  # the second: packed expert by expert

@@ -1,6 +1,6 @@
 """Sets and removes the marks that tell transformers that a model's weights are packed.
 
-These functions are hooks of qlora_ext.hosts. They do nothing to other models than transformers'.
+These functions are hooks of qlora_ext.hosts. They leave models of other libraries alone.
 """
 
 from __future__ import annotations

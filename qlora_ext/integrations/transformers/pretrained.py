@@ -17,7 +17,7 @@ from ...nn.experts import Experts4bit
 from ...nn.linear import Linear4bit
 from ...nn.offload import check_in_memory
 from .bitsandbytes_format import skip_modules
-from .building import build, check_nothing_anew, loading, read_config, stored_method, unquantized
+from .building import build, check_complete, loading, read_config, stored_method, unquantized
 from .config import CHECKPOINT_FORMATS, QUANT_METHOD, QLoraExtConfig
 from .quantizer import QLoraExtHfQuantizer
 
@@ -35,7 +35,7 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
             that replace the checkpoint's (num_labels, use_cache, ...).
 
     Raises:
-        TypeError: a keyword is unknown to both.
+        TypeError: neither the model's from_pretrained nor its config knows a keyword.
         ValueError: the checkpoint is in neither format or in 8 bits. If the folder's files are
             damaged, hold a NaN or an infinity, or do not describe a model, it is a CheckpointError,
             which names the file.
@@ -70,20 +70,25 @@ def from_pretrained(path: str | Path, *, model_class: Any = None, **kwargs: Any)
             ours = QLoraExtConfig.from_bnb(stored)
         ours.checkpoint_format = "bitsandbytes"
         config.quantization_config = ours.to_dict()
+    elif method is None:
+        raise ValueError(
+            f"from_pretrained: {path} is not quantized, want a 4-bit checkpoint; to pack it, pass "
+            "quantization_config=QLoraExtConfig() to transformers' from_pretrained"
+        )
     elif method != QUANT_METHOD:
         raise ValueError(
             f"from_pretrained: {path} is quantized by {method}, want qlora_ext or bitsandbytes; "
-            "to pack an unquantized model pass quantization_config=QLoraExtConfig() to "
-            "transformers' from_pretrained"
+            "pack the unquantized model with transformers' "
+            "from_pretrained(quantization_config=QLoraExtConfig())"
         )
     model_class = model_class or transformers.AutoModelForCausalLM
     want_info = kwargs.pop("output_loading_info", False)
     kwargs["output_loading_info"] = True
     with loading(path, files, stored_config, kwargs) if local else contextlib.nullcontext():
         model, info = model_class.from_pretrained(path, config=config, **kwargs)
-        # A class other than the saved one may have a new head, which is still to be trained.
+        # A class other than the saved one may have a new head, which is not trained yet.
         if type(model).__name__ in (config.architectures or ()):
-            check_nothing_anew(path, model, info["missing_keys"])
+            check_complete(path, model, info["missing_keys"])
     return (model, info) if want_info else model
 
 
@@ -109,11 +114,14 @@ def save_pretrained(
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QLoraExtHfQuantizer):
-        raise ValueError(f"save_pretrained: {type(model).__name__} is not quantized by qlora_ext")
+        raise ValueError(
+            f"save_pretrained: {type(model).__name__} is not quantized by qlora_ext; "
+            "save it with its own save_pretrained"
+        )
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ValueError(
-            "save_pretrained: the model has adapters of PEFT; save those with the PEFT model's own "
-            "save_pretrained, and here what its unload() returns"
+            "save_pretrained: the model has adapters of PEFT; save them with the PEFT model's "
+            "save_pretrained, and pass the result of its unload() here"
         )
     if format == "qlora_ext":
         with _saving(model, format, quantizer.settings):
@@ -121,7 +129,8 @@ def save_pretrained(
         return
     if kwargs.get("state_dict") is not None:
         raise ValueError(
-            "save_pretrained: state_dict holds our layout, want it with format='qlora_ext' only"
+            f"save_pretrained: got a state_dict with format={format!r}, want none: the bytes are "
+            "made from the model itself; leave it out, or use format='qlora_ext'"
         )
     check_in_memory("save_pretrained", model, "load it without 'cpu' and 'disk' in device_map")
     theirs = _bitsandbytes_config(model, quantizer.settings)
@@ -155,7 +164,7 @@ def _bitsandbytes_config(model, config: QLoraExtConfig) -> dict[str, Any]:
     if unknown_there:
         raise ValueError(
             "save_pretrained: bitsandbytes has only nf4 and fp4, linear layers, one scale per "
-            f"block; the model has {config.to_quant_config()}"
+            f"block; the model has {config.to_quant_config()}, want format='qlora_ext'"
         )
     dense = dict(build(unquantized(model.config), model.dtype, type(model)).named_modules())
     for name, module in model.named_modules():

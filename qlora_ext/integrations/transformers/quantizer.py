@@ -3,7 +3,7 @@
 transformers reads a checkpoint tensor by tensor into a model on the meta device. This quantizer
 replaces that model's linear layers by `Linear4bit` and packs each weight as it arrives, so peak
 memory is about that of the result and one layer. A saved model has `quant_method: qlora_ext` in its
-config, so from_pretrained reads it back without further settings.
+config, so from_pretrained reads it back without other settings.
 
 Sources: transformers/quantizers/base.py (the interface), quantizer_bnb_4bit.py (its closest peer).
 """
@@ -33,7 +33,7 @@ from ...nn.lora import _Lora
 from ...nn.offload import device_of, is_offloaded, offload
 from ...nn.packed import _Packed4bit
 from ...nn.stack import Stack4bit
-from ...text import CheckpointError
+from ...text import CheckpointError, first_few
 from .bitsandbytes_format import bitsandbytes_state_dict
 from .config import QLoraExtConfig
 from .conversions import (
@@ -73,7 +73,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
     """transformers' interface to a quantization method, for `quant_method: qlora_ext`."""
 
     requires_calibration = False
-    # How the user calls the config and its list of names, for messages.
+    # What messages call the config and its list of names.
     config_name = "QLoraExtConfig"
     names_argument = "modules_to_not_convert"
     saves_as = "qlora_ext"  # the format to write; qlora_ext.save_pretrained can change it
@@ -82,7 +82,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QLoraExtConfig, **kwargs):
         # Copy the config: each model fills in its own list of kept layers, and the caller may use
         # the object for several models.
-        # Names given for a packed checkpoint are not a setting of the model, so they are not saved.
+        # The names given for a packed checkpoint have no effect, so they are not saved.
         self.asked = quantization_config.__dict__.pop("_asked", [])
         self.settings = copy.deepcopy(quantization_config)
         super().__init__(self.settings, **kwargs)
@@ -153,9 +153,9 @@ class QLoraExtHfQuantizer(HfQuantizer):
         if any(isinstance(module, _Lora) for module in model.modules()):
             # Adapters stay in the file, because Trainer resumes from it.
             warnings.warn(
-                "save_pretrained: the file holds the quantized base and the adapters of add_lora; "
-                "from_pretrained reads the base of it alone. qlora_ext.save_adapter(model, path) "
-                "writes what load_adapter and PEFT read",
+                "save_pretrained: the file holds the quantized base and the adapters of add_lora, "
+                "but from_pretrained reads only the base. To save the adapters for load_adapter or "
+                "PEFT, call qlora_ext.save_adapter(model, path)",
                 stacklevel=4,
             )
         return given, {}
@@ -176,7 +176,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             packed_checkpoint=self.pre_quantized,
             other_names=checkpoint_names(model) if keep or self.asked else (),
         )
-        self._tell_packed(model, plan)
+        self._warn_packed(model, plan)
         if not self.pre_quantized:
             self._warn_unmatched(model, plan)
         config.modules_to_not_convert = plan.kept
@@ -208,24 +208,24 @@ class QLoraExtHfQuantizer(HfQuantizer):
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if packed == 0:
             message = f"{self.config_name}: found no linear layer to pack in"
+            advice = f"shorten {self.names_argument}, or load it without {self.config_name}"
             if self.pre_quantized:
                 message = f"{self.config_name}: found no packed layer in the checkpoint of"
-            why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}"
-            raise ValueError(f"{message} {type(model).__name__}. {why}")
+                advice = "remove quantization_config from its config.json"
+            why = plan.bad_dtypes() or f"Kept as they are: {plan.kept}; {advice}"
+            raise ValueError(f"{message} {type(model).__name__}, want at least one. {why}")
 
     def _warn_unmatched(self, model, plan: Plan) -> None:
         warn_unmatched(self.config_name, model, plan.unmatched())
 
-    def _tell_packed(self, model, plan: Plan) -> None:
+    def _warn_packed(self, model, plan: Plan) -> None:
         """Warns about layers that the caller wanted dense but a packed checkpoint has packed."""
         packed = [name for name in plan.names if plan.spelled.matches(name, self.asked)]
         if packed:
-            rest = f" and {len(packed) - 8} more" if len(packed) > 8 else ""
             warnings.warn(
-                f"QLoraExtConfig: modules_to_not_convert has no effect on a checkpoint that is "
-                f"packed already, which decides: {', '.join(packed[:8])}{rest} of "
-                f"{type(model).__name__} stay packed; to keep them dense, load the unquantized "
-                "checkpoint with this list",
+                "QLoraExtConfig: modules_to_not_convert has no effect on a checkpoint that is "
+                f"packed already: {first_few(packed, 8)} of {type(model).__name__} stay packed. To "
+                "keep them dense, load the unquantized checkpoint with this list",
                 stacklevel=2,
             )
         warn_unmatched("QLoraExtConfig", model, plan.unmatched(self.asked))
@@ -246,8 +246,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             raise ValueError(
-                f"{self.config_name}: distributed_config reads pieces of a weight, and packing "
-                "needs the whole; pack and save the model once without it"
+                f"{self.config_name}: distributed_config reads pieces of a weight, but packing "
+                "needs whole ones; pack and save the model once without it, then load that"
             )
 
     def _place_experts(self, model) -> list[str]:
@@ -256,14 +256,14 @@ class QLoraExtHfQuantizer(HfQuantizer):
         missing = []
         for name in sorted(self.expert_names):
             module = model.get_submodule(name)
-            # A device map with "cpu" has made accelerate offload what stands for the stacks.
+            # With "cpu" in the device map, accelerate has offloaded what stands for the stacks.
             device = device_of(module) if is_offloaded(module) else None
             if device is not None:
                 hosts.accelerate_hooks().remove_hook_from_module(module)
             stacks = {}
             for key in weight_names(module):
                 stack = self.stacks.pop(f"{name}.{key}", None)
-                if stack is None:  # a dry run on meta, or the checkpoint lacks it
+                if stack is None:  # a dry run on meta, or missing in the checkpoint
                     if not module._parameters[key].is_meta:
                         missing.append(f"{name}.{key}")
                     stack = Stack4bit.from_dense(
@@ -291,7 +291,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
 
     def _check_shapes(self, model) -> None:
         """Raises CheckpointError if a parameter has another shape than before loading. With a
-        quantizer, transformers takes what it reads."""
+        quantizer, transformers before 5.23 takes any shape."""
         for name, parameter in model.named_parameters():
             got, want = parameter.shape, self.shapes.get(name, parameter.shape)
             if got != want:
@@ -302,7 +302,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
         where = file_of(model, name, self.checkpoint_files)
         raise CheckpointError(
             f"{where and f'{where}: '}{name}: shape got {list(got)}, want {list(want)} by "
-            "config.json"
+            "config.json; the weights or config.json are from another model"
         )
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -328,7 +328,8 @@ class QLoraExtHfQuantizer(HfQuantizer):
             and not getattr(parameter, "_is_hf_initialized", False)
         ]
         if missing:
-            advice = "put a layer that is to be trained from scratch in modules_to_not_convert"
+            advice = "download it again, or keep layers to train from scratch dense with "
+            advice += self.names_argument
             if self.pre_quantized:
                 advice = "it is damaged: save the packed model again, or pack the unquantized one"
             layer, _, key = missing[0].rpartition(".")
@@ -336,7 +337,7 @@ class QLoraExtHfQuantizer(HfQuantizer):
             where = file_of(model, f"{layer}.{key}", self.checkpoint_files)
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint{where and f' ({where})'} lacks "
-                f"{', '.join(missing)}; {advice}"
+                f"{first_few(missing, 8)}; {advice}"
             )
         if self.settings.checkpoint_format == "bitsandbytes":
             self.settings.checkpoint_format = "qlora_ext"
@@ -379,11 +380,11 @@ class QLoraExtHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    has_adapters = False  # whether add_lora's adapters are trained; Trainer knows about PEFT's
+    has_adapters = False  # whether adapters of add_lora are trained; Trainer finds PEFT's itself
 
     @property
     def is_qat_trainable(self) -> bool:
-        # Trainer asks this of a quantized model that is not a PeftModel: has it weights to train?
+        # With it Trainer asks whether a quantized model without PEFT has weights to train.
         return self.has_adapters
 
     @property

@@ -46,11 +46,11 @@ def keep_values(layer: nn.Module, dtype: torch.dtype) -> None:
     """
     weight = torch.empty_like(layer.weight, dtype=dtype)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.weight._is_hf_initialized = True  # as the weight that it replaces
+    layer.weight._is_hf_initialized = True  # as it was for the weight that this replaces
 
 
 def saved_key(name: str, renamings: list, converters: list) -> tuple[str, str | None]:
-    """The name that save_pretrained gives a parameter, and the converter's pattern that fits.
+    """The name that save_pretrained gives a parameter, and the converter pattern that matched.
 
     Args:
         renamings, converters: transformers' conversions for loading, reversed.
