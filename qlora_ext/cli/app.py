@@ -31,13 +31,13 @@ app = typer.Typer(
 )
 
 
-MOST = 2**31  # limit of numbers that a user gives: tokens, samples, GiB
+MOST = 2**31  # the largest number that a user may give: tokens, samples, GiB
 
 QuantType = Enum("QuantType", {name: name for name in _C.codebooks()}, type=str)
 
 
 class Dtype(str, Enum):
-    """Of a dense result."""
+    """The dtype of a dense result."""
 
     auto = "auto"
     float16 = "float16"
@@ -55,10 +55,10 @@ Keep = Annotated[
     typer.Option("--keep", help="Layer (part of a dotted name) to leave unquantized; repeatable."),
 ]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Pack untied embeddings too.")]
-ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of each output file.")]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Size of each output file.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop what an interrupted run finished.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def run() -> None:
@@ -69,7 +69,7 @@ def run() -> None:
     """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A model may write letters that the encoding lacks. Escape them, as stderr does.
+        # A model may write characters that the encoding lacks. Escape them, as stderr does.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -84,7 +84,7 @@ def run() -> None:
     except BrokenPipeError:  # `qlora-ext inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
-        fail(command, "memory is used up")
+        fail(command, "memory is used up: use a machine with more memory")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         fail(command, f"{error.strerror or error}{where}")
@@ -128,7 +128,7 @@ def quiet() -> None:
 
 @app.command()
 def info(as_json: AsJson = False) -> None:
-    """What was built, for which devices, and what it runs with."""
+    """Show what was built, for which devices, and the versions in use."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = dict(build_info())
@@ -158,8 +158,8 @@ def quantize(
 ) -> None:
     """Pack a checkpoint's linear layers in 4 bits, one layer in memory at a time.
 
-    The result is what quantize_model and save_pretrained write, and loads with transformers. An
-    interrupted run goes on where it stopped when the same command is given again.
+    The result is what quantize_model and save_pretrained write, and loads with transformers. To
+    continue an interrupted run, give the same command again.
     """
     config = quant_config(quant_type, blocksize, double_quant)
     limit = parse_size(max_shard_size)
@@ -175,7 +175,7 @@ def quantize(
         for note in job.notes():
             say(f"note: {note}")
         if (folder / "adapter_config.json").exists():
-            say(f"note: {model} is quantized alone: the adapter in that folder is not part of it")
+            say(f"note: only the model in {model} is quantized, not the adapter in that folder")
         settings = {
             "command": "quantize",
             "settings": {**config.to_dict(), "keep": keep, "embeddings": embeddings},
@@ -207,7 +207,7 @@ def merge(
     ] = False,
     calibration: Annotated[
         Optional[Path],  # noqa: UP045 (typer reads it at run time)
-        typer.Option(help="Text file: merge into 4 bits by what the layers see on it."),
+        typer.Option(help="Text file: merge into 4 bits, fitted to the layers' inputs on it."),
     ] = None,
     own_text: Annotated[
         bool, typer.Option("--own-text", help="As --calibration, on text that the model writes.")
@@ -225,12 +225,12 @@ def merge(
 
     Each sum W + s B A is made in fp32 and rounded once, to 16 bits or, with --four-bit, to 4. BASE
     may be unquantized or in 4 bits (qlora_ext's or bitsandbytes'). From 4 bits the result is dense,
-    since packing the sum again would lose most of what was trained.
+    because packing the sum again would lose most of what was trained.
 
-    With --calibration, text like that which the model is for, the result is in 4 bits and keeps
-    most, from a BASE in 4 bits or, with --four-bit, an unquantized one. Without such text,
-    --own-text has the model write some. For both the model runs, so it is in memory whole: packed,
-    and with up to 1 GiB of statistics and what a forward pass takes.
+    --calibration gives a result in 4 bits that keeps most of it. Its text should be of the kind
+    that the model is for. BASE is in 4 bits or, with --four-bit, unquantized. If you have no such
+    text, --own-text lets the model write some. Both run the model, so all of it is in memory,
+    packed, with up to 1 GiB of statistics and what a forward pass takes.
     """
     config = quant_config(quant_type, blocksize, double_quant)
     limit = parse_size(max_shard_size)
@@ -244,26 +244,28 @@ def merge(
 
     quiet()
     if four_bit and dtype is not Dtype.auto:
-        raise CliError("--dtype is of a dense result and --four-bit makes none: want one of them")
+        raise CliError("--dtype is for a dense result, and --four-bit makes none: want one of them")
     folder, adapter_folder = inputs = [find_folder(base), find_folder(adapter)]
     if calibration is not None and own_text:
-        raise CliError("--calibration gives text and --own-text has some written: want one of them")
+        raise CliError(
+            "--calibration names a text, and --own-text lets the model write one: want one of them"
+        )
     if calibration is not None or own_text:
         flag = "--own-text" if own_text else "--calibration"
         if dtype is not Dtype.auto or embeddings:
             raise CliError(
-                f"--dtype and --embeddings do not go with {flag}: its result is in 4 bits, "
-                "its embeddings as they were"
+                f"--dtype and --embeddings have no effect with {flag}: its result is in 4 bits, "
+                "with BASE's embeddings; leave them out"
             )
         packed = stored_method(read_config(folder)) is not None
         if not packed and not four_bit:
             raise CliError(
-                f"{base} is unquantized, and {flag} is for 4 bits: want --four-bit as well"
+                f"{base} is unquantized, but {flag} makes a 4-bit result: give --four-bit too"
             )
         if packed and (keep or config != quant_config(QuantType.nf4, 64, True)):
             raise CliError(
-                f"{base} is in 4 bits and stays as it was packed: --keep, --quant-type, "
-                "--blocksize and --no-double-quant are for an unquantized one"
+                f"{base} is in 4 bits already: --keep, --quant-type, --blocksize and "
+                "--no-double-quant are for an unquantized BASE; leave them out"
             )
         # For text that the model writes, the adapter's own tokenizer and template are used.
         inputs += extra_files(adapter_folder) if own_text else [calibration]
@@ -273,7 +275,7 @@ def merge(
             target.at_once({"command": "merge with calibration", "settings": settings}) as made,
         ):
             if made is None:
-                say(f"{out} is complete: an interrupted run had written all of it")
+                say(f"{out} is complete: an interrupted run had finished it")
                 return
             tokens = merge_calibrated(
                 folder, adapter_folder, calibration, made, config, keep or [], limit
@@ -323,10 +325,10 @@ def inspect(
     layers: Annotated[bool, typer.Option("--layers", help="Every layer on its own row.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Layers, quant types, shapes and bits per weight of a checkpoint or adapter.
+    """Show layers, quant types, shapes and bits per weight of a checkpoint or adapter.
 
-    Reads headers only. Knows qlora_ext's and bitsandbytes' layouts, and PEFT's adapters. "nested"
-    scales are in 8 bits (double quantization).
+    Reads only the files' headers. Knows the layouts of qlora_ext and bitsandbytes, and PEFT's
+    adapters. "nested" scales are in 8 bits (double quantization).
     """
     from . import inspect as work
 
@@ -347,10 +349,10 @@ def estimate(
     batch: Annotated[
         int, typer.Option("--batch", min=1, max=MOST, help="Samples per forward pass.")
     ] = 1,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 8,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapters.")] = 8,
     target: Annotated[
         str,
-        typer.Option("--target", help="Adapted layers: all-linear, or names with commas."),
+        typer.Option("--target", help="Adapted layers: all-linear, or names separated by commas."),
     ] = "all-linear",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Gradient checkpointing.")
@@ -364,16 +366,16 @@ def estimate(
     double_quant: Nested = True,
     gpu: Annotated[
         Optional[float],  # noqa: UP045 (typer reads it at run time)
-        typer.Option("--gpu", min=0, help="Memory in GiB; the GPU that is there, or common sizes."),
+        typer.Option("--gpu", min=0, help="Memory in GiB. Default: this GPU, else common sizes."),
     ] = None,
 ) -> None:
     """Will training fit? Memory of a LoRA step, from config.json alone.
 
-    An estimate: what is stored and saved is counted exactly on the meta device, what allocators and
-    kernels add is not.
+    What is stored and saved for the backward pass is counted exactly, on the meta device. What
+    allocators and kernels add is only estimated.
     """
     if gpu is not None and not gpu <= MOST:
-        raise CliError(f"--gpu is {gpu:g}, want GiB of memory, at most {MOST:,}")
+        raise CliError(f"--gpu is {gpu:g}, want a memory size in GiB, at most {MOST:,}")
     config = None if dense else quant_config(quant_type, blocksize, double_quant)
     import torch
 
@@ -401,7 +403,7 @@ def estimate(
                  format_bytes(found.total - sum(found.parts.values()))])  # fmt: skip
     rows.append(["total", format_bytes(found.total)])
     if offload:
-        rows.append(["besides, in host memory: experts", format_bytes(found.host)])
+        rows.append(["also, in host memory: experts", format_bytes(found.host)])
     how = ", gradient checkpointing" if checkpointing else ""
     table(f"Estimate: batch {batch} x {seq} tokens, rank {rank} on {target}{how}", ["", ""], rows)
     say(
@@ -435,7 +437,9 @@ def chat(
         Optional[str],  # noqa: UP045 (typer reads it at run time)
         typer.Option("--prompt", help="Answer this and end."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Per answer.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")
+    ] = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
     ] = 0.0,
@@ -444,10 +448,10 @@ def chat(
     ] = True,
     device: Annotated[
         Optional[str],  # noqa: UP045 (typer reads it at run time)
-        typer.Option("--device", help="cuda where there is one, else cpu."),
+        typer.Option("--device", help="Default: cuda if there is a GPU, else cpu."),
     ] = None,
 ) -> None:
-    """Talk to a model: /reset starts over, /quit or Ctrl-D ends."""
+    """Talk to a model. /reset starts over, /quit or Ctrl-D ends."""
     import torch
 
     from .chat import Chat

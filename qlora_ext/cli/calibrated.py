@@ -53,13 +53,13 @@ def merge_calibrated(
     largest = max((int(part.max()) for part in samples), default=0)
     if largest >= rows:
         raise CliError(
-            f"{base}'s tokenizer makes token {largest} of {text} and its model has {rows} tokens: "
-            "want the tokenizer of this model"
+            f"{base}: its tokenizer gives token {largest} for {text}, but its model has only "
+            f"{rows} tokens, want the tokenizer of this model"
         )
     with as_cli_error(ValueError, TypeError, RuntimeError, OSError, OverflowError):
         check_parameters(str(base), model)  # the dtype of config.json may be too narrow
         model = load_adapter(model, adapter_folder)
-        with reading(base, "has a model or tokenizer that writes no text"):
+        with reading(base, "has a model or tokenizer that cannot write text"):
             batches = samples or write_calibration(model, tokenizer)
         model = merge_into_4bit(model, calibration=batches, progress_bar=sys.stderr.isatty())
     with saving_config_of(base):
@@ -84,5 +84,5 @@ def _samples(tokenizer, text: Path, length: int) -> list[torch.Tensor]:
         ids = tokenizer(words, return_tensors="pt").input_ids[:, :CALIBRATION_TOKENS]
     samples = [part for part in ids.split(length, dim=1) if part.numel()]
     if not samples:
-        raise CliError(f"{text} is empty, want some pages of text like that the model is for")
+        raise CliError(f"{text} is empty, want a few pages of the kind of text the model is for")
     return samples

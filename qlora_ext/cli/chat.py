@@ -75,17 +75,17 @@ class Chat:
         known = self.model.get_input_embeddings().num_embeddings
         if ids.numel() and int(ids.max()) >= known:
             raise CliError(
-                f"{source}: its tokenizer makes token {int(ids.max())} and the model has "
-                f"{known:,}: want the tokenizer of this model"
+                f"{source}: its tokenizer gives token {int(ids.max())}, but the model has only "
+                f"{known:,} tokens, want the tokenizer of this model"
             )
         return ids.to(self.model.device)
 
     @torch.no_grad()
     def answer(self, text: str, *, max_tokens: int, temperature: float, stream: bool) -> str:
-        """Continues the conversation. stream: print the answer while it is made."""
+        """Continues the conversation. stream: whether to print the answer while it is made."""
         ids = self.prompt(text)
         if ids.shape[1] == 0:
-            raise CliError("the prompt is empty")
+            raise CliError("the prompt is empty, want some text")
         streamer = None
         if stream:
             streamer = transformers.TextStreamer(
@@ -95,7 +95,7 @@ class Chat:
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
-        # The settings of config.json and generation_config.json take effect here.
+        # Here the settings of config.json and generation_config.json take effect.
         with reading(self.folder, "has a model that cannot answer"):
             out = self.model.generate(
                 input_ids=ids,
@@ -166,8 +166,8 @@ def _check_weights(folder: Path, config, files: SafetensorsFiles) -> None:
     held = sum(files.numel(key) * (2 if files.stored[key] == "U8" else 1) for key in files)
     if wanted > 2 * held + 2**20:
         raise CliError(
-            f"{folder}: config.json describes a model of {wanted:,} weights, and its files hold "
-            f"{held:,}"
+            f"{folder}: config.json describes a model of {wanted:,} weights, but its files hold "
+            f"{held:,}; one of them is from another model"
         )
 
 
@@ -183,7 +183,7 @@ def load_adapter(model, folder: Path) -> None:
             import peft
 
             adapted = peft.PeftModel.from_pretrained(model, folder)  # in place
-        except Exception:  # the first error is the one that helps
+        except Exception:  # the first error says more
             raise CliError(str(error)) from None
         with as_cli_error(OverflowError):
             check_parameters(str(folder / ADAPTER_WEIGHTS), adapted)
@@ -209,13 +209,16 @@ def _check_for_peft(folder: Path) -> None:
         raise CliError(f"{path}: r is {shorten(config.get('r'))}, want the rank of its tensors")
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
-            raise CliError(f"{path}: {key} is {shorten(config[key])}, want an adapter without")
+            raise CliError(
+                f"{path}: {key} is {shorten(config[key])}, want an adapter without it; if you "
+                "trust this one, load it with PEFT"
+            )
     names = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern",
                                          "modules_to_save", "target_parameters")]  # fmt: skip
     texts = [text for value in [*names, *patterns] if isinstance(value, (str, list, dict))
              for text in ([value] if isinstance(value, str) else value)]  # fmt: skip
     if bad := bad_regex(text for text in texts if isinstance(text, str)):
-        raise CliError(f"{path} has {shorten(bad[0])} among its names of layers, want {bad[1]}")
+        raise CliError(f"{path} has {shorten(bad[0])} among its layer names, want {bad[1]}")
 
 
 def load_tokenizer(folders: list[Path]):
@@ -224,4 +227,4 @@ def load_tokenizer(folders: list[Path]):
         if (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists():
             with reading(folder, "has a tokenizer that does not load"):
                 return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    raise CliError(f"{folders[-1]} has no tokenizer (tokenizer.json)")
+    raise CliError(f"{folders[-1]} has no tokenizer (tokenizer.json): copy that of its base there")

@@ -78,7 +78,7 @@ class _SavesLikeFlash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        raise NotImplementedError("a forward pass is counted, no gradient made")
+        raise NotImplementedError("only the forward pass is counted")
 
 
 def _attention(module, query, key, value, attention_mask=None, **kwargs):
@@ -143,8 +143,9 @@ def saved_bytes(model: nn.Module, seq: int) -> Saved:
             logits = out.logits
     except Exception as error:  # an architecture's forward may raise anything
         raise CliError(
-            f"the forward pass of {type(model).__name__} does not run without memory "
-            f"({first_line(error, with_type=True)}): its activations cannot be counted"
+            f"the forward pass of {type(model).__name__} does not run on the meta device "
+            f"({first_line(error, with_type=True)}), so its activations cannot be counted; measure "
+            "a training step instead"
         ) from None
     layers: dict[str, int] = {}
     for nbytes, layer, _ in found.values():
@@ -223,7 +224,10 @@ def estimate(
         activations = saved.total
     packed = base.parts["4-bit weights"] + base.parts["4-bit statistics"]
     if offload and not experts:
-        raise CliError(f"--offload-experts: {type(model).__name__} has no packed experts")
+        raise CliError(
+            f"--offload-experts: {type(model).__name__} has no packed experts, want a "
+            "mixture of experts; leave the option out"
+        )
     host = experts if offload else 0
     parts = {
         "4-bit weights and scales": packed - host + (slots if offload else 0),

@@ -1,4 +1,4 @@
-"""Reads, merges, packs and writes a layer's experts one after another, so that one is in memory."""
+"""Reads, merges, packs and writes a layer's experts one after another: one is in memory."""
 
 from __future__ import annotations
 
@@ -104,6 +104,6 @@ def _is_slice(tensor: torch.Tensor) -> bool:
 
 
 def _numbered(key: str, e: int) -> str:
-    """The name that expert e has where the first one has `key`: `mlp.experts.0.w1.weight`."""
+    """Expert e's name, from the first one's name `key`: `mlp.experts.0.w1.weight`."""
     before, _, after = key.rpartition(".0.")
     return f"{before}.{e}.{after}"

@@ -1,4 +1,4 @@
-"""Watches the files that a command reads: has one changed since the command began?"""
+"""Finds out whether a file that a command reads has changed since the command began."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class InputsChanged(CliError):
 
     Args:
         message: the error's text, which names the file.
-        stale: whether the weights made so far no longer match the input.
+        stale: whether the weights written so far no longer match the input.
     """
 
     def __init__(self, message: str, stale: bool):
@@ -26,7 +26,7 @@ class InputsChanged(CliError):
 
 
 class Inputs:
-    """Sizes and times of the input files, at the moment when this is made.
+    """Sizes and times of the input files, at the moment when this object is made.
 
     The times are those of the last write (mtime) and of the last change of the inode (ctime). A
     program cannot set ctime, so it also shows a file that was replaced by one of the same size and
@@ -69,13 +69,13 @@ class Inputs:
 
 
 def _files(source: Path) -> list[Path]:
-    """The files that a command reads of an input."""
+    """The files that a command reads from an input."""
     try:
         if not source.is_dir():
             return [source]
         found = [source / name for name in SETTINGS if (source / name).exists()]
         found += sorted(source.glob("*.safetensors"))
-        if (source / "config.json").exists():  # an adapter's folder has no other files in use
+        if (source / "config.json").exists():  # nothing else in an adapter's folder is read
             found += extra_files(source)
     except OSError:  # the folder is being removed
         return []

@@ -72,14 +72,19 @@ def read(path: Path) -> Contents:
 
 def _find(path: Path) -> tuple[list[Path], dict, str]:
     if not os.path.lexists(path):
-        raise CliError(f"{printable(str(path))} is neither a folder nor a file")
+        raise CliError(
+            f"{printable(str(path))} is neither a folder nor a file, want a checkpoint, an adapter "
+            "or a safetensors file"
+        )
     if not os.path.isdir(path):
         return [path], {}, "safetensors file"
     adapter = path / "adapter_config.json"
     if os.path.lexists(adapter):
         files = sorted(path.glob("adapter_model*.safetensors"))
         if not files:
-            raise CliError(f"{path} has no adapter_model.safetensors")
+            raise CliError(
+                f"{path} has no adapter_model.safetensors: save the adapter with safetensors"
+            )
         return files, read_json(adapter), "adapter"
     config = {}
     if os.path.lexists(path / "config.json"):
@@ -131,12 +136,12 @@ def _ours(headers: SafetensorsFiles, settings: dict, name: str, taken: set) -> L
     if keys[0] not in headers:
         raise CliError(
             f"{headers.where[f'{name}.weight_absmax']}: {name}.weight_absmax is there without "
-            f"{name}.weight: the file is damaged"
+            f"{name}.weight: the file is damaged, download or save it again"
         )
     taken.update(keys)
     packed = headers.shapes[keys[0]]
-    # [N, K / 2] if K is even; otherwise only bytes, and only the model knows the shape. The experts
-    # of a layer are [E, N, K / 2], and the blocks restart at each.
+    # It is [N, K / 2] if K is even; otherwise flat, and only the model knows the shape. The experts
+    # of a layer are [E, N, K / 2], and the blocks start anew at each expert.
     is_stack = len(packed) == 3
     flat = not is_stack and (len(packed) != 2 or packed[1] == 1)
     numel = 2 * headers.numel(keys[0])
@@ -176,7 +181,8 @@ def _bitsandbytes(headers: SafetensorsFiles, key: str, keys: list[str], taken: s
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CliError(
-            f"{headers.where[key]}: {key} is damaged ({first_line(error, with_type=True)})"
+            f"{headers.where[key]}: {key} is damaged ({first_line(error, with_type=True)}): "
+            "download the file again"
         ) from None
     nbytes = sum(headers.nbytes(k) for k in keys if not k.endswith("quant_map") and k != key)
     return Layer(stem.removesuffix(".weight"), kind, shape, math.prod(shape), nbytes, True)
@@ -187,7 +193,8 @@ def _lora(headers: SafetensorsFiles, settings: dict, key: str, taken: set) -> La
     other = f"{name}.lora_B.weight"
     if other not in headers:
         raise CliError(
-            f"{headers.where[key]}: {key} is there without {other}: the adapter is damaged"
+            f"{headers.where[key]}: {key} is there without {other}: the adapter is damaged, "
+            "download or save it again"
         )
     taken.update((key, other))
     if len(headers.shapes[key]) != 2 or len(headers.shapes[other]) != 2:
@@ -205,8 +212,8 @@ def _lora(headers: SafetensorsFiles, settings: dict, key: str, taken: set) -> La
 
 
 def _experts_of(settings: dict, layer: str, rows: int) -> int:
-    """How many experts the adapter of a layer has, if target_parameters in its config names it and
-    the config says the rank of each; else 0."""
+    """The number of experts in the adapter of a layer, if target_parameters in its config names
+    the layer and `r` is the rank of each; else 0."""
     r, parameters = settings.get("r"), settings.get("target_parameters")
     if not isinstance(parameters, list) or not isinstance(r, int) or settings.get("rank_pattern"):
         return 0

@@ -19,9 +19,9 @@ MAX_BYTES = 2**26  # for all records; a checkpoint with a million files takes ha
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The last step of a run, written down before it is done."""
+    """What a run does in its last step, written before that step begins."""
 
-    qlora_ext_run: dict  # settings that a run which continues this one must share
+    qlora_ext_run: dict  # the run's settings; a run that continues it must have the same
     new: int  # inode number of the folder that becomes OUT
     files: dict[str, int]  # its files and their sizes in bytes
     old: int | None  # inode number of the folder that --force replaces
@@ -30,7 +30,7 @@ class Record:
     def __post_init__(self):
         kinds = type(self.qlora_ext_run), type(self.new), type(self.files)
         if kinds != (dict, int, dict):  # a file may hold anything
-            raise TypeError(f"no record: {kinds}")
+            raise TypeError(f"not a record: {kinds}")
 
     def is_new(self, path: Path) -> bool:
         """Whether path is the folder that becomes or became OUT, with all its files."""
@@ -43,8 +43,8 @@ class Record:
 class Lock:
     """A file that one run at a time holds. It also stores the record of that run's last step.
 
-    The holder removes the file before it releases the lock. Another run may have opened it before
-    that, and then it gets the lock of a removed file. It notices that and opens the name again.
+    The holder removes the file before it releases the lock. Another run that had opened the file
+    by then gets the lock of a removed file. It notices that and opens the name again.
 
     Raises:
         CliError: another run holds it, the file is not ours, or it cannot be made.
@@ -77,7 +77,9 @@ class Lock:
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
-            raise CliError(f"{self.path} cannot be made ({error.strerror})") from None
+            raise CliError(
+                f"{self.path} cannot be made ({error.strerror}): name another folder"
+            ) from None
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
             raise CliError(f"{self.path} is not a file: move it away")

@@ -38,17 +38,16 @@ from .stream import PACKED, Job
 
 # Measured on a short fine-tune of SmolLM2-135M; docs/merging.md compares the ways to merge.
 REQUANTIZING = (
-    "{base} is in 4 bits. Packing its merged weights again keeps 5 to 10% of what a short "
-    "fine-tune gained, so a dense model is written. Text like that which the model is for "
-    "(--calibration) keeps nearly all in 4 bits, and text that the model writes (--own-text) "
-    "nearly as much"
+    "{base} is in 4 bits. Packing its merged weights again would keep only 5 to 10% of what a "
+    "short fine-tune gained, so the result is dense. To keep nearly all of it in 4 bits, give text "
+    "of the kind that the model is for (--calibration), or let the model write some (--own-text)"
 )
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The adapter of one layer: W + scaling B A. A stack's has E as the first size of both."""
+    """The adapter of one layer: W + scaling B A. For a stack both matrices start with E."""
 
     lora_A: torch.Tensor  # [r, K]
     lora_B: torch.Tensor  # [N, r]
@@ -72,15 +71,15 @@ class Pair:
 
 
 def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
-    """Layer name -> its adapter; for experts the name that their stack has when it is packed.
+    """Layer name -> its adapter. For experts it is the name that their stack has when it is packed.
 
     Raises:
-        CliError: as `load_adapter` raises: files are missing or damaged; it is not a plain LoRA
-            adapter; the model lacks its layers or shapes, or the adapter's config contradicts them.
+        CliError: in the cases of `load_adapter`: files are missing or damaged; it is not a plain
+            LoRA adapter; the model lacks its layers or shapes; its config contradicts its weights.
     """
     names = checkpoint.model
     if checkpoint.quantizer is None:
-        # The stacks of experts are layers with names only if they are packed.
+        # Only in a packed model are the stacks of experts layers with names.
         try:
             names = quantize_model(checkpoint.same_model(), progress_bar=False)
         except ValueError:  # there is nothing to pack, so there are no experts either
@@ -88,7 +87,7 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
     try:
         with as_cli_error(ValueError, OSError, TypeError):
             config = read_adapter_config(folder)
-            # They are added in fp32.
+            # fp32, because they are added in fp32.
             pairs = read_pairs(names, folder, config, lambda name: torch.float32)
             parameters = parameter_names(names)
             for name, pair in pairs.items():
@@ -96,8 +95,8 @@ def read_adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, Pair]:
                 rank_of(folder, config, parameters.get(name, name), base, *pair)
     except NotImplementedError:  # it asked for values of the model, which is on meta
         raise CliError(
-            f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; "
-            "qlora_ext.load_adapter and merge_and_unload merge it"
+            f"{folder} holds embeddings besides LoRA weights, want LoRA weights alone; merge it "
+            "with qlora_ext.load_adapter and merge_and_unload"
         ) from None
     adapter = {}
     for name, (lora_A, lora_B) in pairs.items():
@@ -126,13 +125,16 @@ def _pairs_inside(adapter: dict[str, Pair], name: str) -> dict[str, Pair]:
 
 
 def _pairs_of_stacks(name: str, module: nn.Module, adapter: dict[str, Pair]) -> dict[str, Pair]:
-    """Parameter of a module of fused experts -> the adapter of the stack that it is if packed."""
+    """Parameter of a module of fused experts -> the adapter of its stack."""
     inside = _pairs_inside(adapter, name)
     fused = module.template if isinstance(module, Experts4bit) else module
     sides = {up_name(fused): f"{name}.up", "down_proj": f"{name}.down"}
     pairs = {key: inside.pop(side) for key, side in sides.items() if side in inside}
     if inside:
-        raise CliError(f"the adapter changes {sorted(inside)[0]}, which {name} does not hold")
+        raise CliError(
+            f"the adapter changes {sorted(inside)[0]}, which the model's {name} does not have, "
+            "want an adapter of this model"
+        )
     return pairs
 
 
@@ -286,8 +288,8 @@ def plan(
     if checkpoint.copies:
         if checkpoint.tied:
             raise CliError(
-                f"{base} ties several weights and the adapter changes one of them: merge it with "
-                "qlora_ext.merge_and_unload"
+                f"{base} ties several weights, and the adapter changes one of them: merge with "
+                "qlora_ext.merge_and_unload instead"
             )
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
@@ -314,11 +316,8 @@ def _dense_job(checkpoint, config, adapter, max_shard_bytes, dtype) -> Job:
                 module._buffers[key] = b.to(dtype)
 
     def transform(name: str, module: nn.Module) -> nn.Module:
-        if isinstance(module, PACKED):
-            new = _merge_packed(name, module, adapter, dtype)
-        else:
-            new = _merge_dense(name, module, adapter, dtype)
-        return new
+        merge = _merge_packed if isinstance(module, PACKED) else _merge_dense
+        return merge(name, module, adapter, dtype)
 
     def stacks(name: str, module: nn.Module) -> dict[str, Read]:
         return _merged_stacks(name, module, adapter, checkpoint, dtype)

@@ -11,7 +11,7 @@ It recognises folders by their inode numbers, which do not change when a folder 
 the last step, the numbers of the new folder and of the replaced one are written into the lock's
 file (a `record`). So a run only removes the folder that --force replaced, never someone else's.
 
-This file is longer than others: it writes and recovers each state of the folders.
+This file is longer than others because it both writes and repairs each state of the folders.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Output(contextlib.AbstractContextManager):
         out: the folder to make; its parents are made too.
         force: replace a checkpoint that is there.
         restart: use nothing from an interrupted run.
-        inputs: folders and files that the command reads. Their state is recorded now, so make this
-            before any of them is read; see check_inputs.
+        inputs: folders and files that the command reads. Their state is recorded here, so make
+            this object before reading any of them; see check_inputs.
 
     Raises:
         CliError: OUT cannot be made or replaced, or another run is writing it.
@@ -67,7 +67,7 @@ class Output(contextlib.AbstractContextManager):
         lock = self.out.with_name(f"{self.out.name}.partial.lock")
         self.force, self.restart = force, restart
         self.lock: Lock | None = None
-        self.run: dict = {}  # settings that must equal those of the run it continues
+        self.run: dict = {}  # settings; a run that this one continues must have the same
         self.in_place = False  # whether OUT is a complete result, according to the lock's file
         self.taken = False  # whether OUT.partial belongs to this run
         self.made_parents: list[Path] = []
@@ -84,7 +84,9 @@ class Output(contextlib.AbstractContextManager):
                 self._check_out()
         except OSError as error:
             self.close()
-            raise CliError(f"{self.out} cannot be made ({_reason(error)})") from None
+            raise CliError(
+                f"{self.out} cannot be made ({_reason(error)}): name another folder"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -111,7 +113,9 @@ class Output(contextlib.AbstractContextManager):
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CliError(f"{self.out} cannot be made ({error.strerror})") from None
+            raise CliError(
+                f"{self.out} cannot be made ({error.strerror}): name another folder"
+            ) from None
         if stat.S_ISLNK(mode):
             raise CliError(
                 f"{self.out} is a symbolic link to {os.readlink(self.out)}: name that folder, or "
@@ -149,15 +153,14 @@ class Output(contextlib.AbstractContextManager):
                 what = "has a config.json that names no model, and no safetensors file"
         if what is not None:
             raise CliError(
-                f"{self.out} {what}, so it is no checkpoint for --force to replace: name another "
-                "folder"
+                f"{self.out} {what}; --force replaces only checkpoints: name another folder"
             )
         folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
         if strange := folders - SUBFOLDERS:
             raise CliError(
                 f"{self.out} holds {plural(len(strange), 'folder')} that no checkpoint has "
-                f"({first_few(strange)}), so --force does not replace it: move what is yours "
-                "out of it, or name another folder"
+                f"({first_few(strange)}), so --force does not replace it: move them away, or name "
+                "another folder"
             )
 
     def _make_parents(self) -> None:
@@ -169,7 +172,9 @@ class Output(contextlib.AbstractContextManager):
                 continue
             except OSError as error:
                 self.close()
-                raise CliError(f"{parent} cannot be made ({error.strerror})") from None
+                raise CliError(
+                    f"{parent} cannot be made ({error.strerror}): name another folder"
+                ) from None
             self.made_parents.append(parent)
 
     def _recover(self) -> None:
@@ -184,9 +189,9 @@ class Output(contextlib.AbstractContextManager):
                 rename_new(source, self.out)
             except FileExistsError:
                 raise CliError(
-                    f"{self.out} was made while a run was replacing it: what it held before is in "
-                    f"{self.aside}, and the new checkpoint in {self.folder}. Move {self.out} away "
-                    "and give the same command again"
+                    f"{self.out} was made while a run was replacing it. What it held before is in "
+                    f"{self.aside}, the new checkpoint in {self.folder}: move {self.out} away and "
+                    "give the same command again"
                 ) from None
             sync_folder(self.out.parent)
         if record.is_new(self.out):
@@ -200,12 +205,12 @@ class Output(contextlib.AbstractContextManager):
         nothing is left to do.
 
         Args:
-            run: settings that must equal those of an interrupted run, JSON values by name.
+            run: settings, JSON values by name. Only a run with the same ones is continued.
             reuse: False for a run that uses nothing of an interrupted one. Then only the command
                 must be the same.
         """
         layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
-        # Through JSON, so that it equals what is read back from a file.
+        # Convert it through JSON, so that it can be compared with what is read from a file.
         self.run = json.loads(json.dumps({**run, "layout": layout}))
         record = self.lock.record()
         same = record is not None and not _differences(record.qlora_ext_run, self.run)
@@ -227,15 +232,15 @@ class Output(contextlib.AbstractContextManager):
             if not kept:
                 self.discard()
             raise CliError(
-                f"{self.out} needs {format_bytes(need)} more and its disk has "
-                f"{format_bytes(free)} free{kept}"
+                f"{self.out} needs {format_bytes(need)} more, but its disk has "
+                f"{format_bytes(free)} free{kept}: free some space, or name another disk"
             )
         return todo
 
     def _take_folder(self, keys: list[str] | None) -> None:
         """Makes OUT.partial or takes it over, with STATE in it and no half-written files.
 
-        keys: the settings that must equal those of an interrupted run; None means all.
+        keys: names of the settings that an interrupted run must have had, too. None means all.
         """
         state = self.folder / STATE
         try:
@@ -248,7 +253,9 @@ class Output(contextlib.AbstractContextManager):
                 ) from None
             self._take_over(keys)
         except OSError as error:
-            raise CliError(f"{self.folder} cannot be made ({error.strerror})") from None
+            raise CliError(
+                f"{self.folder} cannot be made ({error.strerror}): name another folder"
+            ) from None
         if not state.exists():
             write_text(state, json.dumps(self.run, indent=2))
         self.taken = True
@@ -259,7 +266,7 @@ class Output(contextlib.AbstractContextManager):
             changed = _differences(then, self.run, keys)
             if changed:
                 raise CliError(
-                    f"{self.folder} is of an interrupted run that differs from this one in "
+                    f"{self.folder} is from an interrupted run that differs from this one in "
                     f"{', '.join(changed)}: repeat that run's command, or start over with --restart"
                 )
             rest = then.get("rest")
@@ -267,7 +274,7 @@ class Output(contextlib.AbstractContextManager):
                 if name in os.listdir(self.folder):
                     (self.folder / name).unlink()
         elif then is not None:
-            if not (self.folder / STATE).exists():  # so that the folder's owner stays known
+            if not (self.folder / STATE).exists():  # it tells whose folder this is
                 write_text(self.folder / STATE, json.dumps(then))
             self._empty()
         for leftover in self.folder.glob(".*.draft"):
@@ -303,7 +310,7 @@ class Output(contextlib.AbstractContextManager):
     def at_once(self, run: dict) -> Iterator[Path | None]:
         """A context with the folder, for a run that is never continued. The folder starts empty. It
         is moved into place at the end, or removed after an error. The context gives None if OUT is
-        in place already, because the same run was killed in its last step.
+        complete already, because the same run was killed in its last step.
 
         Args:
             run: as in `open`; the inputs are added.
@@ -360,7 +367,7 @@ class Output(contextlib.AbstractContextManager):
         write_text(self.folder / STATE, json.dumps(then, indent=2))
 
     def _empty(self, keep: tuple[str, ...] = ()) -> None:
-        """Removes the folder's contents, STATE last, so that the folder's owner stays known."""
+        """Removes the folder's contents. STATE, which tells whose folder this is, goes last."""
         _empty(self.folder, keep=(*keep, STATE))
         if STATE not in keep:
             (self.folder / STATE).unlink(missing_ok=True)
@@ -405,9 +412,8 @@ class Output(contextlib.AbstractContextManager):
             raise CliError(f"{error}. The finished checkpoint is kept in {self.folder}") from None
         except FileExistsError:
             raise CliError(
-                f"{self.out} came into being during the run and was left alone; the finished "
-                f"checkpoint is kept in {self.folder}: move {self.out} away and give the same "
-                "command again"
+                f"{self.out} appeared during the run and was left alone; the finished checkpoint "
+                f"is kept in {self.folder}: move {self.out} away and give the same command again"
             ) from None
         except OSError as error:
             raise CliError(
@@ -428,7 +434,7 @@ class Output(contextlib.AbstractContextManager):
                 raise FileExistsError
         else:
             if os.path.lexists(self.aside):
-                raise CliError(f"{self.aside} exists, and its name is needed: move it away")
+                raise CliError(f"{self.aside} exists, but its name is needed: move it away")
             rename_new(self.out, self.aside)
             if not record.is_old(self.aside):
                 rename_new(self.aside, self.out)
@@ -445,7 +451,7 @@ class Output(contextlib.AbstractContextManager):
                     self.lock.write(dataclasses.replace(record, emptied=True))
                 path.rmdir()
             except OSError as error:
-                if record.emptied:  # it is someone else's by now
+                if record.emptied:  # by now it is someone else's folder
                     return
                 raise CliError(
                     f"{self.out} is complete; what it held before is in {path} and cannot be "
@@ -475,13 +481,13 @@ class Output(contextlib.AbstractContextManager):
     def kept(self, shards: list[Shard]) -> str:
         """A text that says what a stopped run leaves."""
         if self.is_recorded():
-            return "nothing is missing but the last step, which the same command does"
+            return "only the last step is missing, and the same command does it"
         if not self.taken:
-            return "this run had not written anything yet"
+            return "nothing was written yet"
         done = sum(shard.is_whole(self.folder / shard.filename) for shard in shards)
         return (
-            f"{done} of {plural(len(shards), 'shard')} are finished and kept in {self.folder}; the "
-            "same command goes on from there"
+            f"{done} of {plural(len(shards), 'shard')} are finished and kept in {self.folder}; "
+            "give the same command again to continue"
         )
 
 
@@ -508,7 +514,7 @@ def _entries(source: Path) -> list[Path]:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """The targets of a chain of links, one after another: each of them is needed."""
+    """The targets of a chain of links, one after another, because each of them is needed."""
     for _ in range(MAX_LINKS):
         if not path.is_symlink():
             return

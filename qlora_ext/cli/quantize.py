@@ -20,7 +20,7 @@ from .stream import Job
 
 
 def pack_like(result: nn.Module, config: QuantConfig, checkpoint: Checkpoint):
-    """A transform that packs a module if `result`, on meta, has a packed one of its name."""
+    """A transform that packs the modules that are packed in `result`, a model on meta."""
 
     def transform(name: str, module: nn.Module) -> nn.Module:
         target = result.get_submodule(name)
@@ -40,7 +40,7 @@ def pack_like(result: nn.Module, config: QuantConfig, checkpoint: Checkpoint):
 def quantized_result(
     model: nn.Module, config: QuantConfig, keep: list[str], embeddings: bool
 ) -> nn.Module:
-    """The model on meta, packed in shape only: the plan for the real weights."""
+    """The model on meta, where packing only changes shapes: the plan for the real weights."""
     with warnings.catch_warnings():
         # quantize_model warns about layers that stay dense; the command prints a report instead.
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """Renames a folder without replacing anything, or exchanges two names, each in one step.
 
 Linux has a call for both (renameat2), but Python's os does not. Some file systems (NFS, many FUSE
-ones), old kernels and some C libraries lack it; then the callers do it in another way.
+ones), old kernels and some C libraries lack it. Then the callers do it in another way.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     call = _find_renameat2()
     if call is None:
         return False
-    # os.rename raises this audit event too; audit hooks should see this rename as well.
+    # As os.rename does, so that audit hooks see this rename too.
     sys.audit("os.rename", str(source), str(target), -1, -1)
     if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
         return True

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-# For a file or pipe, rich would assume 80 columns and break rows, even if colours are forced.
+# For a file or pipe, rich assumes 80 columns and breaks longer rows, even if colours are forced.
 _WIDTH = None if "COLUMNS" in os.environ else 200
 
 
@@ -33,7 +33,7 @@ def say(text: str, *, stderr: bool = False) -> None:
 
 
 def shown(text: str) -> str:
-    """Text from a file, with terminal control characters and unencodable ones escaped."""
+    """Text from a file, with escapes for control characters and those that cannot be encoded."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 

@@ -1,8 +1,8 @@
 """Writes safetensors shards tensor by tensor.
 
 safetensors' own writer needs a whole shard in memory. But the sizes of all tensors are known before
-the first weight is read. So this file writes a shard's header first, and then each tensor at its
-place as soon as it is made; peak memory is one layer. Format:
+the first weight is read. So this file writes a shard's header first, and then each tensor in its
+place as soon as it is made. Peak memory is one layer. Format:
 https://github.com/huggingface/safetensors (8 bytes of header length, JSON header, data).
 """
 
@@ -127,8 +127,8 @@ class ShardWriter:
             offset, data = offset + written, data[written:]
 
     def write(self, name: str, tensor: torch.Tensor, number: int | None = None) -> None:
-        """Writes a tensor, or with a number [number : number + 1] of it. A tensor's last slice ends
-        it, so slices are written in order."""
+        """Writes a tensor, or its slice [number : number + 1] if a number is given. Slices must be
+        written in order, because the last one completes the tensor."""
         entry = self.shard.entries[name]
         offset = len(self.shard.header) + self.shard.offsets[name]
         is_last = True
@@ -139,8 +139,8 @@ class ShardWriter:
             is_last = number == count - 1
         if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise CliError(
-                f"{name} became {tensor.dtype} {list(tensor.shape)}, planned was {entry.dtype} "
-                f"{list(entry.shape)}: this is a fault of qlora-ext, please report it"
+                f"{name} became {tensor.dtype} {list(tensor.shape)}, want {entry.dtype} "
+                f"{list(entry.shape)} as planned: this is a bug of qlora-ext, please report it"
             )
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         if raw.numel():
@@ -151,7 +151,7 @@ class ShardWriter:
     def finish(self) -> None:
         if self.missing:
             raise CliError(
-                f"{self.shard.filename} lacks {sorted(self.missing)[:4]}: this is a fault of "
+                f"{self.shard.filename} lacks {sorted(self.missing)[:4]}: this is a bug of "
                 "qlora-ext, please report it"
             )
         os.fsync(self.file)

@@ -48,15 +48,17 @@ def packed_names(model: nn.Module) -> set[str]:
 
 @contextlib.contextmanager
 def saving_config_of(folder: Path):
-    """Within it transformers saves the config of a folder again. What it refuses is a CliError: it
-    judges some values only then."""
+    """A context in which transformers saves a folder's config again. It checks some values only
+    then. If it refuses one, that is a CliError."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
         path = folder / "config.json"
-        raise CliError(f"{path} cannot be saved again ({first_line(error)})") from error
+        raise CliError(
+            f"{path} cannot be saved again ({first_line(error)}): correct it first"
+        ) from error
 
 
 @dataclasses.dataclass
@@ -69,8 +71,8 @@ class Piece:
 
 
 def return_freed_memory() -> None:
-    """Makes glibc return large freed blocks to the system. By default it learns to keep blocks of
-    up to 32 MiB. Merging layers of 6 MiB took 95 MiB besides the libraries, and 38 with this."""
+    """Makes glibc return large freed blocks to the system. By default it comes to keep blocks of up
+    to 32 MiB. Merging layers of 6 MiB took 95 MiB besides the libraries, and 38 MiB with this."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
@@ -164,8 +166,8 @@ class Job:
             odd = {name for name in {*got, *want} if got.get(name) != want.get(name)}
             raise CliError(
                 f"transformers stores {first_few(odd)} of {type(self.result).__name__} in a way "
-                "that takes several modules at once: load it whole, with qlora_ext.quantize_model "
-                "or merge_and_unload, and save that"
+                "that takes several modules at once: load the model as a whole, convert it with "
+                "qlora_ext.quantize_model or merge_and_unload, and save that"
             )
 
     # running
@@ -174,8 +176,7 @@ class Job:
         """Writes the checkpoint. It uses the shards that an interrupted run has finished.
 
         Args:
-            run: settings that must equal those of an interrupted run, for its shards to be used;
-                JSON values by name.
+            run: settings, JSON values by name. Only shards of a run with the same ones are used.
             progress: a Bar of screen.py, or something like it.
         """
         return_freed_memory()
@@ -188,12 +189,12 @@ class Job:
             output.check_inputs()
             todo = output.open(self.shards, run)
             if output.in_place:
-                progress.say(f"{output.out} is complete: an interrupted run had written all of it")
+                progress.say(f"{output.out} is complete: an interrupted run had finished it")
                 progress.advance(self.nbytes_in)
                 return
             if len(todo) < len(self.shards):
                 done = len(self.shards) - len(todo)
-                progress.say(f"going on: {done} of {len(self.shards)} shards are finished already")
+                progress.say(f"continuing: {done} of {len(self.shards)} shards are finished")
             for number, shard in enumerate(self.shards):
                 pieces = [p for p, where in zip(self.pieces, self.where, strict=True)
                           if where == number]  # fmt: skip
@@ -213,7 +214,7 @@ class Job:
             output.close()
 
     def _explained(self, error: Exception, output: Output) -> Exception:
-        """The error to raise instead: a changed input can cause many other errors."""
+        """The error to raise instead. If an input has changed, that may be what caused this one."""
         if not isinstance(error, InputsChanged) and not output.is_recorded():
             try:
                 output.check_inputs()
@@ -223,8 +224,8 @@ class Job:
             if error.stale:
                 output.discard()
                 return CliError(
-                    f"{error}, so what was made of it is dropped: give the same command again, "
-                    "which starts anew"
+                    f"{error}, so the partial output was removed: give the same command again, "
+                    "which starts over"
                 )
             return CliError(f"{error}: {output.kept(self.shards)}")
         if isinstance(error, OSError):
@@ -262,7 +263,7 @@ class Job:
 
     @torch.no_grad()
     def _convert(self, piece: Piece) -> Iterator[tuple[str, torch.Tensor, int | None]]:
-        """(name, tensor, None), or the number of the expert whose slice of the tensor it is."""
+        """(name, tensor, None) for each tensor to write; (name, slice, number) for each slice."""
         state = {}
         with self.checkpoint.loaded(piece.unit, self._read_alone(piece.unit)) as modules:
             for name, module in modules.items():
@@ -311,7 +312,7 @@ class Job:
 
     @contextlib.contextmanager
     def _naming(self, name: str, expert: int | None = None):
-        """Within it an error of the weight `name` names it and its file."""
+        """A context in which an error about the weight `name` names the weight and its file."""
         try:
             yield
         except (RuntimeError, MemoryError, OverflowError) as error:
@@ -348,8 +349,8 @@ class Job:
             check_finite(self._where(name, expert), values, tensor.dtype)
 
     def _where(self, name: str, expert: int | None = None) -> str:
-        """The file and tensor that the model's tensor `name` comes from, else folder and name. Of
-        one expert of a stack its number, and the file that all its tensors are in."""
+        """The file and tensor that the model's tensor `name` comes from, else folder and name. For
+        one expert of a stack also its number, and its file if all its tensors are in one."""
         checkpoint, number = self.checkpoint, "" if expert is None else f"[{expert}]"
         sources = checkpoint.sources.get(name, ())
         if len(sources) == 1:
@@ -380,6 +381,6 @@ class Job:
         if not unexpected:
             return []
         return [
-            f"{plural(len(unexpected), 'tensor')} of the input left out, which "
+            f"left out {plural(len(unexpected), 'tensor')} of the input that "
             f"{type(self.result).__name__} does not have: {first_few(unexpected)}"
         ]

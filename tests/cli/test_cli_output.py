@@ -343,7 +343,7 @@ def test_what_appears_at_out_is_left_alone(world, thing, renameat2):
         before = tree(parent / "out")
         first = world.warm.go_on(first)
         assert first["status"] == 1
-        assert "came into being during the run" in first["said"]
+        assert "appeared during the run" in first["said"]
         assert tree(parent / "out") == before
         again = world.run("quantize", parent, renameat2=renameat2)
         assert again["status"] == 1
@@ -351,7 +351,7 @@ def test_what_appears_at_out_is_left_alone(world, thing, renameat2):
         (parent / "out").rename(parent / "mine")
         again = world.run("quantize", parent, renameat2=renameat2)
         assert again["status"] == 0, again["said"]
-        assert "an interrupted run had written all of it" in again["said"]
+        assert "an interrupted run had finished it" in again["said"]
         assert tree(parent / "mine") == before
         assert tree(parent / "out") == world.reference("quantize")[1]
         assert sorted(os.listdir(parent)) == ["mine", "out"]
@@ -454,7 +454,7 @@ def test_a_folder_put_at_out_in_the_last_moment_is_not_replaced(world, renameat2
     assert tree(parent / "out") == {"thesis.txt": b"the only copy"}
     assert tree(parent / "old") == old
     again = world.run("quantize", parent, "--force", renameat2=renameat2)
-    assert "no checkpoint for --force to replace" in again["said"]
+    assert "--force replaces only checkpoints" in again["said"]
     shutil.rmtree(parent / "out")
     assert world.run("quantize", parent, "--force", renameat2=renameat2)["status"] == 0
     assert sorted(os.listdir(parent)) == ["old", "out"]
@@ -768,7 +768,7 @@ def test_an_input_that_changes_is_named_before_out_exists(world, change, late):
         (inputs / name).write_bytes(whole)
     again = world.run(command, parent, inputs=inputs)
     assert again["status"] == 0, again["said"]
-    assert ("going on" in again["said"]) != stale
+    assert ("continuing:" in again["said"]) != stale
     other = world.fresh()
     assert world.run(command, other, inputs=inputs)["status"] == 0
     assert tree(parent / "out") == tree(other / "out")
@@ -793,7 +793,7 @@ def test_an_input_folder_that_is_removed_is_no_fault_of_the_output(world, comman
     again = world.run(command, parent, inputs=inputs)
     assert again["status"] == 0, again["said"]
     # What was finished is of those files, and is used.
-    assert command == "calibrate" or "going on: 1 of 2" in again["said"]
+    assert command == "calibrate" or "continuing: 1 of 2" in again["said"]
     assert tree(parent / "out") == world.reference(command)[1]
 
 
