@@ -26,12 +26,10 @@ def pack_like(result: nn.Module, config: QuantConfig, checkpoint: Checkpoint):
         target = result.get_submodule(name)
         if isinstance(target, Experts4bit):
             return packed_experts(module, config, read_experts(name, module, checkpoint))
-        for kind, make in (
-            (Embedding4bit, Embedding4bit.from_embedding),
-            (Linear4bit, Linear4bit.from_linear),
-        ):
-            if isinstance(target, kind):
-                return make(module, config)
+        if isinstance(target, Embedding4bit):
+            return Embedding4bit.from_embedding(module, config)
+        if isinstance(target, Linear4bit):
+            return Linear4bit.from_linear(module, config)
         return module
 
     return transform

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..nn.packed import _PACKED_KEYS, _Packed4bit
+from ..text import first_few
 
 
 def _leaving_packed_frozen(original):
@@ -32,8 +33,7 @@ def _leaving_packed_frozen(original):
             parameter.requires_grad_(requires_grad)
         names = [name or type(self).__name__ for name in layers]
         warnings.warn(
-            f"requires_grad_(True): the packed weights of {', '.join(names[:3])}"
-            f"{f' and {len(names) - 3} more layers' if len(names) > 3 else ''} stay frozen. All "
+            f"requires_grad_(True): the packed weights of {first_few(names, 3)} stay frozen. All "
             "other parameters now require gradients. To train packed layers, use add_lora or PEFT",
             stacklevel=2,
         )

@@ -923,7 +923,7 @@ def test_releases_that_take_a_stack_the_other_way_round_are_refused(monkeypatch)
 
 def test_experts_with_our_adapter_are_refused():
     base = qlora_ext.add_lora(packed_model(), qlora_ext.LoraConfig(target_parameters=STACKS))
-    with pytest.raises(ValueError, match=r"have an adapter of qlora_ext\.add_lora already"):
+    with pytest.raises(ValueError, match=r"it has an adapter of qlora_ext\.add_lora already"):
         peft.get_peft_model(base, config(target_modules=[]))
 
 

@@ -64,18 +64,22 @@ class _FiniteScales:
         super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
 
 
-class PeftLoraLinear4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLoraLinear):
+class _NamedLora(_FiniteScales):
+    """A mixin for LoRA layers on a packed layer: they know their name, for errors."""
+
+    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
+        self._name = target_name or adapted_layer.get()
+        arguments = layer_arguments(config, target_name)
+        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
+
+
+class PeftLoraLinear4bit(ChoosesVariant, _NamedLora, _MergesIntoDense, PeftLoraLinear):
     """PEFT's LoRA layer on a `Linear4bit`.
 
     Plain adapters use the fused op: y = W x + s B A x in one pass over the packed weight, in the
     dtype of x, with fp32 adapters. Mixed batches, DoRA, aLoRA, Arrow, biases on B and layers with
     hooks use PEFT's own forward.
     """
-
-    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or adapted_layer.get()
-        arguments = layer_arguments(config, target_name)
-        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
 
     @property
     def lora_variants(self):
@@ -224,17 +228,12 @@ class _DoraEmbeddingVariant(DoraEmbeddingVariant):
         module.lora_magnitude_vector[adapter_name].__class__ = _DoraEmbedding
 
 
-class LoraEmbedding4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLoraEmbedding):
+class LoraEmbedding4bit(ChoosesVariant, _NamedLora, _MergesIntoDense, PeftLoraEmbedding):
     """PEFT's LoRA layer on an `Embedding4bit`, with PEFT's forward and our merging.
 
     The adapter is PEFT's: lora_embedding_A [r, num_embeddings], lora_embedding_B [dim, r]. The
     adapted table is W + scaling A^T B^T.
     """
-
-    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or adapted_layer.get()
-        arguments = layer_arguments(config, target_name)
-        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
 
     @property
     def lora_variants(self):
@@ -260,13 +259,8 @@ class LoraEmbedding4bit(ChoosesVariant, _FiniteScales, _MergesIntoDense, PeftLor
         )
 
 
-class AdaLoraLinear4bit(_FiniteScales, SVDLinear):
+class AdaLoraLinear4bit(_NamedLora, SVDLinear):
     """PEFT's AdaLoRA layer on a `Linear4bit`, with PEFT's forward and our merging."""
-
-    def __init__(self, base_layer, adapter_name: str, config, target_name: str = "", **kwargs):
-        self._name = target_name or adapted_layer.get()
-        arguments = layer_arguments(config, target_name)
-        super().__init__(base_layer, adapter_name, **arguments, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PeftLoraLinear4bit's merge."""

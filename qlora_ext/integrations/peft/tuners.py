@@ -101,15 +101,17 @@ def _refuse_packed(original):
         layer = given.get("current_key") or given.get("target_name") or "a layer"
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
+        parts = [base]
         if isinstance(base, Experts4bit):
             _check_experts(base, method, layer, kwargs.get("parameter_name"))
+            parts = base.stacks().values()
         if isinstance(base, Stack4bit):
             raise ValueError(
                 f"PEFT's {method} on {layer}: it is a packed stack of a mixture's experts, want it "
                 "in target_parameters under its name in the dense model, such as "
                 "experts.gate_up_proj"
             )
-        if isinstance(base, _Lora):
+        if any(isinstance(part, _Lora) for part in parts):
             # PEFT's forward and merge would read only the base weight and lose A and B.
             raise ValueError(
                 f"PEFT's {method} on {layer}: it has an adapter of qlora_ext.add_lora already; "
@@ -135,8 +137,8 @@ def _refuse_packed(original):
         if not isinstance(base, (_Packed4bit, Experts4bit)):
             original(self, config, adapter_name, target, *args, **kwargs)
         else:
-            for packed in base.stacks().values() if isinstance(base, Experts4bit) else (base,):
-                check_can_adapt(f"PEFT's {method}", packed, self.model)
+            for part in parts:
+                check_can_adapt(f"PEFT's {method}", part, self.model)
             if not config.inference_mode:
                 check_trainable(f"PEFT's {method} on {layer}", base)
             token = adapted_layer.set(layer)
@@ -155,17 +157,11 @@ def _refuse_packed(original):
 
 
 def _check_experts(experts: Experts4bit, method: str, layer: str, parameter: str | None) -> None:
-    """Raises ValueError unless this is LoRA on a stack of packed experts without an adapter of
-    ours."""
+    """Raises ValueError unless this is LoRA on a stack of packed experts."""
     if parameter is None:
         raise ValueError(
             f"PEFT's {method} cannot train {layer}, a mixture's packed experts, as one module; "
             f"name their weights in LORA's target_parameters: {', '.join(experts.names)}"
-        )
-    if any(isinstance(stack, _Lora) for stack in experts.stacks().values()):
-        raise ValueError(
-            f"PEFT's {method} on {layer}: the experts have an adapter of qlora_ext.add_lora "
-            "already; merge it with qlora_ext.merge_and_unload, or load the base again for PEFT"
         )
     if method != "LORA":
         raise ValueError(
