@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 import qlora_ext
 from qlora_ext.integrations.transformers import versions
+from qlora_ext.integrations.transformers.checkpoint import Checkpoint
 from qlora_ext.integrations.transformers.quantizer import QLoraExtHfQuantizer
 from qlora_ext.nn import Experts4bit
 from qlora_ext.nn.experts import is_fused_experts
@@ -203,6 +204,17 @@ def test_a_stack_of_another_shape_is_refused_with_its_file(tmp_path):
         save_file(state, file, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=words + got):
             load(tmp_path, quantization_config=config)
+
+
+def test_the_commands_name_a_stack_of_another_shape_with_both_shapes(tmp_path):
+    make("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    wrong = {key: torch.ones(64, 94) for key in state if ".layers.1." in key and ".w2." in key}
+    save_file({**state, **wrong}, file, metadata={"format": "pt"})
+    words = r"layers\.1\..*\(shape got \[4, 64, 94\], want \[4, 64, 96\] by config\.json\)"
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint(tmp_path)
 
 
 def test_a_device_map_counts_experts_as_packed(tmp_path):
