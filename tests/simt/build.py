@@ -70,6 +70,12 @@ SANITIZE = {
     ],
     "thread": ["-fsanitize=thread"],
 }
+# Each store of a kernel calls the machine (hopper.cpp), which notes those to shared memory. This is
+# AddressSanitizer's instrumentation without its library, so builds with a sanitizer lack it.
+STORES = ["-fsanitize=kernel-address", "-U__SANITIZE_ADDRESS__"]
+for _off in ("instrument-reads", "stack", "globals", "instrumentation-with-call-threshold"):
+    STORES += ["--param", f"asan-{_off}=0"]
+MACHINE = [SIMT / "machine.cpp", SIMT / "hopper.cpp"]
 WHEELS = ("nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
 
 
@@ -232,7 +238,7 @@ def _compile_all(jobs):
     return [str(done) for done in _parallel(_compile, jobs)]
 
 
-def _flags(sanitize, *, machine=False):
+def _flags(sanitize, *, machine=False, kernels=False):
     flags = FLAGS + OPTIMIZE[sanitize]
     # The machine is its own bookkeeper: instrumented for addresses, but not for races.
     if sanitize == "thread" and machine:
@@ -241,6 +247,8 @@ def _flags(sanitize, *, machine=False):
         flags += ["-O3"]  # mma is a loop nest
     else:
         flags += SANITIZE[sanitize]
+    if sanitize is None and kernels:
+        flags += STORES
     flags += ["-I", "tests/simt/include", "-I", "csrc"]
     for directory in cuda_include():
         flags += ["-isystem", str(directory)]
@@ -319,8 +327,8 @@ def library(sanitize=None, *, ptx=()):
     # Of the CUDA library's own host code register.cpp has a twin here; the rest is as it is.
     hosts += sorted(set((ROOT / "csrc" / "cuda").glob("*.cpp")) - {ROOT / "csrc/cuda/register.cpp"})
     with _locked():
-        jobs = [(SIMT / "machine.cpp", _flags(sanitize, machine=True))]
-        jobs += [(source, _flags(sanitize)) for source in kernels]
+        jobs = [(source, _flags(sanitize, machine=True)) for source in MACHINE]
+        jobs += [(source, _flags(sanitize, kernels=True)) for source in kernels]
         # Host code is tested by the CPU backend; it is not instrumented here.
         jobs += [(source, _flags(None) + torch_flags) for source in hosts]
         jobs += _ptx_jobs(kernels, ptx, sanitize)
@@ -345,10 +353,8 @@ def harness(name, sanitize=None, *, shared=False, ptx=()):
     """Builds tests/simt/<name>.cu with the machine, no torch: a program, or a ctypes library; `ptx`
     as for library()."""
     with _locked():
-        jobs = [
-            (SIMT / "machine.cpp", _flags(sanitize, machine=True)),
-            (SIMT / f"{name}.cu", _flags(sanitize)),
-        ]
+        jobs = [(source, _flags(sanitize, machine=True)) for source in MACHINE]
+        jobs += [(SIMT / f"{name}.cu", _flags(sanitize, kernels=True))]
         jobs += _ptx_jobs([SIMT / f"{name}.cu"], ptx, sanitize)
         target = BUILD / f"{name}{_variant(sanitize, ptx)}{'.so' if shared else ''}"
         extra = ["-shared", "-Wl,-Bsymbolic"] if shared else []

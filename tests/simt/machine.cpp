@@ -1,10 +1,8 @@
 // The emulated machine (include/simt/machine.h): fibers, scheduler, shared memory, asynchronous
 // copies, and the operations of whole warps. Compiled without ThreadSanitizer in its build, so
 // that the machine's own bookkeeping is no race and orders nothing.
-#include "simt/machine.h"
+#include "internals.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cxxabi.h>
 #include <sys/mman.h>
 
@@ -12,41 +10,20 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <mutex>
-#include <string>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#define SIMT_ASAN 1
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#else
-#define SIMT_ASAN 0
-#endif
-
-// Defined by the build for the ThreadSanitizer library: this file itself is not instrumented.
-#ifndef SIMT_TSAN
-#define SIMT_TSAN 0
-#endif
-#if SIMT_TSAN
-#include <sanitizer/tsan_interface.h>
-#endif
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace qlora_ext::simt {
 
 Thread* current = nullptr;
 uint64_t register_poison = 0;
 bool tracing = false;
+
+Machine& machine() {
+  static Machine* m = new Machine;  // never destroyed: fibers may be parked in it at exit
+  return *m;
+}
+
+void* SyncObjects::at(int64_t generation) { return &objects[machine().set][generation & 1]; }
 
 namespace {
 
@@ -79,188 +56,10 @@ qlora_ext_simt_switch:
 )");
 #endif
 
-constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kMaxMasks = 32;  // different masks that one warp uses in one block
-
-struct Copy {
-  unsigned char* destination;
-  const void* source;
-  int bytes;
-  int valid_bytes;
-};
-
-struct Warp;
-
-enum class State { kParked, kReady, kWaiting, kFinished };
-
-struct Fiber {
-  Thread thread{};  // first: `current` is a pointer to it
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  char* stack = nullptr;
-  Warp* warp = nullptr;
-  uint32_t linear = 0;
-  State state = State::kParked;
-  // What a waiting thread waits for, for reports.
-  const char* waits_in = "";
-  Site site{"", 0};
-  int reduced = 0;             // result of a reducing barrier
-  std::vector<Copy> copies;    // cp.async under way, oldest first
-  std::vector<size_t> groups;  // committed groups: how many of `copies` each holds
-  size_t uncommitted = 0;
-#if SIMT_ASAN
-  void* fake_stack = nullptr;
-  const void* stack_bottom = nullptr;
-  size_t stack_size = 0;
-#endif
-#if SIMT_TSAN
-  void* tsan = nullptr;
-#endif
-};
-
-#if SIMT_TSAN
-constexpr int kFiberSets = 2;  // neighbouring blocks run on different fibers: blocks are unordered
-#else
-constexpr int kFiberSets = 1;
-#endif
-
-// Addresses that ThreadSanitizer orders threads by. They alternate by generation: with one, a
-// thread that is late to leave would be ordered after what the others did next, and a missing
-// second barrier in a loop would not be found. And each set of fibers has its own.
-struct SyncObjects {
-  char objects[kFiberSets][2];
-  void* at(int64_t generation);
-};
-
-// Lanes of one mask that have arrived at a meeting.
-struct Gathering {
-  uint32_t mask = 0;
-  uint32_t arrived = 0;
-  uint32_t generation = 0;
-  const Meeting* meeting = nullptr;
-  Site site{"", 0};
-  void* operands[32];
-  SyncObjects sync;
-};
-
-struct Warp {
-  uint32_t ready = 0;  // lanes that can run
-  uint32_t alive = 0;
-  Fiber* lanes[32] = {};
-  Gathering gatherings[kMaxMasks];  // by mask, few
-  int num_gatherings = 0;
-  // First arrival of this warp at each barrier, in the generation under way.
-  struct Arrival {
-    int64_t generation = -1;
-    Site site{"", 0};
-  } arrival[16];
-};
-
-struct Barrier {
-  int arrived = 0;
-  int expected = 0;
-  int64_t generation = 0;
-  int count = 0;  // of true predicates
-  Reduce reduce = Reduce::kNone;
-  const char* what = "";
-  std::vector<Fiber*> waiting;
-  SyncObjects sync;
-};
-
-struct Mbarrier {
-  uint32_t address = 0;
-  int arrivals = 0;
-  int pending = 0;
-  int64_t bytes = 0;  // expected and not landed
-  int64_t phase = 0;
-  std::vector<Copy> copies;
-  std::vector<Fiber*> waiting;
-  SyncObjects sync;
-};
-
-constexpr uint32_t kRedZone = 4096;           // on either side of the block's shared memory
-constexpr uint32_t kArenaBytes = 256 * 1024;  // between the red zones, at most
-constexpr unsigned char kCanary = 0xc5;
-
-struct Machine {
-  Fiber main;
-  std::vector<std::unique_ptr<Fiber>> fibers[kFiberSets];
-  Warp warps[kMaxWarps];
-  int num_warps = 0;
-  int num_threads = 0;
-  int finished = 0;
-  int warp_at = 0;  // the warp that is being run
-  int set = 0;      // of fibers
-  Fiber* running = nullptr;
-  Barrier barriers[16];
-  std::vector<std::unique_ptr<Mbarrier>> mbarriers;
-  unsigned char* arena = nullptr;  // starts with a red zone, so that 0 is no shared address
-  uint32_t shared_bytes = 0;
-  void (*call)(void*) = nullptr;
-  void* closure = nullptr;
-  Kernel* kernel = nullptr;
-  std::string error;
-  char begin_sync, end_sync, fence_sync;
-  char bulk_sync[kFiberSets];
-  void* copy_engine[kFiberSets] = {};
-  bool main_stack_known = false;
-
-  int poison = 0xff;
-  bool poison_stacks = false;
-  bool reverse = false;
-  bool ptx = false;         // run translations
-  int64_t last_blocks = 0;  // 0: all of them
-  Device device{80, 4, 0};
-  Stream stream{};
-
-  std::string traced;  // the kernel whose first block's accesses to shared memory are noted
-  std::vector<SharedAccess> trace;
-};
-
-Machine& machine() {
-  static Machine* m = new Machine;  // never destroyed: fibers may be parked in it at exit
-  return *m;
-}
-
-void* SyncObjects::at(int64_t generation) { return &objects[machine().set][generation & 1]; }
-
 std::mutex& machine_mutex() {
   static std::mutex* mutex = new std::mutex;
   return *mutex;
 }
-
-#if SIMT_TSAN
-void tsan_acquire(void* object) { __tsan_acquire(object); }
-void tsan_release(void* object) { __tsan_release(object); }
-extern "C" void __tsan_read_range(void* address, unsigned long size);
-extern "C" void __tsan_write_range(void* address, unsigned long size);
-extern "C" void __tsan_ignore_thread_begin();
-extern "C" void __tsan_ignore_thread_end();
-void note_read(const void* p, size_t n) { __tsan_read_range(const_cast<void*>(p), n); }
-void note_write(void* p, size_t n) { __tsan_write_range(p, n); }
-#else
-void tsan_acquire(void*) {}
-void tsan_release(void*) {}
-void note_read(const void*, size_t) {}
-void note_write(void*, size_t) {}
-#endif
-
-// While it lives, what the C library does on the machine's behalf (allocate, copy) is no access
-// of the running CUDA thread.
-struct Quiet {
-#if SIMT_TSAN
-  Quiet() { __tsan_ignore_thread_begin(); }
-  ~Quiet() { __tsan_ignore_thread_end(); }
-#else
-  Quiet() {}
-#endif
-  Quiet(const Quiet&) = delete;
-};
 
 #if SIMT_ASAN
 // Completes a switch, on the stack that was switched to.
@@ -324,6 +123,8 @@ Fiber* pick() {
   return nullptr;
 }
 
+}  // namespace
+
 std::string thread_name(const Fiber& f) {
   const uint3& t = f.thread.thread_index;
   char text[64];
@@ -342,6 +143,8 @@ const char* base_name(const char* file) {
   const char* slash = std::strrchr(file, '/');
   return slash ? slash + 1 : file;
 }
+
+namespace {
 
 // Who waits where, as runs of threads: "threads (0,0,0)..(15,0,0) wait in __syncthreads at f.cu:3".
 std::string stuck_threads() {
@@ -381,6 +184,10 @@ std::string stuck_threads() {
 void leave(Fiber& self) {
   Machine& m = machine();
   Fiber* next = pick();
+  if (next == nullptr && !m.late.empty()) {
+    next = m.late.front();
+    m.late.erase(m.late.begin());
+  }
   if (next == &self) {
     self.state = State::kReady;
     return;
@@ -388,7 +195,7 @@ void leave(Fiber& self) {
   if (next == nullptr) {
     if (m.finished < m.num_threads) {
       const Quiet quiet;
-      m.error = block_name(self) + ": deadlock: " + stuck_threads();
+      m.error = block_name(self) + ": deadlock: " + stuck_threads() + stuck_mbarriers();
     }
     switch_fibers(self, m.main);
     return;
@@ -396,6 +203,8 @@ void leave(Fiber& self) {
   next->state = State::kReady;
   switch_fibers(self, *next);
 }
+
+}  // namespace
 
 void wait(Fiber& self, const char* what, Site site) {
   self.state = State::kWaiting;
@@ -408,6 +217,17 @@ void make_ready(Fiber& f) {
   f.state = State::kReady;
   f.warp->ready |= 1u << f.thread.lane;
 }
+
+void let_others_run(const char* what, Site site) {
+  Machine& m = machine();
+  {
+    const Quiet quiet;
+    m.late.push_back(&self());
+  }
+  wait(self(), what, site);
+}
+
+namespace {
 
 // What the kernel's local variables will find: its frames are to lie where this one does.
 __attribute__((noinline)) void poison_stack() {
@@ -426,6 +246,7 @@ void fiber_entry() {
     tsan_acquire(&m.begin_sync);
     if (m.poison_stacks) poison_stack();
     m.call(m.closure);
+    hopper_end_thread();
     tsan_release(&m.end_sync);
     self.state = State::kFinished;
     self.warp->alive &= ~(1u << self.thread.lane);
@@ -485,8 +306,6 @@ Fiber& fiber_at(int set, int index) {
 
 // ---------------------------------------------------------------- shared memory
 
-unsigned char* shared_begin() { return machine().arena + kRedZone; }
-
 void prepare_arena(uint32_t shared_bytes) {
   Machine& m = machine();
   constexpr size_t total = kArenaBytes + 2 * kRedZone;
@@ -532,8 +351,8 @@ void check_canaries(const Fiber& any) {
 #endif
 }
 
-// Nobody may write to where a copy is under way: it could land later and undo that. The poison
-// that its issue left must still be there.
+}  // namespace
+
 bool overwritten(const Copy& copy) {
   const Quiet quiet;
   const auto poison = static_cast<unsigned char>(machine().poison);
@@ -550,6 +369,8 @@ void land(const Copy& copy) {
   std::memcpy(copy.destination, copy.source, copy.valid_bytes);
   std::memset(copy.destination + copy.valid_bytes, 0, copy.bytes - copy.valid_bytes);
 }
+
+namespace {
 
 // ---------------------------------------------------------------- registry, settings
 
@@ -647,8 +468,6 @@ bool skipped(const std::string& name) {
   }
   return false;
 }
-
-Fiber& self() { return *machine().running; }
 
 }  // namespace
 
@@ -797,31 +616,22 @@ void run_ldmatrix_x4_trans(void* const* operands, uint32_t) {
   }
 }
 
-template <class T>
-float to_float(uint16_t bits);
-template <>
-float to_float<__nv_bfloat16>(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-template <>
-float to_float<__half>(uint16_t bits) {
-#if defined(__F16C__)
-  return _cvtsh_ss(bits);
-#else
-  static const float* const table = [] {
-    auto* values = new float[65536];
-    for (uint32_t i = 0; i < 65536; ++i) {
-      __half_raw raw;
-      raw.x = static_cast<unsigned short>(i);
-      values[i] = __half2float(__half(raw));
+// PTX ISA, stmatrix: the same places, stored to.
+void run_stmatrix_x4_trans(void* const* operands, uint32_t) {
+  unsigned char* rows[32];
+  for (int i = 0; i < 32; ++i) {
+    rows[i] =
+        shared_pointer(static_cast<StmatrixOperand*>(operands[i])->address, 16, 16, "stmatrix");
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& mine = *static_cast<StmatrixOperand*>(operands[lane]);
+    for (int e = 0; e < 8; ++e) {
+      unsigned char* at = rows[8 * (e / 2) + 2 * (lane % 4) + e % 2] + 2 * (lane / 4);
+      const auto element = static_cast<uint16_t>(mine.d[e / 2] >> 16 * (e % 2));
+      std::memcpy(at, &element, 2);
+      mine.written[e] = at;
     }
-    return values;
-  }();
-  return table[bits];
-#endif
+  }
 }
 
 // PTX ISA, mma.m16n8k16 and .m16n8k8 for 16-bit types. With group = lane / 4 and pair = lane % 4:
@@ -881,6 +691,7 @@ const Meeting kReduceAnd{"__reduce_and_sync", false, false, run_and};
 const Meeting kReduceOr{"__reduce_or_sync", false, false, run_or};
 const Meeting kReduceXor{"__reduce_xor_sync", false, false, run_xor};
 const Meeting kLdmatrixX4Trans{"ldmatrix_x4_trans", true, false, run_ldmatrix_x4_trans};
+const Meeting kStmatrixX4Trans{"stmatrix_x4_trans", true, false, run_stmatrix_x4_trans};
 const Meeting kMma16816F16{"mma_m16n8k16 (f16)", true, false, run_mma<__half, 16>};
 const Meeting kMma16816Bf16{"mma_m16n8k16 (bf16)", true, false, run_mma<__nv_bfloat16, 16>};
 const Meeting kMma1688F16{"mma_m16n8k8 (f16)", true, false, run_mma<__half, 8>};
@@ -905,13 +716,19 @@ bool arrive(Barrier& b, int id, int threads, const char* what, Site site) {
   }
   // bar.sync is .aligned: all lanes of a warp execute the same one.
   Warp::Arrival& arrival = f.warp->arrival[id];
+  const uint32_t lane = 1u << f.thread.lane;
   if (arrival.generation != b.generation) {
     arrival.generation = b.generation;
     arrival.site = site;
+    arrival.lanes = lane;
+  } else if ((arrival.lanes & lane) != 0) {
+    fail("%s at %s:%d: this thread has arrived at barrier %d, which still misses %d threads", what,
+         base_name(site.file), site.line, id, b.expected - b.arrived);
   } else if (arrival.site.line != site.line || std::strcmp(arrival.site.file, site.file) != 0) {
     fail("divergent barrier: %s at %s:%d, other lanes of the warp are at %s:%d", what,
          base_name(site.file), site.line, base_name(arrival.site.file), arrival.site.line);
   }
+  arrival.lanes |= lane;
   return ++b.arrived == b.expected;
 }
 
@@ -1043,6 +860,7 @@ void copy_async_commit() {
 
 void copy_async_wait(int pending) {
   Fiber& f = self();
+  land_copies_of_arrivals(f);
   size_t landed = 0;
   size_t groups_done = 0;
   while (f.groups.size() - groups_done > static_cast<size_t>(pending)) {
@@ -1053,141 +871,12 @@ void copy_async_wait(int pending) {
       note_write(f.copies[landed].destination, f.copies[landed].bytes);
       note_read(f.copies[landed].source, f.copies[landed].valid_bytes);
       land(f.copies[landed]);
+      note_store(f.copies[landed].destination, f.copies[landed].bytes);
     }
     ++groups_done;
   }
   f.copies.erase(f.copies.begin(), f.copies.begin() + landed);
   f.groups.erase(f.groups.begin(), f.groups.begin() + groups_done);
-}
-
-// ---------------------------------------------------------------- mbarriers, bulk copies
-
-namespace {
-
-Mbarrier& mbarrier_at(uint32_t address, const char* what) {
-  shared_pointer(address, 8, 8, what);
-  for (auto& b : machine().mbarriers) {
-    if (b->address == address) return *b;
-  }
-  fail("%s: byte %u of shared memory holds no initialized mbarrier", what, address - kRedZone);
-}
-
-void wake(Mbarrier& b) {
-  for (Fiber* waiter : b.waiting) make_ready(*waiter);
-  b.waiting.clear();
-}
-
-void complete_if_done(Mbarrier& b) {
-  if (b.pending != 0 || b.bytes != 0) return;
-  ++b.phase;
-  b.pending = b.arrivals;
-  wake(b);
-}
-
-// The copy engine is a thread of its own to ThreadSanitizer: ordered after what issued the copies,
-// and before those who wait for the mbarrier.
-void note_bulk_writes(Mbarrier& b) {
-#if SIMT_TSAN
-  Machine& m = machine();
-  void*& engine = m.copy_engine[m.set];
-  if (engine == nullptr) {
-    engine = __tsan_create_fiber(0);
-    __tsan_set_fiber_name(engine, "bulk copies");
-  }
-  void* const thread = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(engine, __tsan_switch_to_fiber_no_sync);
-  tsan_acquire(&m.bulk_sync[m.set]);
-  for (const Copy& copy : b.copies) {
-    note_write(copy.destination, copy.bytes);
-    note_read(copy.source, copy.bytes);
-  }
-  tsan_release(b.sync.at(b.phase));
-  __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
-#else
-  (void)b;
-#endif
-}
-
-// Lands the copies if nothing else keeps the phase from completing.
-void land_if_last(Mbarrier& b) {
-  if (b.pending != 0 || b.copies.empty()) return;
-  for (const Copy& copy : b.copies) {
-    if (overwritten(copy)) fail("mbarrier: %s", overwritten_sentence(copy).c_str());
-  }
-  note_bulk_writes(b);
-  {
-    const Quiet quiet;
-    for (const Copy& copy : b.copies) {
-      land(copy);
-      b.bytes -= copy.bytes;
-    }
-    b.copies.clear();
-  }
-  if (b.bytes < 0) fail("mbarrier: more bytes landed than this phase expects");
-  complete_if_done(b);
-}
-
-}  // namespace
-
-void mbarrier_init(uint32_t address, int arrivals) {
-  shared_pointer(address, 8, 8, "mbarrier_init");
-  if (arrivals < 1) fail("mbarrier_init: %d arrivals, want at least 1", arrivals);
-  const Quiet quiet;
-  auto& all = machine().mbarriers;
-  all.erase(
-      std::remove_if(all.begin(), all.end(), [&](const auto& b) { return b->address == address; }),
-      all.end());
-  all.push_back(std::make_unique<Mbarrier>());
-  all.back()->address = address;
-  all.back()->arrivals = all.back()->pending = arrivals;
-}
-
-void mbarrier_arrive(uint32_t address, uint32_t expected_bytes) {
-  Mbarrier& b = mbarrier_at(address, "mbarrier_arrive");
-  land_if_last(b);  // nobody waited for the phase before, but it is complete
-  if (b.pending == 0) fail("mbarrier_arrive: more arrivals than the %d of this phase", b.arrivals);
-  tsan_release(b.sync.at(b.phase));
-  b.bytes += expected_bytes;
-  --b.pending;
-  complete_if_done(b);
-  if (b.pending == 0) wake(b);  // to land the copies
-}
-
-void mbarrier_wait(uint32_t address, uint32_t parity, Site site) {
-  Fiber& f = self();
-  if (parity > 1) fail("mbarrier_wait: parity %u, want 0 or 1", parity);
-  // The phase under way has parity phase & 1; waiting for the other one, which is complete (or,
-  // at first, counts as complete), returns at once.
-  for (;;) {
-    Mbarrier& b = mbarrier_at(address, "mbarrier_wait");
-    if ((b.phase & 1) == parity) land_if_last(b);
-    if ((b.phase & 1) != parity) {
-      tsan_acquire(b.sync.at(parity));
-      return;
-    }
-    {
-      const Quiet quiet;
-      b.waiting.push_back(&f);
-    }
-    wait(f, "mbarrier_wait", site);
-  }
-}
-
-void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mbarrier) {
-  if (bytes == 0 || bytes % 16 != 0) {
-    fail("bulk_copy: %u bytes, want a positive multiple of 16", bytes);
-  }
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail("bulk_copy: source %p is misaligned, want a multiple of 16", global);
-  }
-  unsigned char* destination = shared_pointer(address, bytes, 16, "bulk_copy");
-  Mbarrier& b = mbarrier_at(mbarrier, "bulk_copy");
-  note_write(destination, bytes);
-  tsan_release(&machine().bulk_sync[machine().set]);
-  const Quiet quiet;
-  std::memset(destination, machine().poison, bytes);
-  b.copies.push_back({destination, global, static_cast<int>(bytes), static_cast<int>(bytes)});
-  wake(b);
 }
 
 // ---------------------------------------------------------------- launching
@@ -1232,7 +921,7 @@ bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_
   m.num_warps = (m.num_threads + 31) / 32;
   m.finished = 0;
   m.warp_at = m.reverse ? m.num_warps - 1 : 0;
-  m.mbarriers.clear();
+  m.late.clear();
   for (Barrier& b : m.barriers) {
     b.arrived = 0;
     ++b.generation;  // an aborted block may have left arrivals of this one
@@ -1261,6 +950,7 @@ bool run_block(int set, uint3 block_index, dim3 grid, dim3 block, size_t shared_
     f.uncommitted = 0;
     make_ready(f);
   }
+  hopper_begin_block();
   tsan_release(&m.begin_sync);
   Fiber* first = pick();
   switch_fibers(m.main, *first);

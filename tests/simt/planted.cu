@@ -1,9 +1,10 @@
 // Kernels with one planted bug each, and their clean twins: what the harness must find, and what
-// it must pass. `planted NAME` runs the bug, `planted clean` every twin; each prints "ok" and its
-// output's bytes, or the launch's sentence (exit 3); a sanitizer ends the program itself.
+// it must pass. `planted NAME` runs the bug, `planted clean [NAME]` every twin or one; each prints
+// "ok" and its output's bytes, or the launch's sentence (exit 3); a sanitizer ends the program itself.
 // test_simt_harness.py holds the verdicts.
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "planted_hopper.cuh"
 
 #include <cstdio>
 #include <cstring>
@@ -351,6 +352,17 @@ struct Case {
     }                                                                                        \
   }
 
+#define HOPPER(name, clean, bug)                                                             \
+  {                                                                                          \
+    name, Case {                                                                             \
+      {                                                                                      \
+        [](const Io& io) { return clean(io.out); }, [](const Io& io) { return bug(io.out); } \
+      }                                                                                      \
+    }                                                                                        \
+  }
+#define PRODUCT(name, bug) \
+  HOPPER(name, hopper::run_product<hopper::Bug::kNone>, hopper::run_product<hopper::Bug::bug>)
+
 const std::map<std::string, Case>& cases() {
   static const std::map<std::string, Case> all = {
       PLANTED(second_barrier, 1),
@@ -381,6 +393,31 @@ const std::map<std::string, Case>& cases() {
       PLANTED(named_barriers_cross, 1),
       PLANTED(too_few_bytes, 1),
       PLANTED(launched_with_too_little, 1),
+      PRODUCT("wgmma_mbarrier_init_not_fenced", kMbarrierInitNotFenced),
+      PRODUCT("wgmma_too_many_bytes_expected", kTooManyBytesExpected),
+      PRODUCT("wgmma_too_few_bytes_expected", kTooFewBytesExpected),
+      PRODUCT("wgmma_stage_reused", kStageReused),
+      PRODUCT("wgmma_wrong_swizzle", kWrongSwizzle),
+      PRODUCT("wgmma_wrong_stride", kWrongStride),
+      PRODUCT("wgmma_no_first_fence", kNoFirstFence),
+      PRODUCT("wgmma_no_fence", kNoFence),
+      PRODUCT("wgmma_a_written_after_fence", kAWrittenAfterFence),
+      PRODUCT("wgmma_a_written_in_flight", kAWrittenInFlight),
+      PRODUCT("wgmma_accumulator_written_in_flight", kAccumulatorWrittenInFlight),
+      PRODUCT("wgmma_accumulator_read_in_flight", kAccumulatorReadInFlight),
+      PRODUCT("wgmma_not_waited", kNotWaited),
+      PRODUCT("wgmma_warp_missing", kWarpMissing),
+      PRODUCT("wgmma_staging_not_fenced", kStagingNotFenced),
+      PRODUCT("wgmma_staging_reused", kStagingReused),
+      PRODUCT("wgmma_store_not_read", kStoreNotRead),
+      PRODUCT("wgmma_registers", kRegisters),
+      PRODUCT("wgmma_registers_of_three_warps", kRegistersOfThreeWarps),
+      PRODUCT("wgmma_arrived_twice", kArrivedTwice),
+      PRODUCT("wgmma_one_thread_waits", kOneThreadWaits),
+      HOPPER("wgmma_b_not_fenced", (hopper::run_stored<true, true>),
+             (hopper::run_stored<false, true>)),
+      HOPPER("wgmma_copy_not_waited", (hopper::run_stored<true, true>),
+             (hopper::run_stored<true, false>)),
   };
   return all;
 }
@@ -414,15 +451,16 @@ int main(int argc, char** argv) {
     for (const auto& entry : cases()) std::puts(entry.first.c_str());
     return 0;
   }
-  if (argc == 2 && std::strcmp(argv[1], "clean") == 0) {
+  if (argc >= 2 && std::strcmp(argv[1], "clean") == 0) {
     for (const auto& entry : cases()) {
+      if (argc == 3 && entry.first != argv[2]) continue;
       std::printf("%s ", entry.first.c_str());
       if (run_one(entry.second.run[0]) != 0) return 3;
     }
     return 0;
   }
   if (argc != 2 || cases().count(argv[1]) == 0) {
-    std::fprintf(stderr, "usage: planted list|clean|NAME\n");
+    std::fprintf(stderr, "usage: planted list|clean [NAME]|NAME\n");
     return 2;
   }
   return run_one(cases().at(argv[1]).run[1]);

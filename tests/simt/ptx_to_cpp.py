@@ -90,6 +90,7 @@ class Function:
         self.param_index = {p: i for i, (p, _) in enumerate(params)}
         self.locals = set()  # arrays of bytes: .local and .param inside the body
         self.registers = set()
+        self.watched = {}  # registers that wgmma takes -> their number
         self.lines = []
 
     # ---------------------------------------------------------------- operands
@@ -406,6 +407,50 @@ class Function:
             + " }"
         )
 
+    def _stmatrix(self, parts, operands, line):
+        values = [self.value(r, "b32") for r in self.vector(operands[1])]
+        known(".".join(parts) == "sync.aligned.m8n8.x4.trans.shared.b16" and len(values) == 4)
+        address = self.address(operands[0], "shared")
+        return (
+            f"{{ const uint32_t d[4] = {{{', '.join(values)}}}; "
+            f"isa::stmatrix_x4_trans({address}, d, {self._site(line)}); }}"
+        )
+
+    def _wgmma(self, parts, operands, line):
+        operation = ".".join(parts)
+        if operation == "fence.sync.aligned":
+            return "watch.fence(); simt::wgmma_fence();"
+        if operation == "commit_group.sync.aligned":
+            return f"watch.commit(); simt::wgmma_commit({self._site(line)});"
+        if operation == "wait_group.sync.aligned":
+            pending = int(operands[0])
+            wait = f"simt::wgmma_wait({pending}, {self._site(line)});"
+            return f"{wait} watch.wait({pending});"
+        form = r"mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2"
+        shape = re.fullmatch(form, operation)
+        known(shape and operands[4:] == ["1", "1", "0"])  # B is K-major
+        d, a = (self.vector(o) for o in operands[:2])
+        known(2 * len(d) == int(shape[1]) and len(a) == 4)
+        places = [", ".join(f"&{self.target(r)}" for r in registers) for registers in (d, a)]
+        numbers = ", ".join(str(self.watched[r]) for r in (*d, *a))
+        descriptor, add = self.value(operands[2], "b64"), self.target(operands[3])
+        product = f"{{d, a, {descriptor}, {shape[1]}, {str(shape[2] == 'bf16').lower()}, {add}}}"
+        return (
+            f"{{ uint32_t *const d[] = {{{places[0]}}}, *const a[] = {{{places[1]}}}; "
+            f"static const int numbers[] = {{{numbers}}}; "
+            f"watch.product(numbers, {len(d)}, {line}); "
+            f"simt::wgmma({product}, {self._site(line)}); }}"
+        )
+
+    def _setmaxnreg(self, parts, operands, line):
+        known(parts[0] in ("inc", "dec") and parts[1:] == ["sync", "aligned", "u32"])
+        increase = str(parts[0] == "inc").lower()
+        return f"simt::setmaxnreg({int(operands[0])}, {increase}, {self._site(line)});"
+
+    def _prefetch(self, parts, operands, line):
+        known(parts == ["tensormap"])
+        return f"isa::tensor_map({self.address(operands[0], 'generic')});"
+
     def _mbarrier(self, parts, operands, line):
         operation = ".".join(parts)
         if operation == "init.shared::cta.b64":
@@ -428,7 +473,11 @@ class Function:
             return f"simt::copy_async_wait({int(operands[0])});"
         if parts == ["async", "wait_all"]:
             return "simt::copy_async_commit(); simt::copy_async_wait(0);"
+        if parts == ["async", "mbarrier", "arrive", "noinc", "shared::cta", "b64"]:
+            return f"simt::copy_async_arrive({self.address(operands[0], 'shared')});"
         if parts[:2] == ["async", "bulk"]:
+            if bulk := self._bulk(parts[2:], operands, line):
+                return bulk
             form = ["shared::cluster", "global", "mbarrier::complete_tx::bytes"]
             known(parts[2:] == form)
             shared, barrier = (self.address(operands[i], "shared") for i in (0, 3))
@@ -442,14 +491,48 @@ class Function:
         valid = self.value(operands[3], "b32") if len(operands) == 4 else "16"
         return f"isa::cp_async_16({shared}, {source}, {valid}, {line});"
 
+    def _bulk(self, parts, operands, line):
+        """Stores, their groups, and tensor maps; None for a copy from global to shared memory."""
+        form = ".".join(parts)
+        if form == "commit_group":
+            return "simt::bulk_commit();"
+        if form in ("wait_group", "wait_group.read"):
+            only_read = str(form.endswith("read")).lower()
+            return f"simt::bulk_wait({int(operands[0])}, {only_read}, {self._site(line)});"
+        if form == "global.shared::cta.bulk_group":
+            to, shared = self.address(operands[0], "global"), self.address(operands[1], "shared")
+            size = self.value(operands[2], "b32")
+            return f"simt::bulk_store(isa::pointer({to}, 16), {shared}, {size});"
+        if not (tensor := re.fullmatch(r"tensor\.([23])d\.(.+)", form)):
+            return None
+        into = "shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        known(tensor[2] in (into, "global.shared::cta.tile.bulk_group"))
+        load = tensor[2] == into
+        at = re.fullmatch(r"\[([^,]+), \{(.+)\}\]", operands[1 if load else 0])
+        map_at = f"isa::tensor_map({self.value(at[1], 'b64')})"
+        places = [f"static_cast<int32_t>({self.value(c, 'b32')})" for c in self.vector(at[2])]
+        rank = int(tensor[1])
+        known(len(places) == rank)
+        coordinates = f"const int32_t at[] = {{{', '.join(places)}}};"
+        if load:
+            shared, barrier = (self.address(operands[i], "shared") for i in (0, 2))
+            call = f"simt::tensor_load({shared}, {map_at}, at, {rank}, {barrier});"
+        else:
+            shared = self.address(operands[1], "shared")
+            call = f"simt::tensor_store({map_at}, at, {rank}, {shared});"
+        return f"{{ {coordinates} {call} }}"
+
     def _membar(self, parts, operands, line):
         known(parts in (["gl"], ["cta"], ["sys"]))
         return "simt::thread_fence();"
 
     def _fence(self, parts, operands, line):
-        # The machine has one proxy.
-        known(".".join(parts) in ("proxy.async.shared::cta", "mbarrier_init.release.cluster"))
-        return ";"
+        fences = {
+            "proxy.async.shared::cta": "fence_proxy_async",
+            "mbarrier_init.release.cluster": "fence_mbarrier_init",
+        }
+        known(".".join(parts) in fences)
+        return f"simt::{fences['.'.join(parts)]}();"
 
     # ---------------------------------------------------------------- control
 
@@ -511,11 +594,31 @@ class Function:
         if match := re.match(r"@(!?)(%\w+)\s+", text):
             condition = f"if ({match[1]}{self.target(match[2])}) "
             text = text[match.end() :]
-        return condition + self.instruction(text, line)
+        statement = self.instruction(text, line)
+        if touched := self._touched(text, line):
+            return f"{condition}{{ {touched} {statement} }}"
+        return condition + statement
+
+    def _touched(self, text, line):
+        """Notes the accesses of another instruction to registers that wgmma takes."""
+        opcode, _, rest = text.partition(" ")
+        if not self.watched or opcode.startswith("wgmma."):
+            return ""
+        writes = 0 if opcode.startswith(("st.", "stmatrix.", "red.", "cp.", "bar")) else 1
+        calls = []
+        for i, operand in enumerate(_split(rest)):
+            access = "write" if i < writes else "read"
+            for register in re.findall(r"%\w+", operand):
+                if register in self.watched:
+                    calls.append(f"watch.{access}({self.watched[register]}, {line});")
+        return " ".join(calls)
 
     def translate(self, body, first_line):
         """`body`: what stands between the function's braces."""
         at, line = 0, first_line
+        for product in re.findall(r"wgmma\.mma_async[^;]*;", body):
+            for register in re.findall(r"%\w+", "".join(re.findall(r"\{([^}]*)\}", product))):
+                self.watched.setdefault(register, len(self.watched))
         while at < len(body):
             if body[at] in " \t\n":
                 line += body[at] == "\n"
@@ -538,6 +641,8 @@ class Function:
 
     def cpp(self):
         lines = "\n".join(line for line in self.lines if line)
+        if self.watched:
+            lines = f"isa::Watch<{len(self.watched)}> watch;\n{lines}"
         return f"static void {_name(self.name)}(void* const* arguments) {{\n{lines}\n}}\n"
 
 

@@ -107,10 +107,87 @@ inline void trace_shared(uint32_t address, uint32_t bytes, int line) {
   if (tracing) note_shared(address, bytes, line);
 }
 
+// A store of the running thread, wherever it goes: what the async proxy must not see unfenced.
+extern uintptr_t shared_memory_begin;
+extern size_t shared_memory_bytes;
+void note_store_at(const void* shared, size_t bytes);
+inline void note_store(const void* at, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) - shared_memory_begin < shared_memory_bytes) {
+    note_store_at(at, bytes);
+  }
+}
+
+// ---------------------------------------------------------------- Hopper (hopper.cpp)
+
+void fence_proxy_async();
+void fence_mbarrier_init();
 void mbarrier_init(uint32_t address, int arrivals);
 void mbarrier_arrive(uint32_t address, uint32_t expected_bytes);
 void mbarrier_wait(uint32_t address, uint32_t parity, Site site);
+void copy_async_arrive(uint32_t mbarrier);
+
+// What the 128 bytes of a CUtensorMap are here: a tensor of 2 or 3 dimensions and a box of it.
+struct alignas(64) TensorMap {
+  static constexpr uint64_t kMagic = 0x70616d20726f736e;
+  uint64_t magic;
+  uint32_t rank;
+  uint32_t element_bytes;
+  uint64_t size[3];    // in elements, the contiguous dimension first
+  uint64_t stride[2];  // in bytes, of the others
+  uint32_t box[3];
+  uint32_t swizzle;  // bytes of a row that it permutes in chunks of 16, or 0
+  unsigned char* base;
+  unsigned char rest[40];
+
+  uint32_t box_bytes() const { return element_bytes * box[0] * box[1] * (rank > 2 ? box[2] : 1); }
+  // What is wrong with it, or null.
+  static const char* encode(TensorMap& map, void* base, int element_bytes, int rank,
+                            const uint64_t* size, const uint64_t* stride_bytes, const uint32_t* box,
+                            int swizzle_bytes);
+};
+static_assert(sizeof(TensorMap) == 128);
+
+// Copies poison their destination now, and land when the mbarrier's phase completes.
 void bulk_copy(uint32_t address, const void* global, uint32_t bytes, uint32_t mbarrier);
+void tensor_load(uint32_t address, const TensorMap& map, const int32_t* at, int rank,
+                 uint32_t mbarrier);
+void bulk_store(void* global, uint32_t address, uint32_t bytes);
+void tensor_store(const TensorMap& map, const int32_t* at, int rank, uint32_t address);
+void bulk_commit();
+void bulk_wait(int pending, bool only_read, Site site);
+
+struct StmatrixOperand {
+  uint32_t address;  // of one row, given by this lane
+  const uint32_t* d;
+  unsigned char* written[8];  // the 16-bit elements that this lane gave
+};
+extern const Meeting kStmatrixX4Trans;
+// Each lane's own stores, after the meeting.
+inline void note_stmatrix(const StmatrixOperand& operand) {
+  for (unsigned char* at : operand.written) {
+#if defined(__SANITIZE_THREAD__)
+    auto* element = reinterpret_cast<volatile uint16_t*>(at);
+    *element = *element;
+#endif
+    note_store(at, 2);
+  }
+}
+
+// A product of a warpgroup: D += A B or D = A B. Registers are taken by their places, which must
+// stay what they are until the wait.
+struct WgmmaOperand {
+  uint32_t* const* d;  // [n / 2]
+  uint32_t* const* a;  // [4]
+  uint64_t descriptor;
+  int n;
+  bool bf16;
+  bool accumulate;
+};
+void wgmma(const WgmmaOperand& operand, Site site);
+void wgmma_fence();
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
+void setmaxnreg(uint32_t registers, bool increase, Site site);
 
 // ---------------------------------------------------------------- launching
 struct Kernel {

@@ -330,6 +330,7 @@ template <class T, class... Values>
 void store(unsigned char* to, Values... values) {
   Bits<T>* element = reinterpret_cast<Bits<T>*>(to);
   ((*element++ = static_cast<Bits<T>>(values)), ...);
+  simt::note_store(to, sizeof...(values) * sizeof(T));
 }
 
 template <class T, class Choose>
@@ -339,6 +340,7 @@ Bits<T> atomic(unsigned char* at, Choose choose) {
   while (!__atomic_compare_exchange_n(word, &old, choose(old), false, __ATOMIC_RELAXED,
                                       __ATOMIC_RELAXED)) {
   }
+  simt::note_store(at, sizeof(T));
   return old;
 }
 template <class T>
@@ -455,6 +457,60 @@ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint64_t shared, simt::Site site
     (void)*reinterpret_cast<const volatile uint16_t*>(at);
 #endif
 }
+
+inline void stmatrix_x4_trans(uint64_t shared, const uint32_t (&d)[4], simt::Site site) {
+  simt::trace_shared(static_cast<uint32_t>(shared), 16, site.line);
+  simt::StmatrixOperand operand{static_cast<uint32_t>(shared), d, {}};
+  simt::meet(simt::kStmatrixX4Trans, 0xffffffffu, &operand, site);
+  simt::note_stmatrix(operand);
+}
+
+inline const simt::TensorMap& tensor_map(uint64_t at) {
+  return *reinterpret_cast<const simt::TensorMap*>(pointer(at, 64));
+}
+
+// The registers that a kernel's wgmma takes, as one thread sees them: what is in flight, and what
+// was written after the last wgmma.fence. Here each access counts; on the host twin the machine
+// compares values.
+template <int count>
+struct Watch {
+  bool unfenced[count];        // at first all: a fence stands before the first product
+  int group_of_d[count] = {};  // the newest group in flight that takes it, from 1; or 0
+  int group_of_a[count] = {};
+  int group = 1;  // being issued
+
+  Watch() { std::fill(unfenced, unfenced + count, true); }
+
+  void read(int i, int line) {
+    if (group_of_d[i] != 0) simt::fail("line %d reads an accumulator of wgmma in flight", line);
+  }
+  void write(int i, int line) {
+    if (group_of_d[i] != 0) simt::fail("line %d writes an accumulator of wgmma in flight", line);
+    if (group_of_a[i] != 0) simt::fail("line %d writes a register of A of wgmma in flight", line);
+    unfenced[i] = true;
+  }
+  void fence() { std::fill(unfenced, unfenced + count, false); }
+  // `num_d` accumulators, then the four registers of A.
+  void product(const int* numbers, int num_d, int line) {
+    for (int i = 0; i < num_d + 4; ++i) {
+      if (unfenced[numbers[i]]) {
+        simt::fail("wgmma at line %d: %s was written after the last wgmma_fence", line,
+                   i < num_d ? "an accumulator" : "a register of A");
+      }
+    }
+    for (int i = 0; i < num_d; ++i) group_of_d[numbers[i]] = group;
+    for (int i = num_d; i < num_d + 4; ++i) group_of_a[numbers[i]] = group;
+  }
+  void commit() { ++group; }
+  void wait(int pending) {
+    const int done = group - 1 - pending;
+    for (int* groups : {group_of_d, group_of_a}) {
+      for (int i = 0; i < count; ++i) {
+        if (groups[i] <= done) groups[i] = 0;
+      }
+    }
+  }
+};
 
 // ---------------------------------------------------------------- printf, trap
 
