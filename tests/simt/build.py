@@ -361,10 +361,14 @@ def harness(name, sanitize=None, *, shared=False, ptx=()):
         return _link(_compile_all(jobs), target, extra, sanitize)
 
 
-def program(name):
+def program(name, *, suffix=".cu", include=()):
     """Builds tests/simt/<name>.cu by itself, without the machine; its path."""
+    flags = _flags(None)
+    for directory in include:
+        flags += ["-isystem", str(directory)]
     with _locked():
-        return _link(_compile_all([(SIMT / f"{name}.cu", _flags(None))]), BUILD / name, [], None)
+        objects = _compile_all([(SIMT / f"{name}{suffix}", flags)])
+        return _link(objects, BUILD / name, [], None)
 
 
 # ---------------------------------------------------------------- running

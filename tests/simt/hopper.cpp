@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <deque>
 
+#include "cuda/wgmma_layout.cuh"
+
 namespace qlora_ext::simt {
 
 uintptr_t shared_memory_begin = 0;
@@ -939,7 +941,7 @@ extern "C" void __asan_before_dynamic_init(const char*) {}
 extern "C" void __asan_after_dynamic_init() {}
 #endif
 
-// The layouts of wgmma, for a test that has them from elsewhere.
+// The layouts of wgmma, for a test that has them from elsewhere, also those of wgmma_layout.cuh.
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 SIMT_EXPORT int simt_wgmma_row(int thread, int e) { return qlora_ext::simt::row_of(thread, e); }
 SIMT_EXPORT int simt_wgmma_column(int thread, int e) {
@@ -947,4 +949,10 @@ SIMT_EXPORT int simt_wgmma_column(int thread, int e) {
 }
 SIMT_EXPORT uint32_t simt_wgmma_address(uint64_t descriptor, uint32_t row, uint32_t chunk) {
   return qlora_ext::simt::address_of(descriptor, row, chunk);
+}
+SIMT_EXPORT uint64_t simt_wgmma_descriptor(uint32_t address, uint32_t stride, int swizzle) {
+  return qlora_ext::wgmma_descriptor(address, stride, static_cast<qlora_ext::Swizzle>(swizzle));
+}
+SIMT_EXPORT uint32_t simt_swizzled(uint32_t offset, int swizzle) {
+  return qlora_ext::swizzled(offset, static_cast<qlora_ext::Swizzle>(swizzle));
 }

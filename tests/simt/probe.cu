@@ -1,6 +1,7 @@
 // Single instructions on values that a test supplies (test_simt_instructions.py, by ctypes).
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "probe_hopper.cuh"
 
 namespace qlora_ext {
 
@@ -210,4 +211,34 @@ PROBE probe_bounds_run(int threads, BoundsIo* io) {
 }
 PROBE probe_copies_run(CopiesIo* io) {
   return launch_kernel<probe_copies>(1, 64, sizeof(CopiesSmem), nullptr, *io);
+}
+
+template <int n>
+const char* run_wgmma(int bf16, const WgmmaIo& io) {
+  if (bf16) {
+    return launch_kernel<probe_wgmma<__nv_bfloat16, n>>(1, 128, sizeof(ImageSmem), nullptr, io);
+  }
+  return launch_kernel<probe_wgmma<__half, n>>(1, 128, sizeof(ImageSmem), nullptr, io);
+}
+PROBE probe_wgmma_run(int n, int bf16, WgmmaIo* io) {
+  if (n == 64) return run_wgmma<32>(bf16, *io);
+  if (n == 128) return run_wgmma<64>(bf16, *io);
+  return run_wgmma<128>(bf16, *io);
+}
+PROBE probe_stmatrix_run(StmatrixIo* io) {
+  return launch_kernel<probe_stmatrix>(1, 32, sizeof(ImageSmem), nullptr, *io);
+}
+// `sizes`: size[3], stride[2], box[3] and the bytes of the swizzle; elements are of 16 bits.
+PROBE probe_tensor_run(TensorIo* io, void* base, const int64_t* sizes) {
+  TensorSpec spec{base, TensorElement::kF16, io->rank, {}, {}, {}, Swizzle{}};
+  for (int i = 0; i < 3; ++i) spec.size[i] = static_cast<uint64_t>(sizes[i]);
+  for (int i = 0; i < 2; ++i) spec.stride[i] = static_cast<uint64_t>(sizes[3 + i]);
+  for (int i = 0; i < 3; ++i) spec.box[i] = static_cast<uint32_t>(sizes[5 + i]);
+  spec.swizzle = static_cast<Swizzle>(sizes[8]);
+  ptx::TensorMap map;
+  if (const char* error = encode_tensor_map(map, spec)) return error;
+  return launch_kernel<probe_tensor>(1, 32, sizeof(ImageSmem), nullptr, map, *io);
+}
+PROBE probe_bulk_store_run(BulkIo* io) {
+  return launch_kernel<probe_bulk_store>(1, 32, sizeof(ImageSmem), nullptr, *io);
 }
