@@ -70,8 +70,9 @@ SANITIZE = {
     ],
     "thread": ["-fsanitize=thread"],
 }
-# Each store of a kernel calls the machine (hopper.cpp), which notes those to shared memory. This is
-# AddressSanitizer's instrumentation without its library, so builds with a sanitizer lack it.
+# In files with wgmma each store calls the machine (hopper.cpp), which notes those to shared memory.
+# This is AddressSanitizer's instrumentation without its library, so builds with a sanitizer lack
+# it. Elsewhere nothing reads by the async proxy, and some kernels would take three times as long.
 STORES = ["-fsanitize=kernel-address", "-U__SANITIZE_ADDRESS__"]
 for _off in ("instrument-reads", "stack", "globals", "instrumentation-with-call-threshold"):
     STORES += ["--param", f"asan-{_off}=0"]
@@ -238,7 +239,24 @@ def _compile_all(jobs):
     return [str(done) for done in _parallel(_compile, jobs)]
 
 
-def _flags(sanitize, *, machine=False, kernels=False):
+def _includes(source, header):
+    """Whether a file of kernels includes a header of csrc or of the twins, itself or by another."""
+    if source.name == header:
+        return True
+    folders = [source.parent, ROOT / "csrc"]
+    for name in re.findall(r'^#include "(.+)"', source.read_text(), re.M):
+        found = next((f / name for f in folders if (f / name).is_file()), None)
+        if found and _includes(found, header):
+            return True
+    return False
+
+
+def _kernel_flags(source, sanitize):
+    noted = sanitize is None and _includes(source, "wgmma.cuh")
+    return _flags(sanitize) + STORES * noted
+
+
+def _flags(sanitize, *, machine=False):
     flags = FLAGS + OPTIMIZE[sanitize]
     # The machine is its own bookkeeper: instrumented for addresses, but not for races.
     if sanitize == "thread" and machine:
@@ -247,8 +265,6 @@ def _flags(sanitize, *, machine=False, kernels=False):
         flags += ["-O3"]  # mma is a loop nest
     else:
         flags += SANITIZE[sanitize]
-    if sanitize is None and kernels:
-        flags += STORES
     flags += ["-I", "tests/simt/include", "-I", "csrc"]
     for directory in cuda_include():
         flags += ["-isystem", str(directory)]
@@ -328,7 +344,7 @@ def library(sanitize=None, *, ptx=()):
     hosts += sorted(set((ROOT / "csrc" / "cuda").glob("*.cpp")) - {ROOT / "csrc/cuda/register.cpp"})
     with _locked():
         jobs = [(source, _flags(sanitize, machine=True)) for source in MACHINE]
-        jobs += [(source, _flags(sanitize, kernels=True)) for source in kernels]
+        jobs += [(source, _kernel_flags(source, sanitize)) for source in kernels]
         # Host code is tested by the CPU backend; it is not instrumented here.
         jobs += [(source, _flags(None) + torch_flags) for source in hosts]
         jobs += _ptx_jobs(kernels, ptx, sanitize)
@@ -354,7 +370,7 @@ def harness(name, sanitize=None, *, shared=False, ptx=()):
     as for library()."""
     with _locked():
         jobs = [(source, _flags(sanitize, machine=True)) for source in MACHINE]
-        jobs += [(SIMT / f"{name}.cu", _flags(sanitize, kernels=True))]
+        jobs += [(SIMT / f"{name}.cu", _kernel_flags(SIMT / f"{name}.cu", sanitize))]
         jobs += _ptx_jobs([SIMT / f"{name}.cu"], ptx, sanitize)
         target = BUILD / f"{name}{_variant(sanitize, ptx)}{'.so' if shared else ''}"
         extra = ["-shared", "-Wl,-Bsymbolic"] if shared else []

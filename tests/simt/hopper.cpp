@@ -51,7 +51,7 @@ struct ThreadState {
   bool committed_wgmma = false;  // ever
   std::vector<Registers> registers;
   std::vector<BulkStore> uncommitted;
-  std::deque<BulkGroup> groups;
+  std::vector<BulkGroup> groups;
 };
 
 // The accumulators of a product in flight: their registers hold poison.
@@ -504,11 +504,9 @@ void bulk_wait(int pending, bool only_read, Site site) {
     if (!t.groups[i].read) read_group(t.groups[i]);
   }
   if (only_read) return;
-  for (int i = 0; i < done; ++i) {
-    write_group(t.groups.front());
-    const Quiet quiet;
-    t.groups.pop_front();
-  }
+  for (int i = 0; i < done; ++i) write_group(t.groups[i]);
+  const Quiet quiet;
+  t.groups.erase(t.groups.begin(), t.groups.begin() + done);
 }
 
 const char* TensorMap::encode(TensorMap& map, void* base, int element_bytes, int rank,
@@ -888,7 +886,15 @@ void hopper_begin_block() {
   Hopper& h = hopper();
   h.mbarriers.clear();
   h.writers.assign(m.shared_bytes / 4 + 1, 0);
-  h.threads.assign(m.num_threads, ThreadState{});
+  h.threads.resize(kMaxThreads);
+  for (int i = 0; i < m.num_threads; ++i) {
+    ThreadState& t = h.threads[i];
+    t.proxy_fences = 0;
+    t.wgmma_fenced = t.committed_wgmma = false;
+    t.registers.clear();
+    t.uncommitted.clear();
+    t.groups.clear();
+  }
   // A kernel with setmaxnreg has as many registers as its block's size allows.
   const uint32_t registers = std::min(256u, kBlockRegisters / m.num_threads / 8 * 8);
   for (Warpgroup& w : h.warpgroups) {

@@ -189,7 +189,10 @@ struct Machine {
   std::vector<SharedAccess> trace;
 };
 
-Machine& machine();
+inline Machine& machine() {
+  static Machine* m = new Machine;  // never destroyed: fibers may be parked in it at exit
+  return *m;
+}
 inline Fiber& self() { return *machine().running; }
 
 #if SIMT_TSAN

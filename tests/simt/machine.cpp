@@ -18,11 +18,6 @@ Thread* current = nullptr;
 uint64_t register_poison = 0;
 bool tracing = false;
 
-Machine& machine() {
-  static Machine* m = new Machine;  // never destroyed: fibers may be parked in it at exit
-  return *m;
-}
-
 void* SyncObjects::at(int64_t generation) { return &objects[machine().set][generation & 1]; }
 
 namespace {

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import qlora_ext
 
+TWINNED = ("ptx.cuh", "wgmma.cuh", "launch.cuh", "tensor_map.cuh")
 ROOT = Path(__file__).resolve().parent.parent.parent
 SYNC = re.compile(
-    r"(?:__syncthreads|__syncwarp|__threadfence\w*|ptx::(?:barrier_sync|mbarrier_wait|cp_async_wait<[^>]*>))"
+    r"(?:__syncthreads|__syncwarp|__threadfence\w*|ptx::(?:barrier_sync|mbarrier_wait|fence_\w+"
+    r"|wgmma_fence|(?:cp_async_wait|bulk_wait|bulk_wait_read|wgmma_wait)<[^>]*>))"
     r"\([^;]*\);"
 )
 PLAIN = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "test_case", "-p", "no:cacheprovider"]
@@ -71,7 +73,7 @@ def main(names):
         if found := verdict(work, environment):
             sys.exit(f"the kernels as they are do not pass: {found}")
         for path in sorted((work / "csrc" / "cuda").iterdir()):
-            if path.name in ("ptx.cuh", "launch.cuh") or (names and path.name not in names):
+            if path.name in TWINNED or (names and path.name not in names):
                 continue
             text = path.read_text()
             for start, end, line in sites(path):

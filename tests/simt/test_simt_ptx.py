@@ -98,6 +98,17 @@ def translated(body, head="", params=""):
             "cache_hint [%r1], [%rd1], 16, %rd2: this form of it",
         ),
         ("bar.sync 1;", "bar.sync"),
+        (
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r1}, "
+            "{%r1, %r2, %r3, %r1}, %rd1, %p1, 1, 1, 1;",
+            "this form of it",
+        ),
+        ("wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1}, {%r1}, %rd1, %p1;", "m64n8k8"),
+        (
+            "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
+            "[%rd1, {%r1, %r1, %r1, %r1}], [%r2];",
+            "this form of it",
+        ),
         ("call.uni elsewhere, ();", "call elsewhere"),
         ("@%p1 bra.div LABEL;", "bra.div"),
         (".surface %r9;", "directive .surface"),
@@ -125,3 +136,23 @@ def test_a_statement_an_instruction():
         in code
     )
     assert 'register_translation(80, "kernel", &kernel, {24}, 32)' in code
+
+
+def test_each_access_to_a_register_that_wgmma_takes_is_noted():
+    code = translated(
+        "mov.u32 %r1, 0;\nwgmma.fence.sync.aligned;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0, %r0, %r0, %r0}, "
+        "{%r1, %r1, %r1, %r1}, %rd1, %p1, 1, 1, 0;\nwgmma.commit_group.sync.aligned;\n"
+        "add.s32 %r2, %r0, 1;\nst.shared.u32 [%r3], %r1;\nwgmma.wait_group.sync.aligned 0;"
+    )
+    lines = code.split("\n")
+    notes = [" ".join(re.findall(r"watch\.\w+\([\w, ]*\);", line)) for line in lines]
+    assert [n for n in notes if n] == [
+        "watch.write(1, 11);",
+        "watch.fence();",
+        "watch.product(numbers, 4, 13);",
+        "watch.commit();",
+        "watch.read(0, 15);",
+        "watch.read(1, 16);",
+        "watch.wait(0);",
+    ]
