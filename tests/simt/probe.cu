@@ -225,6 +225,9 @@ PROBE probe_wgmma_run(int n, int bf16, WgmmaIo* io) {
   if (n == 128) return run_wgmma<64>(bf16, *io);
   return run_wgmma<128>(bf16, *io);
 }
+PROBE probe_wgmma_groups_run(WgmmaIo* io) {
+  return launch_kernel<probe_wgmma_groups>(1, 128, sizeof(ImageSmem), nullptr, *io);
+}
 PROBE probe_stmatrix_run(StmatrixIo* io) {
   return launch_kernel<probe_stmatrix>(1, 32, sizeof(ImageSmem), nullptr, *io);
 }

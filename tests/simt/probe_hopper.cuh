@@ -51,6 +51,36 @@ __global__ void __launch_bounds__(128, 1) probe_wgmma(WgmmaIo io) {
   for (int i = 0; i < n; ++i) io.d[n * t + i] = d[i];
 }
 
+// Four steps of k, each a group of its own: up to two are in flight. `a` is [4, 128, 4] here.
+__global__ void __launch_bounds__(128, 1) probe_wgmma_groups(WgmmaIo io) {
+  ImageSmem& smem = ptx::shared_memory<ImageSmem>();
+  const int t = threadIdx.x;
+  for (int i = 16 * t; i < io.bytes; i += 16 * 128) {
+    *reinterpret_cast<uint4*>(smem.image + i) = *reinterpret_cast<const uint4*>(io.image + i);
+  }
+  ptx::fence_proxy_async();
+  __syncthreads();
+  uint32_t a[4][4];
+  float d[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) d[i] = 0.0f;
+  const uint64_t b = descriptor_of(io, ptx::shared_address(smem.image));
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[step][i] = io.a[512 * step + 4 * t + i];
+    ptx::wgmma_pin(d);
+    ptx::wgmma_pin(a[step]);
+    ptx::wgmma_fence();
+    ptx::wgmma_k16<__nv_bfloat16>(d, a[step], b + 2 * step);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>(d);
+  }
+  ptx::wgmma_wait<0>(d);
+#pragma unroll
+  for (int i = 0; i < 128; ++i) io.d[128 * t + i] = d[i];
+}
+
 struct StmatrixIo {
   const uint32_t* d;     // [32, 4]
   const uint32_t* rows;  // [32]: the byte offset that each lane gives

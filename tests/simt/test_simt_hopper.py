@@ -73,6 +73,20 @@ def isa_d(thread, e):
     return row, 8 * (e // 4) + lane % 4 * 2 + (e & 1)
 
 
+def registers_of_a(A, bf16):
+    bits, a = to_bits(A, bf16), np.zeros((128, 4), np.uint32)
+    for thread, e in np.ndindex(128, 8):
+        a[thread, e // 2] |= np.uint32(bits[isa_a(thread, e)]) << (16 * (e % 2))
+    return a
+
+
+def matrix_of_d(d):
+    matrix = np.zeros((64, 2 * d.shape[1]), np.float32)
+    for thread, e in np.ndindex(d.shape):
+        matrix[isa_d(thread, e)] = d[thread, e]
+    return matrix
+
+
 @pytest.mark.parametrize(
     "n, layout, bf16, k0, accumulate",
     [
@@ -93,25 +107,30 @@ def test_wgmma(probe, n, layout, bf16, k0, accumulate):
     image = aligned(n // 8 * stride)
     image[:] = RNG.integers(0, 64, image.size)  # what the other columns hold
     bits = to_bits(B, bf16)
-    for row in range(n):
-        for k in range(16):
-            at = isa_b(row, k0 + k, layout, stride, leading)
-            image[at : at + 2] = bits[row, k : k + 1].view(np.uint8)
-    a_bits, a = to_bits(A, bf16), np.zeros((128, 4), np.uint32)
+    for row, k in np.ndindex(B.shape):
+        at = isa_b(row, k0 + k, layout, stride, leading)
+        image[at : at + 2] = bits[row, k : k + 1].view(np.uint8)
+    a = registers_of_a(A, bf16)
     d = np.zeros((128, n // 2), np.float32)
     for thread in range(128):
-        for e in range(8):
-            a[thread, e // 2] |= np.uint32(a_bits[isa_a(thread, e)]) << (16 * (e % 2))
         d[thread] = [C[isa_d(thread, e)] for e in range(n // 2)]
     # 16 columns of k are 32 bytes further on, in the same line.
     io = pack(image, a, d, image.size, 2 * k0, stride, leading, LAYOUTS[layout], int(accumulate))
     probe("probe_wgmma_run", n, int(bf16), io)
-    want = A @ B.T + (C if accumulate else 0)
-    got = np.zeros((64, n), np.float32)
-    for thread in range(128):
-        for e in range(n // 2):
-            got[isa_d(thread, e)] = d[thread, e]
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(matrix_of_d(d), A @ B.T + (C if accumulate else 0))
+
+
+def test_two_groups_of_products_in_flight(probe):
+    A, B = RNG.integers(-9, 10, (64, 64)), RNG.integers(-9, 10, (256, 64))
+    image, bits = aligned(256 * 128), to_bits(B, True)
+    for row, k in np.ndindex(B.shape):
+        at = isa_b(row, k, "128", 1024, 16)
+        image[at : at + 2] = bits[row, k : k + 1].view(np.uint8)
+    a = np.stack([registers_of_a(A[:, k : k + 16], True) for k in range(0, 64, 16)])
+    d = np.zeros((128, 128), np.float32)
+    io = pack(image, a, d, image.size, 0, 1024, 16, LAYOUTS["128"], 1)
+    probe("probe_wgmma_groups_run", io)
+    np.testing.assert_array_equal(matrix_of_d(d), A @ B.T)
 
 
 def test_stmatrix(probe):
@@ -186,7 +205,7 @@ def test_tensor_maps(probe, size, box, at, span, store):
 
 
 def cutlass_include():
-    """NVIDIA's CUTLASS headers: where the wheel is installed, or unpacked into build/cutlass."""
+    """NVIDIA's CUTLASS headers: where the wheel is installed, or put by `make test`."""
     for place in [*sys.path, build.ROOT / "build" / "cutlass"]:
         folder = Path(place) / "cutlass_library" / "source" / "include"
         if (folder / "cute" / "tensor.hpp").is_file():
@@ -200,7 +219,7 @@ def cute():
     include = cutlass_include()
     if include is None:
         pytest.skip(
-            "no CuTe headers: pip install --no-deps --target build/cutlass nvidia-cutlass==4.2.0.0"
+            "no CuTe headers: `make build/cutlass/ready` brings them, from the wheel nvidia-cutlass"
         )
     cccl = [folder / "cccl" for folder in build.cuda_include()]  # a toolkit's; a wheel's is known
     program = build.program("cute_layouts", suffix=".cpp", include=[include, *cccl])
@@ -261,6 +280,7 @@ def test_ptxas_neither_spills_nor_serializes_the_probe(tmp_path):
     lines = ['#include "probe_hopper.cuh"', "namespace qlora_ext {"]
     for T, n in (("__half", 128), ("__nv_bfloat16", 128), ("__nv_bfloat16", 64)):
         lines.append(f"template __global__ void probe_wgmma<{T}, {n}>(WgmmaIo);")
+    # probe_wgmma_groups is no template: it's compiled anyway.
     source.write_text("\n".join([*lines, "}\n"]))
     command = [shutil.which("nvcc"), "-std=c++20", "-O3", "-I", "csrc", "-I", "tests/simt"]
     command += ["-arch=sm_90a", "-Xptxas=-v", "-cubin", "-o", tmp_path / "probe.cubin", source]

@@ -574,6 +574,8 @@ def test_make_works_where_paths_have_quotes_and_spaces(tmp_path, given):
     (state / "deepspeed-packages" / "version").write_text("deepspeed==1")
     for name in ("torch", "train", "test", "demo"):
         (state / name).write_text("torch \n")
+    (tree / "build" / "cutlass").mkdir(parents=True)
+    (tree / "build" / "cutlass" / "ready").touch()
     # What a make that runs these tests was given, its recipes have in the environment.
     given_to_make = ("MAKE", "MFLAGS", "TORCH", "PYTHON", "ARGS", "JOBS", "CASES", "DEEPSPEED")
     env = {k: v for k, v in os.environ.items() if not k.startswith(given_to_make)}
