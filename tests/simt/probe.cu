@@ -232,7 +232,8 @@ PROBE probe_stmatrix_run(StmatrixIo* io) {
   return launch_kernel<probe_stmatrix>(1, 32, sizeof(ImageSmem), nullptr, *io);
 }
 // `sizes`: size[3], stride[2], box[3] and the bytes of the swizzle; elements are of 16 bits.
-PROBE probe_tensor_run(TensorIo* io, void* base, const int64_t* sizes) {
+// `coordinates` are as many as the kernel gives.
+PROBE probe_tensor_run(TensorIo* io, void* base, const int64_t* sizes, int coordinates) {
   TensorSpec spec{base, TensorElement::kF16, io->rank, {}, {}, {}, Swizzle{}};
   for (int i = 0; i < 3; ++i) spec.size[i] = static_cast<uint64_t>(sizes[i]);
   for (int i = 0; i < 2; ++i) spec.stride[i] = static_cast<uint64_t>(sizes[3 + i]);
@@ -240,6 +241,7 @@ PROBE probe_tensor_run(TensorIo* io, void* base, const int64_t* sizes) {
   spec.swizzle = static_cast<Swizzle>(sizes[8]);
   ptx::TensorMap map;
   if (const char* error = encode_tensor_map(map, spec)) return error;
+  io->rank = coordinates;
   return launch_kernel<probe_tensor>(1, 32, sizeof(ImageSmem), nullptr, map, *io);
 }
 PROBE probe_bulk_store_run(BulkIo* io) {

@@ -193,12 +193,39 @@ def test_tensor_maps(probe, size, box, at, span, store):
             want[tuple(place)] = given[byte : byte + 2].view(np.uint16)[0]
     sizes = (ctypes.c_int64 * 9)(*size3, pitch, pitch * size3[1], *box3, span)
     io = pack(image, image.size, int(store), rank, *at3)
-    probe("probe_tensor_run", io, ctypes.c_void_p(tensor.ctypes.data), sizes)
+    probe("probe_tensor_run", io, ctypes.c_void_p(tensor.ctypes.data), sizes, rank)
     if store:
         np.testing.assert_array_equal(tensor.reshape(want.shape), want)
     else:
         np.testing.assert_array_equal(image, want_image)
         np.testing.assert_array_equal(tensor.reshape(want.shape), before)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({3: 136}, "want strides that 16 bytes divide"),
+        ({5: 257}, "want boxes of 1 to 256"),
+        ({5: 32}, "want boxes as wide as the swizzle"),
+        ({5: 4, 8: 16}, "want rows of a box that 16 bytes divide"),
+        ({1: 0}, "want sizes of 1 to 2^32"),
+        ({"base": 8}, "want an address that 16 divides"),
+        ({"coordinates": 3}, "3 coordinates for a tensor map of 2 dimensions"),
+    ],
+)
+def test_what_a_tensor_map_refuses(changed, says):
+    run = load_probe(ptx=False).probe_tensor_run
+    run.restype = ctypes.c_char_p
+    tensor, image = aligned(64 * 256), aligned(64 * 128)
+    sizes = [64, 64, 1, 128, 0, 64, 64, 1, 128]
+    rank = changed.get("coordinates", 2)
+    for field, value in changed.items():
+        if isinstance(field, int):
+            sizes[field] = value
+    io = pack(image, image.size, 0, 2, 0, 0, 0)
+    base = ctypes.c_void_p(tensor.ctypes.data + changed.get("base", 0))
+    error = run(io, base, (ctypes.c_int64 * 9)(*sizes), rank)
+    assert says in error.decode(), error
 
 
 # ---------------------------------------------------------------- CuTe
