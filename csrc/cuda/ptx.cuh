@@ -21,7 +21,6 @@
 // Shared addresses are 32-bit, from ptx::shared_address(pointer).
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -224,21 +223,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t sha
                : "memory");
 }
 
-// ---------------------------------------------------------------- stmatrix (sm_90)
-// The inverse: stores four 8x8 matrices of 16-bit elements, transposed. Addresses and registers are
-// as for ldmatrix_x4_trans.
-
-__device__ __forceinline__ void stmatrix_x4_trans(uint32_t shared, const uint32_t (&d)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
-      "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
-      : "memory");
-#else
-  trap();
-#endif
-}
-
 // ---------------------------------------------------------------- mma.sync
 // D[16, 8] += A[16, k] * B[k, 8], fp32 accumulators, A row-major, B column-major (B[k][n] with k
 // contiguous, as a weight [N, K] is). With g = lane / 4 and t = lane % 4, and the lower k (or n)
@@ -393,130 +377,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
   trap();
 #endif
 }
-
-// Arrives once the cp.async that this thread has issued so far have landed. It's one of the
-// arrivals that mbarrier_init counts. The thread's own stores before it are ordered as by an
-// arrival; what cp.async wrote was written by the generic proxy.
-__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t mbarrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbarrier) : "memory");
-#else
-  trap();
-#endif
-}
-
-// ---------------------------------------------------------------- tensor maps (sm_90)
-// A tensor map (tensor_map.cuh) is a kernel's `const __grid_constant__ ptx::TensorMap` parameter.
-// It names a tensor of 2 or 3 dimensions, a box of it, and the swizzle of the box in shared memory.
-// c0 is the first element of the box along the contiguous dimension, c1 along the next. `shared` is
-// a multiple of 128, and of the swizzle's period (8 lines) if a descriptor is to name it.
-using TensorMap = CUtensorMap;
-
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-#else
-  trap();
-#endif
-}
-
-// Brings a box. What lies outside the tensor becomes zero. All bytes of the box count towards the
-// mbarrier's current phase, those too. One thread issues it.
-__device__ __forceinline__ void tensor_load(uint32_t shared, const TensorMap& map, int c0, int c1,
-                                            uint32_t mbarrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
-      "l"(&map), "r"(c0), "r"(c1), "r"(mbarrier)
-      : "memory");
-#else
-  trap();
-#endif
-}
-__device__ __forceinline__ void tensor_load(uint32_t shared, const TensorMap& map, int c0, int c1,
-                                            int c2, uint32_t mbarrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared),
-      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(mbarrier)
-      : "memory");
-#else
-  trap();
-#endif
-}
-
-// Writes a box, without what lies outside the tensor. Everybody who stored to the box makes a
-// fence_proxy_async, then a barrier, then one thread issues the copy and closes the group.
-__device__ __forceinline__ void tensor_store(const TensorMap& map, int c0, int c1,
-                                             uint32_t shared) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-          &map),
-      "r"(c0), "r"(c1), "r"(shared)
-      : "memory");
-#else
-  trap();
-#endif
-}
-__device__ __forceinline__ void tensor_store(const TensorMap& map, int c0, int c1, int c2,
-                                             uint32_t shared) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
-          &map),
-      "r"(c0), "r"(c1), "r"(c2), "r"(shared)
-      : "memory");
-#else
-  trap();
-#endif
-}
-
-// `bytes` (a multiple of 16) from shared to global memory, both 16-byte aligned.
-__device__ __forceinline__ void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-               "r"(shared), "r"(bytes)
-               : "memory");
-#else
-  trap();
-#endif
-}
-
-// Closes this thread's current group of stores.
-__device__ __forceinline__ void bulk_commit() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#else
-  trap();
-#endif
-}
-
-// Waits until all but this thread's `pending` newest groups have read their shared memory. Before a
-// thread returns none may be left.
-template <int pending>
-__device__ __forceinline__ void bulk_wait_read() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
-#else
-  trap();
-#endif
-}
-
-// The same, until they have written as well.
-template <int pending>
-__device__ __forceinline__ void bulk_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
-#else
-  trap();
-#endif
-}
-
-// ---------------------------------------------------------------- warpgroups (sm_90a)
-
 // Moves registers between warpgroups; every warp of the warpgroup executes it.
 template <int registers>
 __device__ __forceinline__ void setmaxnreg_increase() {

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/tensor_spec.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace qlora_ext {
 

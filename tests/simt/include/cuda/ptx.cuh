@@ -102,13 +102,6 @@ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t shared, SIMT_SITE) {
 #endif
 }
 
-// ---------------------------------------------------------------- stmatrix
-inline void stmatrix_x4_trans(uint32_t shared, const uint32_t (&d)[4], SIMT_SITE) {
-  simt::StmatrixOperand operand{shared, d, {}};
-  simt::meet(simt::kStmatrixX4Trans, 0xffffffffu, &operand, SIMT_HERE);
-  simt::note_stmatrix(operand);
-}
-
 // ---------------------------------------------------------------- mma.sync
 inline void mma_m16n8k8_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, SIMT_SITE) {
   const uint32_t a[2] = {a0, a1};
@@ -165,43 +158,7 @@ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint3
 #endif
   simt::bulk_copy(shared, global, bytes, mbarrier);
 }
-inline void cp_async_mbarrier_arrive(uint32_t mbarrier) { simt::copy_async_arrive(mbarrier); }
 
-// ---------------------------------------------------------------- bulk stores, tensor maps (sm_90)
-using TensorMap = simt::TensorMap;
-
-inline void prefetch_tensor_map(const TensorMap&) {}
-inline void tensor_load(uint32_t shared, const TensorMap& map, int c0, int c1, uint32_t mbarrier) {
-  const int32_t at[] = {c0, c1};
-  simt::tensor_load(shared, map, at, 2, mbarrier);
-}
-inline void tensor_load(uint32_t shared, const TensorMap& map, int c0, int c1, int c2,
-                        uint32_t mbarrier) {
-  const int32_t at[] = {c0, c1, c2};
-  simt::tensor_load(shared, map, at, 3, mbarrier);
-}
-inline void tensor_store(const TensorMap& map, int c0, int c1, uint32_t shared) {
-  const int32_t at[] = {c0, c1};
-  simt::tensor_store(map, at, 2, shared);
-}
-inline void tensor_store(const TensorMap& map, int c0, int c1, int c2, uint32_t shared) {
-  const int32_t at[] = {c0, c1, c2};
-  simt::tensor_store(map, at, 3, shared);
-}
-inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
-  simt::bulk_store(global, shared, bytes);
-}
-inline void bulk_commit() { simt::bulk_commit(); }
-template <int pending>
-inline void bulk_wait_read(SIMT_SITE) {
-  simt::bulk_wait(pending, true, SIMT_HERE);
-}
-template <int pending>
-inline void bulk_wait(SIMT_SITE) {
-  simt::bulk_wait(pending, false, SIMT_HERE);
-}
-
-// ---------------------------------------------------------------- warpgroups (sm_90a)
 template <int registers>
 inline void setmaxnreg_increase(SIMT_SITE) {
   simt::setmaxnreg(registers, true, SIMT_HERE);

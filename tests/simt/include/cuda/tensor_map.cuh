@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/tensor_spec.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace qlora_ext {
 

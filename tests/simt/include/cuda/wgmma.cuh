@@ -1,10 +1,56 @@
-// Host twin of csrc/cuda/wgmma.cuh. Registers are taken by reference: the machine poisons d until
-// the wait, and sees there whether anything wrote to d or a. So a must live until the wait.
+// Host twin of csrc/cuda/wgmma.cuh.
 #pragma once
 
 #include "cuda/ptx.cuh"
 
 namespace qlora_ext::ptx {
+
+inline void cp_async_mbarrier_arrive(uint32_t mbarrier) { simt::copy_async_arrive(mbarrier); }
+
+// ---------------------------------------------------------------- bulk stores, tensor maps (sm_90)
+using TensorMap = simt::TensorMap;
+
+inline void prefetch_tensor_map(const TensorMap&) {}
+inline void tensor_load(uint32_t shared, const TensorMap& map, int c0, int c1, uint32_t mbarrier) {
+  const int32_t at[] = {c0, c1};
+  simt::tensor_load(shared, map, at, 2, mbarrier);
+}
+inline void tensor_load(uint32_t shared, const TensorMap& map, int c0, int c1, int c2,
+                        uint32_t mbarrier) {
+  const int32_t at[] = {c0, c1, c2};
+  simt::tensor_load(shared, map, at, 3, mbarrier);
+}
+inline void tensor_store(const TensorMap& map, int c0, int c1, uint32_t shared) {
+  const int32_t at[] = {c0, c1};
+  simt::tensor_store(map, at, 2, shared);
+}
+inline void tensor_store(const TensorMap& map, int c0, int c1, int c2, uint32_t shared) {
+  const int32_t at[] = {c0, c1, c2};
+  simt::tensor_store(map, at, 3, shared);
+}
+inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+  simt::bulk_store(global, shared, bytes);
+}
+inline void bulk_commit() { simt::bulk_commit(); }
+template <int pending>
+inline void bulk_wait_read(SIMT_SITE) {
+  simt::bulk_wait(pending, true, SIMT_HERE);
+}
+template <int pending>
+inline void bulk_wait(SIMT_SITE) {
+  simt::bulk_wait(pending, false, SIMT_HERE);
+}
+
+// ---------------------------------------------------------------- stmatrix
+inline void stmatrix_x4_trans(uint32_t shared, const uint32_t (&d)[4], SIMT_SITE) {
+  simt::StmatrixOperand operand{shared, d, {}};
+  simt::meet(simt::kStmatrixX4Trans, 0xffffffffu, &operand, SIMT_HERE);
+  simt::note_stmatrix(operand);
+}
+
+// ---------------------------------------------------------------- wgmma (sm_90a)
+// Registers are taken by reference: the machine poisons d until the wait, and sees there whether
+// anything wrote to d or a. So a must live until the wait.
 
 // g++ keeps accesses where they are: the registers' addresses are known to the machine.
 template <int n>
