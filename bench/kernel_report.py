@@ -7,7 +7,7 @@ main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
 
 A loop is the SASS from a branch's target to that branch. The main loop is the one with the most
 tensor-core instructions, and of those the shortest (in a kernel without such instructions, the
-longest). "SASS per weight" divides all its instructions (also loads of x, scales, addressing and
+longest; without a loop it is all code). "SASS per weight" divides all its instructions (also loads of x, scales, addressing and
 barriers) by the weights that one thread decodes in one turn. Skipped parts of the loop count as
 run, so the figure is an upper bound.
 """
@@ -281,9 +281,10 @@ class Kernel:
         return max(loops, key=lambda b: len(loops[b]), default=None) if self.weights else None
 
     def main_loop(self):
-        """The instructions within loop_bounds()."""
+        """The instructions within loop_bounds(). Without a loop, all of them if the kernel's weights
+        are known."""
         if (bounds := self.loop_bounds()) is None:
-            return []
+            return [text for _, text in self.code if self.weights and not text.startswith("NOP")]
         return [text for address, text in self.code if bounds[0] <= address <= bounds[1]]
 
     @property

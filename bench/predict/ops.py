@@ -29,7 +29,8 @@ def limits(parts):
 
 
 def plan(gpu, op, N, K, M):
-    """(parts, lines of a chunk) that dispatch chose for this shape."""
+    """(parts, lines of a chunk, whether the last block adds the parts) that dispatch chose for this
+    shape."""
     return shared.record()["plans"][f"{gpu.arch}x{gpu.sms}"][op][f"{N}x{K}"][str(M)]
 
 
@@ -85,10 +86,17 @@ def fits_l2(gpu, moved):
     return moved <= gpu.l2 * (1 << 20) / 2
 
 
-def reduction(gpu, scenario, parts, numel):
-    """reduce_parts: the kernel that adds the parts of a split."""
+def reduction(gpu, scenario, parts, numel, last_block, tile):
+    """Adding the parts of a split. The last block of a tile of `tile` elements does it: a fence, an
+    atomic, and loads of its 256 threads, eight at a time. Else it is reduce_parts, a launch."""
+    if parts == 1:
+        return []
+    if last_block:
+        trips = 2 + ceil(parts * min(tile, numel), 8 * 256)
+        time = trips * scenario.value("load latency", gpu) / scenario.value("clock", gpu) / 1e3
+        return [Part(time, {"launch, start, tail": time})]
     moved = numel * (4 * parts + 2)
-    return [streaming(gpu, scenario, moved, fits_l2(gpu, moved))] if parts > 1 else []
+    return [streaming(gpu, scenario, moved, fits_l2(gpu, moved))]
 
 
 # ---------------------------------------------------------------- ours
@@ -121,7 +129,7 @@ def quantize(gpu, scenario, N, K):
 def fused(gpu, scenario, op, M, N, K):
     """gemm_4bit or gemm_4bit_backward in one kernel that decodes W itself."""
     lines, depth = (N, K) if op == "gemm_4bit" else (K, N)
-    parts, _ = plan(gpu, op, N, K, M)
+    parts, _, last_block = plan(gpu, op, N, K, M)
     name, rows = kernel_of(gpu, op, M)
     tile = library(gpu.binary)[name].tile
     row_tiles, line_tiles = ceil(M, tile.rows), ceil(lines, tile.columns)
@@ -135,7 +143,8 @@ def fused(gpu, scenario, op, M, N, K):
         weight + dense,
         weight * row_tiles + 2 * M * depth * line_tiles + 2 * M * lines,
     )
-    return [launch_time(gpu, scenario, launch), *reduction(gpu, scenario, parts, M * lines)]
+    adding = reduction(gpu, scenario, parts, M * lines, last_block, min(M, tile.rows) * tile.columns)
+    return [launch_time(gpu, scenario, launch), *adding]
 
 
 @functools.cache
@@ -171,7 +180,7 @@ def grouped(gpu, scenario, op, tokens, N, K):
 def chunked(gpu, scenario, op, M, N, K, lora):
     """W decoded in chunks that cuBLAS multiplies; a second product adds the bypass to each."""
     lines, depth = (N, K) if op == "gemm_4bit" else (K, N)
-    _, chunk = plan(gpu, op, N, K, M)
+    _, chunk, _ = plan(gpu, op, N, K, M)
     parts = []
     for begin in range(0, lines, chunk):
         count = min(chunk, lines - begin)
@@ -185,7 +194,7 @@ def chunked(gpu, scenario, op, M, N, K, lora):
 
 
 def product(gpu, scenario, op, M, N, K, lora=False):
-    _, chunk = plan(gpu, op, N, K, M)
+    _, chunk, _ = plan(gpu, op, N, K, M)
     if chunk:
         return chunked(gpu, scenario, op, M, N, K, lora)
     return fused(gpu, scenario, op, M, N, K)
@@ -201,7 +210,7 @@ def lora_product(gpu, scenario, over_rows, M, columns):
     else:
         (name, traced), op = kernel_of(gpu, "lora_shrink", 256), "lora_shrink"
         length, depth = M, columns
-    parts, _ = plan(gpu, op, columns, columns, M)
+    parts, _, last_block = plan(gpu, op, columns, columns, M)
     tile = library(gpu.binary)[name].tile
     tiles = ceil(length, tile.rows) * ceil(RANK, tile.columns)
     big, small = 2 * M * columns, 4 * depth * RANK
@@ -213,8 +222,9 @@ def lora_product(gpu, scenario, over_rows, M, columns):
         big + small,
         big + small * ceil(length, tile.rows),
     )
-    numel = length * RANK
-    return [launch_time(gpu, scenario, launch), *reduction(gpu, scenario, parts, numel)]
+    elements = min(length, tile.rows) * min(RANK, tile.columns)
+    adding = reduction(gpu, scenario, parts, length * RANK, last_block, elements)
+    return [launch_time(gpu, scenario, launch), *adding]
 
 
 def lora_shrink(gpu, scenario, M, K):

@@ -165,6 +165,9 @@ def main_loop(kernel, cubin, bounds=None):
     ]
     end = max(i.address for i in code if i.opcode == "EXIT")  # subroutines stand behind it
     first, last = bounds or kernel.loop_bounds() or (code[0].address, end)
+    # Behind a barrier that reduces stands what only the last block of a tile does (last_block.cuh).
+    reducing = [i.address for i in code if i.address > last and i.text.startswith("BAR.RED")]
+    end = min([end, *reducing])
     return Loop(
         kernel,
         [i for i in code if first <= i.address <= last and not i.never_runs],

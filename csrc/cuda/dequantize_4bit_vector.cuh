@@ -50,22 +50,35 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4], int lane
   }
 }
 
-// Decodes chunk `source` of the weight into chunk `target` of the output. The whole warp calls it,
-// with 32 consecutive targets. Targets from num_targets on are skipped.
-template <class T, bool kMean>
-__device__ __forceinline__ void decode_chunk(const DequantizeSmem& s, const uint8_t* packed,
-                                             const Scales& scales, int64_t source, int64_t target,
-                                             int64_t num_targets, T* out) {
-  const int lane = threadIdx.x % 32;
-  uint32_t words[4] = {};
-  float scale = 0, mean = 0;
-  if (target < num_targets) {
-    const uint4 loaded = ptx::load_streaming(reinterpret_cast<const uint4*>(packed) + source);
-    words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+// A chunk as loaded. Kernels load their first one before they fill shared memory.
+struct LoadedChunk {
+  uint4 packed;
+  LoadedScale scale;
+  float mean;
+};
+
+// Chunk `source` of the weight, or zeros.
+template <bool kMean>
+__device__ __forceinline__ LoadedChunk load_chunk(const uint8_t* packed, const Scales& scales,
+                                                  int64_t source, bool exists) {
+  LoadedChunk chunk{};
+  if (exists) {
+    chunk.packed = ptx::load_streaming(reinterpret_cast<const uint4*>(packed) + source);
     const int64_t block = source * kChunk >> scales.shift;
-    scale = decode_scale(scales, block, s.map);
-    if constexpr (kMean) mean = __ldg(scales.mean + block);
+    chunk.scale = load_scale(scales, block);
+    if constexpr (kMean) chunk.mean = __ldg(scales.mean + block);
   }
+  return chunk;
+}
+
+// Decodes a loaded chunk into chunk `target` of the output. The whole warp calls it, with 32
+// consecutive targets. Targets from num_targets on are skipped.
+template <class T, bool kMean>
+__device__ __forceinline__ void decode_chunk(const DequantizeSmem& s, const LoadedChunk& loaded,
+                                             int64_t target, int64_t num_targets, T* out) {
+  const int lane = threadIdx.x % 32;
+  uint32_t words[4] = {loaded.packed.x, loaded.packed.y, loaded.packed.z, loaded.packed.w};
+  const float scale = decode_scale(loaded.scale, s.map), mean = loaded.mean;
   transpose_in_quad(words, lane);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -89,18 +102,16 @@ template <class T, bool kMean>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_4bit_vector(PackedWeight w, Scales scales, ColumnRange range, T* out) {
   DequantizeSmem& s = ptx::shared_memory<DequantizeSmem>();
-  fill_dequantize_smem(s, w);
   const int64_t num_chunks = range.count / kChunk;
   const ColumnRange chunks{.first = range.first / kChunk,
                            .count = num_chunks,
                            .width = range.width / kChunk,
                            .gap = range.gap / kChunk};
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kDequantizeThreads;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads;
-  for (int64_t base = begin; base < num_chunks; base += stride) {
-    const int64_t chunk = base + threadIdx.x;
-    decode_chunk<T, kMean>(s, w.packed, scales, chunks.source(chunk), chunk, num_chunks, out);
-  }
+  const int64_t target = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads + threadIdx.x;
+  const LoadedChunk chunk =
+      load_chunk<kMean>(w.packed, scales, chunks.source(target), target < num_chunks);
+  fill_dequantize_smem(s, w);
+  decode_chunk<T, kMean>(s, chunk, target, num_chunks, out);
   const int64_t tail = num_chunks * kChunk + threadIdx.x;
   if (blockIdx.x == 0 && tail < range.count) {  // only if there is no gap
     out[tail] = from_float<T>(decode_weight(w.packed, scales, w.values, range.source(tail)));

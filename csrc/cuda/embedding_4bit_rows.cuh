@@ -21,21 +21,17 @@ template <class T, bool kMean>
 __global__ void __launch_bounds__(kDequantizeThreads)
     embedding_4bit_rows(Embedding4bitParams p, Scales scales) {
   DequantizeSmem& s = ptx::shared_memory<DequantizeSmem>();
-  fill_dequantize_smem(s, p.weight);
   const int64_t chunks_per_row = p.weight.K / kChunk;
   const int64_t num_chunks = p.M * chunks_per_row;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kDequantizeThreads;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads;
-  for (int64_t base = begin; base < num_chunks; base += stride) {
-    const int64_t target = base + threadIdx.x;
-    int64_t source = 0;
-    if (target < num_chunks) {
-      const int64_t i = target / chunks_per_row;
-      source = checked_row(p, i) * chunks_per_row + (target - i * chunks_per_row);
-    }
-    decode_chunk<T, kMean>(s, p.weight.packed, scales, source, target, num_chunks,
-                           static_cast<T*>(p.out));
+  const int64_t target = static_cast<int64_t>(blockIdx.x) * kDequantizeThreads + threadIdx.x;
+  int64_t source = 0;
+  if (target < num_chunks) {
+    const int64_t i = target / chunks_per_row;
+    source = checked_row(p, i) * chunks_per_row + (target - i * chunks_per_row);
   }
+  const LoadedChunk chunk = load_chunk<kMean>(p.weight.packed, scales, source, target < num_chunks);
+  fill_dequantize_smem(s, p.weight);
+  decode_chunk<T, kMean>(s, chunk, target, num_chunks, static_cast<T*>(p.out));
 }
 
 // Any K, one weight per thread and step.

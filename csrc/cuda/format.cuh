@@ -89,13 +89,25 @@ inline Scales make_scales(const PackedWeight& w) {
           .shift = w.num_blocks <= 1 ? 63 : log2_floor(w.blocksize)};
 }
 
-// The scale of one block. `map` is the dynamic map, in global or shared memory.
+// The scale of one block as loaded, before the look-up of its code.
+struct LoadedScale {
+  int code;          // -1: `multiplier` is the scale
+  float multiplier;  // absmax2 of its group of 256 codes
+  float offset;
+};
+__device__ __forceinline__ LoadedScale load_scale(const Scales& scales, int64_t block) {
+  if (scales.code == nullptr) return {-1, __ldg(scales.absmax + block), 0.0f};
+  return {__ldg(scales.code + block), __ldg(scales.nested + 1 + (block >> 8)),
+          __ldg(scales.nested)};
+}
+// `map` is the dynamic map, in global or shared memory.
+__device__ __forceinline__ float decode_scale(const LoadedScale& scale, const float* map) {
+  if (scale.code < 0) return scale.multiplier;
+  return __fadd_rn(__fmul_rn(map[scale.code], scale.multiplier), scale.offset);
+}
 __device__ __forceinline__ float decode_scale(const Scales& scales, int64_t block,
                                               const float* map) {
-  if (scales.code == nullptr) return __ldg(scales.absmax + block);
-  const float scaled =
-      __fmul_rn(map[__ldg(scales.code + block)], __ldg(scales.nested + 1 + (block >> 8)));
-  return __fadd_rn(scaled, __ldg(scales.nested));
+  return decode_scale(load_scale(scales, block), map);
 }
 
 // The 4-bit code of flat element i: the high nibble holds the even element.

@@ -2,6 +2,7 @@
 #include "cuda/gemm_4bit_any.cuh"
 #include "cuda/gemm_4bit_fused.cuh"
 #include "cuda/heuristics.cuh"
+#include "cuda/reduce_parts.cuh"
 
 namespace qlora_ext::launch {
 
@@ -47,20 +48,33 @@ BlockCost fused_cost(const DeviceInfo& device) {
           .start = 1.2f};
 }
 
+template <int kTilesM>
+int64_t fused_tiles(const Gemm4bitParams& p) {
+  using Traits = FusedTraits<Sm80, kTilesM>;
+  return ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM);
+}
+
 // Splits of K. The launch and its workspace must get the same answer on every architecture, and do:
 // Sm75 has the tiles of Sm80.
 template <int kTilesM>
 Splits fused_splits(const Gemm4bitParams& p) {
   using Traits = FusedTraits<Sm80, kTilesM>;
-  return split_contraction(ceil_div(p.weight.N, Traits::kTileN) * ceil_div(p.M, Traits::kTileM),
-                           ceil_div(p.weight.K, Traits::kTileK), p.M * p.weight.N,
+  return split_contraction(fused_tiles<kTilesM>(p), ceil_div(p.weight.K, Traits::kTileK),
+                           last_block_adds<kTilesM> ? last_block_cost(p.M * Traits::kTileN)
+                                                    : reduce_parts_cost(p.M * p.weight.N),
                            fused_cost<kTilesM>(device_info()));
+}
+
+// Bytes of the workspace that count the blocks of each tile. The parts lie behind them.
+template <int kTilesM>
+int64_t fused_arrivals(const Gemm4bitParams& p) {
+  return last_block_adds<kTilesM> ? arrival_bytes(fused_tiles<kTilesM>(p)) : 0;
 }
 
 template <int kTilesM>
 int64_t workspace_fused(const Gemm4bitParams& p) {
   const int64_t splits = fused_splits<kTilesM>(p).count;
-  return splits > 1 ? splits * p.M * p.weight.N * 4 : 0;
+  return splits > 1 ? fused_arrivals<kTilesM>(p) + splits * p.M * p.weight.N * 4 : 0;
 }
 
 template <class Arch, class T, int kTilesM>
@@ -69,6 +83,11 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
   FusedParams fused = make_fused_params<T>(p);
   const Splits splits = fused_splits<kTilesM>(p);
   fused.k_per_split = splits.stages * Traits::kTileK;
+  if (splits.count > 1) {
+    const int64_t bytes = fused_arrivals<kTilesM>(p);
+    fused.parts = parts_behind(p.workspace, bytes);
+    if (bytes > 0) QLORA_EXT_TRY(make_arrivals(p.workspace, bytes, stream, fused.arrivals));
+  }
   const dim3 grid(grid_blocks(ceil_div(p.weight.N, Traits::kTileN)),
                   static_cast<unsigned>(ceil_div(p.M, Traits::kTileM)),
                   static_cast<unsigned>(splits.count));
@@ -78,7 +97,7 @@ const char* gemm_fused(const Gemm4bitParams& p, void* stream) {
                           grid, Traits::kThreads, kBytes, stream, fused))
                     : (launch_kernel<gemm_4bit_fused<Arch, T, kTilesM, false>>(
                           grid, Traits::kThreads, kBytes, stream, fused)));
-  if (splits.count == 1) return nullptr;
+  if (splits.count == 1 || last_block_adds<kTilesM>) return nullptr;
   const ReduceParts reduce{.parts = fused.parts,
                            .num_parts = splits.count,
                            .rows = p.M,

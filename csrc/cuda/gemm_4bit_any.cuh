@@ -146,8 +146,8 @@ constexpr BlockCost kAnyCost{
 
 inline Splits any_product_splits(int64_t rows, int64_t cols, int64_t depth) {
   return split_contraction(ceil_div(rows, kTileSize) * ceil_div(cols, kTileSize),
-                           ceil_div(std::max<int64_t>(depth, 1), kTileDepth), rows * cols,
-                           kAnyCost);
+                           ceil_div(std::max<int64_t>(depth, 1), kTileDepth),
+                           reduce_parts_cost(rows * cols), kAnyCost);
 }
 
 inline int64_t any_product_workspace(int64_t rows, int64_t cols, int64_t depth) {

@@ -43,8 +43,8 @@ template <int kTilesM>
 Splits fused_splits(const Gemm4bitBackwardParams& p) {
   using Traits = BackwardTraits<Sm80, kTilesM>;  // Sm75's tiles are the same
   return split_contraction(ceil_div(p.weight.K, Traits::kTileK) * ceil_div(p.M, Traits::kTileM),
-                           ceil_div(p.weight.N, Traits::kStageN), p.M * p.weight.K,
-                           kFusedCost<kTilesM>);
+                           ceil_div(p.weight.N, Traits::kStageN),
+                           reduce_parts_cost(p.M * p.weight.K), kFusedCost<kTilesM>);
 }
 
 template <int kTilesM>

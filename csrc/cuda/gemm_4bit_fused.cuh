@@ -17,7 +17,8 @@
 //         scales are decoded once per stage and thread, one stage ahead, without FMA.
 // Warps   8: each owns 32 rows n and one run of 64 k of every stage; warps along k hold partial
 //         sums that are added in order at the end. Blocks along k (splits) write partial sums to
-//         the workspace, which reduce_parts adds in order.
+//         the workspace. Up to 16 rows the last block of a tile adds them in order (last_block.cuh),
+//         above reduce_parts does.
 // Bypass  S B^T is R / 16 more mma steps into the same accumulators; S and B are rounded to T: with
 //         fp16, an S beyond 65504 becomes Inf.
 // Rounding the codebook, times a factor that makes its errors small and cancel (table_factor.cuh),
@@ -27,7 +28,6 @@
 #pragma once
 
 #include "cuda/gemm_4bit_fused_layout.cuh"
-#include "cuda/reduce_parts.cuh"
 #include "cuda/row_groups.cuh"
 
 namespace qlora_ext {
@@ -71,6 +71,7 @@ struct RowPieces<T, ExpertRows, kCount, kStep> {
 template <class Arch, class T, int kTilesM, bool kNested, class Rows>
 struct FusedTile {
   using Traits = FusedTraits<Arch, kTilesM>;
+  static constexpr bool kAddsParts = !Rows::kGrouped && last_block_adds<kTilesM>;
 
   const FusedParams& p;
   FusedSmem<Arch, kTilesM>& s;
@@ -95,6 +96,8 @@ struct FusedTile {
   // Fragments: what this lane reads of a stage.
   uint32_t lane_bytes;  // lane * 4 (compact: lane % 16 * 4)
   int w_read, x_read, x_read_other;
+  bool has_row;         // with one mma tile of rows: whether this lane's row of x exists
+  uint4 x_low, x_high;  // what it read last; zeros without a row
 
   float acc[2][kTilesM][4];  // [16 rows n][8 rows m][mma register]
 
@@ -121,6 +124,8 @@ struct FusedTile {
     const int unit = run * 8 + t * 2;
     x_read = g * Traits::kXRowBytes + (unit ^ (g & 1)) * 16;
     x_read_other = x_read ^ 16;
+    has_row = g < rows.end(p.gemm.M) - m0;
+    x_low = x_high = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -266,8 +271,16 @@ struct FusedTile {
 #pragma unroll
     for (int tile = 0; tile < kTilesM; ++tile) {
       const unsigned char* eight = x + tile * (8 * Traits::kXRowBytes);
-      const uint4 low = *reinterpret_cast<const uint4*>(eight + x_read);
-      const uint4 high = *reinterpret_cast<const uint4*>(eight + x_read_other);
+      uint4 low, high;
+      if constexpr (kTilesM == 1) {
+        const uint32_t stage = ptx::shared_address(x);
+        ptx::load_shared_if(x_low, stage + x_read, has_row);
+        ptx::load_shared_if(x_high, stage + x_read_other, has_row);
+        low = x_low, high = x_high;
+      } else {
+        low = *reinterpret_cast<const uint4*>(eight + x_read);
+        high = *reinterpret_cast<const uint4*>(eight + x_read_other);
+      }
       const uint32_t b[4][2] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -311,7 +324,26 @@ struct FusedTile {
     }
   }
 
-  // Adds the sums of the warps along k in order and stores rounded y, or a part for reduce_parts.
+  // Element `at` of y, in column n, from its sum.
+  __device__ __forceinline__ void store_y(int64_t at, int64_t n, float v) const {
+    const Gemm4bitParams& gemm = p.gemm;
+    if (gemm.bias != nullptr)
+      v += load_as_float(gemm.bias, gemm.bias_dtype, rows.expert() * gemm.weight.N + n);
+    static_cast<T*>(gemm.y)[at] = from_float<T>(v);
+  }
+
+  // Adds the parts of all blocks of the tile. The last one calls it.
+  __device__ __forceinline__ void add_parts_of_tile() {
+    const int64_t N = p.gemm.weight.N;
+    const int num_rows = static_cast<int>(min(p.gemm.M - m0, static_cast<int64_t>(Traits::kTileM)));
+    const int columns = static_cast<int>(min(N - n0, static_cast<int64_t>(Traits::kTileN)));
+    const auto locate = [&](int i) { return (m0 + i / columns) * N + n0 + i % columns; };
+    add_parts<Traits::kThreads>(
+        p.parts, gridDim.z, p.gemm.M * N, num_rows * columns, reinterpret_cast<float*>(s.table),
+        locate, [&](int i, int64_t at, float sum) { store_y(at, n0 + i % columns, sum); });
+  }
+
+  // Adds the sums of the warps along k in order and stores rounded y, or a part of it.
   __device__ __forceinline__ void store_tile() {
     float* sums = reinterpret_cast<float*>(s.table);  // [run][m][n]
     static_assert(Traits::kRuns * Traits::kTileM * Traits::kTileN * 4 <= Traits::kTableBytes,
@@ -342,11 +374,9 @@ struct FusedTile {
       for (int r = 0; r < Traits::kRuns; ++r) v += sums[r * Traits::kTileM * Traits::kTileN + i];
       if (!Rows::kGrouped && gridDim.z > 1) {
         p.parts[(blockIdx.z * gemm.M + m) * N + n] = v;
-        continue;
+      } else {
+        store_y(m * N + n, n, v);
       }
-      if (gemm.bias != nullptr)
-        v += load_as_float(gemm.bias, gemm.bias_dtype, rows.expert() * N + n);
-      static_cast<T*>(gemm.y)[m * N + n] = from_float<T>(v);
     }
   }
 
@@ -354,7 +384,10 @@ struct FusedTile {
     constexpr int kAhead = Traits::kStages - 1;
     for (int stage = 0; stage < kAhead; ++stage) copy_stage(stage * Traits::kTileK, stage);
     fetch_scale();
+    const Arrival arrival(kAddsParts ? p.arrivals : Arrivals{},
+                          static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
     fill_table();
+    arrival.expect();
     scale_pipeline.look_up();
     store_scale(0);
     fetch_scale();
@@ -376,6 +409,7 @@ struct FusedTile {
     }
     if (blockIdx.z == 0 && p.gemm.R > 0) add_bypass();
     store_tile();
+    if (arrival.counts() && arrival.is_last(gridDim.z)) add_parts_of_tile();
   }
 };
 

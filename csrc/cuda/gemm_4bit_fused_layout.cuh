@@ -1,6 +1,7 @@
 // The layout of gemm_4bit_fused.cuh: tiles, shared memory, parameters.
 #pragma once
 
+#include "cuda/last_block.cuh"
 #include "cuda/scale_pipeline.cuh"
 #include "cuda/table_factor.cuh"
 
@@ -61,7 +62,13 @@ struct FusedParams {
   float scale_factor;   // its inverse, multiplied into the scales
   int64_t k_per_split;  // a multiple of kTileK, or all
   float* parts;         // [splits, M, N] if splits > 1
+  Arrivals arrivals;    // if splits > 1 and last_block_adds
 };
+
+// Whether the last block of a tile adds the parts of a split. In larger tiles one block would take
+// longer than a launch that uses the whole GPU.
+template <int kTilesM>
+constexpr bool last_block_adds = kTilesM <= 2;
 
 // Without splits of the contraction.
 template <class T>
@@ -73,7 +80,6 @@ FusedParams make_fused_params(const Gemm4bitParams& p) {
   fused.table_factor = table_factor<T>(p.weight.values, p.weight.blocksize);
   fused.scale_factor = 1 / fused.table_factor;
   fused.k_per_split = p.weight.K;
-  fused.parts = static_cast<float*>(p.workspace);
   return fused;
 }
 

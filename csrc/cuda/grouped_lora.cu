@@ -27,7 +27,8 @@ LoraPlan plan_over_columns(const Product& p) {
   const int64_t rows = mma ? kLoraTile : kTileSize;
   const int64_t columns = mma ? 8 * lora_rank_tiles(p.ranks()) : kTileSize;
   const int64_t tiles = std::min(groups.M, groups.M / rows + std::max<int64_t>(groups.E, 1));
-  return plan_lora_parts(mma, tiles * ceil_div(p.ranks(), columns), groups.M * p.ranks(), p.cols);
+  const int64_t numel = groups.M * p.ranks();
+  return plan_lora_parts(mma, tiles * ceil_div(p.ranks(), columns), numel, p.cols);
 }
 
 LoraMma mma_of(const Product& p, int64_t depth_per_part, void* out) {
@@ -42,7 +43,9 @@ LoraMma mma_of(const Product& p, int64_t depth_per_part, void* out) {
           .out_stride = p.ranks(),
           .rank_stride = 1,
           .out_numel = p.groups.M * p.ranks(),
-          .out_dtype = p.out_dtype};
+          .out_dtype = p.out_dtype,
+          .parts = nullptr,
+          .arrivals = {}};
 }
 
 const char* run_over_columns(const Product& p, const LoraPlan& plan, void* out, void* stream) {

@@ -25,7 +25,7 @@ struct GroupedLoraMma {
 template <class Arch, class T, int kRankTiles>
 __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1)
     grouped_lora_rows_mma(GroupedLoraMma p) {
-  if constexpr (!ptx::is_compiled<Arch>()) {
+  if constexpr (!ptx::is_compiled<Arch, LoraRowsSmem<kRankTiles>>()) {
     ptx::trap();
   } else {
     ExpertRows rows;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1)
 // Blocks: x experts of 128 columns each, y ranks.
 template <class Arch, class T, int kRankTiles>
 __global__ void __launch_bounds__(kLoraThreads, 2) grouped_lora_columns_mma(GroupedLoraMma p) {
-  if constexpr (!ptx::is_compiled<Arch>()) {
+  if constexpr (!ptx::is_compiled<Arch, LoraColumnsSmem<kRankTiles>>()) {
     ptx::trap();
   } else {
     const ExpertRows rows =

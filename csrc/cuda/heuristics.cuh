@@ -97,23 +97,37 @@ struct BlockCost {
 
 struct Splits {
   int64_t count;
-  int64_t stages;  // per split; the last may have fewer
+  int64_t stages;     // per split; the last may have fewer
+  float time = 0.0f;  // in microseconds
 };
 
-// A second launch adds the parts of the splits. It reads them from L2, at 5 TB/s.
-constexpr float kReduceLaunch = 1.8f;
-constexpr float kReducePart = 8 / 5e6f;  // per element of the result and split
+constexpr int64_t kMostParts = 64;
+
+// What it costs to add the parts of a split.
+struct Reduction {
+  float once;
+  float part;  // each
+};
+// A second launch, which reads them from L2 at 5 TB/s.
+constexpr Reduction reduce_parts_cost(int64_t numel) {
+  return {.once = 1.8f, .part = 8 / 5e6f * static_cast<float>(numel)};
+}
+// The last block of each tile: three trips to L2, and one more for each eight loads of its 256
+// threads. Estimated, not simulated.
+constexpr Reduction last_block_cost(int64_t tile_numel) {
+  return {.once = 1.2f, .part = 0.35f / 2048 * static_cast<float>(tile_numel)};
+}
 
 // The split of `stages` with the least time for the kernel and its reduction. Blocks run in waves
 // of SMs x resident, so a grid a little larger than a full wave costs a whole extra one. The split
 // sets the order of the sums, so it depends on nothing but shapes and the device.
-inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
+inline Splits split_contraction(int64_t tiles, int64_t stages, const Reduction& reduction,
                                 const BlockCost& cost) {
   const int64_t sms = device_info().sm_count;
   // Beyond eight waves of blocks a further split gains nothing.
   const int64_t most = std::clamp<int64_t>(
       std::min(stages / cost.least_stages, 8 * sms * cost.resident / std::max<int64_t>(tiles, 1)),
-      1, 64);
+      1, kMostParts);
   Splits best{.count = 1, .stages = stages};
   float least = 0;
   for (int64_t wanted = 1; wanted <= most; ++wanted) {
@@ -128,12 +142,10 @@ inline Splits split_contraction(int64_t tiles, int64_t stages, int64_t numel,
     };
     float time = static_cast<float>(full_waves) * turns(cost.resident);
     if (rest > 0) time += turns(rest);
-    if (count > 1) {
-      time += kReduceLaunch + kReducePart * static_cast<float>(count) * static_cast<float>(numel);
-    }
+    if (count > 1) time += reduction.once + reduction.part * static_cast<float>(count);
     if (wanted == 1 || time < least) {
       least = time;
-      best = {.count = count, .stages = per_split};
+      best = {.count = count, .stages = per_split, .time = time};
     }
   }
   return best;

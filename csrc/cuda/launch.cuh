@@ -110,6 +110,17 @@ inline bool stream_is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// Under QLORA_EXT_DEBUG=1 fills memory that a kernel may read before anything wrote it, so that
+// compute-sanitizer's initcheck finds only faults. Otherwise it does nothing.
+inline const char* initialize_in_debug(void* memory, int64_t bytes, void* stream) {
+  if (!detail::debug_launches()) return nullptr;
+  const cudaError_t status =
+      cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return detail::launch_error("the workspace", "cudaMemsetAsync", status);
+}
+
 // Launches kernel(args...) with `shared_bytes` of dynamic shared memory on `stream`, a
 // cudaStream_t. A grid with a zero extent launches nothing. Args are converted to the kernel's
 // parameter types.

@@ -25,14 +25,12 @@ struct Product {
 };
 
 LoraPlan plan_product(const Product& p) {
-  const int64_t ranks = p.small.rows, numel = p.length() * ranks;
+  const int64_t length = p.length(), ranks = p.small.rows;
   if (lora_mma_can_run(p.big.data, p.big.dtype, p.big.row_stride, p.cols)) {
-    const int64_t tiles =
-        ceil_div(p.length(), kLoraTile) * ceil_div(ranks, 8 * lora_rank_tiles(ranks));
-    return plan_lora_parts(true, tiles, numel, p.depth());
+    return plan_lora_mma(length, ranks, p.depth());
   }
-  const int64_t tiles = ceil_div(p.length(), kTileSize) * ceil_div(ranks, kTileSize);
-  return plan_lora_parts(false, tiles, numel, p.depth());
+  const int64_t tiles = ceil_div(length, kTileSize) * ceil_div(ranks, kTileSize);
+  return plan_lora_parts(false, tiles, length * ranks, p.depth());
 }
 
 template <class T, int kRankTiles>
@@ -48,20 +46,26 @@ const char* launch_mma(const Product& p, const LoraMma& mma, int64_t parts, void
       dim3(tiles, ranks, z), kLoraThreads, sizeof(LoraRowsSmem<kRankTiles>), stream, mma);
 }
 
-const char* run_mma(const Product& p, const LoraPlan& plan, void* out, void* stream) {
+const char* run_mma(const Product& p, const LoraPlan& plan, void* workspace, void* stream) {
   const int64_t length = p.length(), ranks = p.small.rows;
-  const LoraMma mma{.big = p.big.data,
-                    .big_stride = p.big.row_stride,
-                    .big_rows = p.big.rows,
-                    .big_cols = p.cols,
-                    .small = p.small,
-                    .depth_per_part = plan.depth_per_part,
-                    .scale = p.scale,
-                    .out = out,
-                    .out_stride = p.rank_major ? 1 : ranks,
-                    .rank_stride = p.rank_major ? length : 1,
-                    .out_numel = length * ranks,
-                    .out_dtype = p.out_dtype};
+  LoraMma mma{.big = p.big.data,
+              .big_stride = p.big.row_stride,
+              .big_rows = p.big.rows,
+              .big_cols = p.cols,
+              .small = p.small,
+              .depth_per_part = plan.depth_per_part,
+              .scale = p.scale,
+              .out = p.out,
+              .out_stride = p.rank_major ? 1 : ranks,
+              .rank_stride = p.rank_major ? length : 1,
+              .out_numel = length * ranks,
+              .out_dtype = p.out_dtype,
+              .parts = nullptr,
+              .arrivals = {}};
+  if (plan.parts > 1) mma.parts = parts_behind(workspace, plan.arrivals);
+  if (plan.arrivals > 0) {
+    QLORA_EXT_TRY(make_arrivals(workspace, plan.arrivals, stream, mma.arrivals));
+  }
   return visit_lora_mma(p.big.dtype, ranks, [&](auto tag, auto tiles) {
     return launch_mma<typename decltype(tag)::type, tiles()>(p, mma, plan.parts, stream);
   });
@@ -97,10 +101,10 @@ const char* run(const Product& p, void* workspace, void* stream) {
   void* out = plan.parts == 1 ? p.out : workspace;
   const DenseOperand big = p.over_rows ? transposed(p) : p.big;
   const char* error =
-      plan.mma       ? run_mma(p, plan, out, stream)
+      plan.mma       ? run_mma(p, plan, workspace, stream)
       : p.rank_major ? run_tile(p.small, big, p.depth(), p.scale, plan, out, p.out_dtype, stream)
                      : run_tile(big, p.small, p.depth(), p.scale, plan, out, p.out_dtype, stream);
-  if (error != nullptr || plan.parts == 1) return error;
+  if (error != nullptr || plan.parts == 1 || plan.arrivals > 0) return error;
   const ReduceParts reduce{.parts = static_cast<const float*>(workspace),
                            .num_parts = plan.parts,
                            .rows = p.rank_major ? ranks : length,
@@ -180,7 +184,8 @@ const char* lora_shrink_backward(const LoraShrinkBackwardParams& p, void* stream
   const LoraPlan whole{.mma = false,
                        .parts = 1,
                        .depth_per_part = align_up(std::max<int64_t>(p.R, 1), kTileDepth),
-                       .bytes = 0};
+                       .bytes = 0,
+                       .arrivals = 0};
   const DenseOperand dS = operand_of_rows(p.dS, p.R, p.M, DType::kFloat32);
   const DenseOperand lora_A = operand_of_columns(p.lora_A, p.K, p.K, p.lora_dtype);
   return run_tile(dS, lora_A, p.R, p.scaling, whole, p.dx, p.dtype, stream);

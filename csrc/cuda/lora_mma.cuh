@@ -14,12 +14,14 @@
 //         third mma; lo times lo, 2^-17 of the product, is left out. An Inf in the small operand
 //         has no lo half and stays Inf. An Inf in the long one times lo (zero, or of the other
 //         sign) is NaN.
-// Layout  rows: no shared memory for the long operand. A lane loads 32 consecutive bytes of its two
-//         rows (a quad: 128) straight into mma fragments, k permuted as in gemm_4bit_fused, while
-//         the next 64 k are in flight. columns: 64 x 128 stages by cp.async, ldmatrix.trans.
-// Order   parts of the contraction are added by reduce_parts in order. No float atomics.
+// Layout  stages of 16 KiB of the long operand by cp.async, two or three ahead. rows: 128 x 64; a
+//         lane reads 32 consecutive bytes of its two rows as mma fragments, k permuted as in
+//         gemm_4bit_fused. columns: 64 x 128, ldmatrix.trans.
+// Order   the last block of a tile adds the parts of the contraction in order (last_block.cuh). No
+//         float atomics.
 #pragma once
 
+#include "cuda/last_block.cuh"
 #include "cuda/lora_mma_operands.cuh"
 #include "cuda/row_groups.cuh"
 
@@ -36,8 +38,10 @@ struct LoraMma {
   void* out;  // element (row or column i, rank r) at i * out_stride + r * rank_stride
   int64_t out_stride;
   int64_t rank_stride;
-  int64_t out_numel;  // with several parts out is fp32 [parts, out_numel]
+  int64_t out_numel;
   DType out_dtype;
+  float* parts;       // with several parts of the depth: [parts, out_numel]; or null
+  Arrivals arrivals;  // if the last block adds them
 };
 
 template <int kRankTiles>
@@ -49,13 +53,15 @@ __device__ __forceinline__ void clear(float (&acc)[kRankTiles][4]) {
   }
 }
 
-// acc[tile][i] is row 16 * warp + g (+ 8 for i >= 2), rank 8 * tile + 2t + i % 2. The result starts
-// at element `first` of out.
+// Stores the block's results, or its part of them; then the last block of the tile may store the
+// sums. acc[tile][i] is row 16 * warp + g (+ 8 for i >= 2), rank 8 * tile + 2t + i % 2. The result
+// starts at element `first` of out. `sums` is shared memory that no thread reads any more.
 template <class Rows, int kRankTiles>
 __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[kRankTiles][4],
-                                           int64_t row0, int64_t rows, int64_t rank0,
-                                           int64_t first) {
+                                           int64_t row0, int64_t rows, int64_t rank0, int64_t first,
+                                           const Arrival& arrival, float* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool split = !Rows::kGrouped && p.parts != nullptr;
 #pragma unroll
   for (int tile = 0; tile < kRankTiles; ++tile) {
 #pragma unroll
@@ -64,13 +70,32 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
       const int64_t rank = rank0 + tile * 8 + lane % 4 * 2 + i % 2;
       if (row >= rows || rank >= p.small.rows) continue;
       const int64_t at = first + row * p.out_stride + rank * p.rank_stride;
-      if (!Rows::kGrouped && gridDim.z > 1) {
-        static_cast<float*>(p.out)[blockIdx.z * p.out_numel + at] = acc[tile][i];
+      if (split) {
+        p.parts[blockIdx.z * p.out_numel + at] = acc[tile][i];
       } else {
         store_from_float(p.out, p.out_dtype, at, p.scale * acc[tile][i]);
       }
     }
   }
+  if (!split || !arrival.counts() || !arrival.is_last(gridDim.z)) return;
+  const int num_rows = static_cast<int>(min(rows - row0, static_cast<int64_t>(kLoraTile)));
+  const int num_ranks = min(static_cast<int>(p.small.rows - rank0), 8 * kRankTiles);
+  const bool ranks_first = p.rank_stride == 1;  // neighbouring threads: neighbouring addresses
+  const auto locate = [&](int i) {
+    const int row = ranks_first ? i / num_ranks : i % num_rows;
+    const int rank = ranks_first ? i % num_ranks : i / num_rows;
+    return first + (row0 + row) * p.out_stride + (rank0 + rank) * p.rank_stride;
+  };
+  add_parts<kLoraThreads>(
+      p.parts, gridDim.z, p.out_numel, num_rows * num_ranks, sums, locate,
+      [&](int, int64_t at, float sum) { store_from_float(p.out, p.out_dtype, at, p.scale * sum); });
+}
+
+// This block's arrival at its tile of out.
+template <class Rows>
+__device__ __forceinline__ Arrival arrival_of(const LoraMma& p) {
+  return Arrival(Rows::kGrouped ? Arrivals{} : p.arrivals,
+                 static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
 }
 
 // The block's 128 rows from rows.first. Blocks: y ranks, z parts of the depth. `small` is what p.small
@@ -78,52 +103,70 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
 template <class Arch, class T, int kRankTiles, class Rows>
 __device__ __forceinline__ void lora_rows(const LoraMma& p, const DenseOperand& small,
                                           const Rows& rows) {
-  auto& s = ptx::shared_memory<LoraRowsSmem<kRankTiles>>();
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  using Smem = LoraRowsSmem<kRankTiles>;
+  constexpr int kAhead = Smem::kStages - 1;
+  constexpr int kUnits = kLoraStep / 8;             // 16-byte units of a row
+  constexpr int kCopyRows = kLoraThreads / kUnits;  // rows of one copy by all
+  constexpr int kCopies = kLoraTile / kCopyRows;    // copies per thread and stage
+  auto& s = ptx::shared_memory<Smem>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t row0 = rows.first;
   const int64_t rank0 = static_cast<int64_t>(blockIdx.y) * 8 * kRankTiles;
   const int64_t begin = blockIdx.z * p.depth_per_part;
   const int64_t end = min(begin + p.depth_per_part, p.big_cols);
   const int halves = halves_of<T>(small);
-  const T* big[2];
-  bool valid[2];
+
+  const int unit = threadIdx.x % kUnits, copy_row = threadIdx.x / kUnits;
+  const uint32_t target =
+      ptx::shared_address(s.big) + copy_row * (kLoraStep * 2) + (unit ^ (copy_row & 1)) * 16;
+  static_assert(kCopyRows % 2 == 0, "the swizzle is the same for each of a thread's rows");
+  // The thread's pieces of the next stage. A row that does not exist, or whose index is outside x,
+  // is filled with zeros.
+  const T* source[kCopies];
+  int bytes[kCopies];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = row0 + threadIdx.x / 32 * 16 + g + half * 8;
-    valid[half] = row < rows.end(p.big_rows);
-    int64_t source = valid[half] ? rows.source(row) : 0;
-    if constexpr (Rows::kGrouped) {
-      valid[half] = valid[half] && source >= 0;
-      source = max(source, int64_t{0});
-    }
-    big[half] = static_cast<const T*>(p.big) + source * p.big_stride + t * 16;
+  for (int i = 0; i < kCopies; ++i) {
+    const int64_t row = row0 + copy_row + i * kCopyRows;
+    const int64_t from = row < rows.end(p.big_rows) ? rows.source(row) : -1;
+    source[i] =
+        static_cast<const T*>(p.big) + max(from, int64_t{0}) * p.big_stride + begin + unit * 8;
+    bytes[i] = from < 0 ? 0 : 16;
   }
-  uint4 next[2][2];  // [row g, g + 8][16 bytes of the lane's 32]
-  const auto load_rows = [&](int64_t d0) {
+  int64_t left = end - begin - unit * 8;  // of the depth, from the thread's pieces on
+  const auto copy_stage = [&](int slot) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        next[half][i] = make_uint4(0, 0, 0, 0);
-        if (valid[half] && d0 + t * 16 + i * 8 < end) {
-          next[half][i] =
-              ptx::load_streaming(reinterpret_cast<const uint4*>(big[half] + d0 + i * 8));
-        }
-      }
+    for (int i = 0; i < kCopies; ++i) {
+      ptx::cp_async_16_zfill(target + (slot * kLoraTile + i * kCopyRows) * (kLoraStep * 2),
+                             source[i], left > 0 ? bytes[i] : 0);
+      source[i] += kLoraStep;
     }
+    left -= kLoraStep;
+    ptx::cp_async_commit();
   };
+  const int read = (warp * 16 + g) * (kLoraStep * 2) + ((t * 2) ^ (g & 1)) * 16;
+
   float acc[kRankTiles][4];
   clear(acc);
   SmallLoader<kRankTiles> loader(small, rank0, begin);
+#pragma unroll 1
+  for (int stage = 0; stage < kAhead; ++stage) copy_stage(stage);
+  const Arrival arrival = arrival_of<Rows>(p);
   loader.load(end - begin);
-  load_rows(begin);
   loader.template store<T>(s.small[0]);
-  __syncthreads();
-  int buffer = 0;
+  arrival.expect();
+  int slot = 0, buffer = 0;
   for (int64_t d0 = begin; d0 < end; d0 += kLoraStep) {
-    const uint4 now[2][2] = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
-    load_rows(d0 + kLoraStep);
+    ptx::cp_async_wait<kAhead - 1>();
+    __syncthreads();  // all threads see stage and small tile and have read the ones before
+    copy_stage(slot == 0 ? kAhead : slot - 1);
     loader.load(end - d0 - kLoraStep);
+    uint4 now[2][2];  // [row g, g + 8][16 bytes of the lane's 32]
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned char* stage = reinterpret_cast<const unsigned char*>(s.big[slot][half * 8]);
+      now[half][0] = *reinterpret_cast<const uint4*>(stage + read);
+      now[half][1] = *reinterpret_cast<const uint4*>(stage + (read ^ 16));
+    }
     const BigFragment<T> a[4] = {
         BigFragment<T>({now[0][0].x, now[1][0].x, now[0][0].y, now[1][0].y}),
         BigFragment<T>({now[0][0].z, now[1][0].z, now[0][0].w, now[1][0].w}),
@@ -143,19 +186,20 @@ __device__ __forceinline__ void lora_rows(const LoraMma& p, const DenseOperand& 
         }
       }
     }
-    loader.template store<T>(
-        s.small[buffer ^ 1]);  // last read before the previous iteration's barrier
-    __syncthreads();
+    loader.template store<T>(s.small[buffer ^ 1]);
+    slot = slot == kAhead ? 0 : slot + 1;
     buffer ^= 1;
   }
+  ptx::cp_async_wait<0>();
   store_lora<Rows>(p, acc, row0, rows.end(p.big_rows), rank0,
-                   Rows::kGrouped ? blockIdx.z * p.out_numel : 0);
+                   Rows::kGrouped ? blockIdx.z * p.out_numel : 0, arrival,
+                   reinterpret_cast<float*>(s.small));
 }
 
 // Blocks: x 128 rows, y ranks, z parts of the depth.
 template <class Arch, class T, int kRankTiles>
-__global__ void __launch_bounds__(kLoraThreads, kRankTiles <= 2 ? 2 : 1) lora_rows_mma(LoraMma p) {
-  if constexpr (!ptx::is_compiled<Arch>()) {
+__global__ void __launch_bounds__(kLoraThreads, 2) lora_rows_mma(LoraMma p) {
+  if constexpr (!ptx::is_compiled<Arch, LoraRowsSmem<kRankTiles>>()) {
     ptx::trap();
   } else {
     lora_rows<Arch, T, kRankTiles>(p, p.small,
@@ -224,8 +268,10 @@ __device__ __forceinline__ void lora_columns(const LoraMma& p, const DenseOperan
   clear(acc);
   SmallLoader<kRankTiles> loader(small, rank0, begin);
   for (int stage = 0; stage < kAhead; ++stage) copy_stage(begin + stage * kLoraStep, stage);
+  const Arrival arrival = arrival_of<Rows>(p);
   loader.load(end - begin);
   loader.template store<T>(s.small[0]);
+  arrival.expect();
   int slot = 0, buffer = 0;
   for (int64_t m0 = begin; m0 < end; m0 += kLoraStep) {
     ptx::cp_async_wait<kAhead - 1>();
@@ -252,13 +298,14 @@ __device__ __forceinline__ void lora_columns(const LoraMma& p, const DenseOperan
     buffer ^= 1;
   }
   ptx::cp_async_wait<0>();
-  store_lora<Rows>(p, acc, col0, p.big_cols, rank0, rows.expert() * p.out_numel);
+  store_lora<Rows>(p, acc, col0, p.big_cols, rank0, rows.expert() * p.out_numel, arrival,
+                   reinterpret_cast<float*>(s.small));
 }
 
 // Blocks: x 128 columns, y ranks, z parts of the rows.
 template <class Arch, class T, int kRankTiles>
 __global__ void __launch_bounds__(kLoraThreads, 2) lora_columns_mma(LoraMma p) {
-  if constexpr (!ptx::is_compiled<Arch>()) {
+  if constexpr (!ptx::is_compiled<Arch, LoraColumnsSmem<kRankTiles>>()) {
     ptx::trap();
   } else {
     const int64_t begin = blockIdx.z * p.depth_per_part;

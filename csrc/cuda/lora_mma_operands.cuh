@@ -19,7 +19,10 @@ struct SmallTile {
 
 template <int kRankTiles>
 struct LoraRowsSmem {
+  // With 32 ranks two blocks of four stages would not fit A100's SM.
+  static constexpr int kStages = kRankTiles <= 2 ? 4 : 3;
   SmallTile<kRankTiles> small[2];
+  uint16_t big[kStages][kLoraTile][kLoraStep];  // 16-byte units, unit ^ (row & 1)
 };
 
 template <int kRankTiles>

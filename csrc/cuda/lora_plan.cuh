@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/heuristics.cuh"
+#include "cuda/last_block.cuh"
 #include "cuda/lora_mma_operands.cuh"
 
 namespace qlora_ext {
@@ -43,17 +44,39 @@ struct LoraPlan {
   bool mma;
   int64_t parts;
   int64_t depth_per_part;
-  int64_t bytes;  // of workspace
+  int64_t bytes;     // of workspace
+  int64_t arrivals;  // of these, the bytes that count arrivals; 0: reduce_parts adds the parts
 };
 
 inline LoraPlan plan_lora_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
   const int64_t step = mma ? kLoraStep : kTileDepth;
-  const Splits splits = split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step), numel,
-                                          mma ? kLoraMmaCost : kLoraTileCost);
+  const Splits splits =
+      split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step),
+                        reduce_parts_cost(numel), mma ? kLoraMmaCost : kLoraTileCost);
   return {.mma = mma,
           .parts = splits.count,
           .depth_per_part = splits.stages * step,
-          .bytes = splits.count > 1 ? splits.count * numel * 4 : 0};
+          .bytes = splits.count > 1 ? splits.count * numel * 4 : 0,
+          .arrivals = 0};
+}
+
+// The same for the kernels of lora_mma.cuh, where the last block of a tile adds the parts if that
+// takes less time.
+inline LoraPlan plan_lora_mma(int64_t length, int64_t ranks, int64_t depth) {
+  const int64_t tile_ranks = 8 * lora_rank_tiles(ranks), numel = length * ranks;
+  const int64_t tiles = ceil_div(length, kLoraTile) * ceil_div(ranks, tile_ranks);
+  const int64_t stages = ceil_div(std::max<int64_t>(depth, 1), kLoraStep);
+  const Reduction last_block =
+      last_block_cost(std::min<int64_t>(length, kLoraTile) * std::min(ranks, tile_ranks));
+  const Splits one = split_contraction(tiles, stages, last_block, kLoraMmaCost);
+  const Splits two = split_contraction(tiles, stages, reduce_parts_cost(numel), kLoraMmaCost);
+  const Splits& splits = one.time <= two.time ? one : two;
+  const int64_t arrivals = &splits == &one && splits.count > 1 ? arrival_bytes(tiles) : 0;
+  return {.mma = true,
+          .parts = splits.count,
+          .depth_per_part = splits.stages * kLoraStep,
+          .bytes = splits.count > 1 ? arrivals + splits.count * numel * 4 : 0,
+          .arrivals = arrivals};
 }
 
 }  // namespace qlora_ext

@@ -142,6 +142,29 @@ __device__ __forceinline__ uint32_t load_streaming(const uint32_t* pointer) {
   return v;
 }
 
+// Reads what other blocks may change by atomics meanwhile.
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* pointer) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(pointer) : "memory");
+  return v;
+}
+
+// ---------------------------------------------------------------- shared loads
+
+// Loads 16 bytes of shared memory if `condition` holds, else leaves `v` as it is. Lanes that do not
+// load cost no wavefront, and there is no branch.
+__device__ __forceinline__ void load_shared_if(uint4& v, uint32_t shared, bool condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred %%loads;\n"
+      "setp.ne.u32 %%loads, %5, 0;\n"
+      "@%%loads ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "r"(shared), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+
 // ---------------------------------------------------------------- cp.async
 // Global to shared, without registers. The issuing thread may read the bytes after cp_async_wait,
 // other threads only after a barrier as well. Source and destination are aligned to the size. On

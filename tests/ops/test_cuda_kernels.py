@@ -230,7 +230,7 @@ def test_large_m_goes_through_chunks(kernels):
         kernels.ops.reset_launches()
     y = kernels.ops.gemm_4bit(x, *w4)
     if kernels.name == "simt":
-        _, lines = kernels.ops.plan("gemm_4bit", 65, N, K, dtype=0)
+        _, lines, _ = kernels.ops.plan("gemm_4bit", 65, N, K, dtype=0)
         decoded = sum(launched(kernels, "dequantize_4bit_vector").values())
         assert decoded == -(-N // lines) > 1
     assert_close(y, x @ W.T, x.double().cpu() @ W.double().cpu().T, "y", CALIBRATED)

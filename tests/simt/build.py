@@ -485,12 +485,13 @@ class Simt:
         return {(int(arch), name) for arch, name in (line.split("\t") for line in lines)}
 
     def plan(self, op, M, N, K, R=16, dtype=2):
-        """(parts of the contraction, lines of W in a chunk for cuBLAS or 0) that dispatch chooses
-        for a product of this shape; dtype as in params.h, 2 is bf16. Nothing runs."""
-        plan = (ctypes.c_int64 * 2)()
+        """(parts of the contraction, lines of W in a chunk for cuBLAS or 0, whether the last block
+        adds the parts) that dispatch chooses for a product of this shape; dtype as in params.h, 2
+        is bf16. Nothing runs."""
+        plan = (ctypes.c_int64 * 3)()
         shape = [ctypes.c_int64(n) for n in (M, N, K, R)]
         self._machine.simt_plan(op.encode(), *shape, dtype, plan)
-        return plan[0], plan[1]
+        return plan[0], plan[1], bool(plan[2])
 
     def reset_launches(self):
         self._machine.simt_reset_launches()

@@ -54,6 +54,10 @@ cudaError_t cudaLaunchKernel(const void*, dim3 grid, dim3 block, void** argument
                 std::to_string(reinterpret_cast<uintptr_t>(stream)) + " argument " +
                 std::to_string(*static_cast<int*>(arguments[0])));
 }
+cudaError_t cudaMemsetAsync(void*, int value, size_t bytes, cudaStream_t stream) {
+  return called("cudaMemsetAsync " + std::to_string(value) + " bytes " + std::to_string(bytes) +
+                " stream " + std::to_string(reinterpret_cast<uintptr_t>(stream)));
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return called("cudaStreamIsCapturing");
@@ -100,6 +104,10 @@ int main(int argc, char** argv) {
       launch(3, 100000);
       launch(3, 90000);
     }
+  } else if (scenario == "workspace") {
+    char memory[256];
+    const char* sentence = initialize_in_debug(memory, sizeof memory, stream);
+    std::printf("%s\n", sentence == nullptr ? "null" : sentence);
   } else if (scenario == "properties") {
     for (int i = 0; i < 2; ++i) {
       const DeviceInfo& info = device_info();

@@ -1,4 +1,5 @@
 // Single instructions on values that a test supplies (test_simt_instructions.py, by ctypes).
+#include "cuda/last_block.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "probe_hopper.cuh"
@@ -122,7 +123,7 @@ __global__ void probe_half_fma(HalfIo io) {
 
 struct CopiesIo {
   const unsigned char* in;  // [1024], 16-byte aligned
-  unsigned char* out;       // [7, 1024]
+  unsigned char* out;       // [8, 1024]
   int valid;                // bytes of each copy that may be short
 };
 struct CopiesSmem {
@@ -167,6 +168,10 @@ __global__ void probe_copies(CopiesIo io) {
   for (int i = 0; i < 4; ++i)
     words[4 * t + i] = ptx::load_streaming(reinterpret_cast<const uint32_t*>(in) + i);
 
+  uint4 loaded = make_uint4(t, 0, 0, 0);
+  ptx::load_shared_if(loaded, shared + 1024, t % 3 == 0);
+  out[448 + t] = loaded;
+
   // The first warp writes and goes on, the second waits for it.
   __syncthreads();
   if (t < 32) {
@@ -177,6 +182,32 @@ __global__ void probe_copies(CopiesIo io) {
     for (int i = 0; i < 32; ++i)
       io.out[6144 + 32 * (t - 32) + i] = smem.bytes[0][32 * (t - 32) + i];
   }
+}
+
+struct LastBlockIo {
+  unsigned long long* words;  // [tiles]
+  const float* in;            // [parts, tiles * count]
+  float* parts;               // the same; the kernel writes it
+  float* out;                 // [tiles * count]
+  unsigned long long* id;     // [1], of the launch
+  int count;                  // elements of a tile
+  int blocks;                 // of a tile, that the launch is to have
+};
+struct LastBlockSmem {
+  float sums[64];
+};
+__global__ void probe_last_block(LastBlockIo io) {
+  const Arrival arrival({.words = io.words, .id = *io.id}, blockIdx.x);
+  arrival.expect();
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * io.count;
+  const int64_t numel = static_cast<int64_t>(gridDim.x) * io.count;
+  for (int i = threadIdx.x; i < io.count; i += 64) {
+    io.parts[blockIdx.z * numel + tile + i] = io.in[blockIdx.z * numel + tile + i];
+  }
+  if (!arrival.is_last(io.blocks)) return;
+  add_parts<64>(
+      io.parts, io.blocks, numel, io.count, ptx::shared_memory<LastBlockSmem>().sums,
+      [&](int i) { return tile + i; }, [&](int, int64_t at, float sum) { io.out[at] = sum; });
 }
 
 struct BoundsIo {
@@ -197,6 +228,13 @@ PROBE probe_mma_run(int shape, MmaIo* io) {
 }
 PROBE probe_ldmatrix_run(LdmatrixIo* io) {
   return launch_kernel<probe_ldmatrix>(1, 32, sizeof(LdmatrixSmem), nullptr, *io);
+}
+PROBE probe_last_block_run(int tiles, int blocks, LastBlockIo* io) {
+  return launch_kernel<probe_last_block>(dim3(tiles, 1, blocks), 64, sizeof(LastBlockSmem), nullptr,
+                                         *io);
+}
+extern "C" __attribute__((visibility("default"))) unsigned long long probe_launch_id() {
+  return launch_id();
 }
 PROBE probe_shuffle_run(ShuffleIo* io) {
   return launch_kernel<probe_shuffle>(1, 32, 0, nullptr, *io);

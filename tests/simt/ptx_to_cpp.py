@@ -310,6 +310,10 @@ class Function:
         return f"isa::pointer({address}, {size * width})"
 
     def _ld(self, parts, operands, line):
+        if parts[:2] == ["relaxed", "gpu"]:
+            known(parts[2:] == ["global", "u64"])
+            where = self._memory("global", self.address(operands[1], "global"), "u64", 1, line)
+            return f"{self.target(operands[0])} = isa::load_relaxed({where});"
         space, width, kind = self._space(parts)
         where = self._memory(space, self.address(operands[1], space), kind, width, line)
         to = self.vector(operands[0]) if operands[0].startswith("{") else [operands[0]]
@@ -329,11 +333,11 @@ class Function:
 
     def _atom(self, parts, operands, line):
         space, operation, kind = parts
-        known(space in ("global", "shared") and operation in ("add", "min", "max", "exch"))
+        known(space in ("global", "shared") and operation in ("add", "min", "max", "exch", "cas"))
         where = self._memory(space, self.address(operands[1], space), kind, 1, line)
-        value = self.value(operands[2], kind)
+        values = ", ".join(self.value(o, kind) for o in operands[2:])
         return (
-            f"{self.target(operands[0])} = isa::atom_{operation}<{TYPES[kind]}>({where}, {value});"
+            f"{self.target(operands[0])} = isa::atom_{operation}<{TYPES[kind]}>({where}, {values});"
         )
 
     # ---------------------------------------------------------------- warps and blocks
@@ -344,6 +348,9 @@ class Function:
     def _bar(self, parts, operands, line):
         if parts == ["sync"] and operands == ["0"]:
             return f"isa::bar_sync({self._site(line)});"
+        if parts == ["red", "or", "pred"] and operands[1] == "0":
+            value = self.value(operands[2], "pred")
+            return f"{self.target(operands[0])} = isa::bar_red_or({value}, {self._site(line)});"
         if parts == ["warp", "sync"]:
             mask = self.value(operands[0], "b32")
             return f"simt::meet(simt::kSyncWarp, {mask}, nullptr, {self._site(line)});"

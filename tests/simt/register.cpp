@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "cuda/launch.cuh"
+#include "cuda/lora_plan.cuh"
 #include "cuda/stream_workspace.h"
 #include "host/common.h"
 #include "params.h"
@@ -39,7 +40,8 @@ STABLE_TORCH_LIBRARY(qlora_ext_simt, m) {
 STABLE_TORCH_LIBRARY_IMPL(qlora_ext_simt, CPU, m) { qlora_ext::host::register_ops(m); }
 
 // What dispatch decides for aligned operands of a shape on the device set now, nothing run:
-// [0] parts that the contraction is cut into, [1] lines of W in a chunk for cuBLAS, or 0.
+// [0] parts that the contraction is cut into, [1] lines of W in a chunk for cuBLAS, or 0,
+// [2] whether the last block of a tile adds the parts.
 extern "C" __attribute__((visibility("default"))) void simt_plan(const char* op, int64_t M,
                                                                  int64_t N, int64_t K, int64_t R,
                                                                  int dtype, int64_t* plan) {
@@ -51,16 +53,8 @@ extern "C" __attribute__((visibility("default"))) void simt_plan(const char* op,
   w.blocksize = 64;
   w.num_blocks = N * K / 64;
   const std::string name = op;
-  const auto shrink = [&](auto p) {
-    p.M = M;
-    p.R = R;
-    p.K = K;
-    p.x_stride = K;
-    p.dtype = type;
-    return p;
-  };
   int64_t bytes = 0, numel = 1;
-  plan[1] = 0;
+  plan[1] = plan[2] = 0;
   if (name == "gemm_4bit") {
     Gemm4bitParams p{};
     p.weight = w;
@@ -79,12 +73,14 @@ extern "C" __attribute__((visibility("default"))) void simt_plan(const char* op,
     bytes = launch::workspace_gemm_4bit_backward(p);
     plan[1] = launch::chunk_columns_gemm_4bit_backward(p);
     numel = M * K;
-  } else if (name == "lora_shrink") {
-    bytes = launch::workspace_lora_shrink(shrink(LoraShrinkParams{}));
-    numel = M * R;
-  } else {  // lora_shrink_backward: dA
-    bytes = launch::workspace_lora_shrink_backward(shrink(LoraShrinkBackwardParams{}));
-    numel = R * K;
+  } else {
+    const bool over_rows = name == "lora_shrink_backward";  // dA
+    const int64_t length = over_rows ? K : M, depth = over_rows ? M : K;
+    const LoraPlan lora = plan_lora_mma(length, R, depth);
+    plan[0] = lora.parts;
+    plan[2] = lora.arrivals > 0;
+    return;
   }
-  plan[0] = bytes > 0 ? bytes / 4 / numel : 1;
+  plan[0] = bytes > 0 ? bytes / 4 / numel : 1;  // the counted words are fewer: N >= 128
+  plan[2] = bytes > plan[0] * numel * 4;
 }

@@ -5,8 +5,11 @@ with heuristics.cuh, and compared with that of every other choice."""
 import itertools
 
 import pytest
+import torch
 
+import qlora_ext  # noqa: F401  (the CPU backend's ops)
 from simt import build
+from simt.sweep import _randn, _seeded, _weight
 
 # (N, K), from Llama-3 8B and 70B and Qwen2.5-7B.
 LAYERS = [
@@ -54,6 +57,18 @@ def turns(tiles, steps, parts, slots):
     return ceil(tiles * parts, slots) * ceil(steps, parts)
 
 
+def cost_of_adding(op, M, parts, numel):
+    """In us. Parts are added at 5 TB/s after a launch; or by the last block of a tile, whose 256
+    threads load eight at a time."""
+    if parts == 1:
+        return 0
+    launch = 1.8 + parts * numel * 8 / 5e6
+    tile = {"lora_shrink": min(M, 128) * 16, "lora_shrink_backward": 128 * 16}.get(op)
+    if op == "gemm_4bit" and M <= 16:
+        return 1.2 + parts * M * (32 if M <= 8 else 64) / 2048 * 0.35
+    return min(launch, 1.2 + parts * tile / 2048 * 0.35) if tile else launch
+
+
 CASES = list(itertools.product(DEVICES, LAYERS, TOKENS, ("gemm_4bit", "gemm_4bit_backward")))
 CASES += itertools.product(
     DEVICES, LAYERS, (*TOKENS, *LARGE), ("lora_shrink", "lora_shrink_backward")
@@ -62,13 +77,12 @@ CASES += itertools.product(
 
 def test_no_split_spills_into_a_wave_that_another_split_would_save(simt):
     """A split must not take 1.3 times the turns of the best one, unless adding that one's parts
-    would cost more than it saves: a step takes 0.3 us or more, each wave 1 us to start, and parts
-    are added at 5 TB/s after a launch."""
+    would cost more than it saves: a step takes 0.3 us or more, and each wave 1 us to start."""
     wrong = []
     for gpu, (N, K), M, op in CASES:
         arch, sms = DEVICES[gpu]
         with simt.device(arch, sms):
-            parts, chunk = simt.plan(op, M, N, K)
+            parts, chunk, _ = simt.plan(op, M, N, K)
         if chunk:
             continue
         tiles, steps, resident, numel = tiles_of(op, M, N, K, arch)
@@ -77,7 +91,7 @@ def test_no_split_spills_into_a_wave_that_another_split_would_save(simt):
         for other in range(1, 65):
             if ceil(steps, ceil(steps, other)) != other or (other > 1 and steps // other < 2):
                 continue
-            adding = ((other > 1) - (parts > 1)) * 1.8 + (other - parts) * numel * 8 / 5e6
+            adding = cost_of_adding(op, M, other, numel) - cost_of_adding(op, M, parts, numel)
             adding += ceil(tiles * other, slots) - waves
             saved = (got - turns(tiles, steps, other, slots)) * 0.3
             if got > 1.3 * turns(tiles, steps, other, slots) and saved > 2 * max(adding, 0) + 1.5:
@@ -91,10 +105,30 @@ def test_few_rows_fill_the_device(simt):
     for gpu, (N, K), M in itertools.product(DEVICES, LAYERS, (16, 32, 64)):
         arch, sms = DEVICES[gpu]
         with simt.device(arch, sms):
-            parts, _ = simt.plan("gemm_4bit", M, N, K)
+            parts, *_ = simt.plan("gemm_4bit", M, N, K)
         tiles, steps, _, _ = tiles_of("gemm_4bit", M, N, K, arch)
         least = min(sms // 2, tiles * (steps // 4))
         assert tiles * parts >= least, (gpu, M, N, K, parts)
+
+
+def test_decoding_with_an_adapter_is_two_launches(simt):
+    """Although both contractions are split: the last block of a tile adds the parts."""
+    g = _seeded("two launches")
+    x, weight = _randn(g, 1, 4096, dtype=torch.bfloat16), _weight(g, (128, 4096), nested=True)
+    A, B = _randn(g, 16, 4096), _randn(g, 128, 16)
+    with simt.device(90, 132):
+        for op in ("lora_shrink", "gemm_4bit"):
+            parts, _, last_block = simt.plan(op, 1, 128, 4096)
+            assert parts > 1 and last_block, op
+        simt.reset_launches()
+        S = simt.lora_shrink(x, A, 0.5)
+        y = simt.gemm_4bit(x, *weight, None, S, B)
+    launched = {name.split("<")[0]: n for name, n in simt.kernels().items() if n}
+    assert launched == {"lora_rows_mma": 1, "gemm_4bit_fused": 1}
+    ops = torch.ops.qlora_ext
+    want = ops.lora_shrink(x, A, 0.5)
+    torch.testing.assert_close(S, want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, ops.gemm_4bit(x, *weight, None, want, B), rtol=0.02, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +160,7 @@ def test_chunks_fill_cublas_and_stay_small(simt):
         arch, sms = DEVICES[gpu]
         for op, lines, depth in (("gemm_4bit", N, K), ("gemm_4bit_backward", K, N)):
             with simt.device(arch, sms):
-                _, chunk = simt.plan(op, M, N, K)
+                _, chunk, _ = simt.plan(op, M, N, K)
             if chunk == 0:
                 assert M <= 256
                 continue

@@ -184,16 +184,77 @@ def test_copies_and_loads(probe, valid):
     buffer = np.zeros(1024 + 16, np.uint8)
     start = -buffer.ctypes.data % 16
     buffer[start : start + 1024] = data
-    out = np.zeros(7 * 1024 + 16, np.uint8)
+    out = np.zeros(8 * 1024 + 16, np.uint8)
     begin = -out.ctypes.data % 16
     probe("probe_copies_run", pack(buffer[start:], out[begin:], valid))
-    out = out[begin : begin + 7 * 1024].reshape(7, 1024)
+    out = out[begin : begin + 8 * 1024].reshape(8, 1024)
     keep = np.arange(1024) % 16 < valid  # what is not valid is zero
     np.testing.assert_array_equal(out[0], np.where(keep, data, 0))
     for copied in out[1:6]:
         np.testing.assert_array_equal(copied, data)
     want = (np.arange(1024) // 32 + np.arange(1024) % 32).astype(np.uint8)
     np.testing.assert_array_equal(out[6], want)
+    words, kept = out[7].view(np.uint32).reshape(64, 4), np.zeros((64, 4), np.uint32)
+    kept[:, 0] = np.arange(64)
+    loads = np.arange(64)[:, None] % 3 == 0  # the other threads keep what they had
+    np.testing.assert_array_equal(words, np.where(loads, data.view(np.uint32).reshape(64, 4), kept))
+
+
+class Split:
+    """Launches of probe_last_block: 3 tiles, the sums of 5 parts. `words` is what the workspace
+    holds before."""
+
+    TILES, PARTS = 3, 5
+
+    def __init__(self, probe, count, words):
+        self.probe, self.count = probe, count
+        self.words = np.array(words, np.uint64)
+        self.given = RNG.integers(-99, 99, (self.PARTS, self.TILES * count)).astype(np.float32)
+
+    def run(self, launch, blocks=PARTS):
+        """The output of a launch that ends after `blocks` blocks of each tile."""
+        out = np.full(self.given.shape[1], -1, np.float32)
+        parts = np.full(self.given.shape, np.nan, np.float32)
+        io = pack(
+            self.words,
+            self.given,
+            parts,
+            out,
+            np.array([launch << 8], np.uint64),
+            self.count,
+            self.PARTS,
+        )
+        self.probe("probe_last_block_run", self.TILES, blocks, io)
+        return out
+
+    def is_right(self, out):
+        return np.array_equal(out, self.given.sum(0)) and not self.words.any()
+
+
+@pytest.mark.parametrize("count", [1, 24, 64, 150])
+@pytest.mark.parametrize(
+    "words",
+    [(0, 0, 0), (2**64 - 1,) * 3, (98 << 8 | 1, 100 << 8 | 4, 255)],
+    ids=["zeros", "ones", "others"],
+)
+def test_the_last_block_adds_the_parts_whatever_the_workspace_held(probe, words, count):
+    """Also counts of other launches. (A word with the id of this launch counts for it.)"""
+    split = Split(probe, count, words)
+    for _ in range(3):  # a graph that is replayed has the same id
+        assert split.is_right(split.run(99))
+
+
+def test_a_launch_after_one_that_ended_early(probe):
+    split = Split(probe, 24, (0, 0, 0))
+    assert (split.run(5, blocks=3) == -1).all() and split.words.all()
+    assert split.is_right(split.run(6))
+
+
+def test_launches_have_ids_of_their_own():
+    library = load_probe(ptx=False)
+    library.probe_launch_id.restype = ctypes.c_uint64
+    ids = {library.probe_launch_id() for _ in range(1000)}
+    assert len(ids) == 1000 and 2**50 < max(ids) < 2**56
 
 
 def test_a_block_larger_than_its_launch_bounds_is_refused():

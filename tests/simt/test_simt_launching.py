@@ -64,6 +64,18 @@ def test_debug_does_not_synchronize_under_capture():
     assert (returned, calls) == (["null"], ["cudaStreamIsCapturing", "cudaGetLastError", LAUNCH])
 
 
+def test_a_workspace_is_filled_for_initcheck_alone():
+    """The kernels that count blocks do not care what it held."""
+    assert run("workspace") == (["null"], [])
+    call = "cudaMemsetAsync 0 bytes 256 stream 7"
+    assert run("workspace", debug="1") == (["null"], [call])
+    returned, calls = run("workspace", "cudaMemsetAsync=1", debug="1")
+    assert returned == [
+        "the workspace: cudaMemsetAsync failed: cudaErrorOther (as the runtime words it)"
+    ]
+    assert calls == [call, "cudaGetLastError"]
+
+
 def test_a_refused_launch_names_the_kernel_and_leaves_no_error():
     returned, calls = run("launch", "cudaLaunchKernel=1")
     assert returned == ["product<4>: launch failed: cudaErrorOther (as the runtime words it)"]

@@ -9,6 +9,7 @@ RUNTIME_CALLS = {
     "cudaGetErrorString",
     "cudaGetLastError",
     "cudaLaunchKernel",
+    "cudaMemsetAsync",
     "cudaStreamIsCapturing",
     "cudaStreamSynchronize",
 }

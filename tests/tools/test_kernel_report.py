@@ -308,7 +308,8 @@ def test_fatbin_fits_64_mb(library):
 
 
 def test_library_imports_no_call_that_allocates_or_copies(library):
-    """Of CUDA's runtime. cudaStreamSynchronize is QLORA_EXT_DEBUG's (test_simt_launching.py)."""
+    """Of CUDA's runtime. cudaStreamSynchronize and cudaMemsetAsync are QLORA_EXT_DEBUG's
+    (test_simt_launching.py)."""
     names = subprocess.run(
         ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout

@@ -61,6 +61,14 @@ inline uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t selector) {
 inline uint4 load_streaming(const uint4* pointer) { return *pointer; }
 inline uint2 load_streaming(const uint2* pointer) { return *pointer; }
 inline uint32_t load_streaming(const uint32_t* pointer) { return *pointer; }
+inline unsigned long long load_relaxed(const unsigned long long* pointer) {
+  return __atomic_load_n(pointer, __ATOMIC_RELAXED);
+}
+
+// ---------------------------------------------------------------- shared loads
+inline void load_shared_if(uint4& v, uint32_t shared, bool condition) {
+  if (condition) v = *reinterpret_cast<uint4*>(simt::shared_pointer(shared, 16, 16, "ld.shared"));
+}
 
 // ---------------------------------------------------------------- cp.async
 namespace detail {

@@ -360,6 +360,13 @@ template <class T>
 Bits<T> atom_exch(unsigned char* at, Bits<T> value) {
   return atomic<T>(at, [&](Bits<T>) { return value; });
 }
+template <class T>
+Bits<T> atom_cas(unsigned char* at, Bits<T> expected, Bits<T> value) {
+  return atomic<T>(at, [&](Bits<T> old) { return old == expected ? value : old; });
+}
+inline uint64_t load_relaxed(const unsigned char* from) {
+  return __atomic_load_n(reinterpret_cast<const uint64_t*>(from), __ATOMIC_RELAXED);
+}
 
 // ---------------------------------------------------------------- copies, warps, blocks
 
@@ -376,6 +383,10 @@ inline void cp_async_16(uint64_t shared, uint64_t global, uint32_t valid_bytes, 
 
 inline void bar_sync(simt::Site site) {
   simt::barrier_sync(0, 0, true, simt::Reduce::kNone, 0, "bar.sync", site);
+}
+
+inline bool bar_red_or(bool predicate, simt::Site site) {
+  return simt::barrier_sync(0, 0, true, simt::Reduce::kOr, predicate, "bar.red.or", site) != 0;
 }
 
 inline void barrier_sync(int id, int threads, simt::Site site) {
