@@ -7,9 +7,9 @@ main loop. Needs nvcc and NVIDIA's disassembler, no GPU.
 
 A loop is the SASS from a branch's target to that branch. The main loop is the one with the most
 tensor-core instructions, and of those the shortest (in a kernel without such instructions, the
-longest; without a loop it is all code). "SASS per weight" divides all its instructions (also loads of x, scales, addressing and
-barriers) by the weights that one thread decodes in one turn. Skipped parts of the loop count as
-run, so the figure is an upper bound.
+longest; in one without a loop, all of its code). "SASS per weight" divides all its instructions
+(also loads of x, scales, addressing and barriers) by the weights that one thread decodes in one
+turn. Skipped parts of the loop count as run, so the figure is an upper bound.
 """
 
 from __future__ import annotations
