@@ -281,8 +281,8 @@ class Kernel:
         return max(loops, key=lambda b: len(loops[b]), default=None) if self.weights else None
 
     def main_loop(self):
-        """The instructions within loop_bounds(). Without a loop, all of them if the kernel's weights
-        are known."""
+        """The instructions within loop_bounds(). Without a loop, all of them if the kernel's
+        weights are known."""
         if (bounds := self.loop_bounds()) is None:
             return [text for _, text in self.code if self.weights and not text.startswith("NOP")]
         return [text for address, text in self.code if bounds[0] <= address <= bounds[1]]

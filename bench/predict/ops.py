@@ -143,7 +143,8 @@ def fused(gpu, scenario, op, M, N, K):
         weight + dense,
         weight * row_tiles + 2 * M * depth * line_tiles + 2 * M * lines,
     )
-    adding = reduction(gpu, scenario, parts, M * lines, last_block, min(M, tile.rows) * tile.columns)
+    elements = min(M, tile.rows) * tile.columns
+    adding = reduction(gpu, scenario, parts, M * lines, last_block, elements)
     return [launch_time(gpu, scenario, launch), *adding]
 
 

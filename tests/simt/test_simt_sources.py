@@ -64,7 +64,8 @@ def test_kernels_keep_the_rules(path):
 
 def test_no_call_allocates_copies_or_synchronizes():
     """All calls of CUDA's runtime. Those of cudaStreamSynchronize and cudaMemsetAsync are only for
-    QLORA_EXT_DEBUG, as test_simt_launching.py shows. Host code reads memory back in one function of register.cpp."""
+    QLORA_EXT_DEBUG, as test_simt_launching.py shows. Host code reads memory back in one function of
+    register.cpp."""
     calls = declared(CUDA / "launch.cuh", r"\b(cuda[A-Z]\w*)\s*\(")
     assert calls == RUNTIME_CALLS
     maps = declared(CUDA / "tensor_map.cuh", r"\b(cuda[A-Z]\w*)\s*\(")
