@@ -4,7 +4,7 @@
 //
 // Moves   each expert's packed weight once per kTileM of its rows (from L2 after the first, as the
 //         tiles of an expert run next to each other); x through `rows`, without a gathered copy.
-// Floor   decoding, 8 experts of 1536x2048 with a row each: 13 MB, 3.9 us on H100; 4096 rows of each
+// Floor   decoding, 8 experts of 1536x2048 with a row each: 13 MB, 4.3 us on H100; 4096 rows of each
 //         of 128 experts: the tensor cores (mma.sync, ~63% of Hopper's peak).
 // Bits    as gemm_4bit_fused without splits of the contraction.
 #pragma once

@@ -2,7 +2,8 @@
 // quantize_4bit_tensor: packs with one scale for the whole tensor, which is computed before.
 //
 // Moves   2 or 4 B/weight in, 0.5 B + 4 B / blocksize out. Floor: 2.516 B/weight for bf16 with
-//         double quantization; 4096x14336 is 49 us on H100, 34 us on H200.
+//         double quantization; 4096x14336 is 49 us on H100, 34 us on H200. The model says that its
+//         instructions take longer: 124 to 146 us on both (docs/generated/kernel_model.md).
 // Layout  a thread block packs 4096 elements, a thread 8 neighbours: one or two 16-byte loads and
 //         one 4-byte store. blocksize / 8 threads share a scale: shuffles inside a warp, shared
 //         memory across warps.

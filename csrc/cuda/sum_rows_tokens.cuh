@@ -2,7 +2,7 @@
 // order, rounded once. It brings the results of a mixture's experts, sorted by expert, back together.
 //
 // Moves   each summed row of values once, out once. Floor: these bytes over bandwidth; 512 tokens of
-//         8 rows of 2048 in bf16 are 19 MB, 5.6 us on H100.
+//         8 rows of 2048 in bf16 are 19 MB, 6.3 us on H100.
 // Layout  a thread has kWidth neighbouring columns of one token (16 bytes, or one).
 // Trust   order and ends are data: ends are cut to [0, L], a part that ends before it begins is
 //         empty, and an index outside [0, M) adds nothing.
