@@ -101,21 +101,20 @@ def _refuse_packed(original):
         layer = given.get("current_key") or given.get("target_name") or "a layer"
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method = str(getattr(config.peft_type, "value", config.peft_type))
-        parts = [base]
-        if isinstance(base, Experts4bit):
-            _check_experts(base, method, layer, kwargs.get("parameter_name"))
-            parts = base.stacks().values()
-        if isinstance(base, Stack4bit):
-            raise ValueError(
-                f"PEFT's {method} on {layer}: it is a packed stack of a mixture's experts, want it "
-                "in target_parameters under its name in the dense model, such as "
-                "experts.gate_up_proj"
-            )
+        parts = base.stacks().values() if isinstance(base, Experts4bit) else [base]
         if any(isinstance(part, _Lora) for part in parts):
             # PEFT's forward and merge would read only the base weight and lose A and B.
             raise ValueError(
                 f"PEFT's {method} on {layer}: it has an adapter of qlora_ext.add_lora already; "
                 "merge it with qlora_ext.merge_and_unload, or load the base again for PEFT"
+            )
+        if isinstance(base, Experts4bit):
+            _check_experts(base, method, layer, kwargs.get("parameter_name"))
+        if isinstance(base, Stack4bit):
+            raise ValueError(
+                f"PEFT's {method} on {layer}: it is a packed stack of a mixture's experts, want it "
+                "in target_parameters under its name in the dense model, such as "
+                "experts.gate_up_proj"
             )
         if isinstance(base, Embedding4bit) and method != "LORA":
             raise ValueError(
