@@ -19,6 +19,9 @@ How a figure is made:
   take 2 ms or more, and the GPU sleeps before the first event while the host queues them: so
   launches from an idle GPU are not counted. Figures are medians, in microseconds per call.
 
+- If docs/generated/kernel_model.md predicts a row on this GPU, the line after it says how ours
+  compares, and the last lines sum that up: correct the model where it is wrong.
+
 `floor` is the bytes that must move over this run's own copy bandwidth, or the flops over this run's
 own matmul rate, the larger of the two. Prints a table; writes OUT_DIR/bench.json, and plots if
 matplotlib is there.
@@ -40,6 +43,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from predict import page
 
 import qlora_ext
 
@@ -267,6 +271,18 @@ def missed(row: dict) -> list[str]:
     return sentences
 
 
+def distance(us: float, predicted: tuple[float, float]) -> float:
+    """Measured over the nearer end of the predicted range; 1 within it."""
+    low, high = predicted
+    return us / low if us < low else us / high if us > high else 1.0
+
+
+def beside_prediction(us: float, predicted: tuple[float, float]) -> str:
+    away = distance(us, predicted)
+    where = "within" if away == 1 else f"{away:.2f} of {'its low' if away < 1 else 'its high'} end"
+    return f"predicted {predicted[0]:.1f} to {predicted[1]:.1f} us: {where}"
+
+
 class Bench:
     def __init__(self, out: Path | None, seconds: float, rounds: int):
         self.out, self.deadline, self.rounds = out, time.monotonic() + seconds, rounds
@@ -279,6 +295,7 @@ class Bench:
         except Exception:  # it is missing, or built for another CUDA
             bnb = None
         self.bnb = bnb
+        self.predictions = page.of_device(torch.cuda.get_device_name())
 
     def ceilings(self):
         """Bytes per second of a device copy (read plus written), and flops of a bf16 matmul."""
@@ -301,7 +318,8 @@ class Bench:
     def is_over(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def add(self, op, layer, shape, M, floor, contenders, copies, graphs=True):
+    def add(self, op, layer, shape, M, floor, contenders, copies, graphs=True, predicted_as=None):
+        """predicted_as: (op, shape, rows or "-") of the model's row for ours."""
         if self.is_over():
             return
         found = compare(contenders, copies, self.rounds, graphs)
@@ -315,6 +333,7 @@ class Bench:
         row["sm_mhz"] = found.sm_mhz
         self.clocks += [mhz for mhz in found.sm_mhz if mhz]
         row["extra_bytes"] = extra_bytes(contenders["ours"])
+        row["predicted_us"] = self.predictions.get(predicted_as)
         row["missed"] = missed(row)
         self.rows.append(row)
         ours = times["ours"]
@@ -330,10 +349,23 @@ class Bench:
         )
         for name, why in found.failed.items():
             print(f"    LEFT OUT {name}: {why}", flush=True)
+        if row["predicted_us"]:
+            print(f"    {beside_prediction(ours, row['predicted_us'])}", flush=True)
         for target in row["missed"]:
             print(f"    MISSED {target}", flush=True)
         if self.out:
             self.save()
+
+    def predicted_range(self) -> str:
+        rows = [r for r in self.rows if r["predicted_us"]]
+        if not rows:
+            return "the model has no row for this GPU"
+        away = sorted(distance(r["us"]["ours"], r["predicted_us"]) for r in rows)
+        within = sum(d == 1 for d in away)
+        return (
+            f"of {len(rows)} predicted rows {within} are within the model's range; measured over "
+            f"its nearer end: {away[0]:.2f} to {away[-1]:.2f}, median {statistics.median(away):.2f}"
+        )
 
     def clock_range(self) -> str:
         if not self.clocks:
@@ -367,6 +399,12 @@ def packed(dense: torch.Tensor, count: int) -> list[tuple]:
     """`count` copies of the packed weight, as op arguments."""
     args = qlora_ext.quantize_4bit(dense).op_args()
     return [tuple(t.clone() if torch.is_tensor(t) else t for t in args) for _ in range(count)]
+
+
+def stacked(weights: list[tuple]) -> tuple:
+    """The op arguments of a stack of experts, from those of each."""
+    parts = [None if t[0] is None else torch.stack(t) for t in zip(*(w[:4] for w in weights))]
+    return (*parts, [len(weights), *weights[0][4]], *weights[0][5:])
 
 
 class Weights:
@@ -409,7 +447,8 @@ def quantizers(bench: Bench, layer: str, w: Weights):
     contenders = {"ours": lambda i: ops.dequantize_4bit.out(*w.ours[i], out=outs[i])}
     if w.peer:
         contenders["bitsandbytes"] = lambda i: bench.bnb.dequantize_4bit(*w.peer[i], out=outs[i])
-    bench.add("dequantize", layer, w.shape, 0, bench.floor(moved), contenders, copies)
+    floor, key = bench.floor(moved), ("dequantize_4bit", f"{w.N}x{w.K}", "-")
+    bench.add("dequantize", layer, w.shape, 0, floor, contenders, copies, predicted_as=key)
 
     def quantize(i):
         found = ops.quantize_4bit(w.dense[i], 64, "nf4", None, "absmax", 3.0, "none", 1.0)
@@ -440,8 +479,8 @@ def forward(bench: Bench, w: Weights, layer: str, M: int):
         contenders["bitsandbytes"] = lambda i: bitsandbytes.matmul_4bit(
             x[i], w.peer[i][0].t(), quant_state=w.peer[i][1]
         )
-    floor = bench.floor(moved, 2 * M * w.N * w.K)
-    bench.add("forward", layer, w.shape, M, floor, contenders, copies)
+    floor, key = bench.floor(moved, 2 * M * w.N * w.K), ("gemm_4bit", f"{w.N}x{w.K}", str(M))
+    bench.add("forward", layer, w.shape, M, floor, contenders, copies, predicted_as=key)
 
 
 def lora(bench: Bench, w: Weights, layer: str, M: int):
@@ -485,7 +524,8 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
         )
     flops = 2 * M * w.N * w.K + 2 * M * RANK * (w.N + w.K)
     floor = bench.floor(moved, flops)
-    bench.add("forward+LoRA", layer, w.shape, M, floor, contenders, copies)
+    key = ("lora_gemm_4bit", f"{w.N}x{w.K}", str(M))
+    bench.add("forward+LoRA", layer, w.shape, M, floor, contenders, copies, predicted_as=key)
 
     def unfused_backward(i, weight):
         dS = SCALING * (dY[i] @ B16[i])
@@ -517,12 +557,13 @@ def lora(bench: Bench, w: Weights, layer: str, M: int):
             i, bench.bnb.dequantize_4bit(*w.peer[i])
         )
     floor = bench.floor(moved, 2 * flops)
-    bench.add("backward+LoRA", layer, w.shape, M, floor, contenders, copies)
+    key = ("lora_backward", f"{w.N}x{w.K}", str(M))
+    bench.add("backward+LoRA", layer, w.shape, M, floor, contenders, copies, predicted_as=key)
 
 
 def experts(bench: Bench, layer: str, tokens: int):
-    """A mixture's product with tokens sent to random experts. Ours is one gemm_4bit per expert. The
-    others are torch._grouped_mm over the dequantized experts, and over a bf16 stack."""
+    """A mixture's product with tokens sent to random experts. The others are one gemm_4bit for each
+    expert, and torch._grouped_mm over the dequantized experts and over a bf16 stack."""
     E, N, K, top_k = EXPERTS[layer]
     M = tokens * top_k
     chosen = torch.randint(E, (M,), generator=torch.Generator().manual_seed(0))
@@ -534,10 +575,11 @@ def experts(bench: Bench, layer: str, tokens: int):
     ends = [rows.cumsum(0).to("cuda", torch.int32) for _ in range(copies)]
     dense = several(copies, E, N, K, factor=0.02)
     weights = [[packed(weight, 1)[0] for weight in stack] for stack in dense]
+    stacks = [stacked(of_experts) for of_experts in weights]
     buffer = torch.empty_like(dense[0])
     slots = list(buffer)
 
-    def ours(i):
+    def one_by_one(i):
         parts = zip(x[i].split(sizes), weights[i], strict=True)
         return [ops.gemm_4bit(part, *weight) for part, weight in parts if len(part)]
 
@@ -547,12 +589,14 @@ def experts(bench: Bench, layer: str, tokens: int):
         return torch._grouped_mm(x[i], buffer.mT, offs=ends[i])
 
     contenders = {
-        "ours": ours,
+        "ours": lambda i: ops.grouped_gemm_4bit(x[i], *stacks[i], ends[i]),
+        "a gemm_4bit each": one_by_one,
         "dequantize+_grouped_mm": dequantized,
         "bf16 _grouped_mm": lambda i: torch._grouped_mm(x[i], dense[i].mT, offs=ends[i]),
     }
     floor = bench.floor(moved, 2 * M * N * K)
-    bench.add(f"experts {E}", layer, (N, K), M, floor, contenders, copies)
+    key = ("grouped_gemm_4bit", f"{E}x{N}x{K}", str(tokens))
+    bench.add(f"experts {E}", layer, (N, K), M, floor, contenders, copies, predicted_as=key)
 
 
 # ---------------------------------------------------------------- first call
@@ -613,8 +657,7 @@ def touch_experts(q, x, A, B):
     """The ops of a mixture, on three experts of q's bytes: one without rows, and rows without an
     expert."""
     E, M = 3, len(x)
-    parts = [None if t is None else torch.stack([t] * E) for t in q.op_args()[:4]]
-    w4 = (*parts, [E, *q.shape], *q.op_args()[5:])
+    w4 = stacked([q.op_args()] * E)
     A, B = A.expand(E, -1, -1).contiguous(), B.expand(E, -1, -1).contiguous()
     order = torch.randint(M, (2 * M,), device="cuda", dtype=torch.int32)
     ends = torch.tensor([M, M, 2 * M - 1], device="cuda", dtype=torch.int32)
@@ -746,6 +789,7 @@ def main():
         for layer in LAYERS:
             if layer not in FOCUS and not arguments.quick:
                 layer_cases(bench, layer)
+    print(bench.predicted_range())
     print(bench.clock_range())
     bench.save()
     plot(bench)

@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
 import kernel_report
-from predict import cases, goals, ops, peers
+from predict import cases, goals, ops, page, peers
 from predict.assumptions import ASSUMPTIONS, FAST, SLOW
 
-PAGE = kernel_report.ROOT / "docs" / "generated" / "kernel_model.md"
+PAGE = page.PAGE
 PEERS = PAGE.with_name("kernel_model_peers.md")
 TOLERANCE = 1.05
 HEADER = ["op", "N x K", "M", "us, low", "high", "what binds", "its share", "goal", "model", ""]
@@ -147,20 +146,9 @@ def count(rows, gpu, verdict):
     return sum(r.gpu == gpu and r.verdict == verdict for r in rows)
 
 
-def committed():
-    """{(GPU, op, shape, M): (low, high)} of the page."""
-    found, gpu = {}, None
-    for line in PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else ():
-        if m := re.fullmatch(r"## (\w+)", line):
-            gpu = m[1]
-        elif m := re.match(r"\| `(\w+)` \| (\S+) \| (\S+) \| ([\d.]+) \| ([\d.]+) \|", line):
-            found[gpu, m[1], m[2], m[3]] = float(m[4]), float(m[5])
-    return found
-
-
 def slower(rows):
     """Messages about the rows that got more than 5% slower than the page says."""
-    before, found = committed(), []
+    before, found = page.committed(), []
     for r in rows:
         key = r.gpu, r.op, r.shape, "-" if r.M is None else str(r.M)
         for end, now, then in zip(("low", "high"), (r.low, r.high), before.get(key, ())):

@@ -27,6 +27,7 @@ from conftest import _load
 from paths import REPOSITORY, TESTS
 
 BENCH = REPOSITORY / "bench"
+sys.path.insert(0, str(BENCH))
 L2 = 16384
 
 
@@ -343,7 +344,8 @@ def test_rows_of_the_peers(dry_run):
             assert {"unsloth chain", "bitsandbytes+LoRA"} <= dry_run.rows[op, M]["us"].keys()
     for M in (32, 1024):
         us = dry_run.rows["experts 3", M]["us"]
-        assert us.keys() == {"ours", "dequantize+_grouped_mm", "bf16 _grouped_mm"}
+        others = {"a gemm_4bit each", "dequantize+_grouped_mm", "bf16 _grouped_mm"}
+        assert us.keys() == {"ours", *others}
 
 
 def test_contenders_compute_the_same(dry_run):
@@ -516,6 +518,50 @@ def test_bars(gpu):
     assert gpu.missed(row("backward+LoRA", 8192, **{"bitsandbytes+LoRA": 10.9})) == [
         "1.09x bitsandbytes+LoRA, want 1.10x"
     ]
+
+
+def test_predictions_of_this_gpu(gpu):
+    """By the page that is committed."""
+    of_device = gpu.page.of_device
+    assert of_device("NVIDIA H200").keys() == of_device("NVIDIA A100-SXM4-80GB").keys()
+    low, high = of_device("NVIDIA GeForce RTX 4090")["gemm_4bit", "8192x8192", "1"]
+    assert 30 < low < high < 60
+    low, high = of_device("NVIDIA H200")["dequantize_4bit", "4096x4096", "-"]
+    assert 7 < low < high < 25
+    assert of_device("NVIDIA H20") == of_device("NVIDIA GeForce RTX 3090") == {}
+
+
+def test_measured_beside_predicted(gpu, monkeypatch, tmp_path, capsys):
+    keys = {
+        ("gemm_4bit", "64x128", "1"): (1.0, 1000.0),
+        ("dequantize_4bit", "64x128", "-"): (0.5, 1.0),
+        ("lora_backward", "64x128", "512"): (16.0, 32.0),
+        ("grouped_gemm_4bit", "3x64x128", "16"): (1.0, 1000.0),
+        ("gemm_4bit", "64x128", "3"): (1.0, 1000.0),  # not measured
+    }
+    monkeypatch.setattr(gpu.page, "of_device", lambda name: keys)
+    monkeypatch.setattr(
+        gpu,
+        "compare",
+        lambda contenders, *a, **k: gpu.Times(dict.fromkeys(contenders, 8.0), {}, [], {}, []),
+    )
+    run(gpu, monkeypatch, tmp_path)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    found = {(r["op"], r["M"]): r["predicted_us"] for r in rows if r["predicted_us"]}
+    assert found == {
+        ("forward", 1): [1.0, 1000.0],
+        ("dequantize", 0): [0.5, 1.0],
+        ("backward+LoRA", 512): [16.0, 32.0],
+        ("experts 3", 32): [1.0, 1000.0],
+    }
+    printed = capsys.readouterr().out
+    assert printed.count("predicted 1.0 to 1000.0 us: within\n") == 2
+    assert printed.count("predicted 0.5 to 1.0 us: 8.00 of its high end\n") == 1
+    assert printed.count("predicted 16.0 to 32.0 us: 0.50 of its low end\n") == 1
+    assert (
+        "of 4 predicted rows 2 are within the model's range; measured over its nearer end: "
+        "0.50 to 8.00, median 1.00\n"
+    ) in printed
 
 
 def test_no_case_starts_after_the_time_is_up(gpu, monkeypatch, tmp_path):
