@@ -79,7 +79,7 @@ def test_main_loops_have_no_bank_conflicts(rows):
 
 def test_a_row_that_got_slower_is_named(monkeypatch):
     monkeypatch.setattr(
-        kernel_model, "committed", lambda: {("A100", "gemm_4bit", "8x8", "1"): (10.0, 20.0)}
+        kernel_model.page, "committed", lambda: {("A100", "gemm_4bit", "8x8", "1"): (10.0, 20.0)}
     )
 
     def row(low, high, M=1):
