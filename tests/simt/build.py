@@ -398,6 +398,15 @@ def _runtime(sanitize):
     return os.path.realpath(path) if os.path.isabs(path) else None
 
 
+def preloaded(sanitize):
+    """LD_PRELOAD for a process that loads code built with a sanitizer. AddressSanitizer looks C++'s
+    throw up when it starts: without libstdc++ there, the first library that throws (triton, at its
+    import) ends the process."""
+    command = [CXX, "-print-file-name=libstdc++.so.6"]
+    standard = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return " ".join([_runtime(sanitize), *([standard] if os.path.isabs(standard) else [])])
+
+
 @functools.cache
 def fixed_addresses():
     """What goes before a command that ThreadSanitizer watches: it places its shadow memory by
@@ -416,7 +425,11 @@ def why_not(sanitize):
     if _runtime(sanitize) is None:
         return f"{CXX} has no {sanitize} sanitizer"
     command = [*fixed_addresses(), sys.executable, "-c", "import ctypes"]
-    environment = {**os.environ, "LD_PRELOAD": _runtime(sanitize), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": preloaded(sanitize),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return result.stderr.strip() or "it does not start" if result.returncode != 0 else None
 
@@ -447,7 +460,7 @@ def sanitizer_environment(sanitize):
         ":report_mutex_bugs=0:report_thread_leaks=0",
     }
     return {
-        "LD_PRELOAD": _runtime(sanitize),
+        "LD_PRELOAD": preloaded(sanitize),
         "SIMT_LIBRARY": str(library(sanitize)),
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",
