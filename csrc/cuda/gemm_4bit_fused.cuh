@@ -384,8 +384,7 @@ struct FusedTile {
     constexpr int kAhead = Traits::kStages - 1;
     for (int stage = 0; stage < kAhead; ++stage) copy_stage(stage * Traits::kTileK, stage);
     fetch_scale();
-    const Arrival arrival(kAddsParts ? p.arrivals : Arrivals{},
-                          static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
+    const Arrival arrival(kAddsParts ? p.arrivals : Arrivals{});
     fill_table();
     arrival.expect();
     scale_pipeline.look_up();

@@ -53,14 +53,15 @@ inline const char* make_arrivals(void* workspace, int64_t bytes, void* stream, A
   return initialize_in_debug(workspace, bytes, stream);
 }
 
-// One block's arrival at its tile. Without words nothing is counted.
+// One block's arrival at its tile, which the blocks along z have in common. Without words nothing is
+// counted.
 class Arrival {
  public:
   // Reads the word; expect() uses it.
-  __device__ __forceinline__ Arrival(const Arrivals& arrivals, int64_t tile)
+  __device__ __forceinline__ explicit Arrival(const Arrivals& arrivals)
       : word_(arrivals.words), id_(arrivals.id), found_(arrivals.id) {
     if (!counts()) return;
-    word_ += tile;
+    word_ += static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
     if (threadIdx.x == 0) found_ = ptx::load_relaxed(word_);
   }
   __device__ __forceinline__ bool counts() const { return word_ != nullptr; }

@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
       }
     }
   }
-  if (!split || !arrival.counts() || !arrival.is_last(gridDim.z)) return;
+  if (!arrival.counts() || !arrival.is_last(gridDim.z)) return;
   const int num_rows = static_cast<int>(min(rows - row0, static_cast<int64_t>(kLoraTile)));
   const int num_ranks = min(static_cast<int>(p.small.rows - rank0), 8 * kRankTiles);
   const bool ranks_first = p.rank_stride == 1;  // neighbouring threads: neighbouring addresses
@@ -89,13 +89,6 @@ __device__ __forceinline__ void store_lora(const LoraMma& p, const float (&acc)[
   add_parts<kLoraThreads>(
       p.parts, gridDim.z, p.out_numel, num_rows * num_ranks, sums, locate,
       [&](int, int64_t at, float sum) { store_from_float(p.out, p.out_dtype, at, p.scale * sum); });
-}
-
-// This block's arrival at its tile of out.
-template <class Rows>
-__device__ __forceinline__ Arrival arrival_of(const LoraMma& p) {
-  return Arrival(Rows::kGrouped ? Arrivals{} : p.arrivals,
-                 static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
 }
 
 // The block's 128 rows from rows.first. Blocks: y ranks, z parts of the depth. `small` is what p.small
@@ -150,7 +143,7 @@ __device__ __forceinline__ void lora_rows(const LoraMma& p, const DenseOperand& 
   SmallLoader<kRankTiles> loader(small, rank0, begin);
 #pragma unroll 1
   for (int stage = 0; stage < kAhead; ++stage) copy_stage(stage);
-  const Arrival arrival = arrival_of<Rows>(p);
+  const Arrival arrival(Rows::kGrouped ? Arrivals{} : p.arrivals);
   loader.load(end - begin);
   loader.template store<T>(s.small[0]);
   arrival.expect();
@@ -268,7 +261,7 @@ __device__ __forceinline__ void lora_columns(const LoraMma& p, const DenseOperan
   clear(acc);
   SmallLoader<kRankTiles> loader(small, rank0, begin);
   for (int stage = 0; stage < kAhead; ++stage) copy_stage(begin + stage * kLoraStep, stage);
-  const Arrival arrival = arrival_of<Rows>(p);
+  const Arrival arrival(Rows::kGrouped ? Arrivals{} : p.arrivals);
   loader.load(end - begin);
   loader.template store<T>(s.small[0]);
   arrival.expect();

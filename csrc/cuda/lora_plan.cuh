@@ -48,16 +48,23 @@ struct LoraPlan {
   int64_t arrivals;  // of these, the bytes that count arrivals; 0: reduce_parts adds the parts
 };
 
-inline LoraPlan plan_lora_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
-  const int64_t step = mma ? kLoraStep : kTileDepth;
-  const Splits splits =
-      split_contraction(tiles, ceil_div(std::max<int64_t>(depth, 1), step),
-                        reduce_parts_cost(numel), mma ? kLoraMmaCost : kLoraTileCost);
+inline LoraPlan as_lora_plan(bool mma, const Splits& splits, int64_t numel, int64_t arrivals) {
+  const bool split = splits.count > 1;
   return {.mma = mma,
           .parts = splits.count,
-          .depth_per_part = splits.stages * step,
-          .bytes = splits.count > 1 ? splits.count * numel * 4 : 0,
-          .arrivals = 0};
+          .depth_per_part = splits.stages * (mma ? kLoraStep : kTileDepth),
+          .bytes = split ? arrivals + splits.count * numel * 4 : 0,
+          .arrivals = split ? arrivals : 0};
+}
+
+inline Splits split_lora(bool mma, int64_t tiles, int64_t depth, const Reduction& reduction) {
+  return split_contraction(tiles,
+                           ceil_div(std::max<int64_t>(depth, 1), mma ? kLoraStep : kTileDepth),
+                           reduction, mma ? kLoraMmaCost : kLoraTileCost);
+}
+
+inline LoraPlan plan_lora_parts(bool mma, int64_t tiles, int64_t numel, int64_t depth) {
+  return as_lora_plan(mma, split_lora(mma, tiles, depth, reduce_parts_cost(numel)), numel, 0);
 }
 
 // The same for the kernels of lora_mma.cuh, where the last block of a tile adds the parts if that
@@ -65,18 +72,11 @@ inline LoraPlan plan_lora_parts(bool mma, int64_t tiles, int64_t numel, int64_t 
 inline LoraPlan plan_lora_mma(int64_t length, int64_t ranks, int64_t depth) {
   const int64_t tile_ranks = 8 * lora_rank_tiles(ranks), numel = length * ranks;
   const int64_t tiles = ceil_div(length, kLoraTile) * ceil_div(ranks, tile_ranks);
-  const int64_t stages = ceil_div(std::max<int64_t>(depth, 1), kLoraStep);
-  const Reduction last_block =
-      last_block_cost(std::min<int64_t>(length, kLoraTile) * std::min(ranks, tile_ranks));
-  const Splits one = split_contraction(tiles, stages, last_block, kLoraMmaCost);
-  const Splits two = split_contraction(tiles, stages, reduce_parts_cost(numel), kLoraMmaCost);
-  const Splits& splits = one.time <= two.time ? one : two;
-  const int64_t arrivals = &splits == &one && splits.count > 1 ? arrival_bytes(tiles) : 0;
-  return {.mma = true,
-          .parts = splits.count,
-          .depth_per_part = splits.stages * kLoraStep,
-          .bytes = splits.count > 1 ? arrivals + splits.count * numel * 4 : 0,
-          .arrivals = arrivals};
+  const int64_t tile_numel = std::min<int64_t>(length, kLoraTile) * std::min(ranks, tile_ranks);
+  const Splits one_launch = split_lora(true, tiles, depth, last_block_cost(tile_numel));
+  const Splits two = split_lora(true, tiles, depth, reduce_parts_cost(numel));
+  return one_launch.time <= two.time ? as_lora_plan(true, one_launch, numel, arrival_bytes(tiles))
+                                     : as_lora_plan(true, two, numel, 0);
 }
 
 }  // namespace qlora_ext

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -589,14 +590,19 @@ void run_ballot(void* const* operands, uint32_t mask) {
   each_lane(mask, [&](int lane) { static_cast<VoteOperand*>(operands[lane])->result = result; });
 }
 
-// PTX ISA, ldmatrix: row r of matrix i is at the address of lane 8 * i + r; with .trans lane l
-// receives elements 2 * (l % 4) and + 1 of column l / 4 of each stored matrix.
-void run_ldmatrix_x4_trans(void* const* operands, uint32_t) {
-  const unsigned char* rows[32];
+// PTX ISA, ldmatrix and stmatrix: row r of matrix i is at the address of lane 8 * i + r.
+template <class Operand>
+std::array<unsigned char*, 32> matrix_rows(void* const* operands, const char* what) {
+  std::array<unsigned char*, 32> rows;
   for (int i = 0; i < 32; ++i) {
-    rows[i] =
-        shared_pointer(static_cast<LdmatrixOperand*>(operands[i])->address, 16, 16, "ldmatrix");
+    rows[i] = shared_pointer(static_cast<Operand*>(operands[i])->address, 16, 16, what);
   }
+  return rows;
+}
+
+// With .trans lane l receives elements 2 * (l % 4) and + 1 of column l / 4 of each stored matrix.
+void run_ldmatrix_x4_trans(void* const* operands, uint32_t) {
+  const auto rows = matrix_rows<LdmatrixOperand>(operands, "ldmatrix");
   for (int lane = 0; lane < 32; ++lane) {
     auto& mine = *static_cast<LdmatrixOperand*>(operands[lane]);
     for (int i = 0; i < 4; ++i) {
@@ -611,13 +617,9 @@ void run_ldmatrix_x4_trans(void* const* operands, uint32_t) {
   }
 }
 
-// PTX ISA, stmatrix: the same places, stored to.
+// The same places, stored to.
 void run_stmatrix_x4_trans(void* const* operands, uint32_t) {
-  unsigned char* rows[32];
-  for (int i = 0; i < 32; ++i) {
-    rows[i] =
-        shared_pointer(static_cast<StmatrixOperand*>(operands[i])->address, 16, 16, "stmatrix");
-  }
+  const auto rows = matrix_rows<StmatrixOperand>(operands, "stmatrix");
   for (int lane = 0; lane < 32; ++lane) {
     auto& mine = *static_cast<StmatrixOperand*>(operands[lane]);
     for (int e = 0; e < 8; ++e) {

@@ -197,7 +197,7 @@ struct LastBlockSmem {
   float sums[64];
 };
 __global__ void probe_last_block(LastBlockIo io) {
-  const Arrival arrival({.words = io.words, .id = *io.id}, blockIdx.x);
+  const Arrival arrival({.words = io.words, .id = *io.id});
   arrival.expect();
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * io.count;
   const int64_t numel = static_cast<int64_t>(gridDim.x) * io.count;

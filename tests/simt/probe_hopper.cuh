@@ -26,15 +26,19 @@ __device__ __forceinline__ uint64_t descriptor_of(const WgmmaIo& io, uint32_t im
   return wgmma_descriptor(image + io.start, io.stride, swizzles[io.layout], io.leading);
 }
 
-template <class T, int n>
-__global__ void __launch_bounds__(128, 1) probe_wgmma(WgmmaIo io) {
-  ImageSmem& smem = ptx::shared_memory<ImageSmem>();
-  const int t = threadIdx.x;
-  for (int i = 16 * t; i < io.bytes; i += 16 * 128) {
+__device__ __forceinline__ void fill_image(ImageSmem& smem, const WgmmaIo& io) {
+  for (int i = 16 * threadIdx.x; i < io.bytes; i += 16 * 128) {
     *reinterpret_cast<uint4*>(smem.image + i) = *reinterpret_cast<const uint4*>(io.image + i);
   }
   ptx::fence_proxy_async();
   __syncthreads();
+}
+
+template <class T, int n>
+__global__ void __launch_bounds__(128, 1) probe_wgmma(WgmmaIo io) {
+  ImageSmem& smem = ptx::shared_memory<ImageSmem>();
+  const int t = threadIdx.x;
+  fill_image(smem, io);
   uint32_t a[4];
   float d[n];
 #pragma unroll
@@ -55,11 +59,7 @@ __global__ void __launch_bounds__(128, 1) probe_wgmma(WgmmaIo io) {
 __global__ void __launch_bounds__(128, 1) probe_wgmma_groups(WgmmaIo io) {
   ImageSmem& smem = ptx::shared_memory<ImageSmem>();
   const int t = threadIdx.x;
-  for (int i = 16 * t; i < io.bytes; i += 16 * 128) {
-    *reinterpret_cast<uint4*>(smem.image + i) = *reinterpret_cast<const uint4*>(io.image + i);
-  }
-  ptx::fence_proxy_async();
-  __syncthreads();
+  fill_image(smem, io);
   uint32_t a[4][4];
   float d[128];
 #pragma unroll

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simt import build
-from simt.test_simt_instructions import load_probe, pack, to_bits
+from simt.test_simt_instructions import caller, load_probe, pack, to_bits
 
 RNG = np.random.default_rng(0)
 LAYOUTS = {"none": 0, "128": 1, "64": 2, "32": 3}  # PTX ISA, "Matrix Descriptor Format", bits 62-63
@@ -23,14 +23,7 @@ def probe(request):
     """Calls of probe.cu: on the host twins, with products as late as can be, on nvcc's PTX."""
     library = load_probe(request.param == "ptx")
     library.simt_set_reverse(request.param == "late")
-
-    def call(name, *arguments):
-        run = getattr(library, name)
-        run.restype = ctypes.c_char_p
-        error = run(*arguments)
-        assert error is None, error
-
-    yield call
+    yield caller(library)
     library.simt_set_reverse(0)
 
 

@@ -21,10 +21,8 @@ def load_probe(ptx):
     return library
 
 
-@pytest.fixture(scope="module", params=["twin", "ptx"])
-def probe(request):
-    """Calls of probe.cu: on the host twin of ptx.cuh, and on what nvcc made of ptx.cuh itself."""
-    library = load_probe(request.param == "ptx")
+def caller(library):
+    """A function that calls a probe by name and wants no error."""
 
     def call(name, *arguments):
         run = getattr(library, name)
@@ -33,6 +31,12 @@ def probe(request):
         assert error is None, error
 
     return call
+
+
+@pytest.fixture(scope="module", params=["twin", "ptx"])
+def probe(request):
+    """Calls of probe.cu: on the host twin of ptx.cuh, and on what nvcc made of ptx.cuh itself."""
+    return caller(load_probe(request.param == "ptx"))
 
 
 def pack(*values):
