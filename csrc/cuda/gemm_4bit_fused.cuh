@@ -178,7 +178,6 @@ struct FusedTile {
   }
 
   // Entry b of the pair table: the two values of byte b, the high nibble's (lower k) first.
-  // Also fills the rows of x beyond M with zeros, in every stage.
   __device__ __forceinline__ void fill_table() {
     constexpr int kLanes = Traits::kCompact ? 4 : 8;  // that write one entry
 #pragma unroll
@@ -190,6 +189,11 @@ struct FusedTile {
       *reinterpret_cast<uint4*>(s.table + entry * Traits::kPairStride + i % kLanes * 16) =
           make_uint4(pair, pair, pair, pair);
     }
+  }
+
+  // Zeros for the rows of x beyond M, in every stage. With one mma tile of rows no lane reads them.
+  __device__ __forceinline__ void fill_rows_beyond() {
+    if constexpr (kTilesM == 1) return;
     constexpr int kRowUnits = Traits::kXRowBytes / 16;
     const int64_t left = rows.end(p.gemm.M) - m0;
     const int count = left < Traits::kTileM ? static_cast<int>(left) : Traits::kTileM;
@@ -386,6 +390,7 @@ struct FusedTile {
     fetch_scale();
     const Arrival arrival(kAddsParts ? p.arrivals : Arrivals{});
     fill_table();
+    fill_rows_beyond();
     arrival.expect();
     scale_pipeline.look_up();
     store_scale(0);

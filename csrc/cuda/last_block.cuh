@@ -97,7 +97,8 @@ class Arrival {
 // Adds the parts of the tile's `count` elements: element i lies at locate(i) in a part, parts are
 // `numel` apart, and store(i, locate(i), sum) takes the sum. With fewer elements than threads,
 // groups of threads take every so many parts, and their sums are added in order. `sums` is shared
-// memory for a float of each of the kThreads threads; the whole block calls it.
+// memory for a float of each of the kThreads threads; the whole block calls it. Only the last turn
+// has groups, so nothing writes to `sums` after they are read.
 template <int kThreads, class Locate, class Store>
 __device__ __forceinline__ void add_parts(const float* parts, int num_parts, int64_t numel,
                                           int count, float* sums, Locate locate, Store store) {
@@ -117,7 +118,6 @@ __device__ __forceinline__ void add_parts(const float* parts, int num_parts, int
       sums[tid] = sum;
       __syncthreads();
       for (int other = 1; other < groups && group == 0; ++other) sum += sums[other * width + tid];
-      __syncthreads();
     }
     if (group == 0) store(i, locate(i), sum);
   }
